@@ -1,0 +1,151 @@
+"""Every config key that ViSFT adds to detectron2's. A key is documented where it is defined, and nowhere else."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_visft_config(cfg: CN) -> None:
+    """Add ViSFT's keys, with their defaults, to a detectron2 config (in place)."""
+    _add_backbone(cfg)
+    _add_heads(cfg)
+    _add_run(cfg)
+
+
+def _add_backbone(cfg: CN) -> None:
+    cfg.MODEL.CLIP_VIT = vit = CN()
+    # Architecture: a name that open_clip knows (`open_clip.list_models()`), or `visft-tiny`.
+    vit.NAME = "ViT-B-16"
+    # Its weights: an open_clip tag, a file (.safetensors, .pt), or "" for random weights.
+    vit.PRETRAINED = ""
+    # `keep`: the class token stays in the sequence, as in CLIP. `drop`: the authors' dense forward (patches alone).
+    vit.CLASS_TOKEN = "keep"
+    # Stride of the feature map in pixels; the patch embedding is resampled to it. 0: the tower's own
+    # (build_clip_vit_fpn_backbone: 16, which its pyramid p2..p6 needs).
+    vit.PATCH_SIZE = 0
+    # Side of the attention windows in patches; 0: every block attends globally.
+    vit.WINDOW_SIZE = 0
+    # Indices of the blocks that attend globally although WINDOW_SIZE is set. (): every fourth, the last included.
+    vit.GLOBAL_BLOCKS = ()
+    # What trains under a stock detector: `none`, `lora` or `full`. A ViSFT run sets it by its stage.
+    vit.TRAIN = "none"
+    # With TRAIN `full` or `lora`: the learning rate of block i of n is multiplied by this to the power n - i
+    # (patch embedding: n + 1). 1.0: no decay.
+    vit.LAYER_DECAY = 1.0
+    # Recompute each block's activations in the backward pass: less memory, about a third more time.
+    vit.ACTIVATION_CHECKPOINTING = False
+    # Store weights that do not train as `float16` or `bfloat16`; "": leave them as they are.
+    vit.FROZEN_DTYPE = ""
+    # Channels of the pyramid's levels (build_clip_vit_fpn_backbone).
+    vit.FPN_CHANNELS = 256
+
+    cfg.MODEL.LORA = lora = CN()
+    lora.RANK = 64
+    # The update is (ALPHA / RANK) B A.
+    lora.ALPHA = 1.0
+    # Dropout on the adapter's input, in training.
+    lora.DROPOUT = 0.0
+    # Which projections of each block get an adapter, of: q, k, v, proj, fc1, fc2 (the MLP; SwiGLU's gate goes with fc1).
+    lora.TARGETS = ("q", "v")
+    # Only the last n blocks; 0: all.
+    lora.LAST_BLOCKS = 0
+
+
+def _add_heads(cfg: CN) -> None:
+    cfg.MODEL.VISFT = visft = CN()
+    # The heads, by the names of their config nodes below (lower case). The order is that of their losses and reports.
+    visft.HEADS = ("detection", "segmentation")
+    # A factor on all losses of a head, in the order of HEADS; (): 1 for each.
+    visft.LOSS_WEIGHTS = ()
+    # Weight files that the heads start from, ours or the authors'; (): fresh heads.
+    visft.HEAD_FILES = ()
+
+    visft.DETECTION = det = CN()
+    # Class in VISFT_HEADS_REGISTRY: DETRHead, or RCNNHead (which reads detectron2's own MODEL.RPN, MODEL.ROI_* keys).
+    det.HEAD = "DETRHead"
+    # Number of classes; 0: as many as the metadata of DATASETS.TRAIN[0] says (`dataset_id`: its largest id + 1).
+    det.NUM_CLASSES = 0
+    # `contiguous`, or `dataset_id`: class outputs are the data set's own category ids (the authors' detector).
+    det.LABEL_SPACE = "contiguous"
+    # Start the class layer anew when a file in HEAD_FILES has another number of classes (else that is an error).
+    det.REINIT_CLASSES = False
+    det.NUM_QUERIES = 100
+    det.ENCODER_LAYERS = 6
+    det.ENCODER_DIM = 128
+    det.DECODER_LAYERS = 6
+    det.DECODER_DIM = 256
+    det.NUM_ATTENTION_HEADS = 8
+    det.FEEDFORWARD_DIM = 1024
+    det.DROPOUT = 0.1
+    det.NO_OBJECT_WEIGHT = 0.1
+    # Loss weights; the matching's costs are the same three numbers.
+    det.CLASS_WEIGHT = 1.0
+    det.L1_WEIGHT = 5.0
+    det.GIOU_WEIGHT = 2.0
+
+    visft.SEGMENTATION = seg = CN()
+    seg.HEAD = "Mask2FormerHead"
+    seg.NUM_CLASSES = 0
+    seg.LABEL_SPACE = "contiguous"
+    seg.REINIT_CLASSES = False
+    seg.NUM_QUERIES = 100
+    seg.ENCODER_LAYERS = 6
+    seg.ENCODER_FEEDFORWARD_DIM = 512
+    seg.DECODER_LAYERS = 9
+    seg.DIM = 256
+    seg.NUM_ATTENTION_HEADS = 8
+    seg.FEEDFORWARD_DIM = 1024
+    seg.NO_OBJECT_WEIGHT = 0.1
+    seg.CLASS_WEIGHT = 2.0
+    seg.MASK_WEIGHT = 5.0
+    seg.DICE_WEIGHT = 5.0
+    # Points a mask is compared at, and how they are chosen (PointRend).
+    seg.NUM_POINTS = 12544
+    seg.OVERSAMPLE_RATIO = 3.0
+    seg.IMPORTANCE_RATIO = 0.75
+
+
+def _add_run(cfg: CN) -> None:
+    cfg.VISFT = run = CN()
+    # Stages that tools/train_net.py runs, in this order. `heads`: the tower is frozen, the heads train. `lora`: the
+    # heads are frozen, LoRA in the tower trains. A stock trainer runs the first of them with SOLVER.*.
+    run.STAGES = ("heads", "lora")
+    # Formats written to OUTPUT_DIR/export after the last stage; (): none.
+    run.EXPORT = ("open_clip",)
+
+    # Own data in COCO format, without code: when set, DATASETS.TRAIN / DATASETS.TEST are made of them.
+    run.DATA = data = CN()
+    data.TRAIN_JSON = ""
+    data.TRAIN_IMAGES = ""
+    data.TEST_JSON = ""
+    data.TEST_IMAGES = ""
+
+    # How training pictures are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
+    # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop).
+    run.INPUT = inp = CN()
+    inp.AUGMENTATION = "detection"
+    inp.SIZE = 1024
+    inp.JITTER_SCALE = (0.1, 2.0)
+    inp.CROP_RESIZE = (400, 500, 600)
+    inp.CROP_SIZE = (384, 600)
+    inp.CROP_PROBABILITY = 0.5
+
+    run.SOLVER = CN()
+    run.SOLVER.HEADS = _solver(base_lr=5e-5, max_iter=150000)
+    run.SOLVER.LORA = _solver(base_lr=1e-5, max_iter=100000)
+
+    # Skip pictures that do not decode, with a count, instead of stopping at the first.
+    cfg.DATALOADER.SKIP_BROKEN = False
+
+
+def _solver(base_lr: float, max_iter: int) -> CN:
+    solver = CN()
+    solver.IMS_PER_BATCH = 8  # over all processes
+    solver.BASE_LR = base_lr
+    solver.WEIGHT_DECAY = 1e-4
+    solver.MAX_ITER = max_iter
+    solver.WARMUP_ITERS = 2000  # linear, then cosine to 0 at MAX_ITER
+    solver.CLIP_NORM = 0.1  # L2 norm of the gradient over all that trains; 0: no clipping
+    solver.ACCUMULATE = 1  # batches a step: gradients are averaged over them
+    solver.CHECKPOINT_PERIOD = 5000
+    solver.EVAL_PERIOD = 0  # 0: after the stage's last iteration only
+    solver.AMP = ""  # "" (float32), "bfloat16" (CPU and CUDA) or "float16" (CUDA, with loss scaling)
+    return solver

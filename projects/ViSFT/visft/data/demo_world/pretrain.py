@@ -1,0 +1,489 @@
+"""Contrastive pretraining of the demo tower on captioned, augmented single emoji.
+
+CLIP's loss (Radford et al. 2021, section 2.3) with what makes a small ViT learn fast on few cores: small pictures first
+(CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of the hidden matrices (Muon,
+Jordan et al. 2024). Every random draw is a function of the seed and the step, so a resumed run needs no generator state.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from visft.data.demo_world import augment, catalogue, tower
+from visft.errors import CheckpointError, ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, RUN_FILE, LOG_FILE = "checkpoint.safetensors", "run.json", "log.jsonl"
+FINAL_FILE = tower.WEIGHTS_FILE.name
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the schedule: until which share of it, at what picture size (pixels), dropping which share of patches."""
+
+    until: float
+    size: int
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run.
+
+    Args:
+        samples: length of the schedule in pictures. 0 where `minutes` is given.
+        minutes: length of the schedule in minutes of training. The schedule then follows the clock (what was spent is
+            saved with the checkpoint), so that it ends in time on a machine shared with others; a run by samples is
+            instead the same to the bit however often it is interrupted.
+        batch_size: distinct emoji in a batch.
+        lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
+        weight_decay: decoupled; matrices of the two transformers only.
+        warmup: share of the schedule with a rising learning rate.
+        average: decay per step of the running mean of the weights over the last part; that mean is what is kept.
+        phases: picture sizes over the schedule.
+        seed: of the initial weights and of all data.
+        classes: use only the first so many emoji (0: all). For tests.
+    """
+
+    samples: int = 0
+    minutes: float = 0.0
+    batch_size: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    average: float = 0.98
+    phases: tuple[Phase, ...] = field(
+        default=(Phase(0.5, 32), Phase(0.7, 48), Phase(0.9, 64, 0.5), Phase(1.0, 64)),
+    )
+    seed: int = 0
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.samples > 0) == (self.minutes > 0):
+            raise ConfigError("give the length of the pretraining either in samples or in minutes")
+        if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
+            raise ConfigError("the picture sizes of the phases must be multiples of 8, and the last phase end at 1.0")
+
+    def phase(self, progress: float) -> Phase:
+        return next((p for p in self.phases if progress < p.until), self.phases[-1])
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then half a cosine to 0."""
+        if progress < self.warmup:
+            return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+
+
+def _generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    """A generator that depends on all three and on nothing else."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# ---------------------------------------------------------------- model
+
+
+def create_tower(seed: int) -> nn.Module:
+    """A fresh `visft-tiny` CLIP in float32, the same for the same seed."""
+    import open_clip
+
+    tower.register_open_clip()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.create_model(tower.NAME)
+
+
+def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Embeddings `[B, D]` of square pictures of any size; `keep` `[B, K]` holds the patches that are not dropped."""
+    x = visual.conv1(images).flatten(2).transpose(1, 2)
+    grid = images.shape[-1] // visual.patch_size[0]
+    position = visual.positional_embedding
+    cls_position, position = position[:1], position[1:]
+    native = visual.grid_size[0]
+    if grid != native:
+        square = position.T.reshape(1, -1, native, native)
+        square = F.interpolate(square, size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
+        position = square.flatten(2)[0].T
+    x = x + position
+    if keep is not None:
+        x = x.gather(1, keep.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    cls = (visual.class_embedding + cls_position).expand(len(x), 1, -1)
+    x = visual.transformer(visual.ln_pre(torch.cat([cls, x], 1)))
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n, roughly: Muon's quintic Newton-Schulz, 5 steps."""
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.transpose(1, 2)
+        x = 3.4445 * x + torch.baddbmm(-4.7750 * a, a, a, alpha=2.0315) @ x
+    return x
+
+
+class Optimizer:
+    """Muon for the transformers' matrices, AdamW for all else; its whole state is named tensors.
+
+    float32 throughout (bfloat16, which `torch.optim.Muon` uses, is slow on CPUs), and fused projections are
+    orthogonalised one by one.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.settings = settings
+        self.parameters = dict(model.named_parameters())
+        self.matrices: dict[tuple[int, int], list[str]] = {}
+        self.rest: list[str] = []
+        for name, p in self.parameters.items():
+            if ".resblocks." in name and p.ndim == 2:
+                self.matrices.setdefault(tuple(p.shape), []).append(name)
+            else:
+                self.rest.append(name)
+        muon = [name for names in self.matrices.values() for name in names]
+        self.state = {f"momentum/{n}": torch.zeros_like(self.parameters[n]) for n in muon}
+        for name in self.rest:
+            self.state[f"mean/{name}"] = torch.zeros_like(self.parameters[name])
+            self.state[f"square/{name}"] = torch.zeros_like(self.parameters[name])
+
+    @torch.no_grad()
+    def step(self, lr: float, step: int) -> None:
+        """One update; `step` counts from 0. Gradients are cleared."""
+        for shape, names in self.matrices.items():
+            momenta = [self.state[f"momentum/{n}"] for n in names]
+            gradients = [self.parameters[n].grad for n in names]
+            torch._foreach_mul_(momenta, 0.95)
+            torch._foreach_add_(momenta, gradients)
+            update = torch.stack(torch._foreach_add(gradients, momenta, alpha=0.95))
+            rows, columns = shape
+            parts = 3 if rows == 3 * columns else 1  # q, k and v lie in one matrix
+            update = update.view(-1, rows // parts, columns)
+            tall = rows // parts > columns
+            update = _orthogonalised(update.mT if tall else update)
+            update = (update.mT if tall else update).reshape(len(names), rows, columns)
+            # Scaled to the root mean square of AdamW's updates, so that both share a learning rate.
+            size = 0.2 * math.sqrt(max(rows // parts, columns))
+            for name, u in zip(names, update, strict=True):
+                self.parameters[name].mul_(1 - lr * self.settings.weight_decay).add_(u, alpha=-lr * size)
+        means = [self.state[f"mean/{n}"] for n in self.rest]
+        squares = [self.state[f"square/{n}"] for n in self.rest]
+        gradients = [self.parameters[n].grad for n in self.rest]
+        b1, b2 = 0.9, 0.98
+        torch._foreach_lerp_(means, gradients, 1 - b1)
+        torch._foreach_mul_(squares, b2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - b2)
+        denominators = torch._foreach_sqrt(torch._foreach_div(squares, 1 - b2 ** (step + 1)))
+        torch._foreach_add_(denominators, 1e-8)
+        parameters = [self.parameters[n] for n in self.rest]
+        torch._foreach_addcdiv_(parameters, means, denominators, value=-lr / (1 - b1 ** (step + 1)))
+        for p in self.parameters.values():
+            p.grad = None
+
+
+# ---------------------------------------------------------------- data
+
+
+class Views:
+    """Batches of distinct emoji with captions, and the evaluation's batches, for any picture size.
+
+    Args:
+        classes: use only the first so many emoji (0: all).
+        folders: further vendors' pictures (`catalogue.other_pictures`), drawn from as often as OpenMoji's.
+    """
+
+    def __init__(self, classes: int = 0, folders: Sequence[str | Path] = ()) -> None:
+        emoji = catalogue.catalogue()[: classes or None]
+        self.names = [e.name for e in emoji]
+        coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
+        self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
+        self.flippable = torch.tensor([augment.may_flip(name) for name in self.names])
+        # One (pictures, their classes) a vendor.
+        own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
+        self.vendors = [(own, torch.arange(len(emoji)))]
+        for folder in folders:
+            rgba, index = catalogue.other_pictures(folder)
+            kept = torch.tensor([i < len(emoji) for i in index])
+            self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
+        # where[v, c]: the place of class c among vendor v's pictures, or -1.
+        self.where = torch.full((len(self.vendors), len(emoji)), -1)
+        for v, (_, index) in enumerate(self.vendors):
+            self.where[v, index] = torch.arange(len(index))
+        self._size, self._banks = 0, []
+
+    def _banks_of(self, size: int) -> list[torch.Tensor]:
+        if size != self._size:
+            self._banks = [augment.premultiplied(pictures, size) for pictures, _ in self.vendors]
+            self._size = size
+        return self._banks
+
+    def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        """`(normalised pictures [count, 3, size, size], a caption each)` of distinct emoji."""
+        classes = torch.randperm(len(self.names), generator=generator)[:count]
+        vendor = torch.randint(len(self.vendors), (len(classes),), generator=generator)
+        vendor[self.where[vendor, classes] < 0] = 0
+        banks = self._banks_of(size)
+        if len(banks) == 1:
+            bank, index, flippable = banks[0], classes, self.flippable
+        else:
+            bank = torch.cat([b for b in banks])
+            starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
+            index = starts[vendor] + self.where[vendor, classes]
+            flippable = torch.cat([self.flippable[i] for _, i in self.vendors])
+        images = augment.augmented_views(bank, index, flippable, generator)
+        draws = torch.rand(len(classes), 2, generator=generator).tolist()
+        captions = []
+        for c, (a, b) in zip(classes.tolist(), draws, strict=True):
+            # COCO's word now and then, so that the text tower knows both.
+            name = self.coco_names[c] if self.coco_names[c] and a < 0.25 else self.names[c]
+            captions.append(tower.TEMPLATES[int(b * len(tower.TEMPLATES))].format(name))
+        return images, captions
+
+    def evaluation(self, vendor: int = 0, size: int = 64, views: int = 2) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Augmented views from a generator that training never uses: `(pictures, labels)`, every class `views` times."""
+        pictures, classes = self.vendors[vendor]
+        bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(pictures, size)
+        for view in range(views):
+            for start in range(0, len(classes), 256):
+                index = torch.arange(start, min(start + 256, len(classes)))
+                generator = _generator(1_000_003 + view, "evaluation", start)
+                yield augment.augmented_views(bank, index, self.flippable[classes], generator), classes[index]
+
+
+# ---------------------------------------------------------------- training
+
+
+def _write_atomically(path: Path, write) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+class Pretraining:
+    """A pretraining run in a folder: `run()` starts it or goes on with it.
+
+    Args:
+        output: folder of the run: its settings (`run.json`), log (`log.jsonl`), checkpoint, and at the end the weights.
+        settings: of a new run.
+        resume: go on with the run in `output`, under the settings it was started with.
+        pictures: folders of further vendors' pictures to train on as well.
+        held_out_pictures: folders of vendors that are only evaluated.
+
+    Raises:
+        ConfigError: if the folder already holds a run and `resume` is not set.
+        CheckpointError: if the checkpoint in the folder cannot be read.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        settings: Settings | None = None,
+        *,
+        resume: bool = False,
+        pictures: Sequence[str | Path] = (),
+        held_out_pictures: Sequence[str | Path] = (),
+        checkpoint_seconds: float = 120.0,
+        evaluate_seconds: float = 300.0,
+    ) -> None:
+        self.output = Path(output)
+        run_file = self.output / RUN_FILE
+        if run_file.exists() and not resume:
+            raise ConfigError(f"{self.output} already holds a run: give --resume to go on with it, or another folder")
+        if run_file.exists():
+            settings = _settings_from(run_file)
+        elif settings is None:
+            raise ConfigError(f"{self.output} holds no run to go on with, and no settings for a new one were given")
+        self.settings = settings
+        self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
+        self.views = Views(settings.classes, [*pictures, *held_out_pictures])
+        self.held_out = len(held_out_pictures)
+        self.model = create_tower(settings.seed)
+        self.optimizer = Optimizer(self.model, settings)
+        self.average = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        self.average_weight = 0.0
+        self.step = self.samples = 0
+        self.seconds = 0.0
+        self.output.mkdir(parents=True, exist_ok=True)
+        if run_file.exists() and (self.output / CHECKPOINT).exists():
+            self._load()
+        else:
+            text = json.dumps(asdict(settings), indent=1)
+            _write_atomically(run_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @property
+    def progress(self) -> float:
+        s = self.settings
+        return min(1.0, self.samples / s.samples if s.samples else self.seconds / (60 * s.minutes))
+
+    def run(self, stop_after: int | None = None) -> Path | None:
+        """Train to the end and write the weights, or stop after so many further steps with a checkpoint.
+
+        Returns:
+            The weights' file, or None if stopped before the end.
+
+        Raises:
+            TrainingError: if the loss is not finite.
+        """
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer(context_length=self.model.context_length)
+        trained_vendors = len(self.views.vendors) - self.held_out
+        evaluation_only, self.views.vendors = self.views.vendors, self.views.vendors[:trained_vendors]
+        last = saved = evaluated = reported = time.monotonic()
+        steps = 0
+        recent = (time.monotonic(), self.samples)
+        while self.progress < 1.0:
+            if stop_after is not None and steps >= stop_after:
+                self.save()
+                return None
+            lr = self.settings.learning_rate(self.progress)
+            phase = self.settings.phase(self.progress)
+            loss = self._train_step(tokenizer, phase, lr)
+            steps += 1
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
+            if now - reported > 30:
+                speed = (self.samples - recent[1]) / (now - recent[0])
+                left = (self.settings.samples - self.samples) / speed if self.settings.samples else (
+                    60 * self.settings.minutes - self.seconds
+                )  # fmt: skip
+                logger.info(
+                    "%5.1f %%  step %d  %d samples  loss %.3f  lr %.1e  %d px  %.0f img/s  ETA %d min",
+                    100 * self.progress, self.step, self.samples, loss, lr, phase.size, speed, left // 60,
+                )  # fmt: skip
+                self._log(loss=loss, lr=lr, size=phase.size, images_per_second=round(speed, 1))
+                recent = (now, self.samples)
+                reported = now
+            if now - evaluated > self.evaluate_seconds:
+                self._log(**self._evaluate(views=1))
+                evaluated = time.monotonic()
+            if now - saved > self.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        self.views.vendors = evaluation_only
+        return self._finish()
+
+    def _train_step(self, tokenizer, phase: Phase, lr: float) -> float:
+        generator = _generator(self.settings.seed, "training", self.step)
+        images, captions = self.views.batch(phase.size, self.settings.batch_size, generator)
+        keep = None
+        if phase.patch_dropout:
+            patches = (phase.size // 8) ** 2
+            order = torch.rand(len(images), patches, generator=generator).argsort(1)
+            keep = order[:, : max(1, round(patches * (1 - phase.patch_dropout)))]
+        self.model.train()
+        x = F.normalize(encode_image(self.model.visual, images, keep), dim=-1)
+        unique = sorted(set(captions))
+        y = self.model.encode_text(tokenizer(unique), normalize=True)
+        place = {caption: i for i, caption in enumerate(unique)}
+        logits = self.model.logit_scale.exp() * x @ y.T
+        label = torch.tensor([place[c] for c in captions])
+        loss = F.cross_entropy(logits, label)
+        if len(unique) == len(captions):
+            loss = 0.5 * (loss + F.cross_entropy(logits.T, label.argsort()))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(f"{self.output}: the loss is {value} at step {self.step}; the last checkpoint is sound")
+        loss.backward()
+        self.optimizer.step(lr, self.step)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+            # A mean over about 1/(1 - average) steps that forgets its empty start.
+            decay = self.settings.average
+            names = list(self.average)
+            parameters = dict(self.model.named_parameters())
+            torch._foreach_lerp_([self.average[n] for n in names], [parameters[n].data for n in names], 1 - decay)
+            self.average_weight = self.average_weight * decay + 1 - decay
+        self.step += 1
+        self.samples += len(images)
+        return value
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The complete CLIP's state with the running mean of the weights, float32."""
+        state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if self.average_weight:
+            state.update({k: v / self.average_weight for k, v in self.average.items()})
+        return state
+
+    def _evaluate(self, views: int) -> dict[str, float]:
+        model = create_tower(0)
+        model.load_state_dict(self.averaged())
+        model.eval()
+        classes = tower.class_embeddings(model, self.views.names)
+        names = ["openmoji", *(f"vendor{v}" for v in range(1, len(self.views.vendors)))]
+        found = {}
+        for v, name in enumerate(names):
+            score = tower.zero_shot(model, self.views.evaluation(v, views=views), classes)
+            found |= {f"{name}/top1": round(score["top1"], 2), f"{name}/top5": round(score["top5"], 2)}
+        logger.info("step %d, %d samples: %s", self.step, self.samples, found)
+        return found
+
+    def _log(self, **values) -> None:
+        line = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1), **values}
+        with open(self.output / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the checkpoint aside and rename it: weights, optimizer, running mean and counters in one file."""
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        counters = {k: getattr(self, k) for k in ("step", "samples", "seconds", "average_weight")}
+        metadata = {"counters": json.dumps(counters)}
+        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+        _write_atomically(self.output / CHECKPOINT, lambda path: save_file(tensors, path, metadata=metadata))
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        path = self.output / CHECKPOINT
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                counters = json.loads(file.metadata()["counters"])
+            targets = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            targets |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
+            targets |= {f"average/{k}": v for k, v in self.average.items()}
+            if targets.keys() != tensors.keys():
+                raise ValueError(f"its tensors differ: {sorted(targets.keys() ^ tensors.keys())[:3]}")
+            for name, value in targets.items():
+                value.copy_(tensors[name])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be resumed from ({error}); delete the folder to start anew") from error
+        for name, value in counters.items():
+            setattr(self, name, value)
+        logger.info("resumed %s at step %d, %d samples", self.output, self.step, self.samples)
+
+    def _finish(self) -> Path:
+        file = self.output / FINAL_FILE
+        state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in self.averaged().items()}
+        metadata = {"format": "pt", "architecture": tower.NAME, "pictures": catalogue.ATTRIBUTION}
+        _write_atomically(
+            file, lambda path: save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=metadata)
+        )
+        found = self._evaluate(views=4)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        self._log(final=True, sha256=digest, bytes=file.stat().st_size, **found)
+        return file
+
+
+def _settings_from(run_file: Path) -> Settings:
+    try:
+        values = json.loads(run_file.read_text(encoding="utf-8"))
+        values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
+        return Settings(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_file} is no settings file of a pretraining run ({error})") from error

@@ -1,0 +1,86 @@
+"""The demo tower `visft-tiny`: a CLIP in miniature that open_clip knows by name, and its zero-shot test."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+NAME, TAG = "visft-tiny", "demo"
+CONFIG_FILE = Path(__file__).with_name(f"{NAME}.json")
+WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensors"
+
+
+def register_open_clip() -> None:
+    """Make open_clip know the architecture `visft-tiny` and its tag `demo`, which stands for the shipped weights.
+
+    Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works offline. Calling it again does nothing.
+    """
+    import open_clip
+    from open_clip import pretrained
+
+    if NAME not in open_clip.list_models():
+        open_clip.add_model_config(CONFIG_FILE)
+    # open_clip has no function to add a tag. Its table is a plain dictionary, and "file" is its entry for local files.
+    tags = pretrained._PRETRAINED.setdefault(NAME, {})
+    tags[TAG] = {
+        "file": str(WEIGHTS_FILE),
+        "mean": pretrained.OPENAI_DATASET_MEAN,
+        "std": pretrained.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
+TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "an emoji of {}",
+    "a photo of a {}",
+    "the {} emoji",
+    "a drawing of a {}",
+    "a small {} on a coloured background",
+    "one {}",
+)
+"""Captions of single emoji in pretraining, and the prompts of zero-shot classification."""
+
+
+@torch.no_grad()
+def class_embeddings(model: nn.Module, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
+    """Unit text embeddings `[len(names), D]`, the mean over templates."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=model.context_length)
+    total = 0
+    for template in templates:
+        tokens = tokenizer([template.format(name) for name in names])
+        parts = [model.encode_text(part, normalize=True) for part in tokens.split(512)]
+        total = total + torch.cat(parts)
+    return torch.nn.functional.normalize(total, dim=-1)
+
+
+@torch.no_grad()
+def zero_shot(
+    model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], classes: torch.Tensor
+) -> dict[str, float]:
+    """Zero-shot accuracy, in per cent.
+
+    Args:
+        model: an open_clip CLIP in evaluation mode.
+        batches: `(normalised images [B, 3, H, W], labels [B])` each.
+        classes: unit text embeddings `[C, D]`.
+
+    Returns:
+        `{"top1": ..., "top5": ..., "images": number of images}`.
+    """
+    top1 = top5 = count = 0
+    for images, labels in batches:
+        logits = model.encode_image(images, normalize=True) @ classes.T
+        hits = logits.topk(min(5, len(classes)), dim=1).indices == labels[:, None]
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.any(1).sum())
+        count += len(labels)
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": count}

@@ -1,0 +1,25 @@
+"""Errors a caller can catch. Each message names the file or key, what was found, what was expected and what to do."""
+
+
+class VisftError(Exception):
+    """Base of every error that ViSFT raises on bad input; command-line tools print its message and exit with 1."""
+
+
+class ConfigError(VisftError, ValueError):
+    """A config key or name is unknown, contradictory or out of range."""
+
+
+class DataError(VisftError, ValueError):
+    """A data set is missing, or an annotation or picture in it is broken."""
+
+
+class CheckpointError(VisftError, RuntimeError):
+    """A weight file is missing, unreadable, unsafe, or does not fit the model."""
+
+
+class ExportError(VisftError, RuntimeError):
+    """An export cannot be written in the asked format, or its reader disagrees with the model."""
+
+
+class TrainingError(VisftError, RuntimeError):
+    """Training cannot go on, as when a loss is not finite."""
