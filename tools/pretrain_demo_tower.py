@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain the demo tower `visft-tiny` on captioned emoji; resumable, see `visft/data/demo_world/pretrain.py`."""
+"""Pretrain the demo tower `visft-tiny` on captioned emoji; may be interrupted and resumed."""
 
 import argparse
 import logging
@@ -14,13 +14,23 @@ from visft.errors import VisftError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="folder of the run: checkpoint, log, and in the end the weights")
+    parser.add_argument(
+        "--output", required=True, help="folder of the run: checkpoint, log, and in the end the weights"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--samples", type=int, default=0, help="length in pictures; repeatable to the bit")
-    length.add_argument("--minutes", type=float, default=0, help="length in minutes of training; follows the clock")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, if there is one")
-    parser.add_argument("--pictures", action="append", default=[], help="folder of another vendor's pictures to train on")
-    parser.add_argument("--held-out-pictures", action="append", default=[], help="the same, for evaluation alone")
+    length.add_argument(
+        "--minutes", type=float, default=0, help="length in minutes of training; follows the clock"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output, if there is one"
+    )
+    parser.add_argument(
+        "--pictures", action="append", default=[], help="folder of another vendor's pictures to train on"
+    )
+    parser.add_argument(
+        "--held-out-pictures", action="append", default=[], help="the same, for evaluation alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=Settings.lr)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")

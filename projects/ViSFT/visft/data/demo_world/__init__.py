@@ -1,6 +1,7 @@
-"""The demo world: rendered scenes in COCO format, and the small CLIP tower that was pretrained on its pictures.
+"""The demo world: rendered scenes in COCO format, and the small CLIP tower pretrained on its pictures.
 
-Pictures are OpenMoji's (https://openmoji.org), licensed CC BY-SA 4.0; what is rendered from them is under the same licence.
+Pictures are OpenMoji's (https://openmoji.org), licensed CC BY-SA 4.0; what is rendered from
+them is under the same licence.
 
 Importing this package is cheap: neither detectron2 nor open_clip is imported before it is needed.
 """

@@ -27,14 +27,20 @@ def premultiplied(pictures: torch.Tensor, size: int) -> torch.Tensor:
         rgba = pictures[start : start + 256].permute(0, 3, 1, 2).float() / 255
         rgba[:, :3] *= rgba[:, 3:]
         if rgba.shape[-1] != size:
-            rgba = F.interpolate(rgba, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+            rgba = F.interpolate(
+                rgba, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+            )
         out[start : start + 256] = (rgba * 255).round().to(torch.uint8)
     return out
 
 
-def _warp(rgba: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor, generator) -> torch.Tensor:
-    """Random rotation, aspect and shear about a given scale (share of the frame) and shift (in frames from its centre)."""
+def _warp(
+    rgba: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor, generator
+) -> torch.Tensor:
+    """Random rotation, aspect, shear; given scale (share of the frame), shift (frames from its centre)."""
     n, size = len(rgba), rgba.shape[-1]
+    if n == 0:
+        return rgba  # affine_grid refuses an empty batch
     angle = (torch.rand(n, generator=generator) - 0.5) * math.radians(50)
     aspect = torch.exp((torch.rand(n, generator=generator) - 0.5) * 0.4)
     shear = (torch.rand(n, generator=generator) - 0.5) * 0.3
@@ -52,7 +58,7 @@ def _warp(rgba: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, flip: to
 
 
 def _hue_rotation(angle: torch.Tensor, saturation: torch.Tensor) -> torch.Tensor:
-    """Colour matrices `[N, 3, 3]`: a rotation about the grey axis (Rodrigues' formula) after a change of saturation."""
+    """Colour matrices `[N, 3, 3]`: rotation about the grey axis (Rodrigues' formula) after saturation."""
     n = len(angle)
     cos, sin = torch.cos(angle).view(n, 1, 1), torch.sin(angle).view(n, 1, 1)
     ones = torch.full((3, 3), 1 / 3)
@@ -74,8 +80,12 @@ def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> 
     across = y * torch.cos(angle) - x * torch.sin(angle)
     frequency, phase = 3 + 12 * uniform(n, 1, 1), uniform(n, 1, 1) * 2 * math.pi
     u, v = torch.sin(frequency * along + phase), torch.sin(frequency * across + phase)
-    coarse = F.interpolate(uniform(n, 1, 4, 4), size=(height, width), mode="bicubic", align_corners=False)[:, 0]
-    fine = F.interpolate(uniform(n, 1, 12, 12), size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+    coarse = F.interpolate(uniform(n, 1, 4, 4), size=(height, width), mode="bicubic", align_corners=False)[
+        :, 0
+    ]
+    fine = F.interpolate(uniform(n, 1, 12, 12), size=(height, width), mode="bilinear", align_corners=False)[
+        :, 0
+    ]
     kinds = torch.stack(
         [
             torch.zeros(n, height, width),
@@ -94,7 +104,9 @@ def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> 
     return (first + (second - first) * blend).clamp_(0, 1)
 
 
-def augmented_views(bank: torch.Tensor, index: torch.Tensor, flippable: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augmented_views(
+    bank: torch.Tensor, index: torch.Tensor, flippable: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """One augmented view of each wanted picture, normalised for the tower.
 
     Args:
@@ -116,7 +128,13 @@ def augmented_views(bank: torch.Tensor, index: torch.Tensor, flippable: torch.Te
     cluttered = (uniform(n) < 0.2).nonzero()[:, 0]
     other = torch.randint(len(bank), (len(cluttered),), generator=generator)
     corner = (torch.randint(0, 2, (len(cluttered), 2), generator=generator) - 0.5) * 0.7
-    behind = _warp(bank[other].float() / 255, 0.2 + 0.2 * uniform(len(other)), corner, uniform(len(other)) < 0.5, generator)
+    behind = _warp(
+        bank[other].float() / 255,
+        0.2 + 0.2 * uniform(len(other)),
+        corner,
+        uniform(len(other)) < 0.5,
+        generator,
+    )
     image[cluttered] = behind[:, :3] + image[cluttered] * (1 - behind[:, 3:])
 
     scale = 0.5 + 0.6 * uniform(n)

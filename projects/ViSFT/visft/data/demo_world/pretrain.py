@@ -1,8 +1,9 @@
 """Contrastive pretraining of the demo tower on captioned, augmented single emoji.
 
-CLIP's loss (Radford et al. 2021, section 2.3) with what makes a small ViT learn fast on few cores: small pictures first
-(CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of the hidden matrices (Muon,
-Jordan et al. 2024). Every random draw is a function of the seed and the step, so a resumed run needs no generator state.
+CLIP's loss (Radford et al. 2021, section 2.3) with what makes a small ViT learn fast on few cores: small
+pictures first (CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of
+the hidden matrices (Muon, Jordan et al. 2024). Every random draw is a function of the seed and the step, so a
+resumed run needs no generator state.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ FINAL_FILE = tower.WEIGHTS_FILE.name
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the schedule: until which share of it, at what picture size (pixels), dropping which share of patches."""
+    """Part of a schedule: its end (share of the whole), picture size (pixels), share of patches dropped."""
 
     until: float
     size: int
@@ -45,14 +46,14 @@ class Settings:
 
     Args:
         samples: length of the schedule in pictures. 0 where `minutes` is given.
-        minutes: length of the schedule in minutes of training. The schedule then follows the clock (what was spent is
-            saved with the checkpoint), so that it ends in time on a machine shared with others; a run by samples is
-            instead the same to the bit however often it is interrupted.
+        minutes: length of the schedule in minutes of training. The schedule then follows the clock (what was
+            spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
+            by samples is instead the same to the bit however often it is interrupted.
         batch_size: distinct emoji in a batch.
         lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
         weight_decay: decoupled; matrices of the two transformers only.
         warmup: share of the schedule with a rising learning rate.
-        average: decay per step of the running mean of the weights over the last part; that mean is what is kept.
+        average: decay per step of the running mean of the weights; the mean is what is shipped.
         phases: picture sizes over the schedule.
         seed: of the initial weights and of all data.
         classes: use only the first so many emoji (0: all). For tests.
@@ -66,7 +67,7 @@ class Settings:
     warmup: float = 0.03
     average: float = 0.98
     phases: tuple[Phase, ...] = field(
-        default=(Phase(0.5, 32), Phase(0.7, 48), Phase(0.9, 64, 0.5), Phase(1.0, 64)),
+        default=(Phase(0.55, 32), Phase(0.75, 48), Phase(0.92, 64, 0.5), Phase(1.0, 64)),
     )
     seed: int = 0
     classes: int = 0
@@ -75,7 +76,9 @@ class Settings:
         if (self.samples > 0) == (self.minutes > 0):
             raise ConfigError("give the length of the pretraining either in samples or in minutes")
         if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
-            raise ConfigError("the picture sizes of the phases must be multiples of 8, and the last phase end at 1.0")
+            raise ConfigError(
+                "the picture sizes of the phases must be multiples of 8, and the last phase end at 1.0"
+            )
 
     def phase(self, progress: float) -> Phase:
         return next((p for p in self.phases if progress < p.until), self.phases[-1])
@@ -84,7 +87,9 @@ class Settings:
         """Linear warm-up, then half a cosine to 0."""
         if progress < self.warmup:
             return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+        return (
+            self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+        )
 
 
 def _generator(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -107,7 +112,7 @@ def create_tower(seed: int) -> nn.Module:
 
 
 def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Embeddings `[B, D]` of square pictures of any size; `keep` `[B, K]` holds the patches that are not dropped."""
+    """Embeddings `[B, D]` of square pictures of any size; `keep` `[B, K]`: the patches not dropped."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)
     grid = images.shape[-1] // visual.patch_size[0]
     position = visual.positional_embedding
@@ -115,7 +120,9 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
     native = visual.grid_size[0]
     if grid != native:
         square = position.T.reshape(1, -1, native, native)
-        square = F.interpolate(square, size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
+        square = F.interpolate(
+            square, size=(grid, grid), mode="bilinear", antialias=True, align_corners=False
+        )
         position = square.flatten(2)[0].T
     x = x + position
     if keep is not None:
@@ -129,7 +136,7 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
 
 
 def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n, roughly: Muon's quintic Newton-Schulz, 5 steps."""
+    """About the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n: Muon's Newton-Schulz."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.transpose(1, 2)
@@ -252,8 +259,10 @@ class Views:
             captions.append(tower.TEMPLATES[int(b * len(tower.TEMPLATES))].format(name))
         return images, captions
 
-    def evaluation(self, vendor: int = 0, size: int = 64, views: int = 2) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Augmented views from a generator that training never uses: `(pictures, labels)`, every class `views` times."""
+    def evaluation(
+        self, vendor: int = 0, size: int = 64, views: int = 2
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views from seeds that training never uses: `(pictures, labels)`, every class `views` times."""
         pictures, classes = self.vendors[vendor]
         bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(pictures, size)
         for view in range(views):
@@ -276,7 +285,7 @@ class Pretraining:
     """A pretraining run in a folder: `run()` starts it or goes on with it.
 
     Args:
-        output: folder of the run: its settings (`run.json`), log (`log.jsonl`), checkpoint, and at the end the weights.
+        output: folder of the run: settings (`run.json`), log (`log.jsonl`), checkpoint, in the end weights.
         settings: of a new run.
         resume: go on with the run in `output`, under the settings it was started with.
         pictures: folders of further vendors' pictures to train on as well.
@@ -301,11 +310,15 @@ class Pretraining:
         self.output = Path(output)
         run_file = self.output / RUN_FILE
         if run_file.exists() and not resume:
-            raise ConfigError(f"{self.output} already holds a run: give --resume to go on with it, or another folder")
+            raise ConfigError(
+                f"{self.output} already holds a run: give --resume to go on with it, or another folder"
+            )
         if run_file.exists():
             settings = _settings_from(run_file)
         elif settings is None:
-            raise ConfigError(f"{self.output} holds no run to go on with, and no settings for a new one were given")
+            raise ConfigError(
+                f"{self.output} holds no run to go on with, and no settings for a new one were given"
+            )
         self.settings = settings
         self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
         self.views = Views(settings.classes, [*pictures, *held_out_pictures])
@@ -397,7 +410,9 @@ class Pretraining:
             loss = 0.5 * (loss + F.cross_entropy(logits.T, label.argsort()))
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f"{self.output}: the loss is {value} at step {self.step}; the last checkpoint is sound")
+            raise TrainingError(
+                f"{self.output}: the loss is {value} at step {self.step}; the last checkpoint is sound"
+            )
         loss.backward()
         self.optimizer.step(lr, self.step)
         with torch.no_grad():
@@ -406,7 +421,9 @@ class Pretraining:
             decay = self.settings.average
             names = list(self.average)
             parameters = dict(self.model.named_parameters())
-            torch._foreach_lerp_([self.average[n] for n in names], [parameters[n].data for n in names], 1 - decay)
+            torch._foreach_lerp_(
+                [self.average[n] for n in names], [parameters[n].data for n in names], 1 - decay
+            )
             self.average_weight = self.average_weight * decay + 1 - decay
         self.step += 1
         self.samples += len(images)
@@ -438,7 +455,7 @@ class Pretraining:
             file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        """Write the checkpoint aside and rename it: weights, optimizer, running mean and counters in one file."""
+        """Write the checkpoint, aside and renamed: weights, optimizer, running mean, counters in one file."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
@@ -462,7 +479,9 @@ class Pretraining:
             for name, value in targets.items():
                 value.copy_(tensors[name])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be resumed from ({error}); delete the folder to start anew") from error
+            raise CheckpointError(
+                f"{path} cannot be resumed from ({error}); delete the folder to start anew"
+            ) from error
         for name, value in counters.items():
             setattr(self, name, value)
         logger.info("resumed %s at step %d, %d samples", self.output, self.step, self.samples)
@@ -472,7 +491,8 @@ class Pretraining:
         state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in self.averaged().items()}
         metadata = {"format": "pt", "architecture": tower.NAME, "pictures": catalogue.ATTRIBUTION}
         _write_atomically(
-            file, lambda path: save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=metadata)
+            file,
+            lambda path: save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=metadata),
         )
         found = self._evaluate(views=4)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -15,16 +15,16 @@ WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensor
 
 
 def register_open_clip() -> None:
-    """Make open_clip know the architecture `visft-tiny` and its tag `demo`, which stands for the shipped weights.
+    """Make open_clip know the architecture `visft-tiny` and its tag `demo`, the shipped weights.
 
-    Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works offline. Calling it again does nothing.
+    Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works, offline. May be called again.
     """
     import open_clip
     from open_clip import pretrained
 
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FILE)
-    # open_clip has no function to add a tag. Its table is a plain dictionary, and "file" is its entry for local files.
+    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
     tags = pretrained._PRETRAINED.setdefault(NAME, {})
     tags[TAG] = {
         "file": str(WEIGHTS_FILE),
@@ -49,7 +49,9 @@ TEMPLATES = (
 
 
 @torch.no_grad()
-def class_embeddings(model: nn.Module, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
+def class_embeddings(
+    model: nn.Module, names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> torch.Tensor:
     """Unit text embeddings `[len(names), D]`, the mean over templates."""
     from open_clip.tokenizer import SimpleTokenizer
 

@@ -1,0 +1,207 @@
+"""The demo world on disk: COCO files of train and validation scenes, and their names for detectron2.
+
+    root/train/*.jpg  root/val/*.jpg
+    root/annotations/{instances,captions}_{train,val}.json
+    root/demo_world.json     what the folder was made with; written last
+
+The pictures are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from visft.data.demo_world import catalogue, scenes
+from visft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MARKER = "demo_world.json"
+NAMES = {"train": "visft_demo_train", "val": "visft_demo_val"}
+VERSION = 1
+"""Raised when the same parameters give other files than before, so that old folders are made anew."""
+
+_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Where the files of the demo world are."""
+
+    root: Path
+
+    def images(self, split: str) -> Path:
+        return self.root / split
+
+    def instances(self, split: str) -> Path:
+        return self.root / "annotations" / f"instances_{split}.json"
+
+    def captions(self, split: str) -> Path:
+        return self.root / "annotations" / f"captions_{split}.json"
+
+
+def default_root() -> Path:
+    """`$VISFT_DEMO_DATA`, else `visft_demo` in `$DETECTRON2_DATASETS` (default `datasets`)."""
+    own = os.environ.get("VISFT_DEMO_DATA")
+    return Path(own) if own else Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "visft_demo"
+
+
+def make(root: str | Path, *, num_train: int = 4000, num_val: int = 500, seed: int = 0) -> DemoData:
+    """Make the demo world, unless `root` already holds the one of these parameters.
+
+    The same parameters give the same bytes. Files are made in a folder beside `root`, renamed when complete.
+
+    Raises:
+        DataError: if `root` holds files that were not made here, or numbers are out of range.
+    """
+    root = Path(root)
+    if num_train < 1 or num_val < 1:
+        raise DataError(f"a demo world needs scenes in both splits, not {num_train} and {num_val}")
+    parameters = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
+    parameters["sizes"] = [list(size) for size in scenes.SIZES]
+    if _made_with(root) == parameters:
+        return DemoData(root)
+    if root.exists() and _made_with(root) is None and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(
+            f"{root} is there and was not made by make_demo_data: give another folder, or remove it"
+        )
+    root.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root)
+    aside = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    try:
+        data = DemoData(aside)
+        data.instances("train").parent.mkdir(parents=True)
+        for split, count in (("train", num_train), ("val", num_val)):
+            _write_split(data, split, count, seed)
+        (aside / MARKER).write_text(json.dumps(parameters, indent=1), encoding="utf-8")
+        if root.exists():
+            shutil.rmtree(root)
+        try:
+            os.rename(aside, root)
+        except OSError:
+            if _made_with(root) != parameters:
+                raise
+            # Another process made the same in the meantime.
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    logger.info("%s: %d train and %d validation scenes", root, num_train, num_val)
+    return DemoData(root)
+
+
+def _made_with(root: Path) -> dict | None:
+    try:
+        return json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed processes left half-made."""
+    for path in root.parent.glob(f"{root.name}.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and int(pid) != os.getpid():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                pass
+        elif pid.isdigit():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def coco_categories() -> list[dict]:
+    """COCO's entries (id, name, supercategory) of the categories that the demo world shows, by id."""
+    return [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in catalogue.COCO_CATEGORIES]
+
+
+def _write_split(data: DemoData, split: str, count: int, seed: int) -> None:
+    from pycocotools import mask as mask_api
+
+    head = {
+        "info": {"description": f"ViSFT demo world, {split}", "version": str(VERSION), "seed": seed}
+        | {"contributor": catalogue.ATTRIBUTION},
+        "licenses": [{"id": 1, "name": "CC BY-SA 4.0", "url": catalogue.LICENSE_URL}],
+    }
+    emoji = catalogue.catalogue()
+    images, instances, captions = [], [], []
+    data.images(split).mkdir()
+    for image_id in range(1, count + 1):
+        # A scene depends on seed, split and number alone: a longer data set starts with the shorter one.
+        rng = np.random.default_rng([seed, split == "val", image_id])
+        scene = scenes.compose(rng, held_out=split == "val")
+        height, width = scene.image.shape[:2]
+        name = f"{image_id:012d}.jpg"
+        Image.fromarray(scene.image).save(data.images(split) / name, quality=_QUALITY, subsampling=0)
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
+        for item in scene.objects:
+            rle = mask_api.encode(np.asfortranarray(item.mask.astype(np.uint8)))
+            instances.append(
+                {
+                    "id": len(instances) + 1,
+                    "image_id": image_id,
+                    "category_id": catalogue.COCO_CATEGORIES[item.category].id,
+                    "bbox": list(item.box),
+                    "area": int(item.mask.sum()),
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                    "iscrowd": 0,
+                    "emoji": emoji[item.emoji].key,
+                }
+            )
+        for text in scene.captions:
+            captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": text})
+    body = {"images": images, "annotations": instances, "categories": coco_categories()}
+    data.instances(split).write_text(json.dumps(head | body), encoding="utf-8")
+    data.captions(split).write_text(
+        json.dumps(head | {"images": images, "annotations": captions}), encoding="utf-8"
+    )
+
+
+def _load(data: DemoData, split: str, name: str) -> list[dict]:
+    if not data.instances(split).is_file():
+        raise DataError(
+            f"{name}: {data.instances(split)} is not there; make the demo world with "
+            f"`python tools/make_demo_data.py --output {data.root}`, or set VISFT_DEMO_DATA to where it is"
+        )
+    from detectron2.data.datasets import load_coco_json
+
+    return load_coco_json(str(data.instances(split)), str(data.images(split)), name)
+
+
+def register(root: str | Path | None = None) -> None:
+    """Register `visft_demo_train` and `visft_demo_val` in detectron2's catalogs, replacing earlier entries.
+
+    No file is read before a data set is used. Masks are run-length encoded, so stock configs need
+    `INPUT.MASK_FORMAT bitmask`. Metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`, `json_file`,
+    `image_root`, `caption_json`, `evaluator_type`.
+
+    Args:
+        root: as given to `make`; default `default_root()`.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    data = DemoData(Path(root) if root is not None else default_root())
+    ids = {c.id: i for i, c in enumerate(catalogue.COCO_CATEGORIES)}
+    for split, name in NAMES.items():
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, functools.partial(_load, data, split, name))
+        MetadataCatalog.get(name).set(
+            thing_classes=[c.name for c in catalogue.COCO_CATEGORIES],
+            thing_dataset_id_to_contiguous_id=ids,
+            json_file=str(data.instances(split)),
+            image_root=str(data.images(split)),
+            caption_json=str(data.captions(split)),
+            evaluator_type="coco",
+        )
+
+
+register_all = register
