@@ -8,14 +8,6 @@ import torch.nn.functional as F
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Flipping these would change what they are called.
-_DIRECTED = frozenset("left right leftwards rightwards clockwise counterclockwise arrow o'clock".split())
-
-
-def may_flip(name: str) -> bool:
-    """Whether an emoji of this name is still called so after a horizontal flip."""
-    return not _DIRECTED & set(name.replace("-", " ").split())
-
 
 def premultiplied(pictures: torch.Tensor, size: int) -> torch.Tensor:
     """RGBA `[N, S, S, 4]` uint8 with straight alpha -> `[N, 4, size, size]` uint8 with premultiplied alpha.
@@ -112,7 +104,7 @@ def augmented_views(
     Args:
         bank: `[N, 4, S, S]` uint8, premultiplied RGBA (`premultiplied`).
         index: `[B]` int64 into `bank`.
-        flippable: `[N]` bool, see `may_flip`.
+        flippable: `[N]` bool, see `catalogue.may_flip`.
         generator: the only source of randomness.
 
     Returns:

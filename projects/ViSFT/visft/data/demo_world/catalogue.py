@@ -207,6 +207,15 @@ def unseen_emoji() -> tuple[Emoji, ...]:
     return tuple(e for e in catalogue() if e.coco_id is None)
 
 
+# Flipping these would change what they are called.
+_DIRECTED = frozenset("left right leftwards rightwards clockwise counterclockwise arrow o'clock".split())
+
+
+def may_flip(name: str) -> bool:
+    """Whether an emoji of this name is still called so after a horizontal flip."""
+    return not _DIRECTED & set(name.replace("-", " ").split())
+
+
 def render_svg(svg: str, size: int = RENDER_SIZE) -> np.ndarray:
     """RGBA picture `[size, size, 4]` uint8 (straight alpha) of an SVG's text.
 

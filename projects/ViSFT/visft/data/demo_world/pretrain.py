@@ -217,7 +217,7 @@ class Views:
         self.names = [e.name for e in emoji]
         coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
         self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
-        self.flippable = torch.tensor([augment.may_flip(name) for name in self.names])
+        self.flippable = torch.tensor([catalogue.may_flip(name) for name in self.names])
         # One (pictures, their classes) a vendor.
         own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
         self.vendors = [(own, torch.arange(len(emoji)))]

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from visft.data.demo_world import catalogue
-from visft.data.demo_world.augment import may_flip
 
 SIZES = ((128, 128), (112, 128), (128, 112))
 """Heights and widths of scenes; the first is as frequent as the two others together."""
@@ -92,7 +91,7 @@ def _sprites() -> tuple[list[list[int]], list[list[int]], list[tuple[int, Image.
         splits[1].append(list(range(start, start + len(indices))))
         for i in indices:
             images.append((i, Image.fromarray(rendered[i], "RGBA")))
-            flips.append(may_flip(emoji[i].name))
+            flips.append(catalogue.may_flip(emoji[i].name))
     return splits[0], splits[1], images, flips
 
 
