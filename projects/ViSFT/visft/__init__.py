@@ -1,1 +1,24 @@
 """ViSFT for detectron2: importing this package registers its backbones, heads, meta-architecture and data sets."""
+
+import importlib.util
+import logging
+import warnings
+
+# Messages that old code in detectron2 and its dependencies causes and that no user can act on. These two only.
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+logging.getLogger("torch.fx._symbolic_trace").addFilter(
+    lambda record: not record.getMessage().startswith("is_fx_tracing will return true")
+)
+
+if importlib.util.find_spec("detectron2") is None:
+    raise ModuleNotFoundError(
+        "visft needs detectron2, which PyPI does not have under that name. Either `pip install --no-build-isolation "
+        "git+https://github.com/facebookresearch/detectron2.git` (after torch; needs a compiler), or `make setup` in a "
+        "checkout of visft, which installs a prebuilt one.",
+        name="detectron2",
+    )
+
+from .config import add_visft_config  # noqa: E402
+
+__all__ = ["add_visft_config"]
+__version__ = "0.1.0"

@@ -1,0 +1,29 @@
+# `make demo` and `make test` do all set-up themselves, in .venv. Once that is done, it costs them a fraction of a second.
+# VENV=dir       another environment than .venv
+# PYTHON=python  the interpreter that makes it (3.10 or later, with pip)
+# DETECTRON2=upstream  detectron2 built from its own repository (needs GitHub and a compiler)
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint setup clean
+
+demo: setup
+	$(RUN) tools/demo.py
+
+test: setup
+	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+setup:
+	@$(PYTHON) scripts/install.py --venv "$(VENV)"
+
+clean:
+	rm -rf build dist output/demo projects/ViSFT/*.egg-info

