@@ -1,0 +1,244 @@
+"""Files of tensors and JSON: read without running what is in them, written aside and renamed when whole."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_SUFFIX = ".partial"
+"""End of the names of files that are being written; they begin with a dot, too."""
+
+_NESTS = ("state_dict", "model", "module")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+
+@contextlib.contextmanager
+def write_aside(path: str | os.PathLike) -> Iterator[Path]:
+    """Give the name of a temporary file beside `path`; rename it to `path` when the block ends well.
+
+    The file and its folder are synced first, so that after a crash at any moment `path` is either what it was
+    before or whole. When the block raises, the temporary file is removed and `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make the renames and removals in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[str]:
+    """Remove what a killed writer left half-written in `folder`; returns the names."""
+    leftovers = sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return [leftover.name for leftover in leftovers]
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Write JSON (two spaces, a final newline) atomically."""
+    with write_aside(path) as partial:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read JSON.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no valid JSON ({error}); it may have been cut off.") from error
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors atomically, on any device and with any strides; shared memory is written once a name.
+
+    Raises:
+        CheckpointError: the file cannot be written (disk full, no permission).
+    """
+    ready, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses two names for one memory, as tied weights and views have.
+        if storage.data_ptr() in seen:
+            tensor = tensor.clone()
+            storage = tensor.untyped_storage()
+        if tensor.numel():
+            seen.add(storage.data_ptr())
+        ready[name] = tensor
+    try:
+        with write_aside(path) as partial:
+            safetensors.torch.save_file(ready, partial, dict(metadata) if metadata else None)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors or PyTorch file, on the CPU, as a flat dictionary.
+
+    The kind is told by the content, not by the name. Nothing but tensors is ever built from a pickle. Usual
+    wrappings (`{"model": ...}`, `{"state_dict": ...}`, a `module.` in front of every name) are taken off.
+
+    Raises:
+        CheckpointError: the file is missing, empty, cut off, or has objects other than tensors pickled in it.
+    """
+    path = require_file(path)
+    if _is_safetensors(path):
+        with _open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    return _flat(_load_pickled(path, mmap=False), path)
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, without reading their values where the format allows it.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    path = require_file(path)
+    if _is_safetensors(path):
+        with _open_safetensors(path) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    tensors = _flat(_load_pickled(path, mmap=True), path)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings in a safetensors file's header; `{}` for other files."""
+    path = require_file(path)
+    if not _is_safetensors(path):
+        return {}
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def require_file(path: str | os.PathLike) -> Path:
+    """The path of a file that is there and not empty.
+
+    Raises:
+        CheckpointError: it is missing, a folder, empty, or unreadable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; a weight file (.safetensors or .pt) was expected.")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such weight file; check the path.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: is empty (0 bytes); fetch or write it again.")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: may not be read; check its permissions.")
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of header length, then a JSON object; pickles and zip archives begin otherwise."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:2] != b"PK")
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt", device="cpu")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: is no whole safetensors file ({error}); it was cut off or is of another format: "
+            f"fetch it again."
+        ) from error
+
+
+def _load_pickled(path: Path, mmap: bool) -> Any:
+    with open(path, "rb") as file:
+        mmap = mmap and file.read(2) == b"PK"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        found = _GLOBAL.search(str(error))
+        if found is None and "Unsupported" not in str(error) and "weights_only" not in str(error).lower():
+            raise _cut_off(path, error) from error
+        named = f" ({found.group(1)})" if found else ""
+        raise CheckpointError(
+            f"{path}: holds pickled objects other than tensors{named}; such a file can run code, so it was "
+            f"not loaded: "
+            "use a safetensors file, or a .pt file of tensors alone."
+        ) from error
+    except Exception as error:
+        # A damaged archive fails in many ways (RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...).
+        raise _cut_off(path, error) from error
+
+
+def _cut_off(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+    return CheckpointError(
+        f"{path}: is no whole weight file ({reason}); it was cut off or is no such file: fetch it again."
+    )
+
+
+def _flat(content: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}; a dictionary of named tensors was expected."
+        )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    others = [str(name) for name in content if str(name) not in tensors]
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors; a dictionary of named tensors was expected.")
+    if others:
+        logger.info(
+            "%s: ignored %d entries that are no tensors: %s", path, len(others), ", ".join(others[:5])
+        )
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors

@@ -1,0 +1,327 @@
+"""Loading weights with an account of every tensor: loaded, ignored (and why), missing, of another shape."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from . import authors
+from .files import read_shapes, read_tensors
+from .run import STAGES, describe, newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a file and of a module.
+
+    Attributes:
+        loaded: names in the module.
+        ignored: names in the file, and why.
+        missing: names in the module that the file does not have.
+        wrong_shape: names in the module: shape found, shape expected.
+        fresh: names in the module that start anew because that was asked for.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+
+    def log(self, what: str) -> None:
+        """Write the account in a few lines."""
+        logger.info("%s: loaded %d tensors%s", what, len(self.loaded), _groups(self.loaded))
+        for reason, count in Counter(self.ignored.values()).items():
+            names = [name for name, why in self.ignored.items() if why == reason]
+            logger.info("%s: ignored %d tensors (%s)%s", what, count, reason, _groups(names))
+        if self.fresh:
+            logger.info("%s: %d tensors start anew%s", what, len(self.fresh), _groups(self.fresh))
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    what: str,
+    names: Iterable[str] | None = None,
+    ignore: Mapping[str, str] | None = None,
+    reinit: Sequence[str] = (),
+    hint: str = "",
+) -> LoadReport:
+    """Copy tensors into a module's parameters and persistent buffers, and account for each.
+
+    Nothing is changed unless everything fits. Values are cast to the type the module holds.
+
+    Args:
+        module: what is loaded into.
+        tensors: by the module's names.
+        what: file (and part) for messages.
+        names: the module's names that the tensors should cover; None: all.
+        ignore: prefixes of names in `tensors` that are passed over, each with the reason for the report.
+        reinit: names in the module that keep their fresh values when the shape differs.
+        hint: what to do about a misfit, for the error.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no place in the module.
+    """
+    state = module.state_dict(keep_vars=True)
+    expected = list(state) if names is None else list(names)
+    report, unknown = LoadReport(), []
+    for name, tensor in tensors.items():
+        reason = next((why for prefix, why in (ignore or {}).items() if name.startswith(prefix)), None)
+        if reason is not None:
+            report.ignored[name] = reason
+        elif name not in state:
+            unknown.append(name)
+        elif tensor.shape == state[name].shape:
+            report.loaded.append(name)
+        elif name in reinit:
+            report.ignored[name] = "another number of classes"
+            report.fresh.append(name)
+        else:
+            report.wrong_shape[name] = (tuple(tensor.shape), tuple(state[name].shape))
+    present = {*report.loaded, *report.wrong_shape, *report.fresh}
+    report.missing = [name for name in expected if name not in present]
+
+    faults = []
+    if report.wrong_shape:
+        shapes = [f"{n}: {list(f)}, expected {list(e)}" for n, (f, e) in report.wrong_shape.items()]
+        faults.append(f"other shapes than the model's ({_some(shapes, '; ')})")
+    if report.missing:
+        faults.append(f"lacks {len(report.missing)} of the model's tensors ({_some(report.missing)})")
+    if unknown:
+        faults.append(f"has {len(unknown)} tensors that the model has no place for ({_some(unknown)})")
+    if faults:
+        raise CheckpointError(
+            f"{what} does not fit the model: {', '.join(faults)}.{' ' + hint if hint else ''}"
+        )
+
+    with torch.no_grad():
+        for name in report.loaded:
+            state[name].copy_(tensors[name])
+    report.log(what)
+    return report
+
+
+def load_heads(
+    model: nn.Module, files: Sequence[str | os.PathLike], reinit: Iterable[str] = ()
+) -> dict[str, LoadReport]:
+    """Start heads from files (`MODEL.VISFT.HEAD_FILES`), ours or the authors'.
+
+    A file may hold several heads; those that the model has not are passed over. A head that no file holds
+    stays fresh, which is logged; a head that a file holds in part is an error.
+
+    Args:
+        model: has its heads in the module dictionary `heads`.
+        files: weight files, or folders of runs.
+        reinit: names of the heads whose class layers may start anew where the number of classes differs.
+
+    Returns:
+        The report of each head that was loaded.
+
+    Raises:
+        CheckpointError: a file is unreadable, holds no head of the model, or does not fit.
+    """
+    reinit, reports = set(reinit), {}
+    for given in files:
+        path = resolve(given, stages=("heads",))[-1]
+        heads = split_heads(read_tensors(path), path)
+        found = [name for name in heads if name in model.heads]
+        if not found:
+            raise CheckpointError(
+                f"{path}: holds weights of the heads {', '.join(heads)}, the model has "
+                f"{', '.join(model.heads)}; "
+                "name a file of one of these in MODEL.VISFT.HEAD_FILES."
+            )
+        for name in heads:
+            if name not in found:
+                logger.info("%s: ignored the head `%s`, which the model does not have", path, name)
+                continue
+            head, key = model.heads[name], f"MODEL.VISFT.{name.upper()}.REINIT_CLASSES"
+            reports[name] = load_into(
+                head,
+                heads[name],
+                what=f"{path}, head `{name}`",
+                reinit=class_layer_names(head) if name in reinit else (),
+                hint=f"If only the number of classes differs, set {key} True to start the class layer anew.",
+            )
+    for name in model.heads:
+        if files and name not in reports:
+            logger.info("head `%s` starts fresh: no file in MODEL.VISFT.HEAD_FILES holds it", name)
+    return reports
+
+
+def class_layer_names(head: nn.Module) -> list[str]:
+    """Names of a head's tensors whose first dimension counts classes.
+
+    A head says so by `class_layers`, a tuple of module names within it.
+    """
+    prefixes = tuple(f"{layer}." for layer in getattr(head, "class_layers", ()))
+    return [name for name in head.state_dict() if name.startswith(prefixes)] if prefixes else []
+
+
+def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+    """Sort a file's tensors by head, named as the head's own parameters.
+
+    Raises:
+        CheckpointError: the file holds no head's tensors.
+    """
+    heads: dict[str, dict[str, Tensor]] = {}
+    if authors.is_head_file(tensors):
+        heads = authors.split_heads(tensors)
+    else:
+        for name, tensor in tensors.items():
+            if name.startswith("heads.") and name.count(".") > 1:
+                _, head, inner = name.split(".", 2)
+                heads.setdefault(head, {})[inner] = tensor
+    if not heads:
+        raise CheckpointError(
+            f"{path}: holds no head's weights (names like {_some(list(tensors), limit=2)}); names "
+            f"beginning with "
+            "`heads.` (ours) or `visft_heads.` (the authors') were expected."
+        )
+    return heads
+
+
+def load_run_weights(
+    model: nn.Module, path: str | os.PathLike, *, optional: Sequence[str] = ("backbone.",)
+) -> LoadReport:
+    """Load what a run of ours trained (`MODEL.WEIGHTS`, `--weights`) into a whole model.
+
+    Args:
+        model: a ViSFT model (`backbone`, `heads`).
+        path: a run's OUTPUT_DIR (its newest `heads` and `lora` checkpoints), a stage's folder, or a file.
+        optional: prefixes of model names that the run need not hold, as LoRA before it was trained. Weights
+            of the base are never expected.
+
+    Raises:
+        CheckpointError: nothing whole is there, or it does not fit the model or its base.
+    """
+    tensors: dict[str, Tensor] = {}
+    paths = resolve(path)
+    for file in paths:
+        check_base(file, getattr(model.backbone, "base", None))
+        tensors.update(read_tensors(file))
+    wanted = [n for n in model.state_dict() if n.startswith("heads.") or "lora_" in n.rpartition(".")[2]]
+    names = [n for n in wanted if n in tensors or not n.startswith(tuple(optional))]
+    report = load_into(
+        model,
+        tensors,
+        what=" + ".join(str(file) for file in paths),
+        names=names,
+        hint="Use the config that the run was started with.",
+    )
+    left = [n for n in wanted if n not in tensors]
+    if left:
+        logger.info("%s: not in the run, left as they are: %d tensors%s", path, len(left), _groups(left))
+    return report
+
+
+def resolve(path: str | os.PathLike, stages: Sequence[str] = STAGES) -> list[Path]:
+    """The weight files that a path stands for: a file; a stage's folder; a run's folder, one file a stage.
+
+    Raises:
+        CheckpointError: a folder without a whole checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = [newest_checkpoint(folder) for folder in (path, *(path / stage for stage in stages))]
+    files = [file for file in found if file is not None]
+    if not files:
+        raise CheckpointError(
+            f"{path}: no whole checkpoint in this folder (nor in its "
+            f"{' or '.join(f'{s}/' for s in stages)}); "
+            "give a run's OUTPUT_DIR or a weight file."
+        )
+    return files
+
+
+def check_file(
+    path: str | os.PathLike,
+    *,
+    key: str,
+    architecture: str | None = None,
+    sha256: str | None = None,
+    heads_only: bool = False,
+) -> list[Path]:
+    """Check a weight file, or a run's folder, before any model is built: cheap, and no value is read.
+
+    It must exist, not be empty, be whole, have no code pickled in it, hold something of ours or the authors',
+    and belong to this tower.
+
+    Args:
+        key: the config key or argument that named it, for the message.
+        architecture: `MODEL.CLIP_VIT.NAME`.
+        sha256: of the base's weight file, where known.
+        heads_only: for `MODEL.VISFT.HEAD_FILES`: it must hold heads; a base of the same architecture will do.
+
+    Returns:
+        The files that will be read.
+
+    Raises:
+        CheckpointError: any of this does not hold.
+    """
+    try:
+        files = resolve(path, ("heads",) if heads_only else STAGES)
+        for file in files:
+            shapes = read_shapes(file)
+            _check_described_base(file, architecture, None if heads_only else sha256)
+            if heads_only:
+                split_heads(shapes, file)
+            elif not authors.is_head_file(shapes) and not any(
+                name.startswith("heads.") or "lora_" in name or "tower." in name for name in shapes
+            ):
+                raise CheckpointError(
+                    f"{file}: holds nothing that a run trains (names like {_some(list(shapes), limit=2)}); "
+                    f"a CLIP's "
+                    "own weights go to MODEL.CLIP_VIT.PRETRAINED."
+                )
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+    return files
+
+
+def check_base(path: str | os.PathLike, base: Any) -> None:
+    """Compare the base that a checkpoint names with a model's (`BaseTower`; None: nothing to compare).
+
+    Raises:
+        CheckpointError: another architecture, or other weights.
+    """
+    if base is not None:
+        _check_described_base(Path(path), base.name, base.sha256)
+
+
+def _check_described_base(path: Path, architecture: str | None, sha256: str | None) -> None:
+    named = describe(path).get("base") or {}
+    if architecture and named.get("name") and named["name"] != architecture:
+        raise CheckpointError(
+            f"{path}: was trained on the tower {named['name']}, the config names {architecture}; set "
+            f"MODEL.CLIP_VIT.NAME {named['name']}, or give another file."
+        )
+    if sha256 and named.get("sha256") and named["sha256"] != sha256:
+        raise CheckpointError(
+            f"{path}: was trained on other base weights ({named.get('pretrained') or 'a file'}, SHA-256 "
+            f"{named['sha256'][:12]}...) than the config's ({sha256[:12]}...); set "
+            f"MODEL.CLIP_VIT.PRETRAINED to them."
+        )
+
+
+def _some(items: Sequence[str], separator: str = ", ", limit: int = 4) -> str:
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
+def _groups(names: Sequence[str]) -> str:
+    """Names counted by their first three parts: ` (heads.detection.transformer: 120, ...)`."""
+    counts = Counter(".".join(name.split(".")[:-1][:3]) or name for name in names)
+    return f" ({_some([f'{group}: {count}' for group, count in counts.items()], limit=6)})" if names else ""

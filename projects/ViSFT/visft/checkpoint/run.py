@@ -1,0 +1,315 @@
+"""Checkpoints of a stage: what trained, the trainer's state beside it, and a way back from a kill at any
+point.
+
+A checkpoint of iteration i is three files, written in this order, each aside and renamed:
+
+    trainer_i.safetensors   optimizer, scheduler, gradient scaler and random generators
+    model_i.safetensors     the tensors that trained
+    model_i.json            what they are, on which base, and the sizes of both files: with it the checkpoint
+    is whole
+
+`last_checkpoint` is written after them. An older checkpoint is removed in the opposite order. A kill in
+between leaves files without their JSON, which are no checkpoint.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .files import (
+    read_json,
+    read_metadata,
+    read_shapes,
+    read_tensors,
+    remove_leftovers,
+    require_file,
+    sync_folder,
+    write_aside,
+    write_json,
+    write_safetensors,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("heads", "lora")
+_NAME = re.compile(r"model_(\d{7,})\.json")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a stage changes: parameters that require gradients, and persistent buffers of modules owning one."""
+    owners = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {n for n, p in model.named_parameters() if p.requires_grad}
+    buffers = {n for n, _ in model.named_buffers() if n.rpartition(".")[0] in owners}
+    return {n: t for n, t in model.state_dict().items() if n in parameters or n in buffers}
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself (stage, iteration, base, settings); `{}` for files not ours."""
+    try:
+        return json.loads(read_metadata(path).get("visft", "{}"))
+    except ValueError:
+        return {}
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint's model file in a stage's folder, or None; broken ones are logged."""
+    for mark in _marks(folder):
+        fault = _fault(mark)
+        if fault is None:
+            return mark.with_suffix(".safetensors")
+        logger.warning("passed over the checkpoint %s: %s", mark, fault)
+    return None
+
+
+class RunCheckpointer:
+    """Saves and resumes one stage in one folder. Every process calls its methods; the main one writes.
+
+    Args:
+        folder: OUTPUT_DIR/heads or OUTPUT_DIR/lora.
+        model: the model; under DistributedDataParallel the wrapped module.
+        optimizer, scheduler, grad_scaler: what has a `state_dict` to carry on with; None: not there.
+        stage: `heads` or `lora`.
+        base: the tower's base (`CLIPViT.base`: name, pretrained, sha256), or None.
+        settings: anything that JSON can hold and that explains the weights, such as LoRA's rank and alpha.
+        keep: how many checkpoints stay; 0: all.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        grad_scaler: Any = None,
+        *,
+        stage: str,
+        base: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        keep: int = 2,
+    ):
+        self.folder = Path(folder)
+        self.model, self.optimizer = model, optimizer
+        self.parts = {"scheduler": scheduler, "grad_scaler": grad_scaler}
+        self.stage, self.base, self.keep = stage, base, keep
+        self.settings = dict(settings or {})
+        self._current: int | None = None
+
+    def save(self, iteration: int) -> Path:
+        """Write the checkpoint after `iteration` completed iterations; returns its model file."""
+        path = self.folder / f"model_{iteration:07d}.safetensors"
+        generators = comm.gather(generator_state())
+        if comm.is_main_process() and self._current != iteration:
+            self._write(path, iteration, generators)
+        self._current = iteration
+        comm.synchronize()
+        return path
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint; returns how many iterations it completed, 0 when there is none.
+
+        Raises:
+            CheckpointError: it is of another stage, tower or base, or does not fit the model.
+        """
+        # Not at the top: loading reads this module's names.
+        from .load import check_base, load_into
+
+        if comm.is_main_process() and self.folder.is_dir():
+            for name in remove_leftovers(self.folder):
+                logger.info("removed %s, which a killed process left half-written", self.folder / name)
+        comm.synchronize()
+        path = newest_checkpoint(self.folder)
+        if path is None:
+            return 0
+        about = describe(path)
+        if about.get("stage") != self.stage:
+            raise CheckpointError(
+                f"{path}: is of stage `{about.get('stage')}`, stage `{self.stage}` was to be resumed; use "
+                f"another OUTPUT_DIR."
+            )
+        check_base(path, self.base)
+        load_into(
+            self.model,
+            read_tensors(path),
+            what=str(path),
+            names=trained_tensors(self.model),
+            hint="Resume with the config that the run was started with.",
+        )
+        self._load_trainer(_trainer_file(path))
+        self._current = int(about["iteration"])
+        logger.info("resumed stage `%s` after iteration %d from %s", self.stage, self._current, path)
+        return self._current
+
+    def set_aside(self) -> None:
+        """Move an earlier run's checkpoints to `earlier-N` in the folder: nothing resumes from them."""
+        if comm.is_main_process() and self.folder.is_dir():
+            remove_leftovers(self.folder)
+            patterns = ("last_checkpoint", "model_*.json", "model_*.safetensors", "trainer_*.safetensors")
+            files = [file for pattern in patterns for file in sorted(self.folder.glob(pattern))]
+            if files:
+                number = 1 + max(
+                    (int(n) for p in self.folder.glob("earlier-*") if (n := p.name[8:]).isdecimal()),
+                    default=0,
+                )
+                target = self.folder / f"earlier-{number}"
+                target.mkdir()
+                for file in files:
+                    file.rename(target / file.name)
+                logger.info("moved the checkpoints of an earlier run to %s", target)
+        comm.synchronize()
+
+    def _write(self, path: Path, iteration: int, generators: list[Any]) -> None:
+        mark, trainer = path.with_suffix(".json"), _trainer_file(path)
+        if mark.exists():
+            # Written again with other values, the files must not pass for the old checkpoint half-way.
+            mark.unlink()
+            sync_folder(self.folder)
+        about = {
+            "stage": self.stage,
+            "iteration": iteration,
+            "base": dataclasses.asdict(self.base) if dataclasses.is_dataclass(self.base) else None,
+            "settings": self.settings,
+        }
+        tensors: dict[str, Tensor] = {}
+        state = {name: part.state_dict() for name, part in self.parts.items() if part is not None}
+        state["generators"] = generators
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        tree = pack(state, tensors)
+        write_safetensors(trainer, tensors, {"state": json.dumps(tree)})
+        write_safetensors(path, trained_tensors(self.model), {"format": "pt", "visft": json.dumps(about)})
+        sizes = {file.name: file.stat().st_size for file in (path, trainer)}
+        write_json(mark, {**about, "files": sizes})
+        with write_aside(self.folder / "last_checkpoint") as partial:
+            partial.write_text(path.name)
+        if self.keep:
+            for old in [m for m in _marks(self.folder) if _iteration(m) <= iteration][self.keep :]:
+                model_file = old.with_suffix(".safetensors")
+                for file in (old, model_file, _trainer_file(model_file)):
+                    file.unlink(missing_ok=True)
+        logger.info("saved %s", path)
+
+    def _load_trainer(self, path: Path) -> None:
+        state = unpack(json.loads(read_metadata(path)["state"]), read_tensors(path))
+        try:
+            if self.optimizer is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
+            for name, part in self.parts.items():
+                if part is not None:
+                    part.load_state_dict(state[name])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: its optimizer state does not fit this run ({error}); resume with the config that "
+                f"the run was "
+                "started with."
+            ) from error
+        generators, rank = state["generators"], comm.get_rank()
+        if comm.get_world_size() != len(generators):
+            logger.warning(
+                "%s: was written by %d processes, now there are %d: random numbers go other ways from here",
+                path,
+                len(generators),
+                comm.get_world_size(),
+            )
+        if rank < len(generators):
+            set_generator_state(generators[rank])
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of this process's global random generators: Python, numpy, torch on CPU and GPUs."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generator_state(state: Mapping[str, Any]) -> None:
+    """Put back what `generator_state` returned."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested containers into JSON; tensors go to `tensors` under a running name. `unpack` is the
+    inverse.
+
+    Raises:
+        TypeError: an object that is no container, tensor, number, string, bool or None.
+    """
+    if isinstance(tree, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        return {"items": [[pack(key, tensors), pack(value, tensors)] for key, value in tree.items()]}
+    if isinstance(tree, tuple):
+        return {"tuple": [pack(value, tensors) for value in tree]}
+    if isinstance(tree, list):
+        return [pack(value, tensors) for value in tree]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if tree is None or isinstance(tree, str | int | float):
+        return tree
+    raise TypeError(f"a {type(tree).__name__} cannot be saved in a checkpoint")
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if isinstance(tree, list):
+        return [unpack(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        if "tuple" in tree:
+            return tuple(unpack(value, tensors) for value in tree["tuple"])
+        return {unpack(key, tensors): unpack(value, tensors) for key, value in tree["items"]}
+    return tree
+
+
+def _marks(folder: str | os.PathLike) -> list[Path]:
+    """The JSON files of a folder's checkpoints, newest first."""
+    return sorted((m for m in Path(folder).glob("model_*.json") if _NAME.fullmatch(m.name)), key=_iteration)[
+        ::-1
+    ]
+
+
+def _iteration(mark: Path) -> int:
+    return int(_NAME.fullmatch(mark.name).group(1))
+
+
+def _trainer_file(path: Path) -> Path:
+    return path.with_name("trainer_" + path.name.removeprefix("model_"))
+
+
+def _fault(mark: Path) -> str | None:
+    """Why a checkpoint is not whole; None: it is."""
+    try:
+        about = read_json(mark)
+        for name, size in about["files"].items():
+            file = require_file(mark.with_name(name))
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            read_shapes(file)
+    except CheckpointError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "its JSON does not name its files"
+    return None
