@@ -25,7 +25,6 @@ model.pixel_std = [68.5005327, 66.6321579, 70.32316305]
 
 dataloader = get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.image_format = "RGB"
-dataloader.test.mapper.image_format = "RGB"
 
 lr_multiplier = get_config("common/coco_schedule.py").lr_multiplier_1x
 optimizer = get_config("common/optim.py").AdamW
