@@ -1,0 +1,78 @@
+"""What the meta-architecture asks of a head."""
+
+from typing import ClassVar
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+
+class VisftHead(nn.Module):
+    """A task head on one feature map.
+
+    It sees features, the padding mask and the batch; not which tower made the features, nor which stage it is. `images`
+    are the mapped dicts of the pictures it gets, `image_sizes` their (h, w) in pixels before padding, `padded_size` the
+    (H, W) that the map covers. A padding mask is True where a cell is padding.
+    """
+
+    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ()
+    """Names of the submodules whose shape follows the number of classes."""
+
+    def has_labels(self, image: dict) -> bool:
+        """Whether this picture is annotated for this task (perhaps with nothing to find)."""
+        raise NotImplementedError
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[k] counts that the losses are divided by, on the CPU, known before the forward pass.
+
+        The meta-architecture averages them over processes, so that the averaged gradient is that of the joined batch.
+        An empty list gives zeros.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self,
+        features: Tensor,
+        padding_mask: Tensor,
+        images: list[dict],
+        image_sizes: list[tuple[int, int]],
+        padded_size: tuple[int, int],
+        normalizers: Tensor,
+    ) -> dict[str, Tensor]:
+        """Weighted losses, each a scalar.
+
+        Args:
+            features: [N, C, h, w].
+            padding_mask: [N, h, w] bool.
+            normalizers: [k], averaged over processes.
+        """
+        raise NotImplementedError
+
+    def inference(
+        self,
+        features: Tensor,
+        padding_mask: Tensor,
+        images: list[dict],
+        image_sizes: list[tuple[int, int]],
+        padded_size: tuple[int, int],
+    ) -> list[Instances] | list[str]:
+        """One prediction a picture, in coordinates of the original picture (its `height` and `width`)."""
+        raise NotImplementedError
+
+
+def original_size(image: dict, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the picture before it was resized to `image_size`."""
+    return int(image.get("height", image_size[0])), int(image.get("width", image_size[1]))
+
+
+def nonzero_count(count: Tensor) -> Tensor:
+    """A count to divide by. Zero becomes one; means over processes may be between the two, and stay.
+
+    (The authors raise such means to one as well; then two processes would not give the joined batch's gradient.)
+    """
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
+def loss_names(name: str, num_layers: int) -> list[str]:
+    """Names of a loss on each of `num_layers` predictions: `name_0`, `name_1`, ..., and `name` for the last."""
+    return [f"{name}_{i}" for i in range(num_layers - 1)] + [name]

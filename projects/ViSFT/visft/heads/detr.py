@@ -1,0 +1,262 @@
+"""Detection by DETR (arXiv 2005.12872)."""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from visft.heads.base import VisftHead, loss_names, nonzero_count, original_size
+from visft.heads.detr_transformer import DETRTransformer
+from visft.heads.labels import LabelSpace, label_space
+from visft.heads.layers import MLP, check_divisible
+from visft.heads.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from visft.heads.matcher import Matching, match
+from visft.heads.position import sine_position_encoding
+from visft.heads.registry import VISFT_HEADS_REGISTRY
+
+
+@dataclass(frozen=True)
+class DETROutput:
+    """Predictions of all decoder layers, the last one last."""
+
+    hidden_states: Tensor
+    """[layers, N, Q, D]"""
+    logits: Tensor
+    """[layers, N, Q, classes + 1], no-object last"""
+    boxes: Tensor
+    """[layers, N, Q, 4]: cxcywh, 0..1 over the unpadded picture"""
+
+
+@dataclass(frozen=True)
+class DETRTargets:
+    """Labels [N, T] and boxes [N, T, 4] (cxcywh, relative), padded to the most targets of an image; their numbers."""
+
+    labels: Tensor
+    boxes: Tensor
+    counts: tuple[int, ...]
+
+
+@VISFT_HEADS_REGISTRY.register()
+class DETRHead(VisftHead):
+    """Boxes from learned queries, trained by matching them one to one with the annotated boxes.
+
+    Boxes are relative to the unpadded picture and padding is masked, so a picture's result does not depend on the
+    others of its batch.
+    """
+
+    CLASS_LAYERS = ("class_embed",)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        labels: LabelSpace,
+        num_queries: int = 100,
+        encoder_layers: int = 6,
+        encoder_dim: int = 128,
+        decoder_layers: int = 6,
+        decoder_dim: int = 256,
+        num_attention_heads: int = 8,
+        feedforward_dim: int = 1024,
+        dropout: float = 0.1,
+        no_object_weight: float = 0.1,
+        class_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        max_detections: int = 100,
+    ):
+        """
+        Args:
+            in_channels: of the feature map.
+            labels: what the class outputs mean.
+            no_object_weight: of unmatched queries in the classification loss.
+            class_weight, l1_weight, giou_weight: of the losses, and of the matching's costs.
+            max_detections: how many boxes of a picture inference returns at most.
+
+        Raises:
+            ConfigError: if a width is not a multiple of what it is divided into.
+        """
+        super().__init__()
+        check_divisible("ENCODER_DIM", encoder_dim, 4, "sine and cosine of x and y")
+        self.labels = labels
+        self.no_object_weight = no_object_weight
+        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
+        self.max_detections = max_detections
+
+        self.input_proj = nn.Conv2d(in_channels, encoder_dim, 1)
+        self.transformer = DETRTransformer(
+            encoder_layers=encoder_layers,
+            encoder_dim=encoder_dim,
+            decoder_layers=decoder_layers,
+            decoder_dim=decoder_dim,
+            num_heads=num_attention_heads,
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+        )
+        self.query_embed = nn.Embedding(num_queries, decoder_dim)
+        self.class_embed = nn.Linear(decoder_dim, labels.num_classes + 1)
+        self.bbox_embed = MLP(decoder_dim, decoder_dim, 4, 3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
+        node = cfg.MODEL.VISFT[name.upper()]
+        return {
+            "in_channels": input_shape.channels,
+            "labels": label_space(cfg, name),
+            "num_queries": node.NUM_QUERIES,
+            "encoder_layers": node.ENCODER_LAYERS,
+            "encoder_dim": node.ENCODER_DIM,
+            "decoder_layers": node.DECODER_LAYERS,
+            "decoder_dim": node.DECODER_DIM,
+            "num_attention_heads": node.NUM_ATTENTION_HEADS,
+            "feedforward_dim": node.FEEDFORWARD_DIM,
+            "dropout": node.DROPOUT,
+            "no_object_weight": node.NO_OBJECT_WEIGHT,
+            "class_weight": node.CLASS_WEIGHT,
+            "l1_weight": node.L1_WEIGHT,
+            "giou_weight": node.GIOU_WEIGHT,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    def forward(self, features: Tensor, padding_mask: Tensor | None = None) -> DETROutput:
+        """Features [N, C, h, w] and the padding mask [N, h, w] -> predictions of all layers."""
+        return self._predict(self._hidden_states(features, padding_mask))
+
+    def has_labels(self, image: dict) -> bool:
+        return "instances" in image and image["instances"].has("gt_boxes")
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of boxes; sum of the class weights of all queries."""
+        counts = [len(image["instances"]) for image in images]
+        return torch.tensor(
+            [sum(counts), class_weight_sum(counts, self.query_embed.num_embeddings, self.no_object_weight)]
+        )
+
+    def losses(
+        self, features, padding_mask, images, image_sizes, padded_size, normalizers
+    ) -> dict[str, Tensor]:
+        targets = self._targets(images, image_sizes, features.device)
+        output = self(features, _unless_full(padding_mask, image_sizes, padded_size))
+        return self.criterion(output, targets, self.match(output, targets), normalizers)
+
+    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
+        output = self._predict(hidden[-1:])
+        probability = self.labels.decode(output.logits[0].float().softmax(-1))
+        scores, classes = probability.max(-1)
+        keep = scores.topk(min(self.max_detections, scores.shape[1]), dim=1).indices
+        results = []
+        for index, (image, size) in enumerate(zip(images, image_sizes)):
+            height, width = original_size(image, size)
+            boxes = cxcywh_to_xyxy(output.boxes[0, index, keep[index]].float())
+            result = Instances((height, width))
+            result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
+            result.pred_boxes.clip((height, width))
+            result.scores = scores[index, keep[index]]
+            result.pred_classes = classes[index, keep[index]]
+            results.append(result)
+        return results
+
+    @torch.no_grad()
+    def match(self, output: DETROutput, targets: DETRTargets) -> Matching:
+        """Assign targets to queries, in every layer anew."""
+        probability, boxes = output.logits.float().softmax(-1), output.boxes.float()
+        index = targets.labels[None, :, None].expand(*probability.shape[:3], -1)
+        cost = -self.class_weight * probability.gather(-1, index)
+        cost += self.l1_weight * torch.cdist(boxes, targets.boxes[None], p=1)
+        cost -= self.giou_weight * generalized_iou(
+            cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None]
+        )
+        return match([cost[:, i, :, :count] for i, count in enumerate(targets.counts)])
+
+    def criterion(
+        self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all layers: `loss_ce`, `loss_bbox`, `loss_giou`, auxiliary ones as `loss_ce_0`..."""
+        num_boxes, class_weights = nonzero_count(normalizers.to(output.logits.device)).unbind()
+        matched_boxes, target_boxes = (
+            output.boxes[matching.predictions].float(),
+            targets.boxes[matching.targets],
+        )
+        l1 = (matched_boxes - target_boxes).abs().sum((1, 2))
+        giou = generalized_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(target_boxes))
+        ce = classification_loss(output.logits, targets.labels, matching, self.no_object_weight)
+        losses = {
+            "loss_ce": self.class_weight * ce / class_weights,
+            "loss_bbox": self.l1_weight * l1 / num_boxes,
+            "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
+        }
+        return {
+            name: value
+            for key, values in losses.items()
+            for name, value in zip(loss_names(key, len(values)), values.unbind())
+        }
+
+    def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
+        features = self.input_proj(features.to(self.input_proj.weight.dtype))
+        if padding_mask is None:
+            valid = features.new_ones((1, *features.shape[-2:]), dtype=torch.bool)
+        else:
+            valid = ~padding_mask
+        pos = sine_position_encoding(valid, features.shape[1]).to(features.dtype)
+        return self.transformer(
+            features.flatten(2).transpose(1, 2),
+            pos.flatten(2).transpose(1, 2),
+            self.query_embed.weight,
+            None if padding_mask is None else valid.flatten(1),
+        )
+
+    def _predict(self, hidden: Tensor) -> DETROutput:
+        return DETROutput(hidden, self.class_embed(hidden), self.bbox_embed(hidden).float().sigmoid())
+
+    def _targets(
+        self, images: list[dict], image_sizes: list[tuple[int, int]], device: torch.device
+    ) -> DETRTargets:
+        labels, boxes = [], []
+        for image, (height, width) in zip(images, image_sizes):
+            instances = image["instances"]
+            labels.append(self.labels.encode(instances.gt_classes))
+            corners = instances.gt_boxes.tensor.float()
+            boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
+        return DETRTargets(
+            labels=pad_sequence(labels, batch_first=True).to(device),
+            boxes=pad_sequence(boxes, batch_first=True).to(device),
+            counts=tuple(map(len, labels)),
+        )
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, matching: Matching, no_object_weight: float
+) -> Tensor:
+    """Weighted cross-entropy of every query, summed over queries and images.
+
+    Args:
+        logits: [L, N, Q, classes + 1], no-object last. labels: [N, T] of the targets.
+
+    Returns:
+        [L]; divided by `class_weight_sum` it is the weighted mean.
+    """
+    no_object = logits.shape[-1] - 1
+    target = torch.full(logits.shape[:3], no_object, device=logits.device)
+    target[matching.predictions] = labels[matching.targets]
+    ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none").view_as(target)
+    return torch.where(target == no_object, no_object_weight * ce, ce).sum((1, 2))
+
+
+def class_weight_sum(counts: list[int], num_queries: int, no_object_weight: float) -> float:
+    """Sum of the class weights of all queries, given each image's number of targets."""
+    matched = sum(min(count, num_queries) for count in counts)
+    return matched + no_object_weight * (num_queries * len(counts) - matched)
+
+
+def _unless_full(
+    padding_mask: Tensor, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
+) -> Tensor | None:
+    """The mask, or None where no picture is padded (attention without a mask is faster)."""
+    return padding_mask if any(tuple(size) != tuple(padded_size) for size in image_sizes) else None

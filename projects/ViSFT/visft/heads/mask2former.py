@@ -1,0 +1,315 @@
+"""Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
+
+import zlib
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from visft.errors import ConfigError
+from visft.heads.base import VisftHead, loss_names, nonzero_count, original_size
+from visft.heads.detr import class_weight_sum, classification_loss
+from visft.heads.labels import LabelSpace, label_space
+from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
+from visft.heads.mask_decoder import MaskDecoder, MaskOutput
+from visft.heads.matcher import Matching, match
+from visft.heads.pixel_decoder import PixelDecoder
+from visft.heads.registry import VISFT_HEADS_REGISTRY
+
+
+@VISFT_HEADS_REGISTRY.register()
+class Mask2FormerHead(VisftHead):
+    """Masks from learned queries, trained by matching them one to one with the annotated masks.
+
+    Masks are compared at random points (PointRend, arXiv 1912.08193), drawn from the global generator of the CPU and
+    the image's id: processes that share a seed draw what one process with all their images would.
+    """
+
+    CLASS_LAYERS = ("predictor.class_embed",)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        labels: LabelSpace,
+        num_queries: int = 100,
+        encoder_layers: int = 6,
+        encoder_feedforward_dim: int = 512,
+        decoder_layers: int = 9,
+        dim: int = 256,
+        num_attention_heads: int = 8,
+        feedforward_dim: int = 1024,
+        no_object_weight: float = 0.1,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_ratio: float = 0.75,
+        max_detections: int = 100,
+    ):
+        """
+        Args:
+            in_channels: of the feature map.
+            labels: what the class outputs mean.
+            no_object_weight: of unmatched queries in the classification loss.
+            class_weight, mask_weight, dice_weight: of the losses, and of the matching's costs.
+            num_points: where a mask is compared.
+            oversample_ratio: candidates a point; the most uncertain of them make `importance_ratio` of the points.
+            max_detections: how many masks of a picture inference returns at most.
+
+        Raises:
+            ConfigError: if a width is not a multiple of what it is divided into, or a number is out of range.
+        """
+        super().__init__()
+        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
+            raise ConfigError(
+                f"NUM_POINTS {num_points}, OVERSAMPLE_RATIO {oversample_ratio}, IMPORTANCE_RATIO {importance_ratio}: "
+                "the first two must be at least 1, the last between 0 and 1"
+            )
+        self.labels = labels
+        self.num_queries = num_queries
+        self.no_object_weight = no_object_weight
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.num_points = num_points
+        self.num_candidates = int(oversample_ratio * num_points)
+        self.num_important = int(importance_ratio * num_points)
+        self.max_detections = max_detections
+
+        self.pixel_decoder = PixelDecoder(
+            in_channels=in_channels,
+            dim=dim,
+            num_layers=encoder_layers,
+            num_heads=num_attention_heads,
+            feedforward_dim=encoder_feedforward_dim,
+        )
+        self.predictor = MaskDecoder(
+            dim=dim,
+            num_classes=labels.num_classes,
+            num_queries=num_queries,
+            num_layers=decoder_layers,
+            num_heads=num_attention_heads,
+            feedforward_dim=feedforward_dim,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
+        node = cfg.MODEL.VISFT[name.upper()]
+        return {
+            "in_channels": input_shape.channels,
+            "labels": label_space(cfg, name),
+            "num_queries": node.NUM_QUERIES,
+            "encoder_layers": node.ENCODER_LAYERS,
+            "encoder_feedforward_dim": node.ENCODER_FEEDFORWARD_DIM,
+            "decoder_layers": node.DECODER_LAYERS,
+            "dim": node.DIM,
+            "num_attention_heads": node.NUM_ATTENTION_HEADS,
+            "feedforward_dim": node.FEEDFORWARD_DIM,
+            "no_object_weight": node.NO_OBJECT_WEIGHT,
+            "class_weight": node.CLASS_WEIGHT,
+            "mask_weight": node.MASK_WEIGHT,
+            "dice_weight": node.DICE_WEIGHT,
+            "num_points": node.NUM_POINTS,
+            "oversample_ratio": node.OVERSAMPLE_RATIO,
+            "importance_ratio": node.IMPORTANCE_RATIO,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    def forward(self, features: Tensor) -> MaskOutput:
+        """Features [N, C, h, w] -> predictions before the first layer and after each."""
+        features = features.to(self.pixel_decoder.mask_features.weight.dtype)
+        return self.predictor(*self.pixel_decoder(features))
+
+    def has_labels(self, image: dict) -> bool:
+        instances = image.get("instances")
+        # A mapper adds no masks to a picture on which there is nothing.
+        return instances is not None and (instances.has("gt_masks") or len(instances) == 0)
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of masks; sum of the class weights of all queries."""
+        counts = [len(image["instances"]) for image in images]
+        return torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
+
+    def losses(
+        self, features, padding_mask, images, image_sizes, padded_size, normalizers
+    ) -> dict[str, Tensor]:
+        device = features.device
+        output = self(features)
+        points = self._random_points(images, device)
+        labels = [_classes(self.labels, image["instances"]) for image in images]
+        samples = [_sample_targets(image["instances"], at, padded_size) for image, at in zip(images, points)]
+        labels = pad_sequence(labels, batch_first=True).to(device)
+        matching = self.match(output, labels, samples, points)
+        return self.criterion(output, labels, samples, points, matching, normalizers)
+
+    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        output = self(features)
+        probability = self.labels.decode(output.logits[-1].float().softmax(-1))
+        num_classes = probability.shape[-1]
+        scores, index = probability.flatten(1).topk(min(self.max_detections, probability[0].numel()), dim=1)
+        queries, classes = index // num_classes, index % num_classes
+        return [
+            _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
+            for i, (image, size) in enumerate(zip(images, image_sizes))
+        ]
+
+    @torch.no_grad()
+    def match(
+        self, output: MaskOutput, labels: Tensor, samples: list[Tensor], points: list[Tensor]
+    ) -> Matching:
+        """Assign targets to queries, in every layer anew.
+
+        Args:
+            labels: [N, T], padded. samples: an image's targets [T_i, P] at its points [P, 2]; the first `num_points` of
+                them serve the matching.
+        """
+        probability, p = output.logits.float().softmax(-1), self.num_points
+        costs = []
+        for i, (sampled, at) in enumerate(zip(samples, points)):
+            target_labels = labels[i, : len(sampled)]
+            logits = sample_points(output.masks[:, i].flatten(0, 1)[None].float(), at[None, :p])
+            logits = logits.view(*output.masks.shape[:1], self.num_queries, p)
+            mask, dice = pairwise_mask_costs(logits, sampled[:, :p])
+            cost = self.mask_weight * mask + self.dice_weight * dice
+            costs.append(cost - self.class_weight * probability[:, i][..., target_labels])
+        return match(costs)
+
+    def criterion(
+        self,
+        output: MaskOutput,
+        labels: Tensor,
+        samples: list[Tensor],
+        points: list[Tensor],
+        matching: Matching,
+        normalizers: Tensor,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all layers: `loss_ce`, `loss_mask`, `loss_dice`, auxiliary ones as `loss_ce_0`...
+
+        Arguments as for `match`; the points after the first `num_points` are the candidates, then the random ones.
+        """
+        num_masks, class_weights = nonzero_count(normalizers.to(output.logits.device)).unbind()
+        matched = output.masks[matching.predictions].float()  # [L, M, h, w]
+        logits, targets, start = [], [], 0
+        for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1)):
+            count = masks.shape[1]
+            target = matching.target[:, start : start + count]
+            start += count
+            if count:
+                at, sampled = at[None, self.num_points :], sampled[:, self.num_points :]
+                values = sample_points(masks.flatten(0, 1)[None], at).view(*masks.shape[:2], -1)
+                picked, target_values = self._choose(values, sampled[target])
+                logits.append(picked)
+                targets.append(target_values)
+        if logits:
+            logits, targets = torch.cat(logits, dim=1), torch.cat(targets, dim=1)
+            mask, dice = mask_loss(logits, targets).sum(1), dice_loss(logits, targets).sum(1)
+        else:
+            mask = dice = matched.sum((1, 2, 3))
+        ce = classification_loss(output.logits, labels, matching, self.no_object_weight)
+        losses = {
+            "loss_ce": self.class_weight * ce / class_weights,
+            "loss_mask": self.mask_weight * mask / num_masks,
+            "loss_dice": self.dice_weight * dice / num_masks,
+        }
+        return {
+            name: value
+            for key, values in losses.items()
+            for name, value in zip(loss_names(key, len(values)), values.unbind())
+        }
+
+    def _choose(self, values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """From candidates and random points [L, m, C + R]: the most uncertain candidates, and the random ones."""
+        candidates = values[..., : self.num_candidates].detach()
+        important = candidates.abs().topk(self.num_important, largest=False, sorted=False).indices
+        return tuple(
+            torch.cat((x.gather(-1, important), x[..., self.num_candidates :]), dim=-1)
+            for x in (values, targets)
+        )
+
+    def _random_points(self, images: list[dict], device: torch.device) -> list[Tensor]:
+        """An image's points [P, 2], 0..1 over the padded picture: for matching, candidates, random ones.
+
+        All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
+        """
+        count = self.num_points + self.num_candidates + self.num_points - self.num_important
+        base = int(torch.randint(2**62, (1,)))
+        points = []
+        for index, image in enumerate(images):
+            key = str(image.get("image_id", image.get("file_name", index)))
+            generator = torch.Generator(device).manual_seed(base ^ zlib.crc32(key.encode()))
+            points.append(torch.rand(count, 2, generator=generator, device=device))
+        return points
+
+
+def _classes(labels: LabelSpace, instances: Instances) -> Tensor:
+    if not len(instances):
+        return torch.zeros(0, dtype=torch.int64)
+    return labels.encode(instances.gt_classes)
+
+
+def _sample_targets(instances: Instances, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
+    """Annotated masks at points [P, 2] (0..1 over the padded picture) -> [T, P]; padding is outside of every mask."""
+    if not len(instances):
+        return points.new_zeros((0, len(points)))
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+    masks = masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)
+    (height, width), (padded_height, padded_width) = masks.shape[-2:], padded_size
+    scale = points.new_tensor([padded_width / width, padded_height / height])
+    return sample_points(masks.to(points.device).float()[None], points[None] * scale)[0]
+
+
+def _detections(
+    masks: Tensor,
+    scores: Tensor,
+    queries: Tensor,
+    classes: Tensor,
+    image_size: tuple[int, int],
+    padded_size: tuple[int, int],
+    image: dict,
+) -> Instances:
+    """Masks [Q, h, w] and chosen (query, class) pairs [K] -> detections at the picture's original size.
+
+    A mask's score is its class's times the mean probability of its foreground. Pairs with an empty mask are left out.
+    """
+    size = original_size(image, image_size)
+    used, which = queries.unique(return_inverse=True)
+    binary, quality = [], []
+    # Few at a time: a hundred float masks of a large picture take gigabytes.
+    for chunk in masks[used].float().split(16):
+        chunk = F.interpolate(chunk[None], padded_size, mode="bilinear", align_corners=False)
+        chunk = chunk[..., : image_size[0], : image_size[1]]
+        if size != tuple(image_size):
+            chunk = F.interpolate(chunk, size, mode="bilinear", align_corners=False)
+        chunk = chunk[0]
+        foreground = chunk > 0
+        binary.append(foreground)
+        area = foreground.sum((1, 2)).clamp(min=1)
+        quality.append((chunk.sigmoid() * foreground).sum((1, 2)) / area)
+    binary, quality = torch.cat(binary), torch.cat(quality)
+    keep = binary.flatten(1).any(1)[which]
+    which = which[keep]
+    result = Instances(size)
+    result.pred_masks = binary[which]
+    result.pred_boxes = Boxes(tight_boxes(binary)[which])
+    result.scores = scores[keep] * quality[which]
+    result.pred_classes = classes[keep]
+    return result
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """Corner boxes [T, 4] around bool masks [T, H, W], their last pixels included; zeros for an empty mask."""
+    rows, columns = masks.any(2), masks.any(1)
+    edges = []
+    for occupied in (columns, rows):
+        first = occupied.int().argmax(1)
+        last = occupied.shape[1] - occupied.flip(1).int().argmax(1)
+        edges.append((first, torch.where(occupied.any(1), last, 0)))
+    (x0, x1), (y0, y1) = edges
+    return torch.stack((x0, y0, x1, y1), dim=1).float()
