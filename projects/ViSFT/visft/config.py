@@ -128,6 +128,10 @@ def _add_run(cfg: CN) -> None:
     inp.CROP_SIZE = (384, 600)
     inp.CROP_PROBABILITY = 0.5
 
+    # Memory in GiB, in each process, for the frozen tower's features in stage `heads`: a picture that comes again
+    # unchanged (AUGMENTATION `fixed`) is not computed again. Then each picture passes the tower alone. 0: off.
+    run.FEATURE_CACHE = 0.0
+
     run.SOLVER = CN()
     run.SOLVER.HEADS = _solver(base_lr=5e-5, max_iter=150000)
     run.SOLVER.LORA = _solver(base_lr=1e-5, max_iter=100000)

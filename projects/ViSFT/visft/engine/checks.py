@@ -1,0 +1,187 @@
+"""What is checked before any weight is built: device, names, data sets, weight files, in this order (keys before)."""
+
+import os
+
+import torch
+from detectron2.config import CfgNode
+
+from visft.engine.settings import nearest, unknown
+from visft.errors import CheckpointError, ConfigError, DataError
+
+STAGES = ("heads", "lora")
+LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+def check(
+    cfg: CfgNode, *, processes: int = 1, local_processes: int = 1, train: bool = True, weights: tuple = ()
+) -> None:
+    """Raise the first thing that is wrong with a config, before anything is built or written.
+
+    Args:
+        cfg: as `settings.load_config` returns it (which has checked the keys). Own data (`VISFT.DATA`) is
+            registered and becomes DATASETS.TRAIN / TEST here.
+        processes: over all machines. local_processes: on this one.
+        train: whether the training settings and data sets are needed.
+        weights: further weight files that will be read.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one sentence each.
+    """
+    _device(cfg, local_processes)
+    _names(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+        _visft_names(cfg, processes)
+    _data_sets(cfg, train)
+    _weight_files(cfg, weights)
+
+
+def _device(cfg: CfgNode, local_processes: int) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"MODEL.DEVICE is `{cfg.MODEL.DEVICE}`; expected `cpu` or `cuda`") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"MODEL.DEVICE is `{cfg.MODEL.DEVICE}`; only `cpu` and `cuda` are supported")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "MODEL.DEVICE is `cuda`, but torch finds no GPU here; to run without one, append `MODEL.DEVICE cpu` "
+            "to the command"
+        )
+    if local_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus {local_processes}: this machine has {torch.cuda.device_count()} GPU; give at most so many"
+        )
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...] | list[str]) -> None:
+    if value not in known:
+        raise unknown(key, value, [entry for entry in known if entry])
+
+
+def _names(cfg: CfgNode) -> None:
+    import detectron2.modeling as modeling
+    import visft  # noqa: F401  registers
+
+    architectures = [name for name, _ in modeling.META_ARCH_REGISTRY]
+    _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    backbones = [name for name, _ in modeling.BACKBONE_REGISTRY]
+    _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
+        _tower(cfg)
+        _lora(cfg)
+    elif cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME is `{cfg.MODEL.BACKBONE.NAME}`; ViSFT needs `build_clip_vit_backbone`"
+        )
+
+
+def _tower(cfg: CfgNode) -> None:
+    from visft.backbone.open_clip_zoo import open_clip
+
+    vit, zoo = cfg.MODEL.CLIP_VIT, open_clip()
+    if vit.NAME not in zoo.list_models():
+        near = nearest(vit.NAME, zoo.list_models())
+        raise ConfigError(
+            f"MODEL.CLIP_VIT.NAME: `{vit.NAME}` is no tower that open_clip knows; the nearest is `{near}` "
+            "(open_clip.list_models() lists all)"
+        )
+    tags = zoo.list_pretrained_tags_by_model(vit.NAME)
+    is_file = os.path.sep in vit.PRETRAINED or os.path.splitext(vit.PRETRAINED)[1] in (
+        ".safetensors",
+        ".pt",
+        ".pth",
+        ".bin",
+        ".ckpt",
+        ".pkl",
+    )
+    if vit.PRETRAINED and vit.PRETRAINED not in tags and not is_file and not os.path.exists(vit.PRETRAINED):
+        raise unknown(f"MODEL.CLIP_VIT.PRETRAINED: tag of {vit.NAME}", vit.PRETRAINED, tags)
+    _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
+    _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
+    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, ("", "float16", "bfloat16"))
+    for key in ("PATCH_SIZE", "WINDOW_SIZE"):
+        if vit[key] < 0:
+            raise ConfigError(f"MODEL.CLIP_VIT.{key} is {vit[key]}; expected 0 or a number of pixels or patches")
+    if not 0 < vit.LAYER_DECAY <= 1:
+        raise ConfigError(f"MODEL.CLIP_VIT.LAYER_DECAY is {vit.LAYER_DECAY}; expected above 0 and at most 1")
+
+
+def _lora(cfg: CfgNode) -> None:
+    lora = cfg.MODEL.LORA
+    for target in lora.TARGETS:
+        _one_of("MODEL.LORA.TARGETS", target, LORA_TARGETS)
+    if not lora.TARGETS:
+        raise ConfigError("MODEL.LORA.TARGETS is empty; expected some of " + ", ".join(LORA_TARGETS))
+    if lora.RANK < 1:
+        raise ConfigError(f"MODEL.LORA.RANK is {lora.RANK}; expected at least 1")
+    if lora.LAST_BLOCKS < 0:
+        raise ConfigError(f"MODEL.LORA.LAST_BLOCKS is {lora.LAST_BLOCKS}; expected 0 (all) or a number of blocks")
+    if not 0 <= lora.DROPOUT < 1:
+        raise ConfigError(f"MODEL.LORA.DROPOUT is {lora.DROPOUT}; expected at least 0 and below 1")
+
+
+def _visft_names(cfg: CfgNode, processes: int) -> None:
+    from visft.heads import VISFT_HEADS_REGISTRY
+
+    node = cfg.MODEL.VISFT
+    known = [name.lower() for name, value in node.items() if isinstance(value, CfgNode)]
+    if not node.HEADS:
+        raise ConfigError(f"MODEL.VISFT.HEADS is empty; expected some of {', '.join(known)}")
+    classes = [name for name, _ in VISFT_HEADS_REGISTRY]
+    for head in node.HEADS:
+        _one_of("MODEL.VISFT.HEADS", head, known)
+        _one_of(f"MODEL.VISFT.{head.upper()}.HEAD", node[head.upper()].HEAD, classes)
+        if "LABEL_SPACE" in node[head.upper()]:
+            spaces = ("contiguous", "dataset_id")
+            _one_of(f"MODEL.VISFT.{head.upper()}.LABEL_SPACE", node[head.upper()].LABEL_SPACE, spaces)
+    if len(set(node.HEADS)) != len(node.HEADS):
+        raise ConfigError(f"MODEL.VISFT.HEADS names a head twice: {', '.join(node.HEADS)}")
+    if node.LOSS_WEIGHTS and len(node.LOSS_WEIGHTS) != len(node.HEADS):
+        raise ConfigError(
+            f"MODEL.VISFT.LOSS_WEIGHTS has {len(node.LOSS_WEIGHTS)} numbers for {len(node.HEADS)} heads; expected "
+            "one for each of MODEL.VISFT.HEADS, or ()"
+        )
+    if not cfg.VISFT.STAGES:
+        raise ConfigError(f"VISFT.STAGES is empty; expected some of {', '.join(STAGES)}")
+    for stage in cfg.VISFT.STAGES:
+        _one_of("VISFT.STAGES", stage, STAGES)
+        _solver(cfg, stage, processes)
+    if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
+        raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
+    _exports(cfg)
+    _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))
+    if cfg.VISFT.INPUT.SIZE < 1:
+        raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")
+
+
+def _exports(cfg: CfgNode) -> None:
+    formats = ("open_clip", "timm", "hf", "onnx", "lora", "authors", "peft")
+    for name in cfg.VISFT.EXPORT:
+        _one_of("VISFT.EXPORT", name, formats)
+
+
+def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
+    key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
+    _one_of(f"{key}.AMP", solver.AMP, ("", "bfloat16", "float16"))
+    if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise ConfigError(f"{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or \"\"")
+    for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):
+        if solver[name] < least:
+            raise ConfigError(f"{key}.{name} is {solver[name]}; expected at least {least}")
+    for name in ("BASE_LR", "WEIGHT_DECAY", "CLIP_NORM", "CHECKPOINT_PERIOD", "EVAL_PERIOD"):
+        if not solver[name] >= 0:
+            raise ConfigError(f"{key}.{name} is {solver[name]}; expected a number not below 0")
+    if solver.IMS_PER_BATCH % processes:
+        raise ConfigError(
+            f"{key}.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
+        )
+
+
+def _data_sets(cfg: CfgNode, train: bool) -> None:
+    raise NotImplementedError
+
+
+def _weight_files(cfg: CfgNode, weights: tuple) -> None:
+    raise NotImplementedError

@@ -1,0 +1,37 @@
+"""What every command-line tool does with errors: one sentence, exit status 1, and a traceback only when asked for."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from visft.errors import VisftError
+
+
+def guard(function: Callable[..., object], *args, **kwargs) -> int:
+    """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
+
+    The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
+    Errors that are nobody's input but a defect of ours keep their traceback.
+    """
+    if os.environ.get("VISFT_DEBUG", "") not in ("", "0"):
+        function(*args, **kwargs)
+        return 0
+    try:
+        function(*args, **kwargs)
+    except VisftError as error:
+        return _say(str(error))
+    except KeyboardInterrupt:
+        _say("stopped from the keyboard; --resume continues a training")
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _say(f"{error.filename or 'the system'}: {error.strerror or error}")
+    return 0
+
+
+def _say(message: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1

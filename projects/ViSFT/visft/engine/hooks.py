@@ -1,0 +1,67 @@
+"""Hooks of a stage: learning rate, checkpoints, and writers of metrics."""
+
+from collections.abc import Callable, Sequence
+
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventWriter
+
+from visft.engine.optim import set_learning_rate
+
+
+class LearningRate(HookBase):
+    """Sets the learning rate before each step, from the iteration's number alone.
+
+    Args:
+        rate: maps an iteration (from 0) to its learning rate.
+    """
+
+    def __init__(self, rate: Callable[[int], float]) -> None:
+        self._rate = rate
+
+    def before_step(self) -> None:
+        value = self._rate(self.trainer.iter)
+        set_learning_rate(self.trainer.optimizer, value)
+        self.trainer.storage.put_scalar("lr", value, smoothing_hint=False)
+
+
+class Checkpoints(HookBase):
+    """Saves every `period` iterations and after the last.
+
+    Args:
+        save: called with the number of iterations done, in every process.
+        period: 0: after the last iteration only.
+    """
+
+    def __init__(self, save: Callable[[int], None], period: int) -> None:
+        self._save, self._period = save, period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+            self._save(done)
+
+
+class Writers(HookBase):
+    """Writes metrics (progress line, metrics.json, TensorBoard) every `period` iterations and at the end."""
+
+    def __init__(self, writers: Sequence[EventWriter], period: int = 20) -> None:
+        self._writers, self._period = list(writers), period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            self._write()
+
+    def after_train(self) -> None:
+        self.trainer.storage.iter = self.trainer.iter
+        self._write()
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; what was not written is lost, as after a kill."""
+        for writer in self._writers:
+            writer.close()
+
+    def _write(self) -> None:
+        for writer in self._writers:
+            writer.write()

@@ -1,0 +1,116 @@
+"""`tools/train_net.py`: arguments, checks, processes."""
+
+import argparse
+import os
+import socket
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+
+from visft.engine import checks, cli, settings
+from visft.errors import ConfigError, TrainingError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train (or with --eval-only evaluate) what a config file describes; returns the exit status."""
+    parser = default_argument_parser()
+    parser.description = "Supervised fine-tuning of a CLIP vision tower: stages heads and lora, then export."
+    args = parser.parse_args(argv)
+    return cli.guard(train, args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check everything that can be checked beforehand, then run in as many processes as asked for."""
+    cfg = prepare(args)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        _worker(int(os.environ["LOCAL_RANK"]), args, cfg, "env://")
+    elif args.num_gpus * args.num_machines > 1:
+        url = args.dist_url
+        if args.num_machines == 1:
+            url = f"tcp://127.0.0.1:{_free_port()}"
+        context = torch.multiprocessing.start_processes(
+            _guarded_worker, args=(args, cfg, url), nprocs=args.num_gpus, join=False, start_method="spawn"
+        )
+        _join(context)
+    else:
+        run(args, cfg)
+
+
+def prepare(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of parsed arguments, after every check that needs no weights, in the order of `checks`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: at the first thing that is wrong.
+    """
+    cfg = settings.load_config(args.config_file, args.opts)
+    if not args.config_file:
+        raise ConfigError("--config-file is missing: give one of configs/*.yaml")
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ConfigError("--num-gpus and --num-machines are numbers of processes: at least 1 each")
+    processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    checks.check(cfg, processes=processes, local_processes=args.num_gpus, train=not args.eval_only)
+    cfg.freeze()
+    return cfg
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Run in this process, the process group being up where there are several."""
+    # Imported late: what is wrong with a config should be said before detectron2's data stack has loaded.
+    from visft.engine import stages, stock
+
+    runner = stages if cfg.MODEL.META_ARCHITECTURE == "ViSFT" else stock
+    if args.eval_only:
+        runner.evaluate_only(cfg, args)
+    else:
+        runner.run(cfg, args)
+
+
+def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
+    if url == "env://":
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    else:
+        rank, world = args.machine_rank * args.num_gpus + local_rank, args.num_gpus * args.num_machines
+        local_world = args.num_gpus
+    cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo", init_method=url, rank=rank, world_size=world
+    )
+    try:
+        comm.create_local_process_group(local_world)
+        comm.synchronize()
+        run(args, cfg)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
+    import visft  # noqa: F401  a spawned process starts without the registries
+
+    os.environ.setdefault("RANK", str(args.machine_rank * args.num_gpus + local_rank))
+    status = cli.guard(_worker, local_rank, args, cfg, url)
+    if status:
+        os._exit(status)  # at once: the other processes are waiting for this one
+
+
+def _join(context: torch.multiprocessing.ProcessContext) -> None:
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise TrainingError(
+            f"process {error.error_index} of {len(context.processes)} ended with status {error.exit_code}, so the "
+            "others were stopped; its own message stands above"
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

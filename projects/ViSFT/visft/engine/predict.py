@@ -1,0 +1,217 @@
+"""Pictures of what the heads see, drawn by detectron2's Visualizer."""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
+from PIL import Image, ImageDraw
+from torch import nn
+
+from visft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+THRESHOLD = 0.3
+_SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
+_CAPTION_HEIGHT = 22
+
+
+def find_pictures(paths: Iterable[str]) -> list[Path]:
+    """Picture files, those of a folder (not of its subfolders) included, in order.
+
+    Raises:
+        DataError: if a path is not there, or none holds a picture.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"--input {path}: there is no such file or folder")
+    if not found:
+        raise DataError(f"--input {' '.join(map(str, paths))}: no pictures there ({', '.join(SUFFIXES)})")
+    return found
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture as `[H, W, 3]` uint8 RGB, turned as its EXIF orientation says.
+
+    Raises:
+        DataError: if it does not decode.
+    """
+    from detectron2.data.detection_utils import read_image
+
+    try:
+        return np.ascontiguousarray(read_image(str(path), format="RGB"))
+    except Exception as error:  # Pillow raises many kinds on broken files
+        raise DataError(f"{path}: does not decode as a picture ({error}); replace or remove it") from error
+
+
+def draw(
+    image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
+) -> list[tuple[str, np.ndarray]]:
+    """One panel for each head: its name, and the picture with the instances that score at least `threshold`.
+
+    Args:
+        image: `[H, W, 3]` uint8 RGB.
+        output: what the model says about it, `{"detection": Instances, ...}` in the picture's own coordinates.
+        heads: names of the heads to draw, those that give instances.
+        metadata: of the data set, for the class names.
+    """
+    panels = []
+    for head in heads:
+        found = output.get(head)
+        if isinstance(found, Instances):
+            found = found.to("cpu")
+            found = found[found.scores >= threshold]
+            panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
+    return panels
+
+
+def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
+    """A picture `[H, W, 3]` with the annotations of its detectron2 data set record."""
+    return _visualizer(image, metadata).draw_dataset_dict(record).get_image()
+
+
+def _visualizer(image: np.ndarray, metadata):
+    from detectron2.utils.visualizer import Visualizer
+
+    return Visualizer(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
+
+
+def beside(panels: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+    """Panels of one height side by side, each under its name."""
+    width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
+    height = max(panel.shape[0] for _, panel in panels)
+    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT), "white")
+    pen, x = ImageDraw.Draw(sheet), 0
+    for name, panel in panels:
+        pen.text((x + 4, 5), name, fill="black")
+        sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
+        x += panel.shape[1] + 4
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it."""
+    aside = path.with_name(f".{path.name}.tmp.png")
+    picture.save(aside)
+    os.replace(aside, path)
+
+
+@torch.no_grad()
+def predict_files(
+    model: nn.Module,
+    mapper,
+    files: Sequence[Path],
+    folder: Path,
+    *,
+    heads: Sequence[str],
+    metadata,
+    threshold: float = THRESHOLD,
+) -> list[Path]:
+    """Draw what each head sees on pictures of the user's own; returns the files written, `folder/<name>.png`.
+
+    Args:
+        mapper: turns a record (`file_name`, `height`, `width`) into the model's input, as in evaluation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    written = []
+    for file in files:
+        image = read_picture(file)
+        record = {"file_name": str(file), "image_id": 0, "height": image.shape[0], "width": image.shape[1]}
+        output = model([mapper(record)])[0]
+        panels = draw(image, output, heads, metadata, threshold=threshold)
+        path = folder / f"{file.stem}.png"
+        if path in written:  # a.jpg and a.png
+            path = folder / f"{file.name}.png"
+        save_picture(beside(panels), path)
+        written.append(path)
+        count = {head: len(output[head]) for head, _ in panels}
+        logger.info("%s: %s", path, ", ".join(f"{n} from {head}" for head, n in count.items()))
+    return written
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module, mapper, data_set: str, folder: Path, *, heads: Sequence[str], count: int = 8
+) -> None:
+    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = DatasetCatalog.get(data_set)
+    metadata = MetadataCatalog.get(data_set)
+    was_training = model.training
+    model.eval()
+    # Evenly over the data set, which may be sorted.
+    step = max(1, len(records) // count)
+    for record in records[::step][:count]:
+        image = read_picture(Path(record["file_name"]))
+        output = model([mapper(dict(record))])[0]
+        panels = [("ground truth", draw_ground_truth(image, record, metadata))]
+        panels += draw(image, output, heads, metadata)
+        save_picture(beside(panels), folder / f"{Path(record['file_name']).stem}.png")
+    model.train(was_training)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`tools/predict.py`; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draw what the heads see on pictures.")
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument(
+        "--weights",
+        default="",
+        help="a run's OUTPUT_DIR or a weight file (default: MODEL.WEIGHTS, or the run in the config's OUTPUT_DIR)",
+    )
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least score that is drawn")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change")
+    args = parser.parse_args(argv)
+    return cli.guard(run, args)
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Check, build the model, draw; returns the files written.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
+    """
+    from visft.engine import stages
+
+    cfg = settings.load_config(args.config_file, args.opts)
+    weights = args.weights or cfg.MODEL.WEIGHTS
+    if not weights and newest_checkpoint(Path(cfg.OUTPUT_DIR) / "heads"):
+        weights = cfg.OUTPUT_DIR
+    if weights:
+        cfg.MODEL.WEIGHTS = str(weights)
+    checks.check(cfg, train=False, test=False)
+    if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        raise ConfigError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; predict.py draws ViSFT's heads")
+    if not weights and not cfg.MODEL.VISFT.HEAD_FILES:
+        raise ConfigError(
+            f"no trained heads: {cfg.OUTPUT_DIR} holds no run and MODEL.VISFT.HEAD_FILES is empty; give --weights"
+        )
+    files = find_pictures(args.input)
+    for file in files:
+        read_picture(file)
+    cfg.freeze()
+    setup_logger(name="visft")
+    model = stages.initial_model(cfg, seed=0)
+    return predict_files(
+        model,
+        build_test_mapper(cfg),
+        files,
+        Path(args.output),
+        heads=cfg.MODEL.VISFT.HEADS,
+        metadata=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]),
+        threshold=args.threshold,
+    )

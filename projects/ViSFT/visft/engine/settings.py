@@ -1,0 +1,129 @@
+"""Reading a config file and KEY VALUE pairs into a config, with an error that a person can act on for each mistake."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from visft.config import add_visft_config
+from visft.errors import ConfigError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The entry of `known` that looks most like `name`, or "" where there is none."""
+    folded = {entry.lower(): entry for entry in known}
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.0)
+    return folded[match[0]] if match else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in `known`: says the nearest one."""
+    known = sorted(known)
+    hint = f"; the nearest is `{nearest(name, known)}`" if known else ""
+    choice = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
+    return ConfigError(f"{what}: `{name}` is unknown{hint}{choice}")
+
+
+def load_config(config_file: str | None, opts: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's and ViSFT's defaults, changed by a YAML file (with its `_BASE_`) and by KEY VALUE pairs.
+
+    YAML is read safely: tags that build Python objects are refused. The config returned is not frozen.
+
+    Raises:
+        ConfigError: for a file that is missing or no YAML mapping, a key that does not exist (named with the
+            nearest one that does), a value of another type, or pairs that are not pairs.
+    """
+    cfg = get_cfg()
+    add_visft_config(cfg)
+    if config_file:
+        for key, value in _leaves(_read_yaml(config_file)):
+            _set(cfg, key, value, config_file)
+    for key, value in _pairs(opts):
+        _set(cfg, key, value, "command line")
+    return cfg
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config-file {path}: there is no such file")
+    try:
+        content = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(
+            f"{path}: only plain YAML is read, no tags that build objects (line {error.problem_mark.line + 1})"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8, so no config") from error
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it or its _BASE_: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full keys and values of nested YAML; an unknown section is followed down to its first leaf, to name it."""
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{full}.")
+        else:
+            yield full, value
+
+
+def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    opts = list(opts or ())
+    if opts and opts[0] == "--":
+        opts = opts[1:]
+    for word in opts[::2]:
+        if word.startswith("--"):
+            raise ConfigError(
+                f"command line: `{word}` stands among the KEY VALUE pairs; put options before the first of them"
+            )
+    if len(opts) % 2:
+        raise ConfigError(f"command line: expected KEY VALUE pairs, but `{opts[-1]}` has no value after it")
+    yield from zip(opts[::2], opts[1::2])
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            raise unknown(f"{source}: key", key, _all_keys(cfg))
+        node = node[part]
+    if isinstance(node, CfgNode):
+        raise ConfigError(f"{source}: {key} is a section, not a key; its keys are {', '.join(node)}")
+    decoded = CfgNode._decode_cfg_value(value)
+    if isinstance(node, str) and not isinstance(node, bool) and not isinstance(decoded, str):
+        decoded = value if isinstance(value, str) else decoded  # a name that looks like a number
+    elif isinstance(node, float) and type(decoded) is int:
+        decoded = float(decoded)
+    elif isinstance(node, (list, tuple)) and isinstance(decoded, (list, tuple)):
+        decoded = type(node)(decoded)
+    if node is not None and type(decoded) is not type(node):
+        raise ConfigError(
+            f"{source}: {key} is {decoded!r}, of type {type(decoded).__name__}; expected "
+            f"{type(node).__name__}, as its default {node!r} is"
+        )
+    owner, _, name = key.rpartition(".")
+    target = cfg
+    for part in owner.split(".") if owner else ():
+        target = target[part]
+    target[name] = decoded

@@ -1,0 +1,297 @@
+"""A whole run: stage heads, stage lora, export, report; each part continued or skipped by --resume."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import hooks
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from visft.checkpoint import files, load
+from visft.checkpoint.run import RunCheckpointer, newest_checkpoint
+from visft.engine import evaluate, exporting, report, zero_shot
+from visft.engine.feature_cache import cached_features
+from visft.engine.hooks import Checkpoints, LearningRate, Writers
+from visft.engine.optim import build_optimizer, learning_rate
+from visft.engine.trainer import StageTrainer, seed_iteration
+from visft.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LEFT_BY_A_RUN = ("run.json", "report.md", "report.json", "loss_curves.png", "predictions", "export", "inference")
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run the stages of `VISFT.STAGES`, export, and write pictures and the report; returns all evaluations.
+
+    With `--resume`, a stage continues from its newest whole checkpoint, a finished one is not repeated. Without, an
+    earlier run in the same OUTPUT_DIR is moved to its subfolder `earlier-N` first.
+
+    Raises:
+        VisftError: of any kind, from weights that do not fit to a loss that is not finite.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    state = _start(cfg, folder, resume=args.resume)
+    model = initial_model(cfg, state.seed)
+    if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:
+        state.evaluate("start", cfg, model)
+    for stage in cfg.VISFT.STAGES:
+        _run_stage(cfg, model, stage, state)
+    _require_heads(cfg, folder)
+    _finish(cfg, model, folder, state)
+    return state.evaluations
+
+
+def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+    """Evaluate MODEL.WEIGHTS, or with --resume what the run in OUTPUT_DIR has reached; returns the figures."""
+    _loggers(Path(cfg.OUTPUT_DIR))
+    model = initial_model(cfg, max(cfg.SEED, 0))
+    if args.resume:
+        load_run(cfg, model, cfg.OUTPUT_DIR)
+    model.eval()
+    figures = _figures(cfg, model)
+    if comm.is_main_process():
+        files.write_json(Path(cfg.OUTPUT_DIR) / "evaluation.json", report.finite(figures))
+        _log_figures("evaluation", figures)
+    return figures
+
+
+def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
+    """The model before any stage: tower from its base, heads from HEAD_FILES (or fresh), then MODEL.WEIGHTS."""
+    seed_iteration(seed, "build", 0)
+    model = build_model(cfg)
+    heads = cfg.MODEL.VISFT.HEADS
+    reinit = [head for head in heads if cfg.MODEL.VISFT[head.upper()].get("REINIT_CLASSES", False)]
+    load.load_heads(model, cfg.MODEL.VISFT.HEAD_FILES, reinit)
+    if cfg.MODEL.WEIGHTS:
+        load_run(cfg, model, cfg.MODEL.WEIGHTS)
+    return model
+
+
+def load_run(cfg: CfgNode, model: nn.Module, path: str | os.PathLike) -> None:
+    """Load what a run trained; where it trained LoRA alone, its heads are those of HEAD_FILES."""
+    optional = ("backbone.", "heads.") if cfg.MODEL.VISFT.HEAD_FILES else ("backbone.",)
+    load.load_run_weights(model, path, optional=optional)
+
+
+class _State:
+    """What a run must remember between kills: its seed and the evaluations it has made (`run.json`)."""
+
+    def __init__(self, folder: Path, seed: int, evaluations: dict[str, dict[str, float]]) -> None:
+        self.folder, self.seed, self.evaluations = folder, seed, evaluations
+
+    def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+        """Figures after a step; from `run.json` when the step was evaluated before a kill."""
+        if step not in self.evaluations:
+            figures = _figures(cfg, model)
+            self.evaluations[step] = figures if comm.is_main_process() else {}
+            self.save()
+            _log_figures(step, figures)
+        return self.evaluations[step]
+
+    def save(self) -> None:
+        if comm.is_main_process():
+            known = {step: report.finite(figures) for step, figures in self.evaluations.items()}
+            files.write_json(self.folder / "run.json", {"seed": self.seed, "evaluations": known})
+
+
+def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
+    _loggers(folder)
+    if comm.is_main_process():
+        if not resume:
+            _set_earlier_run_aside(folder)
+        report.write_atomically(folder / "config.yaml", cfg.dump())
+    comm.synchronize()
+    state = None
+    if comm.is_main_process() and (folder / "run.json").is_file():
+        state = files.read_json(folder / "run.json")
+        logger.info("continuing the run in %s", folder)
+    seed = cfg.SEED if cfg.SEED >= 0 else random.SystemRandom().randrange(2**31)
+    found = comm.all_gather((seed, state))[0]  # the main process decides for all
+    seed, state = found
+    if state is None:
+        run_state = _State(folder, seed, {})
+        run_state.save()
+        return run_state
+    nan = float("nan")
+    known = {
+        step: {name: nan if value is None else value for name, value in figures.items()}
+        for step, figures in state["evaluations"].items()
+    }
+    if cfg.SEED >= 0 and cfg.SEED != state["seed"]:
+        raise ConfigError(
+            f"SEED is {cfg.SEED}, but the run in {folder} was started with {state['seed']}; resume with the config "
+            "that it was started with"
+        )
+    return _State(folder, state["seed"], known)
+
+
+def _loggers(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = comm.get_rank()
+    for name in ("detectron2", "fvcore", "visft"):
+        setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name={"detectron2": "d2"}.get(name))
+
+
+def _set_earlier_run_aside(folder: Path) -> None:
+    """Move what an earlier run left to `earlier-N`, so that nothing is lost and nothing resumes from it."""
+    names = [name for name in (*_LEFT_BY_A_RUN, "heads", "lora") if (folder / name).exists()]
+    if not any(name in names for name in ("run.json", "heads", "lora")):
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    target = folder / f"earlier-{number}"
+    target.mkdir()
+    for name in names:
+        os.rename(folder / name, target / name)
+    logger.info("moved an earlier run's files to %s (--resume would have continued it)", target)
+
+
+def _run_stage(cfg: CfgNode, model: nn.Module, stage: str, state: _State) -> None:
+    solver = cfg.VISFT.SOLVER[stage.upper()]
+    folder = state.folder / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    model.set_stage(stage)
+    optimizer = build_optimizer(model, solver)
+    trainer = StageTrainer(
+        model,
+        iter(()),
+        optimizer,
+        stage=stage,
+        accumulate=solver.ACCUMULATE,
+        clip_norm=solver.CLIP_NORM,
+        amp=solver.AMP,
+        seed=state.seed,
+    )
+    checkpointer = RunCheckpointer(
+        folder,
+        model,
+        optimizer,
+        grad_scaler=trainer.scaler if trainer.scaler.is_enabled() else None,
+        stage=stage,
+        base=model.backbone.base,
+        settings=_settings(cfg, stage),
+    )
+    start = checkpointer.resume()
+    _share_weights(model)
+    if start < solver.MAX_ITER:
+        logger.info("stage %s: iterations %d to %d", stage, start, solver.MAX_ITER)
+        trainer.batches = _batches(cfg, stage, start * solver.ACCUMULATE, state.seed)
+    else:
+        logger.info("stage %s: finished before", stage)
+
+    gibibytes = cfg.VISFT.FEATURE_CACHE if stage == "heads" else 0
+    with cached_features(model.backbone, gibibytes) as cache:
+        trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
+        if start < solver.MAX_ITER:
+            trainer.train(start, solver.MAX_ITER)
+    figures = state.evaluate(stage, cfg, model)
+    if start < solver.MAX_ITER and comm.is_main_process() and figures:
+        row = {"iteration": solver.MAX_ITER, **report.finite(figures)}
+        with open(folder / "metrics.json", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkpointer, cache) -> list:
+    def rate(iteration: int) -> float:
+        return learning_rate(
+            iteration, base=solver.BASE_LR, warmup=solver.WARMUP_ITERS, total=solver.MAX_ITER
+        )
+
+    def periodic_evaluation() -> dict[str, float]:
+        with cache.bypassed():
+            return report.finite_only(_figures(cfg, model, with_zero_shot=False))
+
+    made = [
+        hooks.IterationTimer(),
+        LearningRate(rate),
+        Checkpoints(checkpointer.save, solver.CHECKPOINT_PERIOD),
+        # The last evaluation is the run's own: it is remembered, so that a kill does not repeat it.
+        hooks.EvalHook(solver.EVAL_PERIOD, periodic_evaluation, eval_after_train=False),
+    ]
+    return made + [Writers(_writers(folder, solver.MAX_ITER))] if comm.is_main_process() else made
+
+
+def _batches(cfg: CfgNode, stage: str, start: int, seed: int):
+    from visft.data import build_train_loader
+
+    solver = cfg.VISFT.SOLVER[stage.upper()]
+    # Each stage has its own order of pictures.
+    seed = int.from_bytes(hashlib.blake2b(f"{seed} {stage}".encode(), digest_size=6).digest(), "little")
+    return iter(build_train_loader(cfg, batch_size=solver.IMS_PER_BATCH, start_iteration=start, seed=seed))
+
+
+def _writers(folder: Path, max_iter: int) -> list:
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(str(folder / "metrics.json")),
+        TensorboardXWriter(str(folder)),
+    ]
+
+
+def _settings(cfg: CfgNode, stage: str) -> dict:
+    """What explains a checkpoint's weights to a reader without the config."""
+    lora = cfg.MODEL.LORA
+    settings = {"seed": cfg.SEED, "config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
+    if stage == "lora":
+        settings["lora"] = {
+            "rank": lora.RANK,
+            "alpha": lora.ALPHA,
+            "targets": list(lora.TARGETS),
+            "last_blocks": lora.LAST_BLOCKS,
+        }
+    return settings
+
+
+def _share_weights(model: nn.Module) -> None:
+    """Give every process the main one's weights, should fresh ones differ by platform."""
+    if comm.get_world_size() > 1:
+        import torch.distributed as dist
+
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def _require_heads(cfg: CfgNode, folder: Path) -> None:
+    """Said when LoRA was trained through heads that nobody has trained."""
+    if "heads" not in cfg.VISFT.STAGES and not cfg.MODEL.VISFT.HEAD_FILES and not cfg.MODEL.WEIGHTS:
+        logger.warning("stage lora ran through fresh heads: set MODEL.VISFT.HEAD_FILES, or add stage heads")
+
+
+def _figures(cfg: CfgNode, model: nn.Module, with_zero_shot: bool = True) -> dict[str, float]:
+    figures = evaluate.evaluate(cfg, model)
+    if with_zero_shot and comm.is_main_process() and zero_shot.applies(cfg):
+        figures |= zero_shot.demo_zero_shot(model.backbone)
+    comm.synchronize()
+    return figures
+
+
+def _log_figures(step: str, figures: Mapping[str, float]) -> None:
+    shown = {name: value for name, value in figures.items() if name.endswith(("/AP", "/AP50", "/top1"))}
+    logger.info("%s: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in shown.items()))
+
+
+def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None:
+    if not comm.is_main_process():
+        comm.synchronize()
+        return
+    model.eval()
+    exporting.export(cfg, model, folder / "export")
+    if cfg.DATASETS.TEST:
+        evaluate.draw(cfg, model, folder / "predictions")
+    report.draw_loss_curves(folder, cfg.VISFT.STAGES)
+    title = f"ViSFT of {cfg.MODEL.CLIP_VIT.NAME} ({cfg.MODEL.CLIP_VIT.PRETRAINED or 'random weights'})"
+    report.write_report(folder, state.evaluations, title=title)
+    logger.info("report: %s, pictures: %s", folder / "report.md", folder / "predictions")
+    comm.synchronize()

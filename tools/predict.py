@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Draw what the heads see on pictures.
+
+    tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE] [KEY VALUE ...]
+"""
+
+import sys
+
+from visft.engine import predict
+
+if __name__ == "__main__":
+    sys.exit(predict.main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""ViSFT of a CLIP tower (stages heads and lora, then export), or a stock detector over one, from a config file.
+
+    tools/train_net.py --config-file configs/visft_vit_b16.yaml --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
+"""
+
+import sys
+
+from visft.engine import launch
+
+if __name__ == "__main__":
+    sys.exit(launch.main())
