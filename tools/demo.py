@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""ViSFT in miniature, as `make demo` runs it."""
+
+import sys
+
+from visft.engine.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())
