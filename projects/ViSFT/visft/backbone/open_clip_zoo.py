@@ -1,0 +1,221 @@
+"""Models of open_clip by name, the demo tower `visft-tiny` among them; open_clip is imported when first needed."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+TINY, TINY_TAG = "visft-tiny", "demo"
+_DEMO_WORLD = Path(__file__).parents[1] / "data" / "demo_world"
+TINY_CONFIG = _DEMO_WORLD / f"{TINY}.json"
+TINY_WEIGHTS = _DEMO_WORLD / "weights" / "visft_tiny_demo.safetensors"
+
+
+def register(open_clip: ModuleType) -> None:
+    """Make an imported open_clip know `visft-tiny` and its tag `demo`, the shipped weights. May be called again."""
+    if TINY not in open_clip.list_models():
+        open_clip.add_model_config(TINY_CONFIG)
+    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
+    tags = open_clip.pretrained._PRETRAINED.setdefault(TINY, {})
+    tags[TINY_TAG] = {
+        "file": str(TINY_WEIGHTS),
+        "mean": OPENAI_MEAN,
+        "std": OPENAI_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
+class _AfterImport:
+    """Finds open_clip as everybody does, and registers `visft-tiny` once its module has run."""
+
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+        if fullname != "open_clip":
+            return None
+        sys.meta_path.remove(self)  # or find_spec below would come back here
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            sys.meta_path.insert(0, self)
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def install() -> None:
+    """Let open_clip know `visft-tiny`: now, if it is imported already, else as soon as it is. May be called again."""
+    if "open_clip" in sys.modules:
+        register(sys.modules["open_clip"])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def open_clip() -> ModuleType:
+    """The module open_clip, imported now if need be, knowing `visft-tiny`."""
+    module = importlib.import_module("open_clip")
+    register(module)
+    return module
+
+
+@dataclass
+class BaseTower:
+    """What a tower's weights came from.
+
+    Attributes:
+        name: open_clip's name of the architecture.
+        pretrained: tag or file; None for random weights.
+        sha256: of the weight file; of the tower's tensors when they are random.
+    """
+
+    name: str
+    pretrained: str | None
+    sha256: str
+    _clip: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def clip(self) -> nn.Module:
+        """The whole CLIP, for what an export copies beside the tower.
+
+        Built anew from name and weights. Random weights cannot be: then it is the very model that the tower was taken
+        from, whose `visual` is that tower.
+        """
+        return self._clip if self._clip is not None else create_clip(self.name, self.pretrained)[0]
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError, with the nearest name, unless open_clip knows an architecture of this name."""
+    names = open_clip().list_models()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"MODEL.CLIP_VIT.NAME is '{name}', which open_clip does not know; the nearest name is '{near[0]}' "
+            "(open_clip.list_models() has all)."
+        )
+
+
+def check_pretrained(name: str, pretrained: str | None) -> None:
+    """Raise unless `pretrained` is a tag of this architecture, a file that is there, or nothing.
+
+    Raises:
+        ConfigError: an unknown tag.
+        CheckpointError: a file that is missing or empty.
+    """
+    if not pretrained:
+        return
+    module = open_clip()
+    if not module.get_pretrained_cfg(name, pretrained):
+        tags = module.list_pretrained_tags_by_model(name)
+        if not (
+            os.sep in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors", ".ckpt"))
+        ):
+            if not os.path.isfile(pretrained):
+                raise ConfigError(
+                    f"MODEL.CLIP_VIT.PRETRAINED is '{pretrained}', neither a file nor a tag of {name}; its tags are: "
+                    f"{', '.join(tags) or 'none'}."
+                )
+        if not os.path.isfile(pretrained):
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: {pretrained} does not exist; give a weight file or a tag of {name} "
+                f"({', '.join(tags) or 'none'})."
+            )
+        _refuse_empty(pretrained)
+
+
+def _refuse_empty(path: str) -> None:
+    if os.path.getsize(path) == 0:
+        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {path} is empty; download or copy it again.")
+
+
+def meta_tower(name: str) -> nn.Module:
+    """The vision tower of an architecture without memory for its weights, to check names and shapes by.
+
+    Raises:
+        ConfigError: open_clip does not know the name.
+    """
+    check_name(name)
+    from open_clip.model import _build_vision_tower
+
+    config = open_clip().get_model_config(name)
+    with torch.device("meta"):
+        return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+
+
+def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, BaseTower]:
+    """A whole CLIP of open_clip, on the CPU in float32 and evaluation mode.
+
+    Args:
+        name: an architecture that open_clip knows.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled), or None for random weights.
+
+    Raises:
+        ConfigError: unknown name or tag.
+        CheckpointError: the weights cannot be had, cannot be read, or are of another model.
+    """
+    check_name(name)
+    check_pretrained(name, pretrained)
+    module = open_clip()
+    if not pretrained:
+        clip = module.create_model(name, pretrained_text=False).eval()
+        return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
+    tag = module.get_pretrained_cfg(name, pretrained)
+    path = pretrained
+    if tag:
+        try:
+            path = module.download_pretrained(tag)
+        except Exception as error:
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: the weights '{pretrained}' of {name} could not be downloaded "
+                f"({_first_line(error)}); download them elsewhere and give the file."
+            ) from error
+        if not os.path.isfile(path):
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: '{pretrained}' of {name} should be at {path}, but is not."
+            )
+        _refuse_empty(path)
+    try:
+        clip = module.create_model(name, pretrained=pretrained, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "
+            "file of this architecture as open_clip writes it (.safetensors, or .pt with tensors alone)."
+        ) from error
+    return clip.eval(), BaseTower(name, pretrained, _sha256_file(path))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2])[:200]
+
+
+def _sha256_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_tensors(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
