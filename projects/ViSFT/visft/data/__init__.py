@@ -1,0 +1,26 @@
+"""Data: COCO files checked before training, mappers, deterministic loaders, the demo world."""
+
+from visft.data.coco import check_dataset, check_datasets, register_coco_captions, register_own_data
+from visft.data.images import PictureError, read_rgb
+from visft.data.loader import build_test_loader, build_train_loader
+from visft.data.mappers import ViSFTMapper
+
+__all__ = [
+    "PictureError",
+    "ViSFTMapper",
+    "build_test_loader",
+    "build_train_loader",
+    "check_dataset",
+    "check_datasets",
+    "read_rgb",
+    "register_all",
+    "register_own_data",
+]
+
+
+def register_all() -> None:
+    """Register the demo world, and where COCO's captions are, in detectron2's catalogs. Reads no file."""
+    from visft.data.demo_world.dataset import register_all as register_demo_world
+
+    register_demo_world()
+    register_coco_captions()

@@ -1,0 +1,533 @@
+"""COCO annotation files: checked whole before training, and registered from config keys without code."""
+
+import difflib
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from visft.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+OWN_TRAIN = "visft_own_train"
+OWN_TEST = "visft_own_test"
+
+# A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
+_BOX_TOLERANCE = 1.0
+
+# Pictures of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
+# the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
+_KNOWN_FLAT = {200365, 550395}
+
+
+@dataclass(frozen=True)
+class CocoSummary:
+    """What a checked annotation file holds."""
+
+    classes: tuple[str, ...]
+    """Names in the order of their category ids."""
+    category_ids: tuple[int, ...]
+    num_images: int
+    num_annotations: int
+    has_masks: bool
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
+    """Check every data set that a config names, before anything is built from it.
+
+    Own data (`VISFT.DATA.*`) is registered and put into `cfg.DATASETS` first. Repeated calls are cheap: a file that
+    has not changed is not read again.
+
+    Args:
+        train, test: whether `DATASETS.TRAIN`, `DATASETS.TEST` will be used.
+
+    Raises:
+        ConfigError: `VISFT.DATA.*` is set by half, or `DATASETS.TRAIN` is empty.
+        DataError: a name is unknown, a file is missing, an annotation is broken, or two data sets disagree on classes.
+    """
+    register_own_data(cfg)
+    if train and not cfg.DATASETS.TRAIN:
+        raise ConfigError(
+            "DATASETS.TRAIN is empty: name a registered data set, or set VISFT.DATA.TRAIN_JSON and "
+            "VISFT.DATA.TRAIN_IMAGES"
+        )
+    names = [(name, True) for name in cfg.DATASETS.TRAIN if train]
+    names += [(name, False) for name in cfg.DATASETS.TEST if test]
+    for name, _ in names:
+        _check_name(name)
+    classes: dict[str, tuple[str, ...]] = {}
+    for name, is_train in names:
+        summary = check_dataset(name, train=is_train)
+        if summary is not None:
+            classes[name] = summary.classes
+    for name, found in classes.items():
+        first = next(iter(classes))
+        if found != classes[first]:
+            odd = sorted(set(found) ^ set(classes[first]))
+            raise DataError(
+                f"{name}: its {len(found)} classes are not the {len(classes[first])} of {first} "
+                f"({'only in one of them: ' + ', '.join(odd[:3]) if odd else 'they are in another order'}); "
+                "use data sets with the same list of categories"
+            )
+
+
+def check_dataset(name: str, *, train: bool) -> CocoSummary | None:
+    """Check one registered data set.
+
+    Args:
+        name: a name in detectron2's DatasetCatalog.
+        train: it must have something to learn from; else it must have what COCO's evaluation reads.
+
+    Returns:
+        what its annotation file holds; None for data sets that are not in COCO format, of which only the presence
+        of the annotation file is checked.
+
+    Raises:
+        DataError: as `check_coco_json`, or the name is unknown.
+    """
+    _check_name(name)
+    meta = MetadataCatalog.get(name)
+    for key in ("json_file", "image_root", "caption_json", "panoptic_json", "panoptic_root", "sem_seg_root"):
+        path = meta.get(key)
+        # Captions are used where they are there, and are checked when they are read.
+        if path and key != "caption_json" and "://" not in path and not os.path.exists(path):
+            raise DataError(_what_to_put_where(name, path))
+    json_file = meta.get("json_file")
+    if not json_file or meta.get("evaluator_type") == "lvis":
+        return None
+    # Test sets whose annotations are kept secret have a file without any.
+    annotated = train or not name.startswith("coco_2017_test")
+    summary = check_coco_json(json_file, meta.get("image_root") or "", train=train, annotated=annotated)
+    expected = meta.get("thing_classes")
+    if expected is not None and tuple(expected) != summary.classes:
+        raise DataError(
+            f"{json_file}: its {len(summary.classes)} categories ({_some(summary.classes)}) are not the "
+            f"{len(expected)} that `{name}` stands for ({_some(expected)}); give the file as "
+            "VISFT.DATA.TRAIN_JSON / VISFT.DATA.TEST_JSON, which take the classes from it"
+        )
+    return summary
+
+
+def register_own_data(cfg: CfgNode) -> None:
+    """Register what `VISFT.DATA.*` names and put it into `cfg.DATASETS`; nothing happens when these keys are empty.
+
+    With a training set alone, `DATASETS.TEST` becomes empty: the test set of another data set has other classes.
+
+    Raises:
+        ConfigError: an annotation file is given without its folder of pictures, or the reverse.
+    """
+    data = cfg.VISFT.DATA
+    for split in ("TRAIN", "TEST"):
+        if bool(data[f"{split}_JSON"]) != bool(data[f"{split}_IMAGES"]):
+            there, missing = ("JSON", "IMAGES") if data[f"{split}_JSON"] else ("IMAGES", "JSON")
+            raise ConfigError(
+                f"VISFT.DATA.{split}_{there} is set and VISFT.DATA.{split}_{missing} is not: "
+                "own data needs an annotation file and the folder of its pictures"
+            )
+    if not data.TRAIN_JSON and not data.TEST_JSON:
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    if data.TRAIN_JSON:
+        _register_own(OWN_TRAIN, data.TRAIN_JSON, data.TRAIN_IMAGES)
+        cfg.DATASETS.TRAIN = (OWN_TRAIN,)
+        cfg.DATASETS.TEST = ()
+    if data.TEST_JSON:
+        _register_own(OWN_TEST, data.TEST_JSON, data.TEST_IMAGES)
+        cfg.DATASETS.TEST = (OWN_TEST,)
+    if frozen:
+        cfg.freeze()
+
+
+def _register_own(name: str, json_file: str, image_root: str) -> None:
+    meta = MetadataCatalog.get(name)
+    if name in DatasetCatalog:
+        if (meta.get("json_file"), meta.get("image_root")) == (json_file, image_root):
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+    DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+
+
+def _load_own(name: str, json_file: str, image_root: str) -> list[dict]:
+    from detectron2.data.datasets import load_coco_json
+
+    check_dataset(name, train=name == OWN_TRAIN)
+    return load_coco_json(json_file, image_root, name)
+
+
+def register_coco_captions() -> None:
+    """Tell detectron2's own COCO names where COCO keeps its captions (metadata `caption_json`). Reads no file."""
+    for name in DatasetCatalog.list():
+        if name.startswith("coco_20") and not name.endswith(("_panoptic", "_separated", "_stuffonly")):
+            meta = MetadataCatalog.get(name)
+            folder, _, file = (meta.get("json_file") or "").rpartition("instances_")
+            if folder:
+                meta.caption_json = f"{folder}captions_{file}"
+
+
+def captions_of(name: str) -> dict[int, list[str]]:
+    """The captions of a data set's pictures by image id; empty if it has none.
+
+    Raises:
+        DataError: the caption file is broken.
+    """
+    path = MetadataCatalog.get(name).get("caption_json")
+    if not path or not os.path.isfile(path):
+        return {}
+    captions: dict[int, list[str]] = {}
+    content = _read_json(path)
+    for number, entry in enumerate(_list(path, content, "annotations")):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("caption"), str)
+            or "image_id" not in entry
+        ):
+            raise DataError(
+                f"{path}: {_name_of(entry, number)} is no caption: expected `image_id` and `caption`, a text"
+            )
+        captions.setdefault(entry["image_id"], []).append(entry["caption"])
+    return captions
+
+
+def check_coco_json(json_file: str, image_root: str, *, train: bool, annotated: bool = True) -> CocoSummary:
+    """Check a COCO instance file whole. A file that has not changed since it passed is not read again.
+
+    Args:
+        json_file: path of the annotation file.
+        image_root: folder that `file_name`s are relative to.
+        train: something to learn from is required (an annotation that is no crowd). Else what COCO's evaluation
+            reads is required (`area`; masks also of crowds if there are any masks).
+        annotated: whether `annotations` must be there.
+
+    Raises:
+        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
+            what was expected.
+    """
+    try:
+        stat = os.stat(json_file)
+    except OSError as error:
+        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
+    return _check(json_file, image_root, train, annotated, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _check(
+    json_file: str, image_root: str, train: bool, annotated: bool, _mtime_ns: int, _size: int
+) -> CocoSummary:
+    content = _read_json(json_file)
+    categories = _check_categories(json_file, _list(json_file, content, "categories"))
+    sizes = _check_images(json_file, _list(json_file, content, "images"), image_root)
+    if annotated or "annotations" in content:
+        annotations = _list(json_file, content, "annotations")
+    else:
+        annotations = []
+    has_masks = _check_annotations(json_file, annotations, sizes, categories, train)
+    if train and not any(not a.get("iscrowd", 0) for a in annotations):
+        raise DataError(
+            f"{json_file}: none of its {len(sizes)} pictures has an annotation that is no crowd, so there is "
+            "nothing to train on; expected at least one"
+        )
+    ids = tuple(sorted(categories))
+    return CocoSummary(
+        classes=tuple(categories[i] for i in ids),
+        category_ids=ids,
+        num_images=len(sizes),
+        num_annotations=len(annotations),
+        has_masks=has_masks,
+    )
+
+
+def _check_categories(path: str, entries: list) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        where = _name_of(entry, number, "category", "categories")
+        _require_keys(path, where, entry, {"id": _is_int, "name": _is_text})
+        if entry["id"] in categories:
+            raise DataError(f"{path}: category id {entry['id']} occurs twice; ids must be unique")
+        categories[entry["id"]] = entry["name"]
+    if not categories:
+        raise DataError(f"{path}: `categories` is empty; expected at least one entry with `id` and `name`")
+    return categories
+
+
+def _check_images(path: str, entries: list, image_root: str) -> dict[int, tuple[int, int]]:
+    """Returns (width, height) by image id."""
+    sizes: dict[int, tuple[int, int]] = {}
+    missing, first_missing = 0, ""
+    listing = functools.lru_cache(maxsize=None)(_files_in)
+    for number, entry in enumerate(entries):
+        where = _name_of(entry, number, "image", "images")
+        keys = {"id": _is_id, "file_name": _is_text, "width": _is_positive_int, "height": _is_positive_int}
+        _require_keys(path, where, entry, keys)
+        if entry["id"] in sizes:
+            raise DataError(f"{path}: image id {entry['id']} occurs twice; ids must be unique")
+        sizes[entry["id"]] = (entry["width"], entry["height"])
+        folder, name = os.path.split(os.path.join(image_root, entry["file_name"]))
+        if name not in listing(folder):
+            missing += 1
+            first_missing = first_missing or os.path.join(folder, name)
+    if not sizes:
+        raise DataError(
+            f"{path}: the data set is empty (`images` has no entries); expected at least one picture"
+        )
+    if missing:
+        raise DataError(
+            f"{path}: {missing} of its {len(sizes)} pictures are not on disk, the first is {first_missing}; "
+            f"put them into {image_root or 'the folder of pictures'}, or take them out of the file"
+        )
+    return sizes
+
+
+def _check_annotations(
+    path: str, entries: list, sizes: dict[int, tuple[int, int]], categories: dict[int, str], train: bool
+) -> bool:
+    """Returns whether the annotations have masks."""
+    seen = set()
+    with_mask = without_mask = None
+    keys = {"id": _is_id, "image_id": _is_id, "category_id": _is_int, "bbox": _is_box}
+    if not train:
+        keys["area"] = _is_number
+    for number, entry in enumerate(entries):
+        where = _name_of(entry, number)
+        _require_keys(path, where, entry, keys)
+        # detectron2 lets COCO 2014's minival repeat ids, which it is known to do.
+        if entry["id"] in seen and "minival" not in path:
+            raise DataError(f"{path}: annotation id {entry['id']} occurs twice; ids must be unique")
+        seen.add(entry["id"])
+        size = sizes.get(entry["image_id"])
+        if size is None:
+            raise DataError(
+                f"{path}: {where} is on image_id {entry['image_id']}, which is not among the file's `images`"
+            )
+        if entry["category_id"] not in categories:
+            raise DataError(
+                f"{path}: {where} has category_id {entry['category_id']}, which is not among the file's "
+                f"{len(categories)} `categories` (ids {_some(sorted(categories))})"
+            )
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"{path}: {where} has iscrowd {crowd!r}; expected 0 or 1")
+        if entry.get("ignore", 0):
+            raise DataError(
+                f"{path}: {where} has `ignore` set, which COCO does not have; use iscrowd 1 instead"
+            )
+        _check_box(path, where, entry, size)
+        segmentation = entry.get("segmentation")
+        if segmentation:
+            _check_mask(path, where, segmentation, size)
+            with_mask = with_mask or where
+        elif not (crowd and train):
+            without_mask = without_mask or where
+    if with_mask and without_mask:
+        raise DataError(
+            f"{path}: {without_mask} has no segmentation while {with_mask} has one; give all annotations masks, or none"
+        )
+    return with_mask is not None
+
+
+def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> None:
+    x, y, w, h = entry["bbox"]
+    width, height = size
+    if w <= 0 or h <= 0:
+        if h == 0 < w and entry["image_id"] in _KNOWN_FLAT:
+            return
+        raise DataError(
+            f"{path}: {where} has a box without area, bbox {entry['bbox']}; expected [x, y, width, height] with "
+            "width and height above 0: correct it or take it out"
+        )
+    over = max(-x, -y, x + w - width, y + h - height)
+    if over > _BOX_TOLERANCE:
+        raise DataError(
+            f"{path}: {where} has a box that reaches {over:g} px out of its picture, bbox {entry['bbox']} in "
+            f"{width} x {height}; expected [x, y, width, height] in pixels inside the picture"
+        )
+
+
+def _check_mask(path: str, where: str, segmentation: object, size: tuple[int, int]) -> None:
+    reason = _mask_fault(segmentation, size)
+    if reason:
+        raise DataError(
+            f"{path}: {where} has a mask that does not decode: {reason}; expected polygons "
+            "[[x1, y1, x2, y2, ...], ...] or run lengths {size, counts}"
+        )
+
+
+def _mask_fault(segmentation: object, size: tuple[int, int]) -> str:
+    width, height = size
+    if isinstance(segmentation, list):
+        if not all(isinstance(p, list) and all(map(_is_number, p)) for p in segmentation):
+            return "a polygon is not a list of finite numbers"
+        if any(len(p) % 2 for p in segmentation):
+            return "a polygon has an odd count of coordinates"
+        # A sliver of one or two points beside a whole polygon is dropped by detectron2, as by COCO's own tools.
+        return "" if any(len(p) >= 6 for p in segmentation) else "no polygon has three points"
+    if not isinstance(segmentation, dict):
+        return f"it is of type {type(segmentation).__name__}"
+    if list(segmentation.get("size") or []) != [height, width]:
+        return f"its size is {segmentation.get('size')}, the picture's [height, width] is {[height, width]}"
+    counts = segmentation.get("counts")
+    if isinstance(counts, str):
+        counts = _run_lengths(counts)
+    if not isinstance(counts, list) or not all(_is_int(c) and c >= 0 for c in counts):
+        return "its counts are no run lengths"
+    if sum(counts) != width * height:
+        return f"its run lengths cover {sum(counts)} of {width * height} pixels"
+    return ""
+
+
+def _run_lengths(text: str) -> list[int] | None:
+    """Run lengths from COCO's compressed string; None if it is none. pycocotools trusts the string: a broken one makes
+    it write past its buffers, so it must not see one.
+
+    Five bits a character from '0' on, lowest first, bit 5 set when more follow, sign extended; from the third run
+    on, the difference to the run before the previous is stored (pycocotools, `rleFrString`).
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 30:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return None if shift else runs
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        found = (
+            "empty" if os.path.getsize(path) == 0 else f"broken in line {error.lineno}, column {error.colno}"
+        )
+        raise DataError(
+            f"{path}: the file is {found} ({error.msg}), expected JSON in COCO format; write or copy it again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the file is no JSON text ({error}); write or copy it again") from None
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: the file holds a {type(content).__name__}; expected an object with `images`, `annotations` "
+            "and `categories`"
+        )
+    return content
+
+
+def _list(path: str, content: dict, key: str) -> list:
+    if key not in content:
+        raise DataError(
+            f"{path}: `{key}` is missing; expected `images`, `annotations` and `categories` (COCO format)"
+        )
+    if not isinstance(content[key], list):
+        raise DataError(f"{path}: `{key}` is a {type(content[key]).__name__}; expected a list")
+    return content[key]
+
+
+def _require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[[object], bool]]) -> None:
+    if not isinstance(entry, dict):
+        raise DataError(
+            f"{path}: {where} is a {type(entry).__name__}; expected an object with {', '.join(keys)}"
+        )
+    for key, is_valid in keys.items():
+        if key not in entry:
+            raise DataError(f"{path}: {where} has no `{key}`; expected {', '.join(keys)}")
+        if not is_valid(entry[key]):
+            raise DataError(f"{path}: {where} has {key} {entry[key]!r}; expected {_EXPECTED[is_valid]}")
+
+
+def _name_of(entry: object, number: int, one: str = "annotation", many: str = "annotations") -> str:
+    if isinstance(entry, dict) and "id" in entry:
+        return f"{one} {entry['id']}"
+    return f"{many}[{number}]"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive_int(value: object) -> bool:
+    return _is_int(value) and value > 0
+
+
+def _is_id(value: object) -> bool:
+    return _is_int(value) or _is_text(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+_EXPECTED = {
+    _is_number: "a finite number",
+    _is_int: "a whole number",
+    _is_positive_int: "a whole number above 0",
+    _is_id: "a number or a text",
+    _is_text: "a text",
+    _is_box: "four finite numbers [x, y, width, height]",
+}
+
+
+def _files_in(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder or "."))
+    except OSError:
+        return frozenset()
+
+
+def _some(values: Iterable) -> str:
+    values = [str(v) for v in values]
+    return ", ".join(values) if len(values) <= 4 else f"{', '.join(values[:2])}, ..., {values[-1]}"
+
+
+def _check_name(name: str) -> None:
+    known = DatasetCatalog.list()
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else "register it, or give own data by VISFT.DATA.*"
+    raise DataError(f"DATASETS: no data set is registered as `{name}`; {hint}")
+
+
+def _what_to_put_where(name: str, path: str) -> str:
+    if name in (OWN_TRAIN, OWN_TEST):
+        split = "TRAIN" if name == OWN_TRAIN else "TEST"
+        return f"{path} is not there; correct VISFT.DATA.{split}_JSON and VISFT.DATA.{split}_IMAGES"
+    if name.startswith("visft_demo"):
+        return (
+            f"{name}: {path} is not there; make the demo world with `python tools/make_demo_data.py`, or set "
+            "VISFT_DEMO_DATA to the folder that has it"
+        )
+    meta = MetadataCatalog.get(name)
+    root = os.environ.get("DETECTRON2_DATASETS")
+    where = (
+        f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is not set, so it is ./datasets"
+    )
+    return (
+        f"{name}: {path} is not there; put the annotations at {meta.get('json_file')} and the pictures into "
+        f"{meta.get('image_root')}, or set DETECTRON2_DATASETS to the folder that holds them ({where})"
+    )

@@ -1,0 +1,317 @@
+"""Loaders whose every batch follows from (seed, iteration): not from the number of workers, processes or restarts.
+
+The training stream is a sequence of positions 0, 1, 2, ...: epoch after epoch, each a permutation of the data set drawn
+from (seed, epoch). The augmentation of the sample at a position is drawn from (seed, position). Iteration k takes
+positions k * batch_size to (k + 1) * batch_size, of which each process takes its share in the order of ranks.
+"""
+
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList
+from detectron2.data.build import filter_images_with_only_crowd_annotations, trivial_batch_collator
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from visft.data.coco import captions_of, check_dataset
+from visft.data.images import PictureError
+from visft.data.mappers import ViSFTMapper
+from visft.errors import ConfigError, DataError, VisftError
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+    cfg: CfgNode, *, batch_size: int, start_iteration: int = 0, seed: int
+) -> "TrainLoader":
+    """The endless training stream of `DATASETS.TRAIN`, from one iteration on.
+
+    Args:
+        cfg: reads DATASETS.TRAIN, DATALOADER.{NUM_WORKERS, FILTER_EMPTY_ANNOTATIONS, SKIP_BROKEN}, INPUT and
+            VISFT.INPUT.
+        batch_size: pictures an iteration over all processes, as `IMS_PER_BATCH`.
+        start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
+        seed: must be the same in all processes, and the same after a restart.
+
+    Raises:
+        ConfigError: the processes cannot share `batch_size` evenly.
+        DataError: a data set is broken (see `check_dataset`), or nothing is left of it.
+    """
+    records = load_records(
+        tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    return TrainLoader(
+        records,
+        ViSFTMapper(cfg, is_train=True),
+        batch_size=batch_size,
+        start_iteration=start_iteration,
+        seed=seed,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        skip_broken=cfg.DATALOADER.SKIP_BROKEN,
+    )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
+    """One pass over a data set in its order, a picture a batch, each process its share (detectron2's InferenceSampler).
+
+    Raises:
+        DataError: the data set is broken.
+    """
+    return TestLoader(
+        load_records((dataset_name,), train=False),
+        ViSFTMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        skip_broken=cfg.DATALOADER.SKIP_BROKEN,
+    )
+
+
+def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = False) -> list[dict]:
+    """Dataset dicts of registered data sets, checked, with `captions` and (for training) `has_masks`.
+
+    Args:
+        names: names in detectron2's DatasetCatalog.
+        train: whether to check for what training needs; else for what evaluation needs.
+        filter_empty: drop pictures without an annotation that is no crowd.
+    """
+    records: list[dict] = []
+    for name in names:
+        check_dataset(name, train=train)
+        found = DatasetCatalog.get(name)
+        if train:
+            captions = captions_of(name)
+            has_masks = any("segmentation" in a for r in found for a in r.get("annotations", ()))
+            found = [
+                r | {"has_masks": has_masks, "captions": captions.get(r.get("image_id"), [])} for r in found
+            ]
+            if filter_empty and any("annotations" in r for r in found):
+                found = filter_images_with_only_crowd_annotations(found)
+        records += found
+    if not records:
+        raise DataError(
+            f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one picture"
+        )
+    return records
+
+
+class TrainLoader:
+    """Iterator over batches, each a list of mapped dicts. See the module for how batches are made.
+
+    Attributes:
+        skipped: the pictures that did not decode, with how often they were replaced (by `skip_broken`) so far in this
+            process.
+    """
+
+    def __init__(
+        self,
+        records: list[dict],
+        mapper: Callable[[dict], dict],
+        *,
+        batch_size: int,
+        start_iteration: int = 0,
+        seed: int,
+        num_workers: int = 0,
+        skip_broken: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        """
+        Args:
+            records: detectron2 dataset dicts.
+            mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
+            batch_size: over all processes.
+            skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
+            rank, world_size: default: those of the process group.
+        """
+        rank = comm.get_rank() if rank is None else rank
+        world_size = comm.get_world_size() if world_size is None else world_size
+        if batch_size < 1 or batch_size % world_size:
+            raise ConfigError(
+                f"IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share evenly; "
+                f"expected a multiple of {world_size}"
+            )
+        self.skipped: dict[str, int] = {}
+        self._skipped_in_epoch = 0
+        self._iteration = start_iteration
+        self._batch_size = batch_size
+        self._num_records = len(records)
+        share = batch_size // world_size
+        self._loader = DataLoader(
+            _Samples(DatasetFromList(records, copy=False), mapper, seed=seed, skip_broken=skip_broken),
+            batch_sampler=_Positions(
+                len(records), seed, start_iteration * batch_size + rank * share, share, batch_size
+            ),
+            num_workers=num_workers,
+            collate_fn=trivial_batch_collator,
+            generator=_own_generator(),
+        )
+        self._batches: Iterator | None = None
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> list[dict]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        for sample in batch:
+            if isinstance(sample, VisftError):
+                raise sample
+            for file_name in sample.pop("skipped", ()):
+                self.skipped[file_name] = self.skipped.get(file_name, 0) + 1
+                self._skipped_in_epoch += 1
+        self._iteration += 1
+        epochs_before, epochs_now = (
+            i * self._batch_size // self._num_records for i in (self._iteration - 1, self._iteration)
+        )
+        if epochs_now > epochs_before and self._skipped_in_epoch:
+            logger.warning(
+                "Epoch %d: %d times a picture that does not decode was replaced by another, the first is %s",
+                epochs_now,
+                self._skipped_in_epoch,
+                next(iter(self.skipped)),
+            )
+            self._skipped_in_epoch = 0
+        return batch
+
+
+class TestLoader:
+    """Batches of one mapped dict. With `skip_broken`, pictures that do not decode are left out, with a count at the
+    end; COCO's evaluation then counts their objects as missed."""
+
+    def __init__(
+        self,
+        records: list[dict],
+        mapper: Callable[[dict], dict],
+        *,
+        num_workers: int = 0,
+        skip_broken: bool = False,
+    ):
+        self._skip_broken = skip_broken
+        self._loader = DataLoader(
+            _TestSamples(DatasetFromList(records, copy=False), mapper),
+            batch_size=1,
+            sampler=InferenceSampler(len(records)),
+            num_workers=num_workers,
+            collate_fn=trivial_batch_collator,
+            generator=_own_generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        skipped = []
+        for batch in self._loader:
+            (sample,) = batch
+            if isinstance(sample, PictureError) and self._skip_broken:
+                skipped.append(sample)
+            elif isinstance(sample, VisftError):
+                raise sample
+            else:
+                yield batch
+        if skipped:
+            logger.warning(
+                "%d of %d pictures do not decode and were left out, the first: %s",
+                len(skipped),
+                len(self),
+                skipped[0],
+            )
+
+
+class _Positions:
+    """Batch sampler: lists of (position in the stream, index of the record)."""
+
+    def __init__(self, num_records: int, seed: int, start: int, share: int, stride: int):
+        self.num_records, self.seed = num_records, seed
+        self.start, self.share, self.stride = start, share, stride
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.start
+        while True:
+            yield [(p, self._index(p)) for p in range(first, first + self.share)]
+            first += self.stride
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_records)
+        return int(_permutation(self.num_records, self.seed, epoch)[offset])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span the end of an epoch
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(length)
+
+
+class _Samples(Dataset):
+    """Maps records. What is wrong with the data is returned, not raised: a worker process would bury the sentence in
+    its own traceback."""
+
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int, skip_broken: bool):
+        self.records, self.mapper = records, mapper
+        self.seed, self.skip_broken = seed, skip_broken
+
+    def __getitem__(self, place: tuple[int, int]) -> dict | VisftError:
+        position, index = place
+        skipped = []
+        for step in range(len(self.records)):
+            record = self.records[(index + step) % len(self.records)]
+            try:
+                with _seeded(self.seed, position):
+                    sample = self.mapper(record)
+            except PictureError as error:
+                if not self.skip_broken:
+                    return error
+                skipped.append(record["file_name"])
+            except VisftError as error:
+                return error
+            else:
+                return sample | {"skipped": skipped} if skipped else sample
+        return DataError(
+            f"none of the {len(self.records)} pictures to train on decodes, the first is {skipped[0]}; copy them again"
+        )
+
+
+class _TestSamples(Dataset):
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict]):
+        self.records, self.mapper = records, mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict | VisftError:
+        try:
+            return self.mapper(self.records[index])
+        except VisftError as error:
+            return error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Inside, the global generators of Python, numpy and torch (CPU) follow from the arguments; then they are as
+    before.
+
+    torch's is set on its own: `torch.manual_seed` would change CUDA's too.
+    """
+    words = np.random.SeedSequence([seed, position]).generate_state(4)
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.default_generator.manual_seed(int(words[3]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def _own_generator() -> torch.Generator:
+    """For DataLoader, which else draws from torch's global generator whenever it starts, so that a resumed run (which
+    starts loaders at other moments) would go another way."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,150 @@
+"""From one picture and its annotations to what the model reads: one decode, boxes and masks in the same frame."""
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
+from pycocotools import mask as mask_api
+
+from visft.data.images import read_rgb
+from visft.errors import ConfigError, DataError
+
+
+def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """The training recipe that `VISFT.INPUT.AUGMENTATION` names.
+
+    `detection`: DETR's (Carion et al. 2020, section A.4): flip; half the time a first resize and a random crop; resize
+    to a random short side. `lsj`: large-scale jitter (Ghiasi et al. 2021, section 3), without its padding, which the
+    model does after normalising. `fixed`: the long side to one size, nothing cut.
+
+    Raises:
+        ConfigError: the recipe or INPUT.RANDOM_FLIP is unknown.
+    """
+    inp = cfg.VISFT.INPUT
+    if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
+        raise ConfigError(
+            f"INPUT.RANDOM_FLIP is `{cfg.INPUT.RANDOM_FLIP}`; expected none, horizontal or vertical"
+        )
+    augmentations: list[T.Augmentation] = []
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
+        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    if inp.AUGMENTATION == "detection":
+        crop = [
+            T.ResizeShortestEdge(list(inp.CROP_RESIZE), sample_style="choice"),
+            T.RandomCrop("absolute_range", tuple(inp.CROP_SIZE)),
+        ]
+        augmentations += [
+            T.RandomApply(T.AugmentationList(crop), prob=inp.CROP_PROBABILITY),
+            T.ResizeShortestEdge(
+                list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+            ),
+        ]
+    elif inp.AUGMENTATION == "lsj":
+        low, high = inp.JITTER_SCALE
+        augmentations += [
+            T.ResizeScale(low, high, inp.SIZE, inp.SIZE),
+            T.FixedSizeCrop((inp.SIZE, inp.SIZE), pad=False),
+        ]
+    elif inp.AUGMENTATION == "fixed":
+        augmentations.append(T.ResizeShortestEdge(inp.SIZE, inp.SIZE, "choice"))
+    else:
+        raise ConfigError(
+            f"VISFT.INPUT.AUGMENTATION is `{inp.AUGMENTATION}`; expected detection, lsj or fixed"
+        )
+    return augmentations
+
+
+class ViSFTMapper:
+    """Maps a detectron2 dataset dict for every head at once.
+
+    The result has
+
+    - `image`: uint8 [3, H, W], RGB, resized, neither normalised nor padded;
+    - `height`, `width`: of the picture on disk; `file_name`, `image_id`;
+    - in training `instances`: `gt_boxes` (xyxy in the resized picture), `gt_classes` (contiguous), and `gt_masks`
+      (BitMasks, from polygons and run lengths alike) if the data set has masks. Crowds and objects that a crop
+      leaves nothing of are not in it. It is there, if need be empty, for every picture of a data set with
+      annotations;
+    - in training `captions`: the list of texts, if the picture has any.
+    """
+
+    @configurable
+    def __init__(self, *, augmentations: list[T.Augmentation | T.Transform], is_train: bool):
+        self.augmentations = T.AugmentationList(augmentations)
+        self.is_train = is_train
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        if is_train:
+            augmentations = build_augmentations(cfg)
+        else:
+            augmentations = [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+        return {"augmentations": augmentations, "is_train": is_train}
+
+    def __call__(self, record: dict) -> dict:
+        """
+        Args:
+            record: a dataset dict; it is not changed. Its key `has_masks` says whether its data set has masks
+                (default: whether its own annotations have).
+
+        Raises:
+            PictureError: the picture does not decode.
+            DataError: the picture's size is not what the annotations say.
+        """
+        image = read_rgb(record["file_name"])
+        height, width = image.shape[:2]
+        expected = (record.get("height", height), record.get("width", width))
+        if (height, width) != expected:
+            raise DataError(
+                f"{record['file_name']}: the picture is {width} x {height}, its annotations say {expected[1]} x "
+                f"{expected[0]}; correct the annotations, or put the picture there that they were made on"
+            )
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        mapped = {
+            "image": torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1))),
+            "height": height,
+            "width": width,
+            "file_name": record["file_name"],
+        }
+        if "image_id" in record:
+            mapped["image_id"] = record["image_id"]
+        if self.is_train:
+            if "annotations" in record:
+                mapped["instances"] = _instances(record, transforms, augmented.image.shape[:2])
+            if record.get("captions"):
+                mapped["captions"] = list(record["captions"])
+        return mapped
+
+
+def _instances(record: dict, transforms: T.TransformList, size: tuple[int, int]) -> Instances:
+    annotations = [dict(a) for a in record["annotations"] if not a.get("iscrowd", 0)]
+    has_masks = record.get("has_masks", any("segmentation" in a for a in annotations))
+    masks = torch.zeros(len(annotations), *size, dtype=torch.bool)
+    for i, annotation in enumerate(annotations):
+        annotation.pop("keypoints", None)
+        segmentation = annotation.pop("segmentation", None)
+        if has_masks:
+            masks[i] = torch.from_numpy(_mask(segmentation, transforms, size))
+        detection_utils.transform_instance_annotations(annotation, transforms, size)
+    instances = detection_utils.annotations_to_instances(annotations, size)
+    if has_masks:
+        instances.gt_masks = BitMasks(masks)
+        if any(isinstance(t, T.CropTransform) for t in transforms.transforms):
+            # What is left of an object is often smaller than what is left of its box.
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    return detection_utils.filter_empty_instances(instances)
+
+
+def _mask(segmentation: list | dict, transforms: T.TransformList, size: tuple[int, int]) -> np.ndarray:
+    """bool [h, w] of the transformed picture. Polygons are moved and drawn once, at the final size: sharper than moving
+    a drawn mask, and without the shapely that cutting polygons takes (drawing cuts them at the border)."""
+    if isinstance(segmentation, list):
+        moved = [
+            transforms.apply_coords(np.asarray(p, dtype=np.float64).reshape(-1, 2)) for p in segmentation
+        ]
+        return detection_utils.polygons_to_bitmask([p.reshape(-1) for p in moved], *size)
+    return transforms.apply_segmentation(mask_api.decode(segmentation)).astype(bool)
