@@ -1,0 +1,150 @@
+"""The in-domain evaluator: every head's own output, under its name."""
+
+import itertools
+import logging
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
+
+from ..errors import DataError
+from .average_precision import METRICS, average_precision, load_annotations
+
+logger = logging.getLogger(__name__)
+
+
+class HeadsEvaluator(DatasetEvaluator):
+    """COCO's average precision of each head of a ViSFT model.
+
+    `evaluate` returns `{"detection/bbox": {"AP": ..., "AP50": ...}, "segmentation/bbox": ..., ...}`; detectron2's
+    flattening makes `detection/bbox/AP50` of it. Masks are scored where a head predicts some. The figures are those
+    of detectron2's COCOEvaluator, except that a head that finds nothing scores 0, not nan.
+    """
+
+    def __init__(
+        self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True, fast: bool | None = None
+    ) -> None:
+        """
+        Args:
+            dataset_name: registered; its metadata's `json_file` holds the annotations. Data sets of other kinds are
+                converted to COCO's format.
+            heads: names of the heads to score, of the model's outputs that are Instances.
+            distributed: gather the predictions of all processes; only the main one then returns figures.
+            fast: see `average_precision.api`.
+
+        Raises:
+            DataError: the annotations are not readable.
+        """
+        self.heads = tuple(heads)
+        self.distributed, self.fast = distributed, fast
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.dataset_name = dataset_name
+        self.truth = self._load()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._results: dict[str, list[dict]] = {name: [] for name in self.heads}
+        self._masks: set[str] = set()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep what the heads predicted, masks run-length encoded.
+
+        Args:
+            inputs: with `image_id`.
+            outputs: the model's, in coordinates of the original pictures.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            for name in self.heads:
+                instances = output.get(name)
+                if not isinstance(instances, Instances):
+                    continue
+                if instances.has("pred_masks"):
+                    self._masks.add(name)
+                found = instances_to_coco_json(instances.to(torch.device("cpu")), image["image_id"])
+                self._results[name] += found
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Figures in per cent by head and kind; empty on all but the main process.
+
+        Raises:
+            DataError: a prediction's class is none of the data set's.
+        """
+        gathered = [(self._results, self._masks)]
+        if self.distributed:
+            comm.synchronize()
+            gathered = comm.gather(gathered[0])
+            if not comm.is_main_process():
+                return {}
+        if "annotations" not in self.truth.dataset:
+            logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
+            return {}
+        figures: dict[str, dict[str, float]] = OrderedDict()
+        for name in self.heads:
+            results = list(itertools.chain(*(part[name] for part, _ in gathered)))
+            if not results:
+                logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
+            results = self._dataset_ids(results)
+            tasks = ("bbox", "segm") if any(name in masks for _, masks in gathered) else ("bbox",)
+            for task in tasks:
+                scores = average_precision(self.truth, results, task, self._class_names(), self.fast)
+                figures[f"{name}/{task}"] = scores
+                main = {metric: scores[metric] for metric in METRICS}
+                logger.info(
+                    "%s, %s of head `%s`:\n%s", self.dataset_name, task, name, create_small_table(main)
+                )
+        return figures
+
+    def _load(self):
+        if hasattr(self.metadata, "json_file"):
+            return load_annotations(self.metadata.json_file, self.fast)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "annotations.json"
+            convert_to_coco_json(self.dataset_name, str(file), allow_cached=False)
+            return load_annotations(file, self.fast)
+
+    def _ids(self) -> dict[int, int]:
+        """The data set's category id of each contiguous class."""
+        mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping:
+            return {contiguous: dataset for dataset, contiguous in mapping.items()}
+        return {index: index for index in range(len(self.metadata.get("thing_classes", ())))}
+
+    def _class_names(self) -> list[str]:
+        """Names of the classes in the order of their category ids, which is that of COCO's figures."""
+        names, ids = self.metadata.get("thing_classes", ()), self._ids()
+        known = set(self.truth.getCatIds())
+        return (
+            [names[c] for c in sorted(ids, key=ids.get) if c < len(names)]
+            if set(ids.values()) == known
+            else []
+        )
+
+    def _dataset_ids(self, results: list[dict]) -> list[dict]:
+        ids = self._ids()
+        strange = {result["category_id"] for result in results} - ids.keys()
+        if strange:
+            raise DataError(
+                f"{self.dataset_name} has {len(ids)} classes, a prediction has class {max(strange)}: evaluate on a "
+                "data set with the classes of DATASETS.TRAIN"
+            )
+        return [{**result, "category_id": ids[result["category_id"]]} for result in results]
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> HeadsEvaluator:
+    """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
+
+    Raises:
+        DataError: its annotations are not readable.
+    """
+    return HeadsEvaluator(dataset_name, cfg.MODEL.VISFT.HEADS)

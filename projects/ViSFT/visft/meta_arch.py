@@ -1,0 +1,324 @@
+"""The meta-architecture of ViSFT: one pass through the tower feeds every head that has labels."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import ConfigError
+from .heads import build_head
+
+STAGES = ("heads", "lora")
+
+UNLABELLED = "unlabelled"
+"""Name of the loss, 0, of a batch without a label for any head: a trainer can still call `backward`."""
+
+
+@META_ARCH_REGISTRY.register()
+class ViSFT(nn.Module):
+    """Several heads over one map of features.
+
+    In training mode, `forward` returns `{"detection/loss_ce": ..., ...}`, weighted scalars to be summed; in evaluation
+    mode a list of `{"instances": Instances, "detection": ..., "segmentation": ...}`, one for each picture.
+
+    Attributes:
+        backbone: the tower.
+        heads: the heads by name; a ModuleDict.
+        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the heads are frozen
+            (evaluation mode, so without dropout) and LoRA in the tower trains.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        heads: Mapping[str, nn.Module],
+        loss_weights: Sequence[float] = (),
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        stage: str = "heads",
+    ) -> None:
+        """
+        Args:
+            backbone: maps normalised pictures `[N, 3, H, W]` to one map, as CLIPViT does.
+            heads: `VisftHead`s by name.
+            loss_weights: a factor on all losses of a head, in the order of `heads`; (): 1 for each.
+            pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
+            stage: `heads` or `lora`.
+
+        Raises:
+            ConfigError: more or fewer loss weights than heads, several maps, an unknown stage.
+        """
+        super().__init__()
+        if loss_weights and len(loss_weights) != len(heads):
+            raise ConfigError(
+                f"MODEL.VISFT.LOSS_WEIGHTS has {len(loss_weights)} numbers for the {len(heads)} heads "
+                f"{', '.join(heads)}; give one for each of MODEL.VISFT.HEADS, or ()"
+            )
+        self.backbone = backbone
+        self.feature = map_name(backbone)
+        self.heads = nn.ModuleDict(heads)
+        self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
+        for name, given in (("mean", pixel_mean), ("std", pixel_std)):
+            value = self._pixel_values(name, given)
+            self.register_buffer(f"pixel_{name}", value.view(3, 1, 1), persistent=False)
+        self._fixed = {name for name, p in self.heads.named_parameters() if not p.requires_grad}
+        self.set_stage(stage)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Heads by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
+        node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
+        known = [key.lower() for key, value in node.items() if isinstance(value, CfgNode)]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(
+                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(known)}, each once"
+            )
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"MODEL.VISFT.HEADS names `{name}`; the nearest head is `{_nearest(name, known)}` (a head is "
+                    f"known by its node in MODEL.VISFT; there are {', '.join(known)})"
+                )
+        if cfg.INPUT.FORMAT != "RGB":
+            raise ConfigError(f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; a CLIP tower sees RGB: set it to RGB")
+        backbone = build_backbone(cfg)
+        shape = backbone.output_shape()[map_name(backbone)]
+        heads = {name: build_head(cfg, name, shape) for name in names}
+        if node.HEAD_FILES:
+            from .checkpoint.load import load_heads
+
+            reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
+            load_heads(SimpleNamespace(heads=nn.ModuleDict(heads)), node.HEAD_FILES, reinit)
+        # detectron2's defaults are ImageNet's, for ResNets: who leaves them gets the tower's own.
+        model, stock = cfg.MODEL, DETECTRON2_DEFAULTS.MODEL
+        given = [*model.PIXEL_MEAN, *model.PIXEL_STD] != [*stock.PIXEL_MEAN, *stock.PIXEL_STD]
+        return {
+            "backbone": backbone,
+            "heads": heads,
+            "loss_weights": tuple(node.LOSS_WEIGHTS),
+            "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
+            "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
+            "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    def set_stage(self, stage: str) -> None:
+        """Choose what trains: `heads` or `lora` (see the class).
+
+        Raises:
+            ConfigError: another name, or `lora` without LoRA in the tower.
+        """
+        if stage not in STAGES:
+            raise ConfigError(
+                f"VISFT.STAGES names `{stage}`; the nearest stage is `{_nearest(stage, STAGES)}` (there are "
+                f"{' and '.join(STAGES)})"
+            )
+        if stage == "lora" and not any("lora_" in name for name, _ in self.backbone.named_parameters()):
+            raise ConfigError(
+                "stage `lora` needs LoRA in the tower, which has none; build the model with `lora` in VISFT.STAGES, "
+                "or call visft.backbone.lora.inject(backbone)"
+            )
+        self.stage = stage
+        for name, parameter in self.heads.named_parameters():
+            parameter.requires_grad_(stage == "heads" and name not in self._fixed)
+        if hasattr(self.backbone, "set_train"):
+            self.backbone.set_train("lora" if stage == "lora" else "none")
+        else:
+            self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViSFT":
+        """Training mode for what the stage trains; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        (self.backbone if self.stage == "heads" else self.heads).eval()
+        return self
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training mode, predictions in evaluation mode.
+
+        Args:
+            batched_inputs: for each picture `image` (RGB, uint8 or float `[3, H, W]`, 0..255), in training what its
+                heads need (`instances`), and optionally `height` and `width` of the original picture (pixels).
+        """
+        return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
+
+    def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Weighted losses, `head/loss`, of every head that has labels in the batch.
+
+        Pictures without labels for any head are not computed. With several processes, a head divides by the mean of
+        its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
+        """
+        labelled = {
+            name: [i for i, image in enumerate(batched_inputs) if head.has_labels(image)]
+            for name, head in self.heads.items()
+        }
+        normalizers, holders = self._count(batched_inputs, labelled)
+        union = sorted({i for rows in labelled.values() for i in rows})
+        losses: dict[str, Tensor] = {}
+        if union:
+            images = [batched_inputs[i] for i in union]
+            features, padding_mask, image_sizes, padded_size = self.extract(images)
+            for name, head in self.heads.items():
+                rows = [union.index(i) for i in labelled[name]]
+                if not rows:
+                    continue
+                everything = len(rows) == len(union)
+                own = head.losses(
+                    features if everything else features[rows],
+                    padding_mask if everything else padding_mask[rows],
+                    [images[i] for i in rows],
+                    [image_sizes[i] for i in rows],
+                    padded_size,
+                    normalizers[name],
+                )
+                losses.update(
+                    {f"{name}/{key}": self.loss_weights[name] * value for key, value in own.items()}
+                )
+        return self._complete(losses, labelled, holders)
+
+    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+        """What each head predicts, in coordinates of the original pictures, under its name.
+
+        `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
+        else of the first that predicts boxes.
+        """
+        features, padding_mask, image_sizes, padded_size = self.extract(batched_inputs)
+        sizes = zip(batched_inputs, image_sizes, strict=True)
+        images = [{"height": size[0], "width": size[1], **image} for image, size in sizes]
+        results: list[dict] = [{} for _ in images]
+        for name, head in self.heads.items():
+            outputs = head.inference(features, padding_mask, images, image_sizes, padded_size)
+            for result, output in zip(results, outputs, strict=True):
+                result[name] = output
+        for result in results:
+            detections = [output for output in result.values() if isinstance(output, Instances)]
+            masks = [output for output in detections if output.has("pred_masks")]
+            if detections:
+                result["instances"] = masks[-1] if masks else detections[0]
+        return results
+
+    def extract(self, images: list[dict]) -> tuple[Tensor, Tensor, list[tuple[int, int]], tuple[int, int]]:
+        """Normalise, pad with zeros at the bottom and the right, run the tower.
+
+        Returns:
+            Features `[N, C, h, w]`; the padding mask `[N, h, w]`, True where a cell's corner pixel is padding
+            (nearest resampling); the pictures' sizes `(H, W)` before padding; the size after it.
+        """
+        pictures = [image["image"].to(self.device) for image in images]
+        batch = ImageList.from_tensors(
+            [(picture - self.pixel_mean) / self.pixel_std for picture in pictures],
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "lora"):
+            features = self.backbone(batch.tensor)[self.feature]
+        image_sizes = [tuple(int(side) for side in size) for size in batch.image_sizes]
+        padded_size = (batch.tensor.shape[-2], batch.tensor.shape[-1])
+        # Made on the CPU: slices of one GPU tensor for each picture would be launches for nothing.
+        padding = torch.ones(len(images), 1, *padded_size)
+        for row, (height, width) in zip(padding, image_sizes, strict=True):
+            row[:, :height, :width] = 0
+        mask = nn.functional.interpolate(padding, size=features.shape[-2:], mode="nearest")
+        return features, mask[:, 0].bool().to(self.device), image_sizes, padded_size
+
+    def _pixel_values(self, name: str, given: Sequence[float] | None) -> Tensor:
+        """Mean or standard deviation `[3]` of R, G, B, in units of 0..255."""
+        if given is not None:
+            values = torch.as_tensor(given, dtype=torch.float32).flatten()
+            if values.numel() != 3:
+                raise ConfigError(f"MODEL.PIXEL_{name.upper()} has {values.numel()} numbers; give three")
+            return values
+        if not hasattr(self.backbone, name):
+            raise ConfigError(f"the backbone has no `{name}` of its own: set MODEL.PIXEL_{name.upper()}")
+        return 255 * torch.as_tensor(getattr(self.backbone, name), dtype=torch.float32).flatten()
+
+    def _count(
+        self, batched_inputs: list[dict], labelled: dict[str, list[int]]
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The heads' normalizers as means over processes, and how many processes have labels for each head.
+
+        One reduction for all heads. In double precision: counts are exact, sums of class weights nearly so.
+        """
+        processes = comm.get_world_size()
+        counts = {
+            name: head.normalizers([batched_inputs[i] for i in labelled[name]]).double().flatten()
+            for name, head in self.heads.items()
+        }
+        held = torch.tensor([float(bool(rows)) for rows in labelled.values()], dtype=torch.float64)
+        flat = torch.cat([held, *counts.values()])
+        if processes > 1:
+            flat = flat.to(self.device)
+            torch.distributed.all_reduce(flat)
+        held, *sums = flat.split([len(held), *(len(count) for count in counts.values())])
+        means = {name: (total / processes).float() for name, total in zip(counts, sums, strict=True)}
+        return means, {name: int(number) for name, number in zip(counts, held.tolist(), strict=True)}
+
+    def _complete(
+        self, losses: dict[str, Tensor], labelled: dict[str, list[int]], holders: dict[str, int]
+    ) -> dict[str, Tensor]:
+        """Give every process the same losses, and DistributedDataParallel a gradient for all that trains.
+
+        detectron2's trainer averages rank 0's losses by name over all processes; DistributedDataParallel without
+        `find_unused_parameters` waits for every parameter. Where a head has no labels both get zeros, without its
+        forward being run.
+        """
+        processes = comm.get_world_size()
+        if any(0 < count < processes for count in holders.values()):
+            names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
+            losses = {name: losses.get(name, self.pixel_mean.new_zeros(())) for name in names}
+        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            untouched = [] if any(labelled.values()) else list(self.backbone.parameters())
+            for name, rows in labelled.items():
+                untouched += [] if rows else list(self.heads[name].parameters())
+            untouched = [parameter for parameter in untouched if parameter.requires_grad]
+            if untouched:
+                zero = _ZeroGradient.apply(*untouched)
+                first = next(iter(losses), UNLABELLED)
+                losses[first] = losses.get(first, 0) + zero
+        return losses or {UNLABELLED: self.pixel_mean.new_zeros(()).requires_grad_()}
+
+
+def map_name(backbone: Backbone) -> str:
+    """Name of the one map that a backbone makes.
+
+    Raises:
+        ConfigError: it makes several.
+    """
+    names = list(backbone.output_shape())
+    if len(names) != 1:
+        raise ConfigError(
+            f"the backbone makes the maps {', '.join(names)}, ViSFT's heads read one: set MODEL.BACKBONE.NAME "
+            "build_clip_vit_backbone"
+        )
+    return names[0]
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Zero, with a zero gradient for each parameter given; no arithmetic on them."""
+
+    @staticmethod
+    def forward(ctx, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros((), dtype=t, device=d).expand(shape) for shape, t, d in ctx.like)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return max(known, key=lambda other: difflib.SequenceMatcher(None, name.lower(), other).ratio())
