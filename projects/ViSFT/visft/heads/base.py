@@ -15,7 +15,7 @@ class VisftHead(nn.Module):
     (H, W) that the map covers. A padding mask is True where a cell is padding.
     """
 
-    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ()
+    class_layers: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules whose shape follows the number of classes."""
 
     def has_labels(self, image: dict) -> bool:
@@ -23,10 +23,13 @@ class VisftHead(nn.Module):
         raise NotImplementedError
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[k] counts that the losses are divided by, on the CPU, known before the forward pass.
+        """[k] counts that the losses are divided by, known before the forward pass.
 
-        The meta-architecture averages them over processes, so that the averaged gradient is that of the joined batch.
-        An empty list gives zeros.
+        The meta-architecture adds them up over processes, so that the gradient is that of the joined batch. An empty
+        list gives zeros.
+
+        Raises:
+            DataError: if an annotation does not fit the head.
         """
         raise NotImplementedError
 
@@ -44,7 +47,7 @@ class VisftHead(nn.Module):
         Args:
             features: [N, C, h, w].
             padding_mask: [N, h, w] bool.
-            normalizers: [k], averaged over processes.
+            normalizers: [k], of all processes together.
         """
         raise NotImplementedError
 
@@ -65,8 +68,19 @@ def original_size(image: dict, image_size: tuple[int, int]) -> tuple[int, int]:
     return int(image.get("height", image_size[0])), int(image.get("width", image_size[1]))
 
 
+def num_targets(image: dict) -> int:
+    """How many objects are annotated on a picture."""
+    instances = image["instances"]
+    return len(instances) if instances.get_fields() else 0
+
+
+def has_targets(image: dict, field: str) -> bool:
+    """Whether a picture is annotated with `field`. A mapper may leave it out where there is nothing to find."""
+    return "instances" in image and (image["instances"].has(field) or num_targets(image) == 0)
+
+
 def nonzero_count(count: Tensor) -> Tensor:
-    """A count to divide by. Zero becomes one; means over processes may be between the two, and stay.
+    """A count to divide by: zero becomes one. Means of counts over processes, smaller than one, stay.
 
     (The authors raise such means to one as well; then two processes would not give the joined batch's gradient.)
     """

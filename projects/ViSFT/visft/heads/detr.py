@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from visft.heads.base import VisftHead, loss_names, nonzero_count, original_size
+from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.detr_transformer import DETRTransformer
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.layers import MLP, check_divisible
@@ -49,7 +49,7 @@ class DETRHead(VisftHead):
     others of its batch.
     """
 
-    CLASS_LAYERS = ("class_embed",)
+    class_layers = ("class_embeds",)
 
     @configurable
     def __init__(
@@ -99,9 +99,9 @@ class DETRHead(VisftHead):
             feedforward_dim=feedforward_dim,
             dropout=dropout,
         )
-        self.query_embed = nn.Embedding(num_queries, decoder_dim)
-        self.class_embed = nn.Linear(decoder_dim, labels.num_classes + 1)
-        self.bbox_embed = MLP(decoder_dim, decoder_dim, 4, 3)
+        self.query_embeds = nn.Embedding(num_queries, decoder_dim)
+        self.class_embeds = nn.Linear(decoder_dim, labels.num_classes + 1)
+        self.bbox_embeds = MLP(decoder_dim, decoder_dim, 4, 3)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
@@ -129,13 +129,15 @@ class DETRHead(VisftHead):
         return self._predict(self._hidden_states(features, padding_mask))
 
     def has_labels(self, image: dict) -> bool:
-        return "instances" in image and image["instances"].has("gt_boxes")
+        return has_targets(image, "gt_boxes")
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[2]: number of boxes; sum of the class weights of all queries."""
-        counts = [len(image["instances"]) for image in images]
+        for image in images:
+            self.labels.check(image)
+        counts = [num_targets(image) for image in images]
         return torch.tensor(
-            [sum(counts), class_weight_sum(counts, self.query_embed.num_embeddings, self.no_object_weight)]
+            [sum(counts), class_weight_sum(counts, self.query_embeds.num_embeddings, self.no_object_weight)]
         )
 
     def losses(
@@ -152,7 +154,7 @@ class DETRHead(VisftHead):
         scores, classes = probability.max(-1)
         keep = scores.topk(min(self.max_detections, scores.shape[1]), dim=1).indices
         results = []
-        for index, (image, size) in enumerate(zip(images, image_sizes)):
+        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
             height, width = original_size(image, size)
             boxes = cxcywh_to_xyxy(output.boxes[0, index, keep[index]].float())
             result = Instances((height, width))
@@ -195,7 +197,7 @@ class DETRHead(VisftHead):
         return {
             name: value
             for key, values in losses.items()
-            for name, value in zip(loss_names(key, len(values)), values.unbind())
+            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
         }
 
     def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -208,25 +210,29 @@ class DETRHead(VisftHead):
         return self.transformer(
             features.flatten(2).transpose(1, 2),
             pos.flatten(2).transpose(1, 2),
-            self.query_embed.weight,
+            self.query_embeds.weight,
             None if padding_mask is None else valid.flatten(1),
         )
 
     def _predict(self, hidden: Tensor) -> DETROutput:
-        return DETROutput(hidden, self.class_embed(hidden), self.bbox_embed(hidden).float().sigmoid())
+        return DETROutput(hidden, self.class_embeds(hidden), self.bbox_embeds(hidden).float().sigmoid())
 
     def _targets(
         self, images: list[dict], image_sizes: list[tuple[int, int]], device: torch.device
     ) -> DETRTargets:
         labels, boxes = [], []
-        for image, (height, width) in zip(images, image_sizes):
+        for image, (height, width) in zip(images, image_sizes, strict=True):
+            if not num_targets(image):
+                labels.append(torch.zeros(0, dtype=torch.int64, device=device))
+                boxes.append(torch.zeros(0, 4, device=device))
+                continue
             instances = image["instances"]
-            labels.append(self.labels.encode(instances.gt_classes))
-            corners = instances.gt_boxes.tensor.float()
+            labels.append(self.labels.encode(instances.gt_classes).to(device))
+            corners = instances.gt_boxes.tensor.to(device).float()
             boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
         return DETRTargets(
-            labels=pad_sequence(labels, batch_first=True).to(device),
-            boxes=pad_sequence(boxes, batch_first=True).to(device),
+            labels=pad_sequence(labels, batch_first=True),
+            boxes=pad_sequence(boxes, batch_first=True),
             counts=tuple(map(len, labels)),
         )
 

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
 from visft.errors import ConfigError, DataError
+from visft.heads.base import num_targets
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,22 @@ class LabelSpace:
     dataset_ids: tuple[int, ...] = ()
     """The output of each contiguous class, where outputs are the data set's own ids; (): they are contiguous."""
 
-    def encode(self, classes: Tensor) -> Tensor:
-        """Outputs of contiguous classes [T], as detectron2's `gt_classes` are.
+    def check(self, image: dict) -> None:
+        """Refuse a picture with an annotation of a class that the head does not have.
 
         Raises:
-            DataError: if a class is beyond the head's.
+            DataError: names picture and class.
         """
         known = len(self.dataset_ids) or self.num_classes
-        # Annotations arrive on the CPU; looking at values elsewhere would wait for the device.
-        if classes.device.type == "cpu" and len(classes) and not 0 <= int(classes.max()) < known:
+        if num_targets(image) and not 0 <= int(image["instances"].gt_classes.max()) < known:
             raise DataError(
-                f"an annotation has class {int(classes.max())}, but the head has {known} classes: set its "
+                f"{image.get('file_name', 'a picture')}: annotated with class "
+                f"{int(image['instances'].gt_classes.max())}, but the head has the classes 0 to {known - 1}: set its "
                 "NUM_CLASSES to 0 (as the data set says) or to the data set's number"
             )
+
+    def encode(self, classes: Tensor) -> Tensor:
+        """Outputs of contiguous classes [T], as detectron2's `gt_classes` are."""
         if not self.dataset_ids:
             return classes
         return torch.as_tensor(self.dataset_ids, device=classes.device)[classes]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from visft.errors import ConfigError
-from visft.heads.base import VisftHead, loss_names, nonzero_count, original_size
+from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.detr import class_weight_sum, classification_loss
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
@@ -29,7 +29,7 @@ class Mask2FormerHead(VisftHead):
     the image's id: processes that share a seed draw what one process with all their images would.
     """
 
-    CLASS_LAYERS = ("predictor.class_embed",)
+    class_layers = ("predictor.class_embed",)
 
     @configurable
     def __init__(
@@ -126,13 +126,13 @@ class Mask2FormerHead(VisftHead):
         return self.predictor(*self.pixel_decoder(features))
 
     def has_labels(self, image: dict) -> bool:
-        instances = image.get("instances")
-        # A mapper adds no masks to a picture on which there is nothing.
-        return instances is not None and (instances.has("gt_masks") or len(instances) == 0)
+        return has_targets(image, "gt_masks")
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[2]: number of masks; sum of the class weights of all queries."""
-        counts = [len(image["instances"]) for image in images]
+        for image in images:
+            self.labels.check(image)
+        counts = [num_targets(image) for image in images]
         return torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
 
     def losses(
@@ -141,9 +141,14 @@ class Mask2FormerHead(VisftHead):
         device = features.device
         output = self(features)
         points = self._random_points(images, device)
-        labels = [_classes(self.labels, image["instances"]) for image in images]
-        samples = [_sample_targets(image["instances"], at, padded_size) for image, at in zip(images, points)]
-        labels = pad_sequence(labels, batch_first=True).to(device)
+        labels = [
+            self.labels.encode(image["instances"].gt_classes).to(device)
+            if num_targets(image)
+            else torch.zeros(0, dtype=torch.int64, device=device)
+            for image in images
+        ]
+        labels = pad_sequence(labels, batch_first=True)
+        samples = [_sample_targets(image, at, padded_size) for image, at in zip(images, points, strict=True)]
         matching = self.match(output, labels, samples, points)
         return self.criterion(output, labels, samples, points, matching, normalizers)
 
@@ -155,7 +160,7 @@ class Mask2FormerHead(VisftHead):
         queries, classes = index // num_classes, index % num_classes
         return [
             _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
-            for i, (image, size) in enumerate(zip(images, image_sizes))
+            for i, (image, size) in enumerate(zip(images, image_sizes, strict=True))
         ]
 
     @torch.no_grad()
@@ -170,7 +175,7 @@ class Mask2FormerHead(VisftHead):
         """
         probability, p = output.logits.float().softmax(-1), self.num_points
         costs = []
-        for i, (sampled, at) in enumerate(zip(samples, points)):
+        for i, (sampled, at) in enumerate(zip(samples, points, strict=True)):
             target_labels = labels[i, : len(sampled)]
             logits = sample_points(output.masks[:, i].flatten(0, 1)[None].float(), at[None, :p])
             logits = logits.view(*output.masks.shape[:1], self.num_queries, p)
@@ -195,7 +200,7 @@ class Mask2FormerHead(VisftHead):
         num_masks, class_weights = nonzero_count(normalizers.to(output.logits.device)).unbind()
         matched = output.masks[matching.predictions].float()  # [L, M, h, w]
         logits, targets, start = [], [], 0
-        for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1)):
+        for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
             count = masks.shape[1]
             target = matching.target[:, start : start + count]
             start += count
@@ -219,7 +224,7 @@ class Mask2FormerHead(VisftHead):
         return {
             name: value
             for key, values in losses.items()
-            for name, value in zip(loss_names(key, len(values)), values.unbind())
+            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
         }
 
     def _choose(self, values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,16 +251,11 @@ class Mask2FormerHead(VisftHead):
         return points
 
 
-def _classes(labels: LabelSpace, instances: Instances) -> Tensor:
-    if not len(instances):
-        return torch.zeros(0, dtype=torch.int64)
-    return labels.encode(instances.gt_classes)
-
-
-def _sample_targets(instances: Instances, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
+def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
     """Annotated masks at points [P, 2] (0..1 over the padded picture) -> [T, P]; padding is outside of every mask."""
-    if not len(instances):
+    if not num_targets(image):
         return points.new_zeros((0, len(points)))
+    instances = image["instances"]
     masks = instances.gt_masks
     if isinstance(masks, PolygonMasks):
         masks = BitMasks.from_polygon_masks(masks, *instances.image_size)

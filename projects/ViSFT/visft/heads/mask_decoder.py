@@ -103,6 +103,7 @@ class MaskDecoder(nn.Module):
             self.transformer_cross_attention_layers,
             self.transformer_self_attention_layers,
             self.transformer_ffn_layers,
+            strict=True,
         )
         for cross_attention, self_attention, feed_forward in layers:
             x = cross_attention(x, query_pos, memory, placed_memory, self._allowed(masks[-1]))
