@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw what the heads see on pictures.
 
-    tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE] [KEY VALUE ...]
+tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE] [KEY VALUE ...]
 """
 
 import sys

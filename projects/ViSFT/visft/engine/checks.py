@@ -4,16 +4,23 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
 
-from visft.engine.settings import nearest, unknown
-from visft.errors import CheckpointError, ConfigError, DataError
+from visft.backbone import open_clip_zoo
+from visft.backbone.towers import adapt
+from visft.checkpoint import files, load
+from visft.data import check_datasets
+from visft.engine.settings import unknown
+from visft.errors import CheckpointError, ConfigError
+from visft.heads import VISFT_HEADS_REGISTRY
 
 STAGES = ("heads", "lora")
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def check(
-    cfg: CfgNode, *, processes: int = 1, local_processes: int = 1, train: bool = True, weights: tuple = ()
+    cfg: CfgNode, *, processes: int = 1, local_processes: int = 1, train: bool = True, test: bool = True
 ) -> None:
     """Raise the first thing that is wrong with a config, before anything is built or written.
 
@@ -21,8 +28,7 @@ def check(
         cfg: as `settings.load_config` returns it (which has checked the keys). Own data (`VISFT.DATA`) is
             registered and becomes DATASETS.TRAIN / TEST here.
         processes: over all machines. local_processes: on this one.
-        train: whether the training settings and data sets are needed.
-        weights: further weight files that will be read.
+        train, test: whether the pictures of DATASETS.TRAIN, DATASETS.TEST will be read.
 
     Raises:
         ConfigError, DataError, CheckpointError: one sentence each.
@@ -31,8 +37,8 @@ def check(
     _names(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _visft_names(cfg, processes)
-    _data_sets(cfg, train)
-    _weight_files(cfg, weights)
+    check_datasets(cfg, train=train, test=test)
+    _weight_files(cfg)
 
 
 def _device(cfg: CfgNode, local_processes: int) -> None:
@@ -62,11 +68,12 @@ def _one_of(key: str, value: str, known: tuple[str, ...] | list[str]) -> None:
 
 def _names(cfg: CfgNode) -> None:
     import detectron2.modeling as modeling
+
     import visft  # noqa: F401  registers
 
     architectures = [name for name, _ in modeling.META_ARCH_REGISTRY]
     _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
-    backbones = [name for name, _ in modeling.BACKBONE_REGISTRY]
+    backbones = [name for name, _ in BACKBONE_REGISTRY]
     _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
         _tower(cfg)
@@ -77,33 +84,24 @@ def _names(cfg: CfgNode) -> None:
         )
 
 
-def _tower(cfg: CfgNode) -> None:
-    from visft.backbone.open_clip_zoo import open_clip
+def _is_file(pretrained: str) -> bool:
+    return os.path.sep in pretrained or os.path.splitext(pretrained)[1] in _WEIGHT_SUFFIXES
 
-    vit, zoo = cfg.MODEL.CLIP_VIT, open_clip()
-    if vit.NAME not in zoo.list_models():
-        near = nearest(vit.NAME, zoo.list_models())
-        raise ConfigError(
-            f"MODEL.CLIP_VIT.NAME: `{vit.NAME}` is no tower that open_clip knows; the nearest is `{near}` "
-            "(open_clip.list_models() lists all)"
-        )
-    tags = zoo.list_pretrained_tags_by_model(vit.NAME)
-    is_file = os.path.sep in vit.PRETRAINED or os.path.splitext(vit.PRETRAINED)[1] in (
-        ".safetensors",
-        ".pt",
-        ".pth",
-        ".bin",
-        ".ckpt",
-        ".pkl",
-    )
-    if vit.PRETRAINED and vit.PRETRAINED not in tags and not is_file and not os.path.exists(vit.PRETRAINED):
-        raise unknown(f"MODEL.CLIP_VIT.PRETRAINED: tag of {vit.NAME}", vit.PRETRAINED, tags)
+
+def _tower(cfg: CfgNode) -> None:
+    vit = cfg.MODEL.CLIP_VIT
+    open_clip_zoo.check_name(vit.NAME)
+    if not _is_file(vit.PRETRAINED):
+        open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
+    adapt(open_clip_zoo.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
     _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
     _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
     _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, ("", "float16", "bfloat16"))
     for key in ("PATCH_SIZE", "WINDOW_SIZE"):
         if vit[key] < 0:
-            raise ConfigError(f"MODEL.CLIP_VIT.{key} is {vit[key]}; expected 0 or a number of pixels or patches")
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.{key} is {vit[key]}; expected 0 or a number of pixels or patches"
+            )
     if not 0 < vit.LAYER_DECAY <= 1:
         raise ConfigError(f"MODEL.CLIP_VIT.LAYER_DECAY is {vit.LAYER_DECAY}; expected above 0 and at most 1")
 
@@ -117,14 +115,14 @@ def _lora(cfg: CfgNode) -> None:
     if lora.RANK < 1:
         raise ConfigError(f"MODEL.LORA.RANK is {lora.RANK}; expected at least 1")
     if lora.LAST_BLOCKS < 0:
-        raise ConfigError(f"MODEL.LORA.LAST_BLOCKS is {lora.LAST_BLOCKS}; expected 0 (all) or a number of blocks")
+        raise ConfigError(
+            f"MODEL.LORA.LAST_BLOCKS is {lora.LAST_BLOCKS}; expected 0 (all) or a number of blocks"
+        )
     if not 0 <= lora.DROPOUT < 1:
         raise ConfigError(f"MODEL.LORA.DROPOUT is {lora.DROPOUT}; expected at least 0 and below 1")
 
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:
-    from visft.heads import VISFT_HEADS_REGISTRY
-
     node = cfg.MODEL.VISFT
     known = [name.lower() for name, value in node.items() if isinstance(value, CfgNode)]
     if not node.HEADS:
@@ -166,7 +164,7 @@ def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
     _one_of(f"{key}.AMP", solver.AMP, ("", "bfloat16", "float16"))
     if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        raise ConfigError(f"{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or \"\"")
+        raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
     for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):
         if solver[name] < least:
             raise ConfigError(f"{key}.{name} is {solver[name]}; expected at least {least}")
@@ -179,9 +177,21 @@ def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
         )
 
 
-def _data_sets(cfg: CfgNode, train: bool) -> None:
-    raise NotImplementedError
-
-
-def _weight_files(cfg: CfgNode, weights: tuple) -> None:
-    raise NotImplementedError
+def _weight_files(cfg: CfgNode) -> None:
+    vit = cfg.MODEL.CLIP_VIT
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit") and _is_file(vit.PRETRAINED):
+        open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
+        try:
+            files.read_shapes(vit.PRETRAINED)
+        except CheckpointError as error:
+            raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
+    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+        if cfg.MODEL.WEIGHTS:
+            load.check_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS", architecture=vit.NAME)
+        for file in cfg.MODEL.VISFT.HEAD_FILES:
+            load.check_file(file, key="MODEL.VISFT.HEAD_FILES", architecture=vit.NAME, heads_only=True)
+    elif cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
+        try:
+            files.read_shapes(cfg.MODEL.WEIGHTS)
+        except CheckpointError as error:
+            raise CheckpointError(f"MODEL.WEIGHTS: {error}") from error

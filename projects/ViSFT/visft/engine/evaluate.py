@@ -8,6 +8,9 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
+from visft.data import ViSFTMapper, build_test_loader
+from visft.engine.predict import draw_predictions
+
 logger = logging.getLogger(__name__)
 
 
@@ -16,21 +19,19 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
     With several data sets in DATASETS.TEST each figure's name begins with its data set's.
     """
-    from visft.data import build_test_loader
     from visft.evaluation import build_evaluator
 
     figures: dict[str, float] = {}
     for name in cfg.DATASETS.TEST:
         found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name))
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
-        figures |= {f"{prefix}{key}": float(value) for key, value in flatten_results_dict(found or {}).items()}
+        figures |= {
+            f"{prefix}{key}": float(value) for key, value in flatten_results_dict(found or {}).items()
+        }
     return figures
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     """Pictures of the first data set in DATASETS.TEST: ground truth beside each head's prediction."""
-    from visft.data import build_test_mapper
-    from visft.engine.predict import draw_predictions
-
-    mapper = build_test_mapper(cfg)
+    mapper = ViSFTMapper(cfg, is_train=False)
     draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=cfg.MODEL.VISFT.HEADS)

@@ -50,7 +50,9 @@ class FeatureCache:
 
     def _one(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         raw = image.detach().float().cpu().contiguous()
-        key = hashlib.blake2b(raw.numpy(), digest_size=16, person=repr(tuple(raw.shape[2:])).encode()[:16]).digest()
+        key = hashlib.blake2b(
+            raw.numpy(), digest_size=16, person=repr(tuple(raw.shape[2:])).encode()[:16]
+        ).digest()
         found = self._entries.get(key)
         if found is not None:
             self.hits += 1

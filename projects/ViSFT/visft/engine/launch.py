@@ -9,7 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from visft.engine import checks, cli, settings
+from visft.data import register_own_data
+from visft.engine import checks, cli, settings, stages, stock
 from visft.errors import ConfigError, TrainingError
 
 
@@ -57,9 +58,6 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Run in this process, the process group being up where there are several."""
-    # Imported late: what is wrong with a config should be said before detectron2's data stack has loaded.
-    from visft.engine import stages, stock
-
     runner = stages if cfg.MODEL.META_ARCHITECTURE == "ViSFT" else stock
     if args.eval_only:
         runner.evaluate_only(cfg, args)
@@ -91,8 +89,7 @@ def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -
 
 
 def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
-    import visft  # noqa: F401  a spawned process starts without the registries
-
+    register_own_data(cfg)  # a spawned process starts with empty catalogs
     os.environ.setdefault("RANK", str(args.machine_rank * args.num_gpus + local_rank))
     status = cli.guard(_worker, local_rank, args, cfg, url)
     if status:

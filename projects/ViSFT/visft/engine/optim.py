@@ -57,7 +57,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], bucket: int = 1 << 23)
     dist.all_reduce(present)
     pieces: list[torch.Tensor] = []
     size = 0
-    for parameter, count in zip(parameters, present.tolist()):
+    for parameter, count in zip(parameters, present.tolist(), strict=True):
         if count == 0:
             continue
         if parameter.grad is None:
@@ -76,5 +76,5 @@ def _mean_over_processes(tensors: list[torch.Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

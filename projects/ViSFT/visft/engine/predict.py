@@ -1,5 +1,6 @@
 """Pictures of what the heads see, drawn by detectron2's Visualizer."""
 
+import argparse
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -9,10 +10,14 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
+from detectron2.utils.logger import setup_logger
 from PIL import Image, ImageDraw
 from torch import nn
 
-from visft.errors import DataError
+from visft.checkpoint.run import newest_checkpoint
+from visft.data import ViSFTMapper, read_rgb
+from visft.engine import checks, cli, settings
+from visft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +44,6 @@ def find_pictures(paths: Iterable[str]) -> list[Path]:
     if not found:
         raise DataError(f"--input {' '.join(map(str, paths))}: no pictures there ({', '.join(SUFFIXES)})")
     return found
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """A picture as `[H, W, 3]` uint8 RGB, turned as its EXIF orientation says.
-
-    Raises:
-        DataError: if it does not decode.
-    """
-    from detectron2.data.detection_utils import read_image
-
-    try:
-        return np.ascontiguousarray(read_image(str(path), format="RGB"))
-    except Exception as error:  # Pillow raises many kinds on broken files
-        raise DataError(f"{path}: does not decode as a picture ({error}); replace or remove it") from error
 
 
 def draw(
@@ -127,7 +118,7 @@ def predict_files(
     model.eval()
     written = []
     for file in files:
-        image = read_picture(file)
+        image = read_rgb(file)
         record = {"file_name": str(file), "image_id": 0, "height": image.shape[0], "width": image.shape[1]}
         output = model([mapper(record)])[0]
         panels = draw(image, output, heads, metadata, threshold=threshold)
@@ -154,7 +145,7 @@ def draw_predictions(
     # Evenly over the data set, which may be sorted.
     step = max(1, len(records) // count)
     for record in records[::step][:count]:
-        image = read_picture(Path(record["file_name"]))
+        image = read_rgb(record["file_name"])
         output = model([mapper(dict(record))])[0]
         panels = [("ground truth", draw_ground_truth(image, record, metadata))]
         panels += draw(image, output, heads, metadata)
@@ -166,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     """`tools/predict.py`; returns the exit status."""
     parser = argparse.ArgumentParser(description="Draw what the heads see on pictures.")
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them")
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them"
+    )
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(
         "--weights",
@@ -195,20 +188,22 @@ def run(args: argparse.Namespace) -> list[Path]:
         cfg.MODEL.WEIGHTS = str(weights)
     checks.check(cfg, train=False, test=False)
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
-        raise ConfigError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; predict.py draws ViSFT's heads")
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; predict.py draws ViSFT's heads"
+        )
     if not weights and not cfg.MODEL.VISFT.HEAD_FILES:
         raise ConfigError(
             f"no trained heads: {cfg.OUTPUT_DIR} holds no run and MODEL.VISFT.HEAD_FILES is empty; give --weights"
         )
     files = find_pictures(args.input)
     for file in files:
-        read_picture(file)
+        read_rgb(file)
     cfg.freeze()
     setup_logger(name="visft")
     model = stages.initial_model(cfg, seed=0)
     return predict_files(
         model,
-        build_test_mapper(cfg),
+        ViSFTMapper(cfg, is_train=False),
         files,
         Path(args.output),
         heads=cfg.MODEL.VISFT.HEADS,

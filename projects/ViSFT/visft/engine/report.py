@@ -117,7 +117,9 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
         return
     figure = Figure(figsize=(6 * len(found), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (stage, series) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+    for axes, (stage, series) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
         for name, values in series.items():
             parts = name.split("/")
             per_head = len(parts) == 2 and parts[1].startswith("loss") and not parts[1][-1].isdigit()

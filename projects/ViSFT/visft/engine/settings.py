@@ -99,7 +99,7 @@ def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
             )
     if len(opts) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, but `{opts[-1]}` has no value after it")
-    yield from zip(opts[::2], opts[1::2])
+    yield from zip(opts[::2], opts[1::2], strict=True)
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:

@@ -1,6 +1,7 @@
 """A whole run: stage heads, stage lora, export, report; each part continued or skipped by --resume."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,17 +19,26 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from visft.checkpoint import files, load
-from visft.checkpoint.run import RunCheckpointer, newest_checkpoint
+from visft.checkpoint.run import RunCheckpointer
+from visft.data import build_train_loader
 from visft.engine import evaluate, exporting, report, zero_shot
 from visft.engine.feature_cache import cached_features
 from visft.engine.hooks import Checkpoints, LearningRate, Writers
 from visft.engine.optim import build_optimizer, learning_rate
 from visft.engine.trainer import StageTrainer, seed_iteration
-from visft.errors import CheckpointError, ConfigError
+from visft.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_LEFT_BY_A_RUN = ("run.json", "report.md", "report.json", "loss_curves.png", "predictions", "export", "inference")
+_LEFT_BY_A_RUN = (
+    "run.json",
+    "report.md",
+    "report.json",
+    "loss_curves.png",
+    "predictions",
+    "export",
+    "inference",
+)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -70,9 +80,6 @@ def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
     """The model before any stage: tower from its base, heads from HEAD_FILES (or fresh), then MODEL.WEIGHTS."""
     seed_iteration(seed, "build", 0)
     model = build_model(cfg)
-    heads = cfg.MODEL.VISFT.HEADS
-    reinit = [head for head in heads if cfg.MODEL.VISFT[head.upper()].get("REINIT_CLASSES", False)]
-    load.load_heads(model, cfg.MODEL.VISFT.HEAD_FILES, reinit)
     if cfg.MODEL.WEIGHTS:
         load_run(cfg, model, cfg.MODEL.WEIGHTS)
     return model
@@ -140,7 +147,9 @@ def _loggers(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rank = comm.get_rank()
     for name in ("detectron2", "fvcore", "visft"):
-        setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name={"detectron2": "d2"}.get(name))
+        setup_logger(
+            str(folder), distributed_rank=rank, name=name, abbrev_name={"detectron2": "d2"}.get(name)
+        )
 
 
 def _set_earlier_run_aside(folder: Path) -> None:
@@ -180,7 +189,7 @@ def _run_stage(cfg: CfgNode, model: nn.Module, stage: str, state: _State) -> Non
         optimizer,
         grad_scaler=trainer.scaler if trainer.scaler.is_enabled() else None,
         stage=stage,
-        base=model.backbone.base,
+        base=dataclasses.replace(model.backbone.base, _clip=None),  # not the whole CLIP, its name
         settings=_settings(cfg, stage),
     )
     start = checkpointer.resume()
@@ -224,8 +233,6 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
 
 
 def _batches(cfg: CfgNode, stage: str, start: int, seed: int):
-    from visft.data import build_train_loader
-
     solver = cfg.VISFT.SOLVER[stage.upper()]
     # Each stage has its own order of pictures.
     seed = int.from_bytes(hashlib.blake2b(f"{seed} {stage}".encode(), digest_size=6).digest(), "little")

@@ -16,9 +16,12 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     SemSegEvaluator,
 )
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
+from visft.backbone import lr_factor
+from visft.checkpoint import files
 from visft.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +35,6 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{filename}: pickle files are not read, for they can run code; convert it to .pth or .safetensors"
             )
-        from visft.checkpoint import files
-
         try:
             content = torch.load(filename, map_location="cpu", weights_only=True)
         except Exception:
@@ -52,7 +53,22 @@ class StockTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        raise NotImplementedError
+        """AdamW over what trains; MODEL.CLIP_VIT.LAYER_DECAY within towers, no weight decay on position embeddings.
+
+        Weight decay of norms and biases, and gradient clipping, follow SOLVER.*.
+        """
+        parameters = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            overrides={name: {"weight_decay": 0.0} for name in ("pos_embed", "positional_embedding")},
+            lr_factor_func=lr_factor(model, cfg.MODEL.CLIP_VIT.LAYER_DECAY),
+        )
+        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return adamw(parameters, lr=cfg.SOLVER.BASE_LR, eps=1e-8)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -113,8 +113,9 @@ class StageTrainer(TrainerBase):
             self._require_finite(values, images)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
-            if losses:
-                self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+            total = sum(losses.values())
+            if total.requires_grad:
+                self.scaler.scale(total / self.accumulate).backward()
         average_gradients(self.parameters)
         if any(parameter.grad is not None for parameter in self.parameters):
             self._step(images)
@@ -147,7 +148,7 @@ class StageTrainer(TrainerBase):
         names = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in images)
         return TrainingError(
             f"stage {self.stage}, iteration {self.iter}: {what} is {value}; the batch was {names}; nothing of this "
-            "iteration is saved (a lower BASE_LR, AMP \"\" or cleaning these pictures' labels may help, --resume "
+            'iteration is saved (a lower BASE_LR, AMP "" or cleaning these pictures\' labels may help, --resume '
             "goes on from the last checkpoint)"
         )
 
@@ -167,6 +168,6 @@ class StageTrainer(TrainerBase):
 
 def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     """All losses as numbers, in one transfer from the device."""
-    if not losses:
-        return {}
-    return dict(zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist()))
+    return dict(
+        zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True)
+    )
