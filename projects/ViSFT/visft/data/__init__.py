@@ -1,17 +1,18 @@
 """Data: COCO files checked before training, mappers, deterministic loaders, the demo world."""
 
-from visft.data.coco import check_dataset, check_datasets, register_coco_captions, register_own_data
+from visft.data.coco import check_data_set, check_registered, register_coco_captions, register_own_data
 from visft.data.images import PictureError, read_rgb
 from visft.data.loader import build_test_loader, build_train_loader
-from visft.data.mappers import ViSFTMapper
+from visft.data.mappers import ViSFTMapper, build_test_mapper
 
 __all__ = [
     "PictureError",
     "ViSFTMapper",
     "build_test_loader",
+    "build_test_mapper",
     "build_train_loader",
-    "check_dataset",
-    "check_datasets",
+    "check_data_set",
+    "check_registered",
     "read_rgb",
     "register_all",
     "register_own_data",

@@ -34,85 +34,66 @@ class CocoSummary:
     classes: tuple[str, ...]
     """Names in the order of their category ids."""
     category_ids: tuple[int, ...]
-    num_images: int
-    num_annotations: int
-    has_masks: bool
 
 
-def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
-    """Check every data set that a config names, before anything is built from it.
+def check_data_set(cfg: CfgNode, name: str) -> None:
+    """Check one of the data sets that a config names, for what it is used for: training, evaluation, or both.
 
-    Own data (`VISFT.DATA.*`) is registered and put into `cfg.DATASETS` first. Repeated calls are cheap: a file that
-    has not changed is not read again.
-
-    Args:
-        train, test: whether `DATASETS.TRAIN`, `DATASETS.TEST` will be used.
+    Cheap when repeated: a file that has not changed is not read again.
 
     Raises:
-        ConfigError: `VISFT.DATA.*` is set by half, or `DATASETS.TRAIN` is empty.
-        DataError: a name is unknown, a file is missing, an annotation is broken, or two data sets disagree on classes.
+        DataError: as `check_registered`, or its classes are not those of `DATASETS.TRAIN[0]`, which the heads have.
     """
-    register_own_data(cfg)
-    if train and not cfg.DATASETS.TRAIN:
-        raise ConfigError(
-            "DATASETS.TRAIN is empty: name a registered data set, or set VISFT.DATA.TRAIN_JSON and "
-            "VISFT.DATA.TRAIN_IMAGES"
+    if name in cfg.DATASETS.TRAIN:
+        check_registered(name, train=True)
+    if name in cfg.DATASETS.TEST:
+        check_registered(name, train=False)
+    first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else name
+    ours, theirs = (MetadataCatalog.get(n).get("thing_classes") for n in (name, first))
+    if ours is not None and theirs is not None and list(ours) != list(theirs):
+        odd = sorted(set(ours) ^ set(theirs))
+        raise DataError(
+            f"{name}: its {len(ours)} classes are not the {len(theirs)} of {first} "
+            f"({'only in one of them: ' + _some(odd) if odd else 'they are in another order'}); "
+            "use data sets with the same list of categories"
         )
-    names = [(name, True) for name in cfg.DATASETS.TRAIN if train]
-    names += [(name, False) for name in cfg.DATASETS.TEST if test]
-    for name, _ in names:
-        _check_name(name)
-    classes: dict[str, tuple[str, ...]] = {}
-    for name, is_train in names:
-        summary = check_dataset(name, train=is_train)
-        if summary is not None:
-            classes[name] = summary.classes
-    for name, found in classes.items():
-        first = next(iter(classes))
-        if found != classes[first]:
-            odd = sorted(set(found) ^ set(classes[first]))
-            raise DataError(
-                f"{name}: its {len(found)} classes are not the {len(classes[first])} of {first} "
-                f"({'only in one of them: ' + ', '.join(odd[:3]) if odd else 'they are in another order'}); "
-                "use data sets with the same list of categories"
-            )
 
 
-def check_dataset(name: str, *, train: bool) -> CocoSummary | None:
-    """Check one registered data set.
+def check_registered(name: str, *, train: bool) -> None:
+    """Check a data set by its name in detectron2's DatasetCatalog, whatever the config. Metadata that its annotation
+    file gives (classes and their ids) is filled in if it was not there.
+
+    Of data sets that are not in COCO format, only the presence of their files is checked.
 
     Args:
-        name: a name in detectron2's DatasetCatalog.
+        name: a registered name.
         train: it must have something to learn from; else it must have what COCO's evaluation reads.
 
-    Returns:
-        what its annotation file holds; None for data sets that are not in COCO format, of which only the presence
-        of the annotation file is checked.
-
     Raises:
-        DataError: as `check_coco_json`, or the name is unknown.
+        DataError: the name is unknown, a file is missing, or an annotation is broken (see `check_coco_json`).
     """
     _check_name(name)
     meta = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root", "caption_json", "panoptic_json", "panoptic_root", "sem_seg_root"):
+    for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"):
         path = meta.get(key)
-        # Captions are used where they are there, and are checked when they are read.
-        if path and key != "caption_json" and "://" not in path and not os.path.exists(path):
+        if path and "://" not in path and not os.path.exists(path):
             raise DataError(_what_to_put_where(name, path))
     json_file = meta.get("json_file")
-    if not json_file or meta.get("evaluator_type") == "lvis":
-        return None
+    if not json_file or "://" in json_file or meta.get("evaluator_type") == "lvis":
+        return
     # Test sets whose annotations are kept secret have a file without any.
     annotated = train or not name.startswith("coco_2017_test")
     summary = check_coco_json(json_file, meta.get("image_root") or "", train=train, annotated=annotated)
     expected = meta.get("thing_classes")
-    if expected is not None and tuple(expected) != summary.classes:
+    if expected is None:
+        ids = {dataset_id: i for i, dataset_id in enumerate(summary.category_ids)}
+        meta.set(thing_classes=list(summary.classes), thing_dataset_id_to_contiguous_id=ids)
+    elif tuple(expected) != summary.classes:
         raise DataError(
             f"{json_file}: its {len(summary.classes)} categories ({_some(summary.classes)}) are not the "
             f"{len(expected)} that `{name}` stands for ({_some(expected)}); give the file as "
-            "VISFT.DATA.TRAIN_JSON / VISFT.DATA.TEST_JSON, which take the classes from it"
+            "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
         )
-    return summary
 
 
 def register_own_data(cfg: CfgNode) -> None:
@@ -147,12 +128,9 @@ def register_own_data(cfg: CfgNode) -> None:
 
 
 def _register_own(name: str, json_file: str, image_root: str) -> None:
-    meta = MetadataCatalog.get(name)
     if name in DatasetCatalog:
-        if (meta.get("json_file"), meta.get("image_root")) == (json_file, image_root):
-            return
         DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name)
+        MetadataCatalog.pop(name, None)
     DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
@@ -160,7 +138,7 @@ def _register_own(name: str, json_file: str, image_root: str) -> None:
 def _load_own(name: str, json_file: str, image_root: str) -> list[dict]:
     from detectron2.data.datasets import load_coco_json
 
-    check_dataset(name, train=name == OWN_TRAIN)
+    check_registered(name, train=name == OWN_TRAIN)
     return load_coco_json(json_file, image_root, name)
 
 
@@ -230,20 +208,15 @@ def _check(
         annotations = _list(json_file, content, "annotations")
     else:
         annotations = []
-    has_masks = _check_annotations(json_file, annotations, sizes, categories, train)
-    if train and not any(not a.get("iscrowd", 0) for a in annotations):
+    _check_annotations(json_file, annotations, sizes, categories, train)
+    if train and all(a.get("iscrowd", 0) for a in annotations):
         raise DataError(
             f"{json_file}: none of its {len(sizes)} pictures has an annotation that is no crowd, so there is "
             "nothing to train on; expected at least one"
         )
+    logger.info("%s: %d pictures, %d annotations, nothing wrong", json_file, len(sizes), len(annotations))
     ids = tuple(sorted(categories))
-    return CocoSummary(
-        classes=tuple(categories[i] for i in ids),
-        category_ids=ids,
-        num_images=len(sizes),
-        num_annotations=len(annotations),
-        has_masks=has_masks,
-    )
+    return CocoSummary(classes=tuple(categories[i] for i in ids), category_ids=ids)
 
 
 def _check_categories(path: str, entries: list) -> dict[int, str]:
@@ -289,8 +262,7 @@ def _check_images(path: str, entries: list, image_root: str) -> dict[int, tuple[
 
 def _check_annotations(
     path: str, entries: list, sizes: dict[int, tuple[int, int]], categories: dict[int, str], train: bool
-) -> bool:
-    """Returns whether the annotations have masks."""
+) -> None:
     seen = set()
     with_mask = without_mask = None
     keys = {"id": _is_id, "image_id": _is_id, "category_id": _is_int, "bbox": _is_box}
@@ -331,7 +303,6 @@ def _check_annotations(
         raise DataError(
             f"{path}: {without_mask} has no segmentation while {with_mask} has one; give all annotations masks, or none"
         )
-    return with_mask is not None
 
 
 def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> None:

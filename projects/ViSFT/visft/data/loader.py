@@ -20,9 +20,9 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from visft.data.coco import captions_of, check_dataset
+from visft.data.coco import captions_of, check_registered
 from visft.data.images import PictureError
-from visft.data.mappers import ViSFTMapper
+from visft.data.mappers import ViSFTMapper, build_test_mapper
 from visft.errors import ConfigError, DataError, VisftError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def build_train_loader(
 
     Raises:
         ConfigError: the processes cannot share `batch_size` evenly.
-        DataError: a data set is broken (see `check_dataset`), or nothing is left of it.
+        DataError: a data set is broken (see `check_registered`), or nothing is left of it.
     """
     records = load_records(
         tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -66,7 +66,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     """
     return TestLoader(
         load_records((dataset_name,), train=False),
-        ViSFTMapper(cfg, is_train=False),
+        build_test_mapper(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
@@ -82,7 +82,7 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
     """
     records: list[dict] = []
     for name in names:
-        check_dataset(name, train=train)
+        check_registered(name, train=train)
         found = DatasetCatalog.get(name)
         if train:
             captions = captions_of(name)

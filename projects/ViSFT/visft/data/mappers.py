@@ -120,6 +120,11 @@ class ViSFTMapper:
         return mapped
 
 
+def build_test_mapper(cfg: CfgNode) -> ViSFTMapper:
+    """Turns a record (`file_name` is enough) into the model's input, as in evaluation."""
+    return ViSFTMapper(cfg, is_train=False)
+
+
 def _instances(record: dict, transforms: T.TransformList, size: tuple[int, int]) -> Instances:
     annotations = [dict(a) for a in record["annotations"] if not a.get("iscrowd", 0)]
     has_masks = record.get("has_masks", any("segmentation" in a for a in annotations))
