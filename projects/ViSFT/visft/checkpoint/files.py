@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,16 +199,17 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
     with open(path, "rb") as file:
         mmap = mmap and file.read(2) == b"PK"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            # Advice on pickle protocols, which a user of the file cannot act on.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
-        if found is None and "Unsupported" not in str(error) and "weights_only" not in str(error).lower():
+        if found is None:
             raise _cut_off(path, error) from error
-        named = f" ({found.group(1)})" if found else ""
         raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors{named}; such a file can run code, so it was "
-            f"not loaded: "
-            "use a safetensors file, or a .pt file of tensors alone."
+            f"{path}: holds pickled objects other than tensors ({found.group(1)}); such a file can run code, so it "
+            "was not loaded: use a safetensors file, or a .pt file of tensors alone."
         ) from error
     except Exception as error:
         # A damaged archive fails in many ways (RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...).

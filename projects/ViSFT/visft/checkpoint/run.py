@@ -12,7 +12,6 @@ A checkpoint of iteration i is three files, written in this order, each aside an
 between leaves files without their JSON, which are no checkpoint.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -53,6 +52,13 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = {n for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n for n, _ in model.named_buffers() if n.rpartition(".")[0] in owners}
     return {n: t for n, t in model.state_dict().items() if n in parameters or n in buffers}
+
+
+def describe_base(base: Any) -> dict[str, Any] | None:
+    """What names a base (`BaseTower`) in a file: architecture, tag or file, SHA-256; None for an unknown base."""
+    if base is None:
+        return None
+    return {"name": base.name, "pretrained": base.pretrained, "sha256": base.sha256}
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
@@ -178,7 +184,7 @@ class RunCheckpointer:
         about = {
             "stage": self.stage,
             "iteration": iteration,
-            "base": dataclasses.asdict(self.base) if dataclasses.is_dataclass(self.base) else None,
+            "base": describe_base(self.base),
             "settings": self.settings,
         }
         tensors: dict[str, Tensor] = {}
