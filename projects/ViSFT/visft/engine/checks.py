@@ -4,14 +4,15 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
 from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import files, load
-from visft.data import check_datasets
+from visft.data import check_data_set, register_own_data
 from visft.engine.settings import unknown
-from visft.errors import CheckpointError, ConfigError
+from visft.errors import CheckpointError, ConfigError, DataError
 from visft.heads import VISFT_HEADS_REGISTRY
 
 STAGES = ("heads", "lora")
@@ -37,7 +38,7 @@ def check(
     _names(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _visft_names(cfg, processes)
-    check_datasets(cfg, train=train, test=test)
+    _data_sets(cfg, train, test)
     _weight_files(cfg)
 
 
@@ -175,6 +176,20 @@ def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
         raise ConfigError(
             f"{key}.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
         )
+
+
+def _data_sets(cfg: CfgNode, train: bool, test: bool) -> None:
+    register_own_data(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError(
+            "DATASETS.TRAIN is empty, and its first data set says which classes there are: name one, or set "
+            "VISFT.DATA.TRAIN_JSON and VISFT.DATA.TRAIN_IMAGES"
+        )
+    for key, name in [("TRAIN", n) for n in cfg.DATASETS.TRAIN] + [("TEST", n) for n in cfg.DATASETS.TEST]:
+        if name not in DatasetCatalog:
+            raise DataError(str(unknown(f"DATASETS.{key}", name, DatasetCatalog.list())))
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())):
+        check_data_set(cfg, name)
 
 
 def _weight_files(cfg: CfgNode) -> None:

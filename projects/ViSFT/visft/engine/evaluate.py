@@ -8,8 +8,9 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from visft.data import ViSFTMapper, build_test_loader
+from visft.data import build_test_loader, build_test_mapper
 from visft.engine.predict import draw_predictions
+from visft.evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,6 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
     With several data sets in DATASETS.TEST each figure's name begins with its data set's.
     """
-    from visft.evaluation import build_evaluator
-
     figures: dict[str, float] = {}
     for name in cfg.DATASETS.TEST:
         found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name))
@@ -33,5 +32,5 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     """Pictures of the first data set in DATASETS.TEST: ground truth beside each head's prediction."""
-    mapper = ViSFTMapper(cfg, is_train=False)
+    mapper = build_test_mapper(cfg)
     draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=cfg.MODEL.VISFT.HEADS)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from visft.checkpoint.run import newest_checkpoint
-from visft.data import ViSFTMapper, read_rgb
+from visft.data import build_test_mapper, read_rgb
 from visft.engine import checks, cli, settings
 from visft.errors import ConfigError, DataError
 
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     model = stages.initial_model(cfg, seed=0)
     return predict_files(
         model,
-        ViSFTMapper(cfg, is_train=False),
+        build_test_mapper(cfg),
         files,
         Path(args.output),
         heads=cfg.MODEL.VISFT.HEADS,

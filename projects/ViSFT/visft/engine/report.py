@@ -51,19 +51,23 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
 
     Args:
         folder: OUTPUT_DIR.
-        evaluations: figures by step (`start`, `heads`, `lora`), flat: `detection/bbox/AP50`, `zero_shot/top1`, ...
+        evaluations: figures by step (`start`, `heads`, `lora`), flat: `detection/bbox/AP50`, `zero_shot/top1`, ...;
+            those of single classes (`.../AP-dog`) stay in run.json.
         title: first line of the page.
     """
     if not evaluations:
-        logger.info("no data set in DATASETS.TEST: no report")
+        logger.info("DATASETS.TEST is empty, so there is nothing to report")
         return
     first, last = before_and_after(evaluations)
-    before, after = finite(evaluations[first]), finite(evaluations[last])
+    before, after = (
+        {name: value for name, value in finite(evaluations[step]).items() if "/AP-" not in name}
+        for step in (first, last)
+    )
     figures = {"before": before, "after": after}
     write_atomically(folder / "report.json", json.dumps(figures, indent=2) + "\n")
     lines = [f"# {title}", "", f"Before: {_STEPS[first]}. After: {_STEPS[last]}. Per cent.", ""]
     lines += ["| | before | after | change |", "|---|---:|---:|---:|"]
-    for name in _ordered({**before, **after}):
+    for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         change = "" if old is None or new is None else f"{new - old:+.2f}"
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
@@ -76,11 +80,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         lines += ["Ground truth beside what each head predicts:", ""]
         lines += [f"![{picture.stem}](predictions/{picture.name})" for picture in pictures] + [""]
     write_atomically(folder / "report.md", "\n".join(lines))
-
-
-def _ordered(names: Mapping[str, object]) -> list[str]:
-    """Overall figures first (as they come), figures of single classes after them."""
-    return [name for name in names if "AP-" not in name] + [name for name in names if "AP-" in name]
+    logger.info("wrote %s", folder / "report.md")
 
 
 def _cell(value: float | None) -> str:

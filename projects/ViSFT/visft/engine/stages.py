@@ -100,10 +100,10 @@ class _State:
     def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         """Figures after a step; from `run.json` when the step was evaluated before a kill."""
         if step not in self.evaluations:
-            figures = _figures(cfg, model)
-            self.evaluations[step] = figures if comm.is_main_process() else {}
+            self.evaluations[step] = figures = _figures(cfg, model)
             self.save()
-            _log_figures(step, figures)
+            if figures:
+                _log_figures(step, figures)
         return self.evaluations[step]
 
     def save(self) -> None:
@@ -299,6 +299,6 @@ def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None
         evaluate.draw(cfg, model, folder / "predictions")
     report.draw_loss_curves(folder, cfg.VISFT.STAGES)
     title = f"ViSFT of {cfg.MODEL.CLIP_VIT.NAME} ({cfg.MODEL.CLIP_VIT.PRETRAINED or 'random weights'})"
-    report.write_report(folder, state.evaluations, title=title)
-    logger.info("report: %s, pictures: %s", folder / "report.md", folder / "predictions")
+    evaluations = {step: figures for step, figures in state.evaluations.items() if figures}
+    report.write_report(folder, evaluations, title=title)
     comm.synchronize()
