@@ -46,21 +46,24 @@ def register(open_clip: ModuleType) -> None:
 class _AfterImport:
     """Finds open_clip as everybody does, and registers `visft-tiny` once its module has run."""
 
+    searching = False
+
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        if fullname != "open_clip":
+        if fullname != "open_clip" or self.searching:
             return None
-        sys.meta_path.remove(self)  # or find_spec below would come back here
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
-            return spec
-        run = spec.loader.exec_module
+        self.searching = True  # the other finders are asked now, not this one again
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
 
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            register(module)
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                register(module)
 
-        spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module
         return spec
 
 
@@ -209,8 +212,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _sha256_file(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sha256_tensors(module: nn.Module) -> str:
