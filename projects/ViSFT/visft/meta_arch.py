@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
-from .heads import build_head
+from .heads import build_head, rcnn  # noqa: F401  (registers RCNNHead)
 
 STAGES = ("heads", "lora")
 

@@ -10,14 +10,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_proposal_generator, build_roi_heads
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
-from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage, has_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft.errors import ConfigError
-from visft.heads.base import VisftHead, original_size
-from visft.heads.labels import label_space
+from visft.heads.base import VisftHead, has_targets, num_targets, original_size
+from visft.heads.labels import LabelSpace, label_space
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
 FEATURE = "map"
@@ -53,17 +53,16 @@ class RCNNHead(VisftHead):
         self.roi_heads = roi_heads
         self.scale = stride / detector_stride(stride)
         self.loss_weight = loss_weight
-        self.needs = ["gt_boxes", "gt_classes"]
-        self.needs += [
-            f"gt_{kind}s" for kind in ("mask", "keypoint") if getattr(roi_heads, f"{kind}_on", False)
-        ]
+        self.labels = LabelSpace(roi_heads.num_classes)
+        branches = [kind for kind in ("mask", "keypoint") if getattr(roi_heads, f"{kind}_on", False)]
+        self.label_fields = ("gt_boxes", *(f"gt_{branch}s" for branch in branches))
         # Whatever counts classes: of boxes (one a stage in a cascade), and of masks.
         classes = [
             name
             for name, module in roi_heads.named_modules()
             if isinstance(module, FastRCNNOutputLayers) or name == "mask_head.predictor"
         ]
-        self.CLASS_LAYERS = tuple(f"roi_heads.{name}" for name in classes)
+        self.class_layers = tuple(f"roi_heads.{name}" for name in classes)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
@@ -100,14 +99,13 @@ class RCNNHead(VisftHead):
             ) from error
 
     def has_labels(self, image: dict) -> bool:
-        """Whether the picture has all that the branches need; what has no objects needs no masks."""
-        instances = image.get("instances")
-        return instances is not None and all(
-            instances.has(field) for field in (self.needs if len(instances) else self.needs[:2])
-        )
+        """Whether the picture has all that the branches need."""
+        return all(has_targets(image, field) for field in self.label_fields)
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of pictures. detectron2 divides by numbers of samples, which are as many for each picture."""
+        for image in images:
+            self.labels.check(image)
         return torch.tensor([float(len(images))])
 
     def losses(
@@ -121,7 +119,7 @@ class RCNNHead(VisftHead):
     ) -> dict[str, Tensor]:
         """The losses of the parts, under detectron2's names (`loss_rpn_cls`, `loss_cls`, ...)."""
         maps, batch = self._inputs(features, image_sizes, padded_size)
-        targets = [_targets(image["instances"], features.device) for image in images]
+        targets = [_targets(image, features.device) for image in images]
         # The parts report to an EventStorage, which only a trainer provides.
         storage = contextlib.nullcontext() if has_event_storage() else EventStorage()
         with storage, _computing_losses(self):
@@ -171,9 +169,12 @@ def detector_stride(stride: int) -> int:
     return 2 ** round(math.log2(stride))
 
 
-def _targets(instances: Instances, device: torch.device) -> Instances:
+def _targets(image: dict, device: torch.device) -> Instances:
     """Labels on the device; masks given as a tensor [T, H, W] become BitMasks."""
+    instances = image["instances"]
     targets = Instances(instances.image_size, **instances.get_fields())
+    if not num_targets(image):
+        targets.gt_boxes, targets.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.int64)
     if targets.has("gt_masks") and not isinstance(targets.gt_masks, (BitMasks, PolygonMasks)):
         targets.gt_masks = BitMasks(targets.gt_masks)
     return targets.to(device)
