@@ -132,13 +132,13 @@ class Environment:
 
         pip takes a package for installed when its METADATA is there, however few of its files are.
         """
-        broken = broken_distributions(self.site())
-        if any(path.name.startswith("pip-") for path in broken):
-            self.create()
-            return
-        for path in broken:
-            say(f"{path.name.removesuffix('.dist-info')} is half installed: installing it again")
+        for path in broken_distributions(self.site()):
+            name = path.name.removesuffix(".dist-info")
+            say(f"{name} is half installed: installing it again")
             shutil.rmtree(path)
+            if name.startswith("pip-") and not self.works("-m", "ensurepip", "--default-pip"):
+                self.create()
+                return
         for leftover in self.site().glob("~*"):  # pip's name for what it was about to remove
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -169,7 +169,9 @@ class Environment:
     def make(self) -> None:
         self.stamp.unlink(missing_ok=True)
         if self.works("-c", "import sys; sys.exit(sys.version_info < (3, 10))"):
-            if not self.works("-m", "pip", "--version") and not self.works("-m", "ensurepip"):
+            if not self.works("-m", "pip", "--version") and not self.works(
+                "-m", "ensurepip", "--default-pip"
+            ):
                 self.create()
         else:
             self.create()
@@ -195,7 +197,7 @@ def distribution(site: Path, name: str) -> Path | None:
 
 
 def broken_distributions(site: Path) -> list[Path]:
-    """Metadata folders whose RECORD is missing or names files that are missing or of another size."""
+    """Metadata folders whose RECORD is missing, unfinished, or names files that are missing or of another size."""
     return [info for info in sorted(site.glob("*.dist-info")) if not is_whole(info)]
 
 
@@ -205,7 +207,8 @@ def is_whole(info: Path) -> bool:
             rows = [row for row in csv.reader(file) if len(row) == 3]
     except OSError:
         return False
-    if not rows or not (info / "METADATA").exists():
+    # A wheel brings a RECORD; installers complete it at the very end, by what they made themselves.
+    if f"{info.name}/INSTALLER" not in {row[0] for row in rows} or not (info / "METADATA").exists():
         return False
     for name, _, size in rows:
         if size and not name.endswith(".pyc"):

@@ -194,20 +194,23 @@ def make_distribution(site: Path, name: str) -> Path:
     info.mkdir(parents=True)
     (site / f"{name}.py").write_text("x = 1\n")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "INSTALLER").write_text("pip\n")
     (info / "RECORD").write_text(
         f"{name}.py,sha256=abc,6\n{info.name}/METADATA,,\n__pycache__/{name}.pyc,,\n{info.name}/RECORD,,\n"
+        f"{info.name}/INSTALLER,,4\n"
     )
     return info
 
 
 def test_half_installed_distributions_are_found(installer, tmp_path):
-    whole, no_record, missing, short = (
-        make_distribution(tmp_path, name) for name in ("whole", "norecord", "missing", "short")
-    )
+    names = ("whole", "norecord", "missing", "short", "unfinished")
+    whole, no_record, missing, short, unfinished = (make_distribution(tmp_path, name) for name in names)
     (no_record / "RECORD").unlink()
     (tmp_path / "missing.py").unlink()
     (tmp_path / "short.py").write_text("x =")
-    assert installer.broken_distributions(tmp_path) == [missing, no_record, short]
+    record = unfinished / "RECORD"
+    record.write_text("".join(line for line in record.open() if "INSTALLER" not in line))
+    assert installer.broken_distributions(tmp_path) == [missing, no_record, short, unfinished]
     assert whole.exists()
 
 
