@@ -20,13 +20,14 @@ from visft.errors import TrainingError
 _AMP = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def seed_iteration(seed: int, stage: str, iteration: int, rank: int = 0) -> None:
-    """Seed every global generator for one iteration.
+def seed_iteration(seed: int, stage: str, iteration: int) -> None:
+    """Seed every global generator for one iteration, alike in all processes.
 
     What an iteration draws (dropout, sampled points) then depends on its number alone. A run that was killed
-    continues as if it had not been, whatever ran in between, and no generator state has to be saved.
+    continues as if it had not been, whatever ran in between. Sampled points are those of one process with the joined
+    batch (they also depend on the picture), so that the number of processes changes nothing but dropout.
     """
-    text = f"{seed} {stage} {iteration} {rank}".encode()
+    text = f"{seed} {stage} {iteration}".encode()
     value = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -97,7 +98,7 @@ class StageTrainer(TrainerBase):
         Raises:
             TrainingError: if a loss or the gradient is not finite; the weights are then as before the step.
         """
-        seed_iteration(self.seed, self.stage, self.iter, comm.get_rank())
+        seed_iteration(self.seed, self.stage, self.iter)
         metrics: dict[str, float] = {}
         images: list[dict] = []
         data_time = 0.0
