@@ -8,8 +8,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import golden  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from visft.backbone import lora  # noqa: E402
+from visft.checkpoint.authors import split_heads  # noqa: E402
+from visft.heads import DETRHead, LabelSpace, Mask2FormerHead  # noqa: E402
+from visft.heads.position import sine_position_encoding  # noqa: E402
 
 
 @pytest.fixture(params=golden.FLAVOURS, scope="module")
@@ -49,4 +53,143 @@ def test_features_with_lora_merged(pack):
     assert difference(features, pack.tensors["features"]) < 1e-4
 
 
-# Detection, segmentation and their gradients follow
+# Detection, segmentation, and their gradients of the stage-2 step (heads frozen, no dropout)
+
+
+@pytest.fixture(scope="module")
+def detector(pack) -> DETRHead:
+    weights = golden_heads(pack)["detection"]
+    encoder_dim, channels = weights["input_proj.weight"].shape[:2]
+    head = DETRHead(
+        in_channels=channels,
+        labels=LabelSpace(len(weights["class_embeds.bias"]) - 1),
+        num_queries=len(weights["query_embeds.weight"]),
+        encoder_layers=count(weights, "transformer.encoder.layers."),
+        encoder_dim=encoder_dim,
+        decoder_layers=count(weights, "transformer.decoder.layers."),
+        decoder_dim=weights["query_embeds.weight"].shape[1],
+        feedforward_dim=len(weights["transformer.encoder.layers.0.linear1.bias"]),
+    )
+    head.load_state_dict(weights)
+    return head.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def segmenter(pack) -> Mask2FormerHead:
+    weights = golden_heads(pack)["segmentation"]
+    head = Mask2FormerHead(
+        in_channels=weights["pixel_decoder.adapter_1.weight"].shape[1],
+        labels=LabelSpace(len(weights["predictor.class_embed.bias"]) - 1),
+        num_queries=len(weights["predictor.query_feat.weight"]),
+        encoder_layers=count(weights, "pixel_decoder.transformer.encoder.layers."),
+        encoder_feedforward_dim=len(weights["pixel_decoder.transformer.encoder.layers.0.linear1.bias"]),
+        decoder_layers=count(weights, "predictor.transformer_ffn_layers."),
+        dim=weights["predictor.query_feat.weight"].shape[1],
+        feedforward_dim=len(weights["predictor.transformer_ffn_layers.0.linear1.bias"]),
+    )
+    head.load_state_dict(weights)
+    return head.eval().requires_grad_(False)
+
+
+def golden_heads(pack) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of the detection and segmentation heads, under our names."""
+    names = [n for n in pack.layout if not n.startswith(golden.TOWER) and "caption" not in n]
+    return split_heads({name: golden.draw(pack.salt, name, pack.layout[name]) for name in names})
+
+
+def count(weights: dict[str, torch.Tensor], prefix: str) -> int:
+    """Number of layers whose names begin so."""
+    return len({n.removeprefix(prefix).split(".")[0] for n in weights if n.startswith(prefix)})
+
+
+def annotated(pack) -> list[dict]:
+    """The targets as a mapper gives them: pixels of the picture, corners. The labels are the outputs themselves."""
+    images = []
+    for i, (height, width) in enumerate(pack.sizes):
+        boxes = pack.tensors[f"det_target_{i}_boxes"] * torch.tensor([width, height, width, height])
+        instances = Instances((height, width), gt_classes=pack.tensors[f"det_target_{i}_labels"])
+        instances.gt_boxes = Boxes(
+            torch.cat((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
+        )
+        images.append({"image_id": i, "instances": instances})
+    return images
+
+
+def detection_losses(pack, head, features) -> dict[str, torch.Tensor]:
+    images, sizes = annotated(pack), [tuple(size) for size in pack.sizes]
+    padded_size = tuple(pack.batch().shape[-2:])
+    mask = pack.tensors["feature_padding_mask"]
+    return head.losses(features, mask, images, sizes, padded_size, head.normalizers(images))
+
+
+def test_position_encoding(pack):
+    valid, expected = ~pack.tensors["feature_padding_mask"], pack.tensors["feature_pos"]
+    assert difference(sine_position_encoding(valid, expected.shape[1]), expected) < 1e-4
+
+
+def test_detection(pack, detector):
+    output = detector(pack.tensors["features"], pack.tensors["feature_padding_mask"])
+    assert difference(output.hidden_states, pack.tensors["det_hidden_states"]) < 1e-4
+    assert difference(output.logits, pack.tensors["det_logits"]) < 1e-4
+    assert difference(output.boxes, pack.tensors["det_boxes"]) < 1e-4
+
+
+def test_detection_matching(pack, detector):
+    output = detector(pack.tensors["features"], pack.tensors["feature_padding_mask"])
+    targets = detector._targets(annotated(pack), pack.sizes, torch.device("cpu"))
+    matching = detector.match(output, targets)
+    queries, indices = (x[-1].split(matching.counts) for x in (matching.query, matching.target))
+    for i in range(len(pack.sizes)):
+        pairs = zip(queries[i].tolist(), indices[i].tolist(), strict=True)
+        expected = (pack.tensors[f"det_match_{i}_{side}"].tolist() for side in ("query", "target"))
+        assert set(pairs) == set(zip(*expected, strict=True))
+
+
+def test_detection_losses(pack, detector):
+    losses = detection_losses(pack, detector, pack.tensors["features"])
+    prefix = "det_weighted_"
+    expected = {n.removeprefix(prefix): t.item() for n, t in pack.tensors.items() if n.startswith(prefix)}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_segmentation(pack, segmenter):
+    output = segmenter(pack.tensors["features"])
+    assert difference(output.logits[-1], pack.tensors["seg_logits"]) < 1e-4
+    assert difference(output.masks[-1], pack.tensors["seg_masks"]) < 1e-4
+    checked = 0
+    for kind, predictions in (("logits", output.logits), ("masks", output.masks)):
+        for j in range(len(predictions) - 1):
+            if kind == "logits" or f"seg_aux_{j}_masks" in pack.tensors:
+                assert difference(predictions[j], pack.tensors[f"seg_aux_{j}_{kind}"]) < 1e-4
+                checked += 1
+    assert checked == sum(name.startswith("seg_aux_") for name in pack.tensors)
+
+
+def lora_difference(pack, backbone, kind: str) -> float:
+    """The largest difference of a LoRA gradient, relative to the largest entry of its (fused) tensor."""
+    gradients, worst = {n: p.grad for n, p in backbone.named_parameters() if p.requires_grad}, 0.0
+    expected = pack.lora_gradients(kind)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        if ".lora.q." in name:
+            q, v = name, name.replace(".lora.q.", ".lora.v.")
+            theirs = torch.cat((expected[q], expected[v]))
+            worst = max(
+                worst, difference(torch.cat((gradients[q], gradients[v])), theirs) / theirs.abs().max().item()
+            )
+    return worst
+
+
+def test_detection_gradients_of_lora(pack, detector):
+    backbone = pack.backbone()
+    sum(detection_losses(pack, detector, backbone(pack.batch())["last_feat"]).values()).backward()
+    assert lora_difference(pack, backbone, "det") < 2e-3
+
+
+def test_segmentation_gradients_of_lora(pack, segmenter):
+    backbone = pack.backbone()
+    output = segmenter(backbone(pack.batch())["last_feat"])
+    logits, masks = output.logits[-1], output.masks[-1]
+    probes = pack.probe("probe_logits", logits.shape), pack.probe("probe_masks", masks.shape)
+    ((probes[0] * logits).mean() + (probes[1] * masks).mean()).backward()
+    assert lora_difference(pack, backbone, "seg") < 2e-2

@@ -1,0 +1,254 @@
+"""Mask2Former as a head: batches, kinds of masks, losses at points, predictions. Its numbers are in test_golden.py."""
+
+import pytest
+import torch
+from conftest import annotated, rectangles  # tests/heads/conftest.py
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
+
+from visft.errors import ConfigError, DataError
+from visft.heads import LabelSpace, Mask2FormerHead
+from visft.heads.mask2former import _sample_targets, tight_boxes
+from visft.heads.mask_decoder import MaskDecoder
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+NOT_PADDED = torch.zeros(4, 8, 8, dtype=torch.bool)
+SIZES = [(64, 64)] * 4
+
+
+def make_head(labels: LabelSpace | None = None, **options) -> Mask2FormerHead:
+    sizes = {"num_queries": 6, "encoder_layers": 1, "decoder_layers": 2, "dim": 32, "num_attention_heads": 4}
+    sizes |= {"feedforward_dim": 48, "encoder_feedforward_dim": 48, "num_points": 64}
+    return Mask2FormerHead(in_channels=12, labels=labels or LabelSpace(5), **(sizes | options))
+
+
+def losses_of(head, features, images, normalizers=None, seed=3, padded_size=(64, 64)):
+    torch.manual_seed(seed)
+    sizes = [image["instances"].image_size for image in images]
+    normalizers = head.normalizers(images) if normalizers is None else normalizers
+    return head.losses(features, NOT_PADDED[: len(images)], images, sizes, padded_size, normalizers)
+
+
+def gradients(head, losses) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(sum(losses.values()), parameters), strict=True))
+
+
+def test_gradients_of_two_processes_add_up_to_those_of_the_joined_batch(images):
+    """Also: pictures alone give what they give in a batch, random points included."""
+    head, features = make_head(), torch.randn(4, 12, 8, 8)
+    total = head.normalizers(images)
+    torch.testing.assert_close(total, head.normalizers(images[:1]) + head.normalizers(images[1:]))
+    losses = losses_of(head, features, images, total)
+    halves = [losses_of(head, features[s], images[s], total) for s in (slice(0, 1), slice(1, 4))]
+    for name in losses:
+        torch.testing.assert_close(halves[0][name] + halves[1][name], losses[name])
+    joined, parts = gradients(head, losses), [gradients(head, half) for half in halves]
+    # Relative to the largest: what adds to all keys alike (their bias) has a gradient of rounding errors alone.
+    largest = max(gradient.abs().max().item() for gradient in joined.values())
+    for name, gradient in joined.items():
+        assert (parts[0][name] + parts[1][name] - gradient).abs().max() < 1e-6 * largest, name
+
+
+def test_points_follow_the_seed_and_the_picture(images):
+    head, features = make_head(), torch.randn(4, 12, 8, 8)
+    a, b, c = (losses_of(head, features, images, seed=seed) for seed in (1, 1, 2))
+    assert a["loss_mask"] == b["loss_mask"] != c["loss_mask"]
+    torch.manual_seed(1)
+    points = head._random_points(images, torch.device("cpu"))
+    assert (
+        not torch.equal(points[0], points[1])
+        and 0 <= torch.stack(points).min() < torch.stack(points).max() < 1
+    )
+
+
+def test_losses_at_random_points_are_their_formulas(images):
+    """Without important points: every mask is compared at the last `num_points` of its picture's points."""
+    head = make_head(importance_ratio=0.0, class_weight=1.5, mask_weight=4.0, dice_weight=3.0)
+    features = torch.randn(4, 12, 8, 8)
+    losses = losses_of(head, features, images)
+    torch.manual_seed(3)
+    points, output = head._random_points(images, features.device), head(features)
+    labels = torch.zeros(4, 5, dtype=torch.int64)
+    for row, image in zip(labels, images, strict=True):
+        row[: len(image["instances"])] = image["instances"].gt_classes
+    samples = [_sample_targets(image, at, (64, 64)) for image, at in zip(images, points, strict=True)]
+    matching = head.match(output, labels, samples, points)
+    for layer, suffix in ((0, "_0"), (1, "_1"), (2, "")):
+        mask_sum = dice_sum = 0
+        target, weight = torch.full((4, 6), 5), torch.full((4, 6), 0.1)
+        for n, q, t in zip(matching.image, matching.query[layer], matching.target[layer], strict=True):
+            grid = 2 * points[n][None, None, -64:] - 1
+            bits = images[n]["instances"].gt_masks.tensor[t].float()
+            truth = F.grid_sample(bits[None, None], grid, align_corners=False).flatten()
+            logits = F.grid_sample(output.masks[layer, n, q][None, None], grid, align_corners=False).flatten()
+            p = logits.sigmoid()
+            mask_sum += F.binary_cross_entropy(p, truth)
+            dice_sum += 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
+            target[n, q], weight[n, q] = images[n]["instances"].gt_classes[t], 1.0
+        ce = F.cross_entropy(output.logits[layer].flatten(0, 1), target.flatten(), reduction="none")
+        torch.testing.assert_close(losses["loss_mask" + suffix], 4 * mask_sum / 9)
+        torch.testing.assert_close(losses["loss_dice" + suffix], 3 * dice_sum / 9)
+        expected = 1.5 * (ce * weight.flatten()).sum() / weight.sum()
+        torch.testing.assert_close(losses["loss_ce" + suffix], expected)
+
+
+def test_the_most_uncertain_candidates_are_compared():
+    head = make_head(num_points=8, oversample_ratio=3.0, importance_ratio=0.75)
+    values = torch.randn(2, 3, 24 + 2, requires_grad=True)  # candidates, then random points
+    targets = torch.arange(26.0).expand(2, 3, -1)
+    picked, indices = head._choose(values, targets)
+    assert picked.shape == (2, 3, 8)
+    for layer in range(2):
+        for mask in range(3):
+            uncertain = values[layer, mask, :24].abs().argsort()[:6]
+            assert set(indices[layer, mask, :6].int().tolist()) == set(uncertain.tolist())
+            assert indices[layer, mask, 6:].tolist() == [24, 25]
+    torch.testing.assert_close(picked, values.gather(-1, indices.long()))
+
+
+def test_bitmaps_polygons_and_tensors_are_the_same(images):
+    head, features = make_head(), torch.randn(4, 12, 8, 8)
+    expected = losses_of(head, features, images)
+    bits = [image["instances"].gt_masks.tensor for image in images]
+    polygons = [
+        [
+            [torch.tensor([x0, y0, x1, y0, x1, y1, x0, y1]).double().numpy()]
+            for x0, y0, x1, y1 in boxes.tolist()
+        ]
+        for boxes in (image["instances"].gt_boxes.tensor for image in images)
+    ]
+    for kind in (bits, [PolygonMasks(p) for p in polygons]):
+        for image, masks in zip(images, kind, strict=True):
+            image["instances"].gt_masks = masks
+        losses = losses_of(head, features, images)
+        assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+def test_padding_is_outside_of_every_mask():
+    """Sampling a picture's masks is sampling them padded to the batch."""
+    image, points = annotated(0, (40, 48), [[0, 0, 48, 40], [7, 3, 48, 30]], [0, 1]), torch.rand(500, 2)
+    padded = F.pad(image["instances"].gt_masks.tensor.float(), (0, 16, 0, 24))
+    expected = F.grid_sample(padded[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
+    torch.testing.assert_close(_sample_targets(image, points, (64, 64)), expected, atol=1e-4, rtol=1e-4)
+    assert (expected == 0).any() and (expected == 1).any()
+
+
+def test_no_objects_still_give_a_loss(images):
+    head, features = make_head(), torch.randn(1, 12, 8, 8)
+    losses = losses_of(head, features, images[1:2])
+    assert losses["loss_ce"] > 0 and losses["loss_mask"] == losses["loss_dice"] == 0
+    # Every parameter has a gradient, as training in several processes needs.
+    assert all(g.isfinite().all() for g in gradients(head, losses).values())
+    bare = {"image_id": 8, "instances": Instances((64, 64))}
+    assert losses_of(head, features, [bare]) == losses
+    assert head.normalizers([]).tolist() == [0, 0]
+
+
+def test_more_objects_than_queries(images):
+    head = make_head(num_queries=2)
+    assert head.normalizers(images).tolist() == pytest.approx([9, 2 + 2 * 0.1 + 1 + 0.1 + 2])
+    losses = losses_of(head, torch.randn(4, 12, 8, 8), images)
+    assert len(losses) == 9 and all(loss.isfinite() for loss in losses.values())
+
+
+def test_which_pictures_have_labels(images):
+    head = make_head()
+    assert head.has_labels(images[0]) and head.has_labels(images[1])
+    assert head.has_labels({"instances": Instances((64, 64))})
+    assert not head.has_labels({"image_id": 3})
+    images[0]["instances"].remove("gt_masks")
+    assert not head.has_labels(images[0])
+    with pytest.raises(DataError, match="class 2"):
+        make_head(LabelSpace(2)).normalizers(images)
+
+
+def test_a_query_looks_inside_its_mask_or_everywhere():
+    masks = torch.tensor([[[[1.0, -1.0], [0.5, -2.0]], [[-1.0, -1.0], [-1.0, -1.0]]]])
+    expected = torch.tensor([[[[True, False, True, False], [True] * 4]]])
+    assert torch.equal(MaskDecoder._allowed(masks), expected)
+
+
+def test_no_gradient_through_the_attention_mask():
+    masks = torch.randn(1, 2, 3, 3, requires_grad=True)
+    assert not MaskDecoder._allowed(masks).requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(device):
+    size, boxes, classes = (48, 64), [[8, 8, 24, 40], [32, 8, 64, 24]], [3, 1]
+    image = [annotated(0, size, boxes, classes)]
+    head = make_head().to(device)
+    features = torch.randn(1, 12, 8, 8, device=device)
+    args = (features, NOT_PADDED[:1].to(device), image, [size], (64, 64))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        sum(head.losses(*args, head.normalizers(image)).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        result = head.eval().inference(*args)[0].to("cpu")
+    assert result.image_size == (96, 128)
+    assert result.pred_masks.dtype == torch.bool and result.pred_masks.shape[1:] == (96, 128)
+    best = result[result.scores > 0.5]
+    truth = rectangles(2 * torch.tensor(boxes), (96, 128))
+    both = (truth[:, None] & best.pred_masks[None]).sum((2, 3)).float()
+    iou = both / (truth[:, None] | best.pred_masks[None]).sum((2, 3))
+    assert len(best) == 2 and iou.max(1).values.min() > 0.8
+    assert best.pred_classes[iou.argmax(1)].tolist() == classes
+
+
+def test_predictions_are_tight_scored_and_limited(images):
+    head, features = make_head(max_detections=9).eval(), 3 * torch.randn(4, 12, 8, 8)
+    with torch.no_grad():
+        results = head.inference(features, NOT_PADDED, images, SIZES, (64, 64))
+        output = head(features)
+    assert any(len(result) for result in results)
+    for n, result in enumerate(results):
+        assert len(result) <= 9 and result.pred_masks.flatten(1).any(1).all()
+        inclusive = masks_to_boxes(result.pred_masks)
+        inclusive[:, 2:] += 1
+        assert torch.equal(result.pred_boxes.tensor, inclusive)
+        # Of the best pair of query and class, unless its mask is empty.
+        probability = output.logits[-1, n].softmax(-1)[:, :5]
+        query, best = divmod(probability.argmax().item(), 5)
+        large = F.interpolate(output.masks[-1:, n], (64, 64), mode="bilinear")
+        large = F.interpolate(large, (128, 128), mode="bilinear")[0, query]
+        if (large > 0).any():
+            score = probability[query, best] * large.sigmoid()[large > 0].mean()
+            torch.testing.assert_close(result.scores[0], score)
+            assert result.pred_classes[0] == best and torch.equal(result.pred_masks[0], large > 0)
+
+
+def test_tight_boxes_are_detectron2s():
+    masks = torch.rand(20, 13, 17) > 0.97
+    masks[0] = False
+    assert torch.equal(tight_boxes(masks), BitMasks(masks).get_bounding_boxes().tensor)
+
+
+def test_no_mask_at_all_is_an_empty_prediction(images):
+    head = make_head().eval()
+    for parameter in head.predictor.mask_embed.parameters():
+        torch.nn.init.zeros_(parameter)
+    result = head.inference(torch.randn(4, 12, 8, 8), NOT_PADDED, images, SIZES, (64, 64))[0]
+    assert len(result) == 0 and result.pred_masks.shape == (0, 128, 128) and len(result.pred_boxes) == 0
+
+
+def test_autocast_and_features_in_half_precision(images):
+    head, features = make_head(), torch.randn(4, 12, 8, 8)
+    exact = losses_of(head, features, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = losses_of(head, features, images)
+    stored = losses_of(head, features.bfloat16(), images)
+    for name in exact:
+        assert rough[name].dtype == torch.float32
+        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.15)
+        assert stored[name].item() == pytest.approx(exact[name].item(), rel=0.15)
+
+
+def test_numbers_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="IMPORTANCE_RATIO 1.5"):
+        make_head(importance_ratio=1.5)
+    with pytest.raises(ConfigError, match="DIM is 40"):
+        make_head(dim=40)
