@@ -46,7 +46,7 @@ class Settings:
 
     Args:
         samples: length of the schedule in pictures. 0 where `minutes` is given.
-        minutes: length of the schedule in minutes of training. The schedule then follows the clock (what was
+        minutes: length of the schedule in minutes, evaluations included. The schedule then follows the clock (what was
             spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
             by samples is instead the same to the bit however often it is interrupted.
         batch_size: distinct emoji in a batch.
@@ -375,7 +375,7 @@ class Pretraining:
                 )  # fmt: skip
                 logger.info(
                     "%5.1f %%  step %d  %d samples  loss %.3f  lr %.1e  %d px  %.0f img/s  ETA %d min",
-                    100 * self.progress, self.step, self.samples, loss, lr, phase.size, speed, left // 60,
+                    100 * self.progress, self.step, self.samples, loss, lr, phase.size, speed, max(0, left) // 60,
                 )  # fmt: skip
                 self._log(loss=loss, lr=lr, size=phase.size, images_per_second=round(speed, 1))
                 recent = (now, self.samples)
