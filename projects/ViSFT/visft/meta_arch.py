@@ -276,20 +276,23 @@ class ViSFT(nn.Module):
         `find_unused_parameters` waits for every parameter. Where a head has no labels both get zeros, without its
         forward being run.
         """
-        processes = comm.get_world_size()
-        if any(0 < count < processes for count in holders.values()):
+        # Leaves of their own: `backward` can be called and leads nowhere.
+        nothing = self.pixel_mean.new_zeros
+        if any(0 < count < comm.get_world_size() for count in holders.values()):
             names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
-            losses = {name: losses.get(name, self.pixel_mean.new_zeros(())) for name in names}
+            losses = {
+                name: losses[name] if name in losses else nothing((), requires_grad=True) for name in names
+            }
+        losses = losses or {UNLABELLED: nothing((), requires_grad=True)}
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             untouched = [] if any(labelled.values()) else list(self.backbone.parameters())
             for name, rows in labelled.items():
                 untouched += [] if rows else list(self.heads[name].parameters())
             untouched = [parameter for parameter in untouched if parameter.requires_grad]
             if untouched:
-                zero = _ZeroGradient.apply(*untouched)
-                first = next(iter(losses), UNLABELLED)
-                losses[first] = losses.get(first, 0) + zero
-        return losses or {UNLABELLED: self.pixel_mean.new_zeros(()).requires_grad_()}
+                first = next(iter(losses))
+                losses[first] = losses[first] + _ZeroGradient.apply(*untouched)
+        return losses
 
 
 def map_name(backbone: Backbone) -> str:

@@ -28,7 +28,8 @@ class HeadsEvaluator(DatasetEvaluator):
 
     `evaluate` returns `{"detection/bbox": {"AP": ..., "AP50": ...}, "segmentation/bbox": ..., ...}`; detectron2's
     flattening makes `detection/bbox/AP50` of it. Masks are scored where a head predicts some. The figures are those
-    of detectron2's COCOEvaluator, except that a head that finds nothing scores 0, not nan.
+    of detectron2's COCOEvaluator, except that a head that finds nothing scores 0, not nan. Heads that say words are
+    passed over.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class HeadsEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Forget all predictions."""
         self._results: dict[str, list[dict]] = {name: [] for name in self.heads}
-        self._masks: set[str] = set()
+        self._tasks: dict[str, set[str]] = {name: set() for name in self.heads}
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Keep what the heads predicted, masks run-length encoded.
@@ -69,8 +70,7 @@ class HeadsEvaluator(DatasetEvaluator):
                 instances = output.get(name)
                 if not isinstance(instances, Instances):
                     continue
-                if instances.has("pred_masks"):
-                    self._masks.add(name)
+                self._tasks[name] |= {"bbox", "segm"} if instances.has("pred_masks") else {"bbox"}
                 found = instances_to_coco_json(instances.to(torch.device("cpu")), image["image_id"])
                 self._results[name] += found
 
@@ -80,7 +80,7 @@ class HeadsEvaluator(DatasetEvaluator):
         Raises:
             DataError: a prediction's class is none of the data set's.
         """
-        gathered = [(self._results, self._masks)]
+        gathered = [(self._results, self._tasks)]
         if self.distributed:
             comm.synchronize()
             gathered = comm.gather(gathered[0])
@@ -92,10 +92,10 @@ class HeadsEvaluator(DatasetEvaluator):
         figures: dict[str, dict[str, float]] = OrderedDict()
         for name in self.heads:
             results = list(itertools.chain(*(part[name] for part, _ in gathered)))
-            if not results:
+            tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
+            if tasks and not results:
                 logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
             results = self._dataset_ids(results)
-            tasks = ("bbox", "segm") if any(name in masks for _, masks in gathered) else ("bbox",)
             for task in tasks:
                 scores = average_precision(self.truth, results, task, self._class_names(), self.fast)
                 figures[f"{name}/{task}"] = scores
