@@ -44,6 +44,7 @@ setup(
         "visft": [
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
+            "checkpoint/readers/*.py",  # run as scripts, in processes without visft
             "data/demo_world/*.json",
             "data/demo_world/weights/*",
         ]

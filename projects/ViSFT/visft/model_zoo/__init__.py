@@ -1,4 +1,4 @@
-"""The configs that come with the package, by name, in a checkout and in an installed wheel alike."""
+"""The configs and weights that come with the package, by name, in a checkout and in an installed wheel alike."""
 
 import builtins
 from pathlib import Path
@@ -7,12 +7,16 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig
 from torch import nn
 
+from ..checkpoint import files
 from ..config import add_visft_config
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 FOLDER = Path(__file__).with_name("configs")
+WEIGHTS = Path(__file__).parents[1] / "data" / "demo_world" / "weights"
+SUMS = WEIGHTS / "SHA256SUMS"
+"""Which weights there are, and their hashes, as `sha256sum *.safetensors` prints them."""
 
-__all__ = ["get", "get_config", "get_config_file", "list"]
+__all__ = ["get", "get_config", "get_config_file", "get_file", "list"]
 
 
 def list() -> builtins.list[str]:  # noqa: A001  (as open_clip and timm name it; used as model_zoo.list())
@@ -59,3 +63,24 @@ def get(name: str, device: str = "cpu") -> nn.Module:
         return instantiate(cfg.model).to(device).eval()
     cfg.MODEL.DEVICE = device
     return build_model(cfg).eval()
+
+
+def get_file(name: str) -> str:
+    """Path of the weights `name` that come with the package, with or without suffix, its SHA-256 checked.
+
+    Raises:
+        ConfigError: there are none of that name.
+        CheckpointError: the file is not there, or is not the one that was published.
+    """
+    hashes = {file: digest for digest, file in (line.split() for line in SUMS.read_text().splitlines())}
+    file = f"{name.removesuffix('.safetensors')}.safetensors"
+    if file not in hashes:
+        known = ", ".join(sorted(known.removesuffix(".safetensors") for known in hashes))
+        raise ConfigError(f"model_zoo has no weights `{name}`; it has {known}")
+    path = WEIGHTS / file
+    found = files.sha256(path) if path.is_file() else "none"
+    if found != hashes[file]:
+        raise CheckpointError(
+            f"{path} has SHA-256 {found}, expected {hashes[file]}: install visft again, or `git checkout` the file"
+        )
+    return str(path)

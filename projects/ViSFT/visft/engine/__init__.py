@@ -1,0 +1,1 @@
+"""Stages, trainers, hooks, and what the command-line tools run."""
