@@ -1,5 +1,7 @@
 """Builders for detectron2's configs: a CLIPViT alone, and under a feature pyramid."""
 
+import math
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid
@@ -87,11 +89,15 @@ def build_clip_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ClipFea
 
 def build_pyramid(backbone: CLIPViT, out_channels: int = 256) -> ClipFeaturePyramid:
     """The pyramid over a CLIPViT: four levels from a quarter of its stride to twice, and one pooled from the last."""
+    pool = LastLevelMaxPool()
+    pool.in_feature = (
+        f"p{int(math.log2(backbone.stride)) + 1}"  # detectron2's is p5, right for stride 16 alone
+    )
     return ClipFeaturePyramid(
         net=backbone,
         in_feature=FEATURE,
         out_channels=out_channels,
         scale_factors=(4.0, 2.0, 1.0, 0.5),
-        top_block=LastLevelMaxPool(),
+        top_block=pool,
         norm="LN",
     )

@@ -30,10 +30,13 @@ def resize_position(grid: torch.Tensor, size: tuple[int, int], antialias: bool =
 @lru_cache(maxsize=16)
 def _patch_projection(old: int, new: int) -> torch.Tensor:
     """The matrix `[new * new, old * old]` that takes a patch filter of side `old` to one of side `new`."""
-    basis = torch.eye(old * old, dtype=torch.float64).reshape(old * old, 1, old, old)
-    resized = F.interpolate(basis, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
-    resize = resized.reshape(old * old, new * new)  # its transpose is B in the paper: resize(patch) = B patch
-    return torch.linalg.pinv(resize).float()
+    with torch.inference_mode(False):  # cached: training may use what inference made
+        basis = torch.eye(old * old, dtype=torch.float64).reshape(old * old, 1, old, old)
+        resized = F.interpolate(basis, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
+        resize = resized.reshape(
+            old * old, new * new
+        )  # its transpose is B in the paper: resize(patch) = B patch
+        return torch.linalg.pinv(resize).float()
 
 
 def resample_patch_weight(weight: torch.Tensor, size: int) -> torch.Tensor:

@@ -252,8 +252,9 @@ class TimmTower(Tower):
         if self._rope is None:
             return None
         if self._rope_table is None or self._rope_table[0] != grid or self._rope_table[1].device != device:
-            self._rope.update_feat_shape(list(grid))
-            self._rope_table = (grid, self._rope.get_embed(shape=list(grid)).to(device))
+            with torch.inference_mode(False):  # cached: training may use what inference made
+                self._rope.update_feat_shape(list(grid))
+                self._rope_table = (grid, self._rope.get_embed(shape=list(grid)).to(device))
         return self._rope_table[1]
 
     def embedding(self, x):
