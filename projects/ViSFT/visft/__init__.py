@@ -21,8 +21,10 @@ if importlib.util.find_spec("detectron2") is None:
 # Imported for their effect: each adds to detectron2's registries.
 from . import backbone, data, heads, meta_arch  # noqa: E402, F401
 from .config import add_visft_config  # noqa: E402
+from .model_zoo import paths  # noqa: E402
 
 __all__ = ["add_visft_config"]
 __version__ = "0.1.0"
 
 data.register_all()
+paths.register()

@@ -43,7 +43,8 @@ def _add_backbone(cfg: CN) -> None:
     lora.ALPHA = 1.0
     # Dropout on the adapter's input, in training.
     lora.DROPOUT = 0.0
-    # Which projections of each block get an adapter, of: q, k, v, proj, fc1, fc2 (the MLP; SwiGLU's gate goes with fc1).
+    # Which projections of each block get an adapter, of: q, k, v, proj, fc1, fc2 (the MLP; SwiGLU's gate goes
+    # with fc1).
     lora.TARGETS = ("q", "v")
     # Only the last n blocks; 0: all.
     lora.LAST_BLOCKS = 0

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -38,8 +39,11 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         yield partial
+        os.chmod(partial, mode)  # safetensors makes files that others may not read
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -160,13 +164,19 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def local_path(path: str | os.PathLike) -> Path:
+    """Where a path, or an address that detectron2's PathManager knows (`visft://...`), lies on this machine."""
+    text = os.fspath(path)
+    return Path(PathManager.get_local_path(text)) if "://" in text else Path(text)
+
+
 def require_file(path: str | os.PathLike) -> Path:
     """The path of a file that is there and not empty.
 
     Raises:
         CheckpointError: it is missing, a folder, empty, or unreadable.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; a weight file (.safetensors or .pt) was expected.")
     if not path.is_file():
@@ -208,7 +218,8 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
         if found is None:
             raise _cut_off(path, error) from error
         raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors ({found.group(1)}); such a file can run code, so it "
+            f"{path}: holds pickled objects other than tensors ({found.group(1)}); such a file can run "
+            f"code, so it "
             "was not loaded: use a safetensors file, or a .pt file of tensors alone."
         ) from error
     except Exception as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from . import authors
-from .files import read_shapes, read_tensors
+from .files import local_path, read_shapes, read_tensors
 from .run import STAGES, describe, newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -210,8 +210,10 @@ def load_run_weights(
     paths = resolve(path)
     for file in paths:
         check_base(file, getattr(model.backbone, "base", None))
+        if getattr(model.backbone, "lora_config", None) is not None:
+            _check_lora(file, model.backbone)
         tensors.update(read_tensors(file))
-    wanted = [n for n in model.state_dict() if n.startswith("heads.") or "lora_" in n.rpartition(".")[2]]
+    wanted = [n for n in model.state_dict() if n.startswith("heads.") or _is_lora(n)]
     names = [n for n in wanted if n in tensors or not n.startswith(tuple(optional))]
     report = load_into(
         model,
@@ -226,13 +228,85 @@ def load_run_weights(
     return report
 
 
+def load_tower(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Load what a run or a LoRA file says of the tower alone; heads are passed over.
+
+    Args:
+        backbone: a CLIPViT; with LoRA injected, unmerged, where the file holds LoRA.
+        path: a run's folder, a stage's folder, or a file, of LoRA or of a whole model of ours, or of the authors.
+
+    Raises:
+        CheckpointError: nothing of a tower is there, or it does not fit this one.
+    """
+    paths = resolve(path)
+    tensors: dict[str, Tensor] = {}
+    for file in paths:
+        check_base(file, backbone.base)
+        _check_lora(file, backbone)
+        tensors.update(tower_tensors(read_tensors(file), backbone))
+    what = " + ".join(str(file) for file in paths)
+    expected = [name for name in backbone.state_dict() if _is_lora(name) or name in tensors]
+    if not any(name.startswith("tower.") for name in tensors):
+        raise CheckpointError(
+            f"{what}: holds nothing of a tower (neither LoRA nor trained weights); give a run whose stage `lora` has a "
+            "checkpoint, or a LoRA file."
+        )
+    return load_into(
+        backbone,
+        tensors,
+        what=what,
+        names=expected,
+        ignore={"heads.": "heads are no part of the tower", "other.": "not of the tower"},
+        hint="Use the MODEL.CLIP_VIT and MODEL.LORA settings that it was trained with.",
+    )
+
+
+def tower_tensors(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """A file's tensors by a CLIPViT's names (`tower.`...); the rest under `heads.` or `other.`.
+
+    The authors' LoRA, whose factor is 1 / rank, is scaled to the backbone's alpha / rank.
+    """
+    if authors.is_lora_file(tensors):
+        trunk = "tower.trunk." if hasattr(backbone.tower, "trunk") else "tower."
+        alpha = backbone.lora_config.alpha if backbone.lora_config else 1.0
+        renamed = {}
+        for (block, target), (a, b) in authors.split_lora(tensors).items():
+            place = f"{trunk}blocks.{block}.lora.{target}."
+            renamed |= {f"{place}lora_A": a, f"{place}lora_B": b / alpha}
+        return renamed
+    renamed = {}
+    for name, tensor in tensors.items():
+        before, tower, inner = name.partition("tower.")
+        if name.startswith(("heads.", authors.HEAD_PREFIX)):
+            renamed["heads." + name.removeprefix("heads.")] = tensor
+        elif tower and (not before or before.endswith(".")):
+            renamed[tower + inner] = tensor
+        else:
+            renamed["other." + name] = tensor
+    return renamed
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _check_lora(path: Path, backbone: nn.Module) -> None:
+    """Alpha leaves no trace in shapes, so it is compared by what the file says."""
+    named, config = (describe(path).get("settings") or {}).get("lora"), backbone.lora_config
+    if named and config and (named["rank"], named["alpha"]) != (config.rank, config.alpha):
+        raise CheckpointError(
+            f"{path}: LoRA was trained with rank {named['rank']} and alpha {named['alpha']}, the config says "
+            f"{config.rank} and {config.alpha}; set MODEL.LORA.RANK and MODEL.LORA.ALPHA to the file's."
+        )
+
+
 def resolve(path: str | os.PathLike, stages: Sequence[str] = STAGES) -> list[Path]:
     """The weight files that a path stands for: a file; a stage's folder; a run's folder, one file a stage.
 
     Raises:
         CheckpointError: a folder without a whole checkpoint.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         return [path]
     found = [newest_checkpoint(folder) for folder in (path, *(path / stage for stage in stages))]

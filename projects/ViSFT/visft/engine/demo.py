@@ -17,8 +17,8 @@ from visft.model_zoo import get_config_file
 
 logger = logging.getLogger(__name__)
 
-HEADS_FILE = Path(dataset.__file__).with_name("weights") / "heads_demo.safetensors"
-"""The demo's stage-1 heads, shipped with the package."""
+WEIGHTS = Path(dataset.__file__).with_name("weights")
+"""Where the demo's shipped weights are: the tower, and `heads_demo_<head>.safetensors`."""
 
 _FIGURES = {
     "detection/bbox/AP50": "boxes, AP50 on unseen scenes",
@@ -80,12 +80,14 @@ def summary(folder: str | os.PathLike) -> str:
 
 
 def train_heads(argv: list[str] | None = None) -> int:
-    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml) and write the file that ships."""
+    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml), each on its own, and write what ships."""
     parser = argparse.ArgumentParser(description="Train the heads that the demo starts from.")
+    parser.add_argument("--heads", nargs="+", default=["detection", "segmentation"], help="which ones")
     parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
-    parser.add_argument("--num-train", type=int, default=12000, help="training scenes to make")
+    parser.add_argument("--num-train", type=int, default=5000, help="training scenes to make")
     parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")
-    parser.add_argument("--output", default=str(HEADS_FILE), help="file to write")
+    parser.add_argument("--runs", default="output/demo_heads", help="folder of the runs, one a head")
+    parser.add_argument("--output", default=str(WEIGHTS), help="folder for heads_demo_<head>.safetensors")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
     args = parser.parse_args(argv)
@@ -95,8 +97,10 @@ def train_heads(argv: list[str] | None = None) -> int:
 def _train_heads(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _make_data(Path(args.data), args.num_train, args.num_val)
-    folder = _train(get_config_file("visft_demo_heads"), args.opts, resume=args.resume)
-    ship_heads(folder, args.output)
+    for head in args.heads:
+        opts = [*args.opts, "MODEL.VISFT.HEADS", f"('{head}',)", "OUTPUT_DIR", os.path.join(args.runs, head)]
+        folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
+        ship_heads(folder, Path(args.output) / f"heads_demo_{head}.safetensors")
 
 
 def ship_heads(folder: str | os.PathLike, output: str | os.PathLike) -> Path:
