@@ -1,0 +1,185 @@
+"""Exporting the tower of a run, or a base with a LoRA file, without training anything (`tools/export_backbone.py`)."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+
+from visft.backbone import CLIPViT, lora, open_clip_zoo
+from visft.backbone.towers import adapt
+from visft.checkpoint import authors, export, files, load
+from visft.checkpoint.run import describe
+from visft.engine.cli import guard
+from visft.engine.settings import load_config
+from visft.engine.trainer import seed_iteration
+from visft.errors import CheckpointError, ConfigError, ExportError
+
+logger = logging.getLogger(__name__)
+
+# The authors' two towers, by width and depth: other architectures of open_clip share them.
+_AUTHORS_TOWERS = {(1408, 40): "EVA01-g-14", (1792, 64): "EVA02-E-14-plus"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description="Write the tuned tower of a run, or a base with a LoRA file merged, for other libraries."
+    )
+    parser.add_argument(
+        "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
+    )
+    parser.add_argument("--format", required=True, choices=tuple(export.FORMATS))
+    parser.add_argument("--output", required=True, help="the file to be written")
+    parser.add_argument(
+        "--interpolate",
+        nargs="+",
+        metavar="A",
+        help="mixtures of the weights, 0: the base's, 1: the tuned; several: the output's name gets each",
+    )
+    parser.add_argument("--config-file", help="the run's; without it, what the weights say of themselves")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys and values")
+    arguments = parser.parse_args(argv)
+    # argparse gives an option with several values all words up to the next option, KEY VALUE pairs too.
+    words = arguments.interpolate or []
+    count = next((i for i, word in enumerate(words) if not _is_number(word)), len(words))
+    arguments.interpolate, arguments.opts = [float(w) for w in words[:count]], words[count:] + arguments.opts
+    setup_logger(name="visft")
+    return guard(run, arguments)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def run(arguments: argparse.Namespace) -> list[Path]:
+    """Check everything, then build the tower, load and export; returns the files written."""
+    paths = load.check_file(arguments.weights, key="--weights")
+    cfg = _config(arguments, paths)
+    shapes = {name: shape for path in paths for name, shape in files.read_shapes(path).items()}
+    vit = cfg.MODEL.CLIP_VIT
+    open_clip_zoo.check_name(vit.NAME)
+    open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
+    _check_shapes(cfg, shapes, arguments.weights)
+    load.check_file(arguments.weights, key="--weights", architecture=vit.NAME)
+    outputs = _outputs(arguments)
+
+    seed = _seed(arguments.weights)
+    if not vit.PRETRAINED:
+        logger.warning("MODEL.CLIP_VIT.PRETRAINED is empty: the base has random weights")
+    backbone = _build(
+        cfg, seed, with_lora=any(".lora_" in name or name.startswith("lora_") for name in shapes)
+    )
+    load.load_tower(backbone, arguments.weights)
+    backbone.eval()
+    writer = export.FORMATS[arguments.format].write
+    return [writer(backbone, path, interpolate=amount) for amount, path in outputs]
+
+
+def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
+    """The config file's, or the defaults with what the weights say of themselves; then KEY VALUE."""
+    known: dict[str, Any] = {}
+    if not arguments.config_file:
+        for path in paths:
+            known |= _said(path)
+        if "MODEL.CLIP_VIT.NAME" not in known and "MODEL.CLIP_VIT.NAME" not in arguments.opts[::2]:
+            raise ConfigError(
+                f"--weights {arguments.weights}: does not say which tower it belongs to, and its shapes fit none or "
+                "several; give --config-file, or MODEL.CLIP_VIT.NAME and MODEL.CLIP_VIT.PRETRAINED after the options."
+            )
+    opts = [str(word) for pair in known.items() for word in pair]
+    return load_config(arguments.config_file, [*opts, *arguments.opts])
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """Config keys and values from a checkpoint's description, or from the shapes of the authors' LoRA."""
+    about, known = describe(path), {}
+    base = about.get("base") or {}
+    adapters = (about.get("settings") or {}).get("lora") or {}
+    if base.get("name"):
+        known["MODEL.CLIP_VIT.NAME"] = base["name"]
+        known["MODEL.CLIP_VIT.PRETRAINED"] = base.get("pretrained") or ""
+    known |= {f"MODEL.LORA.{key.upper()}": value for key, value in adapters.items()}
+    shapes = files.read_shapes(path)
+    if authors.is_lora_file(shapes):
+        found = {name: shape for name, shape in shapes.items() if name.endswith("lora_A")}
+        rank, width = next(iter(found.values()))[0] // 2, next(iter(found.values()))[1]
+        name = _AUTHORS_TOWERS.get((width, len(found)))
+        known |= {"MODEL.LORA.RANK": rank, "MODEL.LORA.ALPHA": 1.0, "MODEL.LORA.TARGETS": "('q', 'v')"}
+        if name:
+            known["MODEL.CLIP_VIT.NAME"] = name
+    return known
+
+
+def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str) -> None:
+    """Refuse a config whose tower or rank disagrees with the LoRA's shapes, before weights are built."""
+    found = {name: shape for name, shape in shapes.items() if name.endswith("lora_A") and "blocks." in name}
+    if not found:
+        return
+    tower = adapt(open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
+    depth = 1 + max(int(name.split("blocks.")[1].split(".")[0]) for name in found)
+    attention = [shape for name, shape in found.items() if ".attn." in name or ".lora.q." in name]
+    widths = {shape[1] for shape in attention}
+    if depth > len(tower.blocks) or (widths and widths != {tower.embed_dim}):
+        raise CheckpointError(
+            f"--weights {weights}: its LoRA is for a tower of {depth} blocks and width {min(widths or {0})}, "
+            f"MODEL.CLIP_VIT.NAME {cfg.MODEL.CLIP_VIT.NAME} has {len(tower.blocks)} and {tower.embed_dim}; name the "
+            "tower that it was trained on."
+        )
+    halves = 2 if authors.is_lora_file(shapes) else 1
+    ranks = {shape[0] // halves for shape in found.values()}
+    if ranks != {cfg.MODEL.LORA.RANK}:
+        raise CheckpointError(
+            f"--weights {weights}: its LoRA has rank {min(ranks)}, MODEL.LORA.RANK is {cfg.MODEL.LORA.RANK}; set it to "
+            f"{min(ranks)}."
+        )
+
+
+def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
+    path, suffixes = Path(arguments.output), export.FORMATS[arguments.format].suffixes
+    if path.suffix not in suffixes:
+        raise ExportError(f"--output {path}: the name must end in {' or '.join(suffixes)}.")
+    amounts = arguments.interpolate or [1.0]
+    outside = [amount for amount in amounts if not 0 <= amount <= 1]
+    if outside:
+        raise ConfigError(
+            f"--interpolate {outside[0]:g}: expected numbers from 0 (the base) to 1 (the tuned tower)."
+        )
+    if len(amounts) == 1:
+        return [(amounts[0], path)]
+    return [(amount, path.with_stem(f"{path.stem}-{amount:.2f}")) for amount in amounts]
+
+
+def _seed(weights: str | os.PathLike) -> int | None:
+    """A run's seed, from which its random base can be made again; None where there is none."""
+    state = Path(weights) / "run.json"
+    return files.read_json(state).get("seed") if state.is_file() else None
+
+
+def _build(cfg: CfgNode, seed: int | None, with_lora: bool) -> CLIPViT:
+    if seed is not None:
+        seed_iteration(seed, "build", 0)
+    vit, settings = cfg.MODEL.CLIP_VIT, cfg.MODEL.LORA
+    backbone = CLIPViT.from_open_clip(vit.NAME, vit.PRETRAINED or None)
+    if with_lora:
+        lora.inject(
+            backbone,
+            rank=settings.RANK,
+            alpha=settings.ALPHA,
+            targets=tuple(settings.TARGETS),
+            last_blocks=settings.LAST_BLOCKS,
+        )
+    return backbone
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Write the tuned tower of a run, or a base with a LoRA file merged, for open_clip and others.
+
+tools/export_backbone.py --weights RUN_FOLDER_OR_FILE --format open_clip --output PATH [--interpolate A ...]
+    [--config-file F] [KEY VALUE ...]
+"""
+
+import sys
+
+from visft.engine import export_backbone
+
+if __name__ == "__main__":
+    sys.exit(export_backbone.main())
