@@ -1,0 +1,39 @@
+"""Runs tools in processes of their own that need not import torch and detectron2 first: they are forked from a server
+that has. Otherwise they are processes like any other, and can be killed."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["visft.engine.launch", "open_clip", "torch.utils.tensorboard"])
+
+
+def start(tool: str, arguments: list[str], log: Path, **environment: str) -> multiprocessing.Process:
+    """Start `tools/<tool>` with its output going to the end of `log`."""
+    process = _context.Process(target=_run, args=(tool, arguments, str(log), environment))
+    process.start()
+    return process
+
+
+def run(tool: str, arguments: list[str], log: Path, **environment: str) -> tuple[int, str]:
+    """Run `tools/<tool>` to its end; returns its exit status and what it has written."""
+    process = start(tool, arguments, log, **environment)
+    process.join(300)
+    assert process.exitcode is not None, f"{tool} hangs: {log.read_text()}"
+    return process.exitcode, log.read_text()
+
+
+def _run(tool: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = [tool, *arguments]
+    runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")

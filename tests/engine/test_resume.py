@@ -1,0 +1,119 @@
+"""A killed run continues as if it had not been killed: a real process, a real SIGKILL, the same bits at the end."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import processes
+import pytest
+from conftest import tiny_arguments
+from safetensors.torch import load_file
+
+STAGES = ("heads", "lora")
+ITERATIONS = 5
+
+
+def _arguments(train, output: Path) -> list[str]:
+    arguments = tiny_arguments(train, None, output)
+    for stage in ("HEADS", "LORA"):
+        arguments += [f"VISFT.SOLVER.{stage}.MAX_ITER", str(ITERATIONS)]
+        arguments += [f"VISFT.SOLVER.{stage}.CHECKPOINT_PERIOD", "2"]
+        arguments += [f"VISFT.SOLVER.{stage}.ACCUMULATE", "2" if stage == "LORA" else "1"]
+    return [*arguments, "DATALOADER.NUM_WORKERS", "1"]
+
+
+def _end(folder: Path) -> dict:
+    files = {stage: folder / stage / f"model_{ITERATIONS:07d}.safetensors" for stage in STAGES}
+    weights = {f"{stage}/{name}": t for stage in STAGES for name, t in load_file(files[stage]).items()}
+    # The optimizer's moments too: they say whether the same batches were seen in the same order.
+    for stage in STAGES:
+        trainer = load_file(folder / stage / f"trainer_{ITERATIONS:07d}.safetensors")
+        weights |= {f"{stage}/trainer/{name}": t for name, t in trainer.items() if t.is_floating_point()}
+    return weights
+
+
+def _different(found: dict, expected: dict) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not expected[name].equal(found[name])]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shapes_train, tmp_path_factory) -> tuple[dict, dict[str, float]]:
+    """The end of a run that nobody kills, and how long its stages took."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = processes.start("train_net.py", _arguments(shapes_train, folder / "run"), folder / "log")
+    began: dict[str, float] = {}
+    while process.is_alive():
+        for stage in STAGES:
+            if stage not in began and (folder / "run" / stage).is_dir():
+                began[stage] = time.monotonic()
+        time.sleep(0.01)
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()
+    end = time.monotonic()
+    return _end(folder / "run"), {"heads": began["lora"] - began["heads"], "lora": end - began["lora"]}
+
+
+def _run_and_kill(train, folder: Path, durations: dict[str, float], rng: random.Random, kills: int) -> int:
+    """Run with --resume until it ends, killing it `kills` times; returns how many kills struck."""
+    log, struck = folder / "log", 0
+    arguments = _arguments(train, folder / "run")
+    for attempt in range(kills + 1):
+        resume = ["--resume"] if attempt else []
+        process = processes.start("train_net.py", [*arguments[:2], *resume, *arguments[2:]], log)
+        if attempt < kills:
+            stage = STAGES[attempt % 2] if attempt < kills - 1 else "lora"
+            while process.is_alive() and not (folder / "run" / stage).is_dir():
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, durations[stage]))
+            if process.is_alive():
+                process.kill()
+        process.join()
+        struck += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    assert process.exitcode == 0, log.read_text()
+    return struck
+
+
+def _check(train, folder: Path, uninterrupted, kills: int, seed: int) -> None:
+    expected, durations = uninterrupted
+    struck = _run_and_kill(train, folder, durations, random.Random(seed), kills)
+    assert struck >= 1, "no kill struck while the run was alive"
+    assert _different(_end(folder / "run"), expected) == []
+
+
+def test_three_kills(shapes_train, uninterrupted, tmp_path):
+    _check(shapes_train, tmp_path, uninterrupted, kills=3, seed=time.time_ns() % 1000)
+
+
+@pytest.mark.slow
+def test_ten_kills(shapes_train, uninterrupted, tmp_path):
+    _check(shapes_train, tmp_path, uninterrupted, kills=10, seed=time.time_ns() % 1000)
+
+
+def test_finished_stage_is_not_repeated_and_lora_starts_from_its_heads(shapes_train, uninterrupted, tmp_path):
+    arguments = _arguments(shapes_train, tmp_path / "run")
+    status, log = processes.run("train_net.py", arguments, tmp_path / "log")
+    assert status == 0, log
+    heads = tmp_path / "run" / "heads" / f"model_{ITERATIONS:07d}.safetensors"
+    before = heads.stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "run" / "lora")
+    status, log = processes.run(
+        "train_net.py", [*arguments[:2], "--resume", *arguments[2:]], tmp_path / "second"
+    )
+    assert status == 0, log
+    assert heads.stat().st_mtime_ns == before
+    # Stage lora, run alone from the heads on the disk, ends as it did in one go.
+    assert _different(_end(tmp_path / "run"), uninterrupted[0]) == []
+
+
+def test_without_resume_an_earlier_run_is_kept_aside(shapes_train, tmp_path):
+    arguments = _arguments(shapes_train, tmp_path / "run")
+    arguments += ["VISFT.STAGES", "('heads',)", "VISFT.SOLVER.HEADS.MAX_ITER", "2"]
+    for log in ("first", "second"):
+        status, text = processes.run("train_net.py", arguments, tmp_path / log)
+        assert status == 0, text
+    assert (tmp_path / "run" / "earlier-1" / "heads" / "model_0000002.safetensors").is_file()
+    assert (tmp_path / "run" / "heads" / "model_0000002.safetensors").is_file()
