@@ -8,8 +8,8 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import tiny_arguments
 from safetensors.torch import load_file
+from tiny_run import tiny_arguments
 
 STAGES = ("heads", "lora")
 ITERATIONS = 5

@@ -9,7 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
-from visft.checkpoint import files, load
+from visft.checkpoint import export, files, load
 from visft.data import check_data_set, register_own_data
 from visft.engine.settings import unknown
 from visft.errors import CheckpointError, ConfigError, DataError
@@ -156,9 +156,8 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
 
 
 def _exports(cfg: CfgNode) -> None:
-    formats = ("open_clip", "timm", "hf", "onnx", "lora", "authors", "peft")
     for name in cfg.VISFT.EXPORT:
-        _one_of("VISFT.EXPORT", name, formats)
+        _one_of("VISFT.EXPORT", name, tuple(export.FORMATS))
 
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:

@@ -4,12 +4,30 @@ import logging
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from torch import nn
+
+from visft.backbone import CLIPViT
+from visft.checkpoint import export as formats
 
 logger = logging.getLogger(__name__)
 
 
-def export(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
-    """Write what `VISFT.EXPORT` names to a folder."""
+def export(cfg: CfgNode, backbone: CLIPViT, folder: Path) -> list[Path]:
+    """Write the tuned tower in every format of `VISFT.EXPORT`; each is reopened and compared before it is there.
+
+    Args:
+        folder: gets `visft_backbone.safetensors` with its configuration (open_clip), `visft_lora.safetensors`, ...
+
+    Returns:
+        The files.
+
+    Raises:
+        ExportError: a format does not fit the tower, or its reader disagrees.
+    """
+    written = []
     for name in cfg.VISFT.EXPORT:
-        raise NotImplementedError(name)
+        kind = formats.FORMATS[name]
+        stem = "visft_backbone" if name == "open_clip" else f"visft_{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(kind.write(backbone, folder / f"{stem}{kind.suffixes[0]}"))
+        logger.info("exported %s", written[-1])
+    return written

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter
 
 from visft.engine.optim import set_learning_rate
+from visft.errors import TrainingError
 
 
 class LearningRate(HookBase):
@@ -25,7 +27,7 @@ class LearningRate(HookBase):
 
 
 class Checkpoints(HookBase):
-    """Saves every `period` iterations and after the last.
+    """Saves every `period` iterations and after the last; raises TrainingError rather than save broken weights.
 
     Args:
         save: called with the number of iterations done, in every process.
@@ -38,6 +40,12 @@ class Checkpoints(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+            # A finite gradient can still end in weights that are not, with a rate that is far too high.
+            if not all(torch.isfinite(parameter).all() for parameter in self.trainer.parameters):
+                raise TrainingError(
+                    f"stage {self.trainer.stage}, iteration {self.trainer.iter}: a trained weight is not finite, so "
+                    "nothing is saved; lower BASE_LR"
+                )
             self._save(done)
 
 

@@ -1,7 +1,6 @@
 """A whole run: stage heads, stage lora, export, report; each part continued or skipped by --resume."""
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import logging
@@ -189,7 +188,7 @@ def _run_stage(cfg: CfgNode, model: nn.Module, stage: str, state: _State) -> Non
         optimizer,
         grad_scaler=trainer.scaler if trainer.scaler.is_enabled() else None,
         stage=stage,
-        base=dataclasses.replace(model.backbone.base, _clip=None),  # not the whole CLIP, its name
+        base=model.backbone.base,
         settings=_settings(cfg, stage),
     )
     start = checkpointer.resume()
@@ -294,7 +293,7 @@ def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None
         comm.synchronize()
         return
     model.eval()
-    exporting.export(cfg, model, folder / "export")
+    exporting.export(cfg, model.backbone, folder / "export")
     if cfg.DATASETS.TEST:
         evaluate.draw(cfg, model, folder / "predictions")
     report.draw_loss_curves(folder, cfg.VISFT.STAGES)
