@@ -22,6 +22,9 @@ OWN_TEST = "visft_own_test"
 # A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
 _BOX_TOLERANCE = 1.0
 
+# No coordinate is as large; infinities, and whole numbers that no float can hold, are.
+_HUGE = 1e15
+
 # Pictures of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
 # the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
 _KNOWN_FLAT = {200365, 550395}
@@ -335,7 +338,7 @@ def _check_mask(path: str, where: str, segmentation: object, size: tuple[int, in
 def _mask_fault(segmentation: object, size: tuple[int, int]) -> str:
     width, height = size
     if isinstance(segmentation, list):
-        if not all(isinstance(p, list) and all(map(_is_number, p)) for p in segmentation):
+        if not all(isinstance(p, list) and _are_numbers(p) for p in segmentation):
             return "a polygon is not a list of finite numbers"
         if any(len(p) % 2 for p in segmentation):
             return "a polygon has an odd count of coordinates"
@@ -430,7 +433,14 @@ def _name_of(entry: object, number: int, one: str = "annotation", many: str = "a
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE < value < _HUGE
+
+
+def _are_numbers(values: list) -> bool:
+    # COCO has some sixty million coordinates: one call for a polygon, not one for each.
+    if not {int, float}.issuperset(map(type, values)):
+        return False
+    return not values or (-_HUGE < min(values) and max(values) < _HUGE and not math.isnan(sum(values)))
 
 
 def _is_int(value: object) -> bool:

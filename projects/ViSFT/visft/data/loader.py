@@ -8,6 +8,7 @@ positions k * batch_size to (k + 1) * batch_size, of which each process takes it
 import contextlib
 import functools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 
@@ -53,7 +54,7 @@ def build_train_loader(
         batch_size=batch_size,
         start_iteration=start_iteration,
         seed=seed,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=_num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -67,7 +68,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     return TestLoader(
         load_records((dataset_name,), train=False),
         build_test_mapper(cfg),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=_num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -98,6 +99,11 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
             f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one picture"
         )
     return records
+
+
+def _num_workers(cfg: CfgNode) -> int:
+    # More than there are processors only wait for one another, and torch warns of them; the batches are the same.
+    return min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
 
 
 class TrainLoader:
@@ -286,7 +292,9 @@ class _TestSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict | VisftError:
         try:
-            return self.mapper(self.records[index])
+            # detectron2's transforms draw from numpy also where there is but one size to draw.
+            with _seeded(0, index):
+                return self.mapper(self.records[index])
         except VisftError as error:
             return error
 

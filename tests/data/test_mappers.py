@@ -1,0 +1,205 @@
+"""Mapped pictures: boxes, masks and classes lie where the objects are seen, whatever was cut, flipped and resized."""
+
+import numpy as np
+import pytest
+import torch
+from coco_shapes import COLOURS, CONTIGUOUS
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks
+from PIL import Image
+
+from visft.data import PictureError, ViSFTMapper, build_test_mapper, read_rgb
+from visft.data.loader import load_records
+from visft.errors import ConfigError, DataError
+
+CHANNEL = {CONTIGUOUS[category]: colour.index(255) for category, colour in COLOURS.items()}
+
+
+def _seen(image: torch.Tensor, channel: int) -> torch.Tensor:
+    """The object's pixels, found by their colour."""
+    return image[channel] > 127
+
+
+@pytest.mark.parametrize("recipe", ["detection", "lsj", "fixed"])
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
+def test_annotations_lie_where_the_objects_are_seen(cfg, recipe: str, flip: str) -> None:
+    cfg.VISFT.INPUT.AUGMENTATION = recipe
+    cfg.VISFT.INPUT.JITTER_SCALE = (0.5, 2.0)
+    cfg.VISFT.INPUT.CROP_PROBABILITY = 1.0
+    cfg.INPUT.RANDOM_FLIP = flip
+    mapper = ViSFTMapper(cfg, is_train=True)
+    records = load_records(("visft_own_train",), train=True)
+    np.random.seed(0)
+    compared = 0
+    for record in records * 3:
+        mapped = mapper(record)
+        image, instances = mapped["image"], mapped["instances"]
+        assert image.dtype == torch.uint8 and instances.image_size == tuple(image.shape[1:])
+        assert isinstance(instances.gt_masks, BitMasks)
+        assert (mapped["height"], mapped["width"]) == (record["height"], record["width"])
+        for box, label, mask in zip(
+            instances.gt_boxes.tensor, instances.gt_classes.tolist(), instances.gt_masks.tensor, strict=True
+        ):
+            seen = _seen(image, CHANNEL[label])
+            if min(seen.sum(), mask.sum()) < 200:
+                continue  # in small ones the resampling of edge pixels decides
+            assert (seen & mask).sum() / (seen | mask).sum() > 0.9
+            ys, xs = torch.nonzero(seen, as_tuple=True)
+            tight = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+            assert (box - tight).abs().max() <= 2, (box, tight)
+            compared += 1
+        # Nothing that can be seen well is without an annotation.
+        for label, channel in CHANNEL.items():
+            if _seen(image, channel).sum() >= 200:
+                assert label in instances.gt_classes
+    assert compared > 20
+
+
+def test_boxes_are_those_of_the_masks_after_a_crop(cfg) -> None:
+    cfg.VISFT.INPUT.CROP_PROBABILITY = 1.0
+    mapper = ViSFTMapper(cfg, is_train=True)
+    np.random.seed(1)
+    for record in load_records(("visft_own_train",), train=True) * 3:
+        instances = mapper(record)["instances"]
+        assert torch.equal(instances.gt_masks.get_bounding_boxes().tensor, instances.gt_boxes.tensor)
+
+
+def test_polygons_and_run_lengths_give_the_same_mask(cfg, coco) -> None:
+    """The same shapes, once as the polygons of the file and once drawn by hand as run lengths."""
+    from pycocotools import mask as mask_api
+
+    record = next(r for r in load_records(("visft_own_train",), train=True) if r["image_id"] == 1)
+    picture = np.asarray(Image.open(record["file_name"]))
+    drawn = []
+    for annotation in record["annotations"]:
+        channel = CHANNEL[annotation["category_id"]]
+        rle = mask_api.encode(np.asfortranarray((picture[..., channel] > 127).astype(np.uint8)))
+        drawn.append(annotation | {"segmentation": rle})
+    mapper = ViSFTMapper(augmentations=[T.HFlipTransform(record["width"])], is_train=True)
+    a, b = (
+        mapper(record | {"annotations": x})["instances"].gt_masks.tensor
+        for x in (record["annotations"], drawn)
+    )
+    assert ((a & b).sum((1, 2)) / (a | b).sum((1, 2))).min() > 0.9
+
+
+def test_sizes_of_the_recipes(cfg) -> None:
+    records = load_records(("visft_own_train",), train=True)
+    cfg.VISFT.INPUT.CROP_PROBABILITY = 0.0
+    mapper = ViSFTMapper(cfg, is_train=True)
+    short = {min(mapper(r)["image"].shape[1:]) for r in records * 4}
+    assert len(short) > 1 and short <= set(range(80, 129))
+    assert all(max(mapper(r)["image"].shape[1:]) <= 160 for r in records)
+    cfg.VISFT.INPUT.AUGMENTATION = "fixed"
+    mapper = ViSFTMapper(cfg, is_train=True)
+    assert all(max(mapper(r)["image"].shape[1:]) == 160 for r in records)
+    cfg.VISFT.INPUT.AUGMENTATION = "lsj"
+    mapper = ViSFTMapper(cfg, is_train=True)
+    sides = [max(mapper(r)["image"].shape[1:]) for r in records * 8]
+    assert max(sides) == 160 and min(sides) < 80
+
+
+def test_crowds_and_what_is_cut_off_are_left_out(cfg, coco) -> None:
+    content = coco.content()
+    content["annotations"][0]["iscrowd"] = 1
+    coco.write(content)
+    record = load_records(("visft_own_train",), train=True)[0]
+    left = T.CropTransform(0, 0, record["width"] // 3, record["height"], record["width"], record["height"])
+    whole = ViSFTMapper(augmentations=[T.NoOpTransform()], is_train=True)(record)["instances"]
+    assert sorted(whole.gt_classes.tolist()) == sorted(CONTIGUOUS[c] for c in (3, 11))
+    # Only the crowd is in the left third: annotated, with nothing to find.
+    cut = ViSFTMapper(augmentations=[left], is_train=True)(record)["instances"]
+    assert len(cut) == 0 and cut.gt_masks.tensor.shape == (0, record["height"], record["width"] // 3)
+
+
+def test_a_picture_without_objects_has_empty_instances(cfg, coco) -> None:
+    content = coco.content()
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
+    coco.write(content)
+    mapper = ViSFTMapper(cfg, is_train=True)
+    empty = mapper(load_records(("visft_own_train",), train=True)[1])["instances"]
+    assert len(empty) == 0 and empty.has("gt_boxes") and empty.has("gt_masks")
+
+
+def test_a_data_set_without_masks_has_none(cfg, coco) -> None:
+    content = coco.content()
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    coco.write(content)
+    cfg.VISFT.INPUT.CROP_PROBABILITY = 1.0
+    instances = ViSFTMapper(cfg, is_train=True)(load_records(("visft_own_train",), train=True)[0])[
+        "instances"
+    ]
+    assert instances.has("gt_boxes") and not instances.has("gt_masks")
+
+
+def test_a_data_set_without_annotations_has_no_instances(coco) -> None:
+    record = {"file_name": str(coco.images / "1.png"), "captions": ["three shapes"]}
+    mapped = ViSFTMapper(augmentations=[T.NoOpTransform()], is_train=True)(record)
+    assert "instances" not in mapped and mapped["captions"] == ["three shapes"]
+
+
+def test_records_are_not_changed(cfg) -> None:
+    import copy
+
+    record = load_records(("visft_own_train",), train=True)[0]
+    before = copy.deepcopy(record)
+    ViSFTMapper(cfg, is_train=True)(record)
+    assert record == before
+
+
+def test_evaluation_resizes_and_nothing_else(cfg) -> None:
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 0, 0
+    record = DatasetCatalog.get("visft_own_test")[0]
+    mapped = build_test_mapper(cfg)(record)
+    expected = torch.from_numpy(np.array(Image.open(record["file_name"]))).permute(2, 0, 1)
+    assert torch.equal(mapped["image"], expected) and "instances" not in mapped
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 100, 1000
+    assert min(build_test_mapper(cfg)(record)["image"].shape[1:]) == 100
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode: str) -> None:
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (8, 6), (255, 255, 255)).convert(mode).save(path)
+    pixels = read_rgb(path)
+    assert pixels.shape == (6, 8, 3) and pixels.dtype == np.uint8 and pixels.min() >= 254
+
+
+def test_channels_are_rgb(tmp_path) -> None:
+    Image.new("RGB", (8, 6), (200, 100, 50)).save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png")[0, 0].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut jpg", "cut png", "missing", "folder"])
+def test_pictures_that_do_not_decode_are_named(tmp_path, kind: str) -> None:
+    path = tmp_path / ("a.png" if kind == "cut png" else "a.jpg")
+    if kind.startswith("cut"):
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:-700])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_text("" if kind == "empty" else "not a picture")
+    with pytest.raises(PictureError) as raised:
+        read_rgb(path)
+    assert str(raised.value).startswith(str(path)) and "\n" not in str(raised.value)
+
+
+def test_a_picture_of_another_size_than_annotated(cfg, coco) -> None:
+    Image.new("RGB", (50, 40)).save(coco.images / "1.png")
+    with pytest.raises(DataError, match="1.png.*50 x 40") as raised:
+        ViSFTMapper(cfg, is_train=True)(load_records(("visft_own_train",), train=True)[0])
+    assert not isinstance(raised.value, PictureError)  # not to be skipped: the annotations would be wrong
+
+
+def test_unknown_recipes(cfg) -> None:
+    cfg.INPUT.RANDOM_FLIP = "diagonal"
+    with pytest.raises(ConfigError, match="INPUT.RANDOM_FLIP is `diagonal`"):
+        ViSFTMapper(cfg, is_train=True)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.VISFT.INPUT.AUGMENTATION = "mosaic"
+    with pytest.raises(ConfigError, match="VISFT.INPUT.AUGMENTATION is `mosaic`"):
+        ViSFTMapper(cfg, is_train=True)
