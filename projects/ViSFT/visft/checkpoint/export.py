@@ -165,20 +165,18 @@ def lora(
 
 @dataclass(frozen=True)
 class Format:
-    """A format by its name in `VISFT.EXPORT` and `--format`: what writes it, and a usual file name."""
+    """What writes a format, and how its files' names may end."""
 
     write: Callable[..., Path]
-    file_name: str
     suffixes: tuple[str, ...] = (".safetensors",)
 
 
 FORMATS = {
-    "open_clip": Format(open_clip, "visft_backbone.safetensors"),
-    "lora": Format(lora, "visft_lora.safetensors"),
-    "authors": Format(
-        functools.partial(lora, layout="authors"), "visft_lora_authors.pt", (".pt", ".safetensors")
-    ),
+    "open_clip": Format(open_clip),
+    "lora": Format(lora),
+    "authors": Format(functools.partial(lora, layout="authors"), (".pt", ".safetensors")),
 }
+"""The formats of `VISFT.EXPORT` and `--format`."""
 
 
 def _authors_lora(model: CLIPViT, path: Path, interpolate: float) -> dict[str, Tensor]:

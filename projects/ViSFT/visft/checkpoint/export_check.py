@@ -70,9 +70,8 @@ def open_clip(
         images = _embed_state(clip.visual, pictures, state)
     expected = {"images": images, "texts": _texts(clip, texts)}
 
-    write_safetensors(folder.parent / f"{folder.name}.in", {"pictures": pictures, "texts": texts})
     given, found = folder / "given.tensors", folder / "found.tensors"
-    os.replace(folder.parent / f"{folder.name}.in", given)
+    write_safetensors(given, {"pictures": pictures, "texts": texts})
     about = read("open_clip", folder, given, found)
     embeddings = load_file(found)
     for part, want in expected.items():
@@ -142,7 +141,8 @@ def fixed_pictures(height: int, width: int, mean: tuple[float, ...], std: tuple[
 def fixed_texts(clip: nn.Module) -> Tensor:
     """Two rows of token ids `[2, context]`, with the largest id where the text ends, as CLIP's tokenizer has it."""
     text = getattr(clip, "text", clip)
-    context, vocabulary = int(text.context_length), int(text.vocab_size)
+    context = int(getattr(text, "context_length", None) or clip.context_length)
+    vocabulary = int(getattr(text, "vocab_size", None) or text.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, vocabulary - 2, (2, context), generator=generator)
     tokens[0, context // 2], tokens[1, context - 1] = vocabulary - 1, vocabulary - 1
