@@ -26,8 +26,7 @@ def export(cfg: CfgNode, backbone: CLIPViT, folder: Path) -> list[Path]:
     written = []
     for name in cfg.VISFT.EXPORT:
         kind = formats.FORMATS[name]
-        stem = "visft_backbone" if name == "open_clip" else f"visft_{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        written.append(kind.write(backbone, folder / f"{stem}{kind.suffixes[0]}"))
+        written.append(kind.write(backbone, folder / kind.file_name))
         logger.info("exported %s", written[-1])
     return written
