@@ -1,0 +1,108 @@
+"""A whole tiny run through the command line: both stages, evaluation, pictures, report, export, drawing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import shapes
+from PIL import Image
+from tiny_run import tiny_arguments
+
+
+@pytest.fixture(scope="module")
+def finished(shapes_train, shapes_test, tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = tiny_arguments(shapes_train, shapes_test, folder / "run")
+    arguments += ["VISFT.EXPORT", "('open_clip',)"]
+    status, text = processes.run("train_net.py", arguments, folder / "log")
+    assert status == 0, text
+    return folder / "run", arguments
+
+
+def test_files(finished):
+    run, _ = finished
+    for stage in ("heads", "lora"):
+        assert (run / stage / "last_checkpoint").read_text() == "model_0000004.safetensors"
+        assert list((run / stage).glob("events.out.tfevents.*"))
+        rows = [json.loads(line) for line in (run / stage / "metrics.json").read_text().splitlines()]
+        assert any("total_loss" in row and "lr" in row for row in rows)
+        assert "segmentation/segm/AP50" in rows[-1]
+    assert "eta:" in (run / "log.txt").read_text()
+    assert (run / "export" / "visft_backbone.safetensors").is_file()
+    assert (run / "export" / "open_clip_config.json").is_file()
+
+
+def test_report_is_the_evaluations(finished):
+    run, _ = finished
+    report = json.loads((run / "report.json").read_text())
+    evaluations = json.loads((run / "run.json").read_text())["evaluations"]
+    # Fresh heads: what comes before is the end of stage heads.
+    assert set(evaluations) == {"heads", "lora"}
+    for key, step in (("before", "heads"), ("after", "lora")):
+        assert report[key]["detection/bbox/AP50"] == evaluations[step]["detection/bbox/AP50"]
+        assert report[key]["segmentation/segm/AP50"] == evaluations[step]["segmentation/segm/AP50"]
+    page = (run / "report.md").read_text()
+    assert "loss_curves.png" in page and "predictions/" in page and "| detection/bbox/AP50 |" in page
+    assert (run / "loss_curves.png").stat().st_size > 1000
+
+
+def test_pictures_show_ground_truth_beside_each_head(finished, shapes_test):
+    run, _ = finished
+    pictures = sorted((run / "predictions").glob("*.png"))
+    assert len(pictures) == 4
+    sheet = np.asarray(Image.open(pictures[0]))
+    # Three panels (ground truth, detection, segmentation) of an enlarged square, a gap between them.
+    side = sheet.shape[0] - 22
+    assert side >= 384 and sheet.shape[1] == 3 * side + 8
+    plain = np.asarray(Image.open(shapes_test[1] / f"{pictures[0].stem}.png").resize((side, side), 0)).astype(
+        int
+    )
+    assert np.abs(sheet[22:, :side].astype(int) - plain).max() > 50  # something is drawn
+
+
+def test_predict_draws_pictures_of_the_users_own(finished, tmp_path):
+    run, arguments = finished
+    _, pictures = shapes.make(tmp_path / "own", images=2, size=80, seed=5)
+    command = [*arguments[:2], "--input", str(pictures), "--output", str(tmp_path / "drawn")]
+    command += ["--weights", str(run), "--threshold", "0.0", *arguments[2:]]
+    status, text = processes.run("predict.py", command, tmp_path / "log")
+    assert status == 0, text
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["000001.png", "000002.png"]
+
+
+def test_predict_says_which_picture_is_missing(finished, tmp_path):
+    _, arguments = finished
+    command = [*arguments[:2], "--input", "/nowhere.jpg", "--output", str(tmp_path / "drawn"), *arguments[2:]]
+    status, text = processes.run("predict.py", command, tmp_path / "log", VISFT_DEBUG="")
+    assert status == 1 and "/nowhere.jpg" in text and "Traceback" not in text
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_eval_only_gives_the_figures_of_the_run(finished, tmp_path):
+    run, arguments = finished
+    command = [*arguments[:2], "--eval-only", *arguments[2:], "MODEL.WEIGHTS", str(run), "SEED", "1"]
+    status, text = processes.run(
+        "train_net.py", [*command, "OUTPUT_DIR", str(tmp_path / "e")], tmp_path / "log"
+    )
+    assert status == 0, text
+    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert found == pytest.approx(
+        json.loads((run / "run.json").read_text())["evaluations"]["lora"], nan_ok=True
+    )
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(shapes_train, tmp_path):
+    from safetensors.torch import load_file
+
+    ends = []
+    for count in ("1", "2"):
+        arguments = tiny_arguments(shapes_train, None, tmp_path / count)
+        arguments += ["VISFT.STAGES", "('heads',)", "MODEL.VISFT.DETECTION.DROPOUT", "0.0"]
+        command = [*arguments[:2], "--num-gpus", count, *arguments[2:]]
+        status, text = processes.run("train_net.py", command, tmp_path / f"log{count}")
+        assert status == 0, text
+        ends.append(load_file(tmp_path / count / "heads" / "model_0000004.safetensors"))
+    for name, tensor in ends[0].items():
+        assert (tensor - ends[1][name]).abs().max() < 1e-3, name  # four AdamW steps of 1e-3 or less

@@ -1,0 +1,82 @@
+"""Every shipped ViSFT config: known keys and names, the recipe's figures, CLIP's normalisation, a stock trainer."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visft.engine import checks, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "engine"))
+
+CONFIGS = sorted((ROOT / "configs").glob("visft_*.yaml"))
+NO_WEIGHTS = ["MODEL.DEVICE", "cpu", "MODEL.CLIP_VIT.PRETRAINED", "", "MODEL.VISFT.HEAD_FILES", "()"]
+
+
+def load(name: str, *opts: str):
+    return settings.load_config(str(ROOT / "configs" / f"{name}.yaml"), list(opts))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_names_are_known(file):
+    cfg = settings.load_config(str(file), NO_WEIGHTS)
+    for stage in ("HEADS", "LORA"):
+        cfg.VISFT.SOLVER[stage].AMP = ""
+    checks._device(cfg, 1)
+    checks._names(cfg)
+    checks._visft_names(cfg, processes=1)
+
+
+@pytest.mark.parametrize("name", ["visft_vit_b16", "visft_vit_l14", "visft_demo"])
+def test_normalisation_is_clips(name):
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    cfg = load(name)
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.MASK_ON
+    assert pytest.approx([255 * v for v in OPENAI_DATASET_MEAN], abs=1e-5) == list(cfg.MODEL.PIXEL_MEAN)
+    assert pytest.approx([255 * v for v in OPENAI_DATASET_STD], abs=1e-5) == list(cfg.MODEL.PIXEL_STD)
+
+
+@pytest.mark.parametrize(("name", "tower"), [("visft_eva", "EVA02-E-14-plus"), ("visft_eva_g", "EVA01-g-14")])
+def test_the_authors_recipe(name, tower):
+    cfg = load(name)
+    assert (tower, "drop") == (cfg.MODEL.CLIP_VIT.NAME, cfg.MODEL.CLIP_VIT.CLASS_TOKEN)
+    lora = cfg.MODEL.LORA
+    assert (lora.RANK, lora.ALPHA, lora.DROPOUT, tuple(lora.TARGETS)) == (64, 1.0, 0.0, ("q", "v"))
+    heads, second = cfg.VISFT.SOLVER.HEADS, cfg.VISFT.SOLVER.LORA
+    assert (heads.BASE_LR, heads.MAX_ITER, heads.IMS_PER_BATCH) == (5e-5, 150000, 8)
+    assert (second.BASE_LR, second.MAX_ITER) == (1e-5, 100000)
+    for solver in (heads, second):
+        assert (solver.WEIGHT_DECAY, solver.WARMUP_ITERS, solver.CLIP_NORM) == (1e-4, 2000, 0.1)
+    assert (
+        cfg.MODEL.VISFT.DETECTION.LABEL_SPACE == "dataset_id" and cfg.MODEL.VISFT.DETECTION.NUM_CLASSES == 91
+    )
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == tuple(range(480, 673, 32)) and cfg.INPUT.MAX_SIZE_TRAIN == 672
+    assert list(cfg.MODEL.PIXEL_MEAN) == [123.675, 116.28, 103.53]
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_stock_trainer_and_mapper_train_a_visft_config(tmp_path, mask_format):
+    """Three iterations of detectron2's own DefaultTrainer and DatasetMapper over data of three classes."""
+    import shapes
+    from detectron2.engine import DefaultTrainer
+    from tiny_run import tiny_arguments
+
+    from visft.data import register_own_data
+
+    data = shapes.make(tmp_path / "data", images=4)
+    arguments = tiny_arguments(data, None, tmp_path / "run")
+    cfg = settings.load_config(arguments[1], arguments[2:])
+    register_own_data(cfg)
+    cfg.INPUT.MASK_FORMAT = mask_format
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH = 3, 2
+    (tmp_path / "run").mkdir()
+    trainer = DefaultTrainer(cfg)
+    trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("heads.") for name in trained)
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    assert any(not now[name].equal(value) for name, value in trained.items())
+    assert all(torch.isfinite(p).all() for p in now.values())
