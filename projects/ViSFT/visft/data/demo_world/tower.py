@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from visft.backbone import open_clip_zoo
+
 logger = logging.getLogger(__name__)
 
-NAME, TAG = "visft-tiny", "demo"
-CONFIG_FILE = Path(__file__).with_name(f"{NAME}.json")
-WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensors"
+NAME, TAG = open_clip_zoo.TINY, open_clip_zoo.TINY_TAG
+CONFIG_FILE, WEIGHTS_FILE = open_clip_zoo.TINY_CONFIG, open_clip_zoo.TINY_WEIGHTS
 
 
 def register_open_clip() -> None:
@@ -19,20 +19,7 @@ def register_open_clip() -> None:
 
     Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works, offline. May be called again.
     """
-    import open_clip
-    from open_clip import pretrained
-
-    if NAME not in open_clip.list_models():
-        open_clip.add_model_config(CONFIG_FILE)
-    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
-    tags = pretrained._PRETRAINED.setdefault(NAME, {})
-    tags[TAG] = {
-        "file": str(WEIGHTS_FILE),
-        "mean": pretrained.OPENAI_DATASET_MEAN,
-        "std": pretrained.OPENAI_DATASET_STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    open_clip_zoo.open_clip()
 
 
 TEMPLATES = (
