@@ -154,11 +154,11 @@ def test_each_head_gets_what_it_has_labels_for_from_one_pass(model):
     )
     model.heads.eval()  # no dropout: batches of different sizes would draw differently
     tower = Seen(model.backbone)
-    losses = losses_of(model, [nothing, both, only_boxes])
+    losses = losses_of(model, [only_boxes, nothing, both])
     assert len(tower.inputs) == 1 and len(tower.inputs[0][0]) == 2
     tower.handle.remove()
 
-    for name, images in (("detection", [both, only_boxes]), ("segmentation", [both])):
+    for name, images in (("detection", [only_boxes, both]), ("segmentation", [both])):
         features, mask, sizes, padded = model.extract(images)
         head = model.heads[name]
         torch.manual_seed(3)
