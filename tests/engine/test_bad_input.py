@@ -262,7 +262,7 @@ def test_losses_that_are_not_finite_stop_the_run(tiny, tmp_path):
     """A rate beyond reason: the message names the pictures, and no checkpoint holds a number that is none."""
     from safetensors.torch import load_file
 
-    arguments = [*tiny, "VISFT.SOLVER.HEADS.BASE_LR", "1e38", "VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD", "1"]
+    arguments = [*tiny, "VISFT.SOLVER.HEADS.BASE_LR", "1e30", "VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD", "1"]
     status, text = processes.run("train_net.py", arguments, tmp_path / "log", VISFT_DEBUG="")
     error = [line for line in text.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(error) == 1 and "Traceback" not in text, text

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -215,16 +216,27 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
-        if found is None:
+        if found is None and not _names_code(path):
             raise _cut_off(path, error) from error
+        what = f" ({found.group(1)})" if found else ""
         raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors ({found.group(1)}); such a file can run "
-            f"code, so it "
-            "was not loaded: use a safetensors file, or a .pt file of tensors alone."
+            f"{path}: holds pickled objects other than tensors{what}; such a file can run code, so it was not "
+            "loaded: use a safetensors file, or a .pt file of tensors alone."
         ) from error
     except Exception as error:
         # A damaged archive fails in many ways (RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...).
         raise _cut_off(path, error) from error
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a bare pickle names a function or class; it is read opcode by opcode, and nothing is run."""
+    try:
+        with open(path, "rb") as file:
+            return any(
+                code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(file)
+            )
+    except ValueError:  # no pickle, or cut off before anything was named
+        return False
 
 
 def _cut_off(path: Path, error: Exception) -> CheckpointError:
