@@ -165,16 +165,17 @@ def lora(
 
 @dataclass(frozen=True)
 class Format:
-    """What writes a format, and how its files' names may end."""
+    """What writes a format, what a run calls its file, and how such files' names may end."""
 
     write: Callable[..., Path]
+    file_name: str
     suffixes: tuple[str, ...] = (".safetensors",)
 
 
 FORMATS = {
-    "open_clip": Format(open_clip),
-    "lora": Format(lora),
-    "authors": Format(functools.partial(lora, layout="authors"), (".pt", ".safetensors")),
+    "open_clip": Format(open_clip, "visft_backbone.safetensors"),
+    "lora": Format(lora, "visft_lora.safetensors"),
+    "authors": Format(functools.partial(lora, layout="authors"), "visft_lora_authors.pt", (".pt", ".safetensors")),
 }
 """The formats of `VISFT.EXPORT` and `--format`."""
 
