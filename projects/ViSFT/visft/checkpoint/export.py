@@ -175,7 +175,9 @@ class Format:
 FORMATS = {
     "open_clip": Format(open_clip, "visft_backbone.safetensors"),
     "lora": Format(lora, "visft_lora.safetensors"),
-    "authors": Format(functools.partial(lora, layout="authors"), "visft_lora_authors.pt", (".pt", ".safetensors")),
+    "authors": Format(
+        functools.partial(lora, layout="authors"), "visft_lora_authors.pt", (".pt", ".safetensors")
+    ),
 }
 """The formats of `VISFT.EXPORT` and `--format`."""
 

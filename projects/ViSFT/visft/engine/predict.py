@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         read_rgb(file)
     cfg.freeze()
     setup_logger(name="visft")
-    model = stages.initial_model(cfg, seed=0)
+    model = stages.initial_model(cfg, stages.run_seed(weights, cfg.SEED))
     return predict_files(
         model,
         build_test_mapper(cfg),

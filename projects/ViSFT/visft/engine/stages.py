@@ -64,7 +64,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     """Evaluate MODEL.WEIGHTS, or with --resume what the run in OUTPUT_DIR has reached; returns the figures."""
     _loggers(Path(cfg.OUTPUT_DIR))
-    model = initial_model(cfg, max(cfg.SEED, 0))
+    model = initial_model(cfg, run_seed(cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS, cfg.SEED))
     if args.resume:
         load_run(cfg, model, cfg.OUTPUT_DIR)
     model.eval()
@@ -73,6 +73,17 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         files.write_json(Path(cfg.OUTPUT_DIR) / "evaluation.json", report.finite(figures))
         _log_figures("evaluation", figures)
     return figures
+
+
+def run_seed(folder: str | os.PathLike, otherwise: int) -> int:
+    """The seed of the run in a folder, from which a tower of random weights is made again.
+
+    Args:
+        folder: an OUTPUT_DIR; anything else (a file, "") has no run.
+        otherwise: where there is no run; below 0 counts as 0.
+    """
+    state = Path(folder) / "run.json"
+    return files.read_json(state)["seed"] if folder and state.is_file() else max(otherwise, 0)
 
 
 def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
