@@ -47,7 +47,7 @@ class VisftHead(nn.Module):
         Args:
             features: [N, C, h, w].
             padding_mask: [N, h, w] bool.
-            normalizers: [k], of all processes together.
+            normalizers: [k], the mean of `normalizers` over all processes.
         """
         raise NotImplementedError
 
