@@ -25,8 +25,8 @@ class VisftHead(nn.Module):
     def normalizers(self, images: list[dict]) -> Tensor:
         """[k] counts that the losses are divided by, known before the forward pass.
 
-        The meta-architecture adds them up over processes, so that the gradient is that of the joined batch. An empty
-        list gives zeros.
+        The meta-architecture takes their mean over processes, so that the gradient is that of the joined batch.
+        An empty list gives zeros.
 
         Raises:
             DataError: if an annotation does not fit the head.
