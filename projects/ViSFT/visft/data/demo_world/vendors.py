@@ -1,0 +1,158 @@
+"""Further vendors' drawings of the emoji, from npm packages, as folders of `1f415.svg`.
+
+The demo tower is pretrained on several vendors, so that it knows what a drawing shows and not how one
+vendor draws; Twemoji is left out, for evaluation. Nothing of them is kept in the project.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from visft.data.demo_world.catalogue import catalogue, normal_key
+from visft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """A vendor's drawings in an npm package.
+
+    Args:
+        package: name and version on npm.
+        sha256: of the package's file.
+        license: of the drawings.
+        iconify: whether the package is one of Iconify's (`icons.json` and `chars.json`), or SVG files.
+    """
+
+    package: str
+    sha256: str
+    license: str
+    iconify: bool = True
+
+
+VENDORS: dict[str, Vendor] = {
+    "noto": Vendor(
+        "@iconify-json/noto@1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0",
+    ),
+    "noto-v1": Vendor(
+        "@iconify-json/noto-v1@1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "Apache-2.0",
+    ),
+    "fluent": Vendor(
+        "@iconify-json/fluent-emoji-flat@1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "MIT",
+    ),
+    "emojione": Vendor(
+        "@iconify-json/emojione@1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "CC BY 4.0",
+    ),
+    "fxemoji": Vendor(
+        "@iconify-json/fxemoji@1.2.2",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        "Apache-2.0",
+    ),
+    "twemoji": Vendor(
+        "@twemoji/svg@15.0.0",
+        "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
+        "CC BY 4.0",
+        iconify=False,
+    ),
+}
+HELD_OUT = ("twemoji",)
+"""Vendors that the shipped tower never saw."""
+
+
+def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
+    """Write a vendor's drawings to `folder/name/*.svg`, named by code points; returns that folder.
+
+    Does nothing when they are there. The package is fetched by `npm pack`, which asks the registry that npm
+    is set up for, and runs nothing of it.
+
+    Raises:
+        DataError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
+    """
+    if name not in VENDORS:
+        raise DataError(f"there is no vendor `{name}`; known are {', '.join(VENDORS)}")
+    vendor, target = VENDORS[name], Path(folder) / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+        archive = _packed(vendor, Path(scratch), npm)
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != vendor.sha256:
+            raise DataError(f"{vendor.package}: its file has SHA-256 {found}, expected {vendor.sha256}")
+        drawings = Path(scratch) / "svg"
+        drawings.mkdir()
+        with tarfile.open(archive) as tar:
+            count = (_iconify if vendor.iconify else _files)(tar, drawings)
+        os.replace(drawings, target)
+    logger.info("%s: %d drawings of %s (%s)", target, count, vendor.package, vendor.license)
+    return target
+
+
+def _packed(vendor: Vendor, folder: Path, npm: str) -> Path:
+    if shutil.which(npm) is None:
+        raise DataError(f"{vendor.package} is fetched by npm, which is not installed here")
+    done = subprocess.run(
+        [npm, "pack", "--silent", "--ignore-scripts", vendor.package],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    archives = list(folder.glob("*.tgz"))
+    if done.returncode or len(archives) != 1:
+        raise DataError(f"npm could not fetch {vendor.package}: {done.stderr.strip() or 'it wrote no file'}")
+    return archives[0]
+
+
+def _iconify(tar: tarfile.TarFile, folder: Path) -> int:
+    """Drawings of an Iconify package; returns their number."""
+
+    def member(name: str) -> dict:
+        return json.load(tar.extractfile(f"package/{name}"))
+
+    icons, characters = member("icons.json"), member("chars.json")
+    if not characters:  # Some packages have names alone: Unicode's, written in one way or another.
+        points_of = {_letters(emoji.name): emoji.key for emoji in catalogue()}
+        characters = {points_of[_letters(n)]: n for n in icons["icons"] if _letters(n) in points_of}
+    count = 0
+    for points, icon_name in characters.items():
+        icon = icons["icons"].get(icon_name)
+        if icon is None:  # An alias is another icon turned or mirrored: not this vendor's drawing.
+            continue
+        width = icon.get("width", icons.get("width", 16))
+        height = icon.get("height", icons.get("height", 16))
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+        (folder / f"{normal_key(points)}.svg").write_text(svg, encoding="utf-8")
+        count += 1
+    return count
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _files(tar: tarfile.TarFile, folder: Path) -> int:
+    """A package's SVG files, as they are; returns their number."""
+    count = 0
+    for member in tar:
+        path = Path(member.name)
+        if member.isfile() and path.suffix == ".svg":
+            (folder / path.name).write_bytes(tar.extractfile(member).read())
+            count += 1
+    return count
