@@ -6,9 +6,12 @@ from torch import nn
 
 
 def applies(cfg: CfgNode) -> bool:
-    """Whether a config's tower has a zero-shot test of its own: the pretrained demo tower has."""
+    """Whether a config's tower has a zero-shot test of its own: the pretrained demo tower has.
+
+    Where DATASETS.TEST is empty nothing is evaluated, so neither is this.
+    """
     vit = cfg.MODEL.CLIP_VIT
-    return vit.NAME == "visft-tiny" and bool(vit.PRETRAINED)
+    return bool(cfg.DATASETS.TEST) and vit.NAME == "visft-tiny" and bool(vit.PRETRAINED)
 
 
 class _Encoder(nn.Module):
