@@ -109,6 +109,9 @@ def _add_run(cfg: CN) -> None:
     # Stages that tools/train_net.py runs, in this order. `heads`: the tower is frozen, the heads train. `lora`: the
     # heads are frozen, LoRA in the tower trains. A stock trainer runs the first of them with SOLVER.*.
     run.STAGES = ("heads", "lora")
+    # What computes the heads' average precision: `faster-coco-eval`, `pycocotools` (on LVIS: the lvis package), or
+    # `auto`: the former where it is installed. The figures are the same.
+    run.COCO_METRIC = "auto"
     # Formats written to OUTPUT_DIR/export after the last stage; (): none.
     run.EXPORT = ("open_clip",)
 

@@ -13,6 +13,7 @@ from visft.checkpoint import export, files, load
 from visft.data import check_data_set, register_own_data
 from visft.engine.settings import unknown
 from visft.errors import CheckpointError, ConfigError, DataError
+from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY
 
 STAGES = ("heads", "lora")
@@ -150,6 +151,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
         raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
     _exports(cfg)
+    is_fast(cfg.VISFT.COCO_METRIC)
     _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))
     if cfg.VISFT.INPUT.SIZE < 1:
         raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")

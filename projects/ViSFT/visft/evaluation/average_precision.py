@@ -6,24 +6,109 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+IMPLEMENTATIONS = ("auto", "faster-coco-eval", "pycocotools")
+"""Values of VISFT.COCO_METRIC."""
 
 
-def api(fast: bool | None = None) -> tuple[type, type]:
-    """The classes for annotations and for their evaluation.
+def is_fast(implementation: str) -> bool:
+    """Whether a value of VISFT.COCO_METRIC means faster-coco-eval here.
 
-    Args:
-        fast: faster-coco-eval (True), pycocotools (False), or the former where it is installed (None).
+    `auto` is faster-coco-eval where it is installed: its figures are pycocotools' own.
+
+    Raises:
+        ConfigError: another name, or a library that is not installed.
     """
-    if find_spec("faster_coco_eval") is not None if fast is None else fast:
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"VISFT.COCO_METRIC is `{implementation}`; expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    installed = find_spec("faster_coco_eval") is not None
+    if implementation == "faster-coco-eval" and not installed:
+        raise ConfigError(
+            "VISFT.COCO_METRIC is `faster-coco-eval`, which is not installed: `pip install faster-coco-eval`, or set "
+            "`auto` or `pycocotools`"
+        )
+    return installed and implementation != "pycocotools"
+
+
+class COCOMetric:
+    """AP over IoU 0.50:0.95, at 0.50 and 0.75, and of small, medium and large objects."""
+
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+    def __init__(self, file: str | Path, fast: bool | None = None) -> None:
+        """
+        Args:
+            file: annotations in COCO format.
+            fast: by faster-coco-eval (True), pycocotools (False), or the former where it is installed (None).
+
+        Raises:
+            DataError: the file is not there, or not readable as such.
+        """
+        self._annotations, self._evaluation = _api(is_fast("auto") if fast is None else fast)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._truth = self._annotations(str(file))
+        except FileNotFoundError as error:
+            raise missing(file) from error
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise DataError(
+                f"{file}: no annotations in COCO format ({error}); correct or replace it"
+            ) from error
+
+    @property
+    def annotated(self) -> bool:
+        """Whether the file has annotations; COCO publishes its test splits without."""
+        return "annotations" in self._truth.dataset
+
+    @property
+    def category_ids(self) -> set[int]:
+        """The data set's own."""
+        return set(self._truth.getCatIds())
+
+    def __call__(
+        self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Figures in per cent; nan where there is no ground truth of the kind.
+
+        Without any result, what has ground truth scores 0, as it must: no object was found.
+
+        Args:
+            results: in COCO's results format, with the data set's category ids.
+            task: `bbox` or `segm`.
+            class_names: in the order of the category ids; each is reported as `AP-name` too.
+        """
+        results = only(results, task)
+        with contextlib.redirect_stdout(io.StringIO()) as summary:
+            if results:
+                found = self._truth.loadRes(results)
+            else:
+                found = self._annotations()
+                found.dataset = {**self._truth.dataset, "annotations": []}
+                found.createIndex()
+            scored = self._evaluation(self._truth, found, task)
+            scored.evaluate()
+            scored.accumulate()
+            scored.summarize()
+        logger.debug("%s:\n%s", task, summary.getvalue())
+        figures = {name: per_cent(value) for name, value in zip(self.names, scored.stats, strict=False)}
+        if len(class_names) > 1:
+            precision = scored.eval["precision"]  # [IoU, recall, class, area, detections]
+            for index, name in enumerate(class_names):
+                figures[f"AP-{name}"] = mean(precision[:, :, index, 0, -1])
+        return figures
+
+
+def _api(fast: bool) -> tuple[type, type]:
+    """The classes for annotations and for their evaluation."""
+    if fast:
         from faster_coco_eval import COCO, COCOeval_faster
 
         return COCO, COCOeval_faster
@@ -33,64 +118,24 @@ def api(fast: bool | None = None) -> tuple[type, type]:
     return COCO, COCOeval
 
 
-def load_annotations(file: str | Path, fast: bool | None = None) -> Any:
-    """Annotations in COCO format, indexed.
-
-    Raises:
-        DataError: the file is not there, or not readable as such.
-    """
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return api(fast)[0](str(file))
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: not found; the evaluation needs a data set's annotations there") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DataError(f"{file}: no annotations in COCO format ({error}); correct or replace it") from error
+def only(results: Sequence[dict], task: str) -> list[dict]:
+    """Copies of results with what a task needs: libraries write into them, and with a box beside a mask they would tell
+    small from large by the box's area."""
+    keys = ("image_id", "category_id", "score", {"bbox": "bbox", "segm": "segmentation"}[task])
+    return [{key: result[key] for key in keys} for result in results]
 
 
-def average_precision(
-    truth: Any, results: Sequence[dict], task: str, class_names: Sequence[str] = (), fast: bool | None = None
-) -> dict[str, float]:
-    """AP over IoU 0.50:0.95, at 0.50 and 0.75, and of small, medium and large objects, in per cent.
-
-    Without any result, what has ground truth scores 0, as it must: no object was found.
-
-    Args:
-        truth: as `load_annotations` returns it.
-        results: in COCO's results format, with the data set's category ids.
-        task: `bbox` or `segm`.
-        class_names: in the order of the category ids; each is reported as `AP-name` too.
-        fast: as for `api`.
-
-    Returns:
-        By metric; nan where there is no ground truth of the kind.
-    """
-    annotations, evaluation = api(fast)
-    if task == "segm":
-        # With boxes in the results, COCO's code would sort small from large by the box's area, not the mask's.
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    with contextlib.redirect_stdout(io.StringIO()) as summary:
-        if results:
-            found = truth.loadRes(list(results))
-        else:
-            found = annotations()
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        scored = evaluation(truth, found, task)
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    logger.debug("%s:\n%s", task, summary.getvalue())
-    figures = {name: _per_cent(value) for name, value in zip(METRICS, scored.stats, strict=False)}
-    if len(class_names) > 1:
-        precision = scored.eval["precision"]  # [IoU, recall, class, area, detections]
-        for index, name in enumerate(class_names):
-            values = precision[:, :, index, 0, -1]
-            values = values[values > -1]
-            figures[f"AP-{name}"] = _per_cent(np.mean(values) if values.size else -1)
-    return figures
+def missing(file: str | Path) -> DataError:
+    """The error for an annotation file that is not there."""
+    return DataError(f"{file}: not found; the evaluation needs a data set's annotations there")
 
 
-def _per_cent(value: float) -> float:
+def mean(precision: np.ndarray) -> float:
+    """Mean precision in per cent. Where there is no ground truth precision is -1, which does not count."""
+    known = precision[precision > -1]
+    return per_cent(float(np.mean(known)) if known.size else -1)
+
+
+def per_cent(value: float) -> float:
     """COCO's -1 stands for no ground truth."""
     return 100 * float(value) if value >= 0 else float("nan")

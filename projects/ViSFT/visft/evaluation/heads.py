@@ -18,18 +18,19 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..errors import DataError
-from .average_precision import METRICS, average_precision, load_annotations
+from .average_precision import COCOMetric, is_fast
+from .lvis import LVISMetric
 
 logger = logging.getLogger(__name__)
 
 
 class HeadsEvaluator(DatasetEvaluator):
-    """COCO's average precision of each head of a ViSFT model.
+    """Average precision of each head of a ViSFT model: LVIS's on data sets of the kind `lvis`, else COCO's.
 
     `evaluate` returns `{"detection/bbox": {"AP": ..., "AP50": ...}, "segmentation/bbox": ..., ...}`; detectron2's
     flattening makes `detection/bbox/AP50` of it. Masks are scored where a head predicts some. The figures are those
-    of detectron2's COCOEvaluator, except that a head that finds nothing scores 0, not nan. Heads that say words are
-    passed over.
+    of detectron2's COCOEvaluator and LVISEvaluator, except that a head that finds nothing scores 0, not nan. Heads that
+    say words are passed over.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class HeadsEvaluator(DatasetEvaluator):
                 converted to COCO's format.
             heads: names of the heads to score, of the model's outputs that are Instances.
             distributed: gather the predictions of all processes; only the main one then returns figures.
-            fast: see `average_precision.api`.
+            fast: see `COCOMetric`.
 
         Raises:
             DataError: the annotations are not readable.
@@ -50,7 +51,7 @@ class HeadsEvaluator(DatasetEvaluator):
         self.distributed, self.fast = distributed, fast
         self.metadata = MetadataCatalog.get(dataset_name)
         self.dataset_name = dataset_name
-        self.truth = self._load()
+        self.metric = self._load()
         self.reset()
 
     def reset(self) -> None:
@@ -86,7 +87,7 @@ class HeadsEvaluator(DatasetEvaluator):
             gathered = comm.gather(gathered[0])
             if not comm.is_main_process():
                 return {}
-        if "annotations" not in self.truth.dataset:
+        if not self.metric.annotated:
             logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
             return {}
         figures: dict[str, dict[str, float]] = OrderedDict()
@@ -97,38 +98,41 @@ class HeadsEvaluator(DatasetEvaluator):
                 logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
             results = self._dataset_ids(results)
             for task in tasks:
-                scores = average_precision(self.truth, results, task, self._class_names(), self.fast)
+                scores = self.metric(results, task, self._class_names())
                 figures[f"{name}/{task}"] = scores
-                main = {metric: scores[metric] for metric in METRICS}
+                main = {metric: scores[metric] for metric in self.metric.names}
                 logger.info(
                     "%s, %s of head `%s`:\n%s", self.dataset_name, task, name, create_small_table(main)
                 )
         return figures
 
-    def _load(self):
+    @property
+    def _is_lvis(self) -> bool:
+        return self.metadata.get("evaluator_type") == "lvis"
+
+    def _load(self) -> COCOMetric | LVISMetric:
         if hasattr(self.metadata, "json_file"):
-            return load_annotations(self.metadata.json_file, self.fast)
+            return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file, self.fast)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "annotations.json"
             convert_to_coco_json(self.dataset_name, str(file), allow_cached=False)
-            return load_annotations(file, self.fast)
+            return COCOMetric(file, self.fast)
 
     def _ids(self) -> dict[int, int]:
         """The data set's category id of each contiguous class."""
         mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping:
             return {contiguous: dataset for dataset, contiguous in mapping.items()}
-        return {index: index for index in range(len(self.metadata.get("thing_classes", ())))}
+        # LVIS counts its classes from 1.
+        first = 1 if self._is_lvis else 0
+        return {index: index + first for index in range(len(self.metadata.get("thing_classes", ())))}
 
     def _class_names(self) -> list[str]:
         """Names of the classes in the order of their category ids, which is that of COCO's figures."""
         names, ids = self.metadata.get("thing_classes", ()), self._ids()
-        known = set(self.truth.getCatIds())
-        return (
-            [names[c] for c in sorted(ids, key=ids.get) if c < len(names)]
-            if set(ids.values()) == known
-            else []
-        )
+        if set(ids.values()) != self.metric.category_ids:
+            return []
+        return [names[c] for c in sorted(ids, key=ids.get) if c < len(names)]
 
     def _dataset_ids(self, results: list[dict]) -> list[dict]:
         ids = self._ids()
@@ -145,6 +149,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> HeadsEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
 
     Raises:
-        DataError: its annotations are not readable.
+        ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
+        DataError: the data set's annotations are not readable.
     """
-    return HeadsEvaluator(dataset_name, cfg.MODEL.VISFT.HEADS)
+    return HeadsEvaluator(dataset_name, cfg.MODEL.VISFT.HEADS, fast=is_fast(cfg.VISFT.COCO_METRIC))

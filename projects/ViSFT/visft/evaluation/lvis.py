@@ -1,0 +1,196 @@
+"""LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval or the lvis package.
+
+LVIS is annotated in a federated way: of a picture it is known which classes are in it, which are not
+(`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
+found of a class that nothing is known of does not count, nor what is found too much of a class not annotated everywhere.
+"""
+
+import json
+import types
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as mask_api
+
+from ..errors import DataError
+from .average_precision import is_fast, mean, missing, only
+
+MAX_DETECTIONS = 300
+"""Of a picture, over all classes: the rest does not count."""
+
+FREQUENCIES = ("r", "c", "f")
+"""Rare, common and frequent classes: in up to 10, up to 100 and more pictures of the training set."""
+
+_AREAS = 4  # all, small, medium, large
+_CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each picture
+
+
+class LVISMetric:
+    """AP over IoU 0.50:0.95, at 0.50 and 0.75, of small, medium and large objects, of rare, common and frequent
+    classes. Both implementations give the figures of the lvis package, which does not run on numpy 1.24 and later."""
+
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+
+    def __init__(self, file: str | Path, fast: bool | None = None) -> None:
+        """
+        Args:
+            file: annotations in LVIS format.
+            fast: by faster-coco-eval (True), by the lvis package, mended (False), or the former where it is
+                installed (None).
+
+        Raises:
+            DataError: the file is not there, or not readable as such.
+        """
+        self.file, self.fast = str(file), is_fast("auto") if fast is None else fast
+        try:
+            with open(file, encoding="utf-8") as stream:
+                self._truth = json.load(stream)
+            self._categories = sorted(self._truth["categories"], key=lambda category: category["id"])
+            self._frequency = np.array([FREQUENCIES.index(c["frequency"]) for c in self._categories])
+            # Of each picture the classes that something is known of, and those not annotated everywhere.
+            self._known = {image["id"]: set(image["neg_category_ids"]) for image in self._truth["images"]}
+            self._open = {i["id"]: set(i["not_exhaustive_category_ids"]) for i in self._truth["images"]}
+            for annotation in self._truth.get("annotations", ()):
+                self._known[annotation["image_id"]].add(annotation["category_id"])
+        except FileNotFoundError as error:
+            raise missing(file) from error
+        except KeyError as error:
+            raise DataError(
+                f"{file}: no annotations in LVIS format, {error} is missing (expected in each image "
+                "`neg_category_ids` and `not_exhaustive_category_ids`, in each category `frequency`)"
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}: no annotations in LVIS format ({error}); correct or replace it"
+            ) from error
+
+    @property
+    def annotated(self) -> bool:
+        """Whether the file has annotations; LVIS publishes its test splits without."""
+        return "annotations" in self._truth
+
+    @property
+    def category_ids(self) -> set[int]:
+        """The data set's own."""
+        return {category["id"] for category in self._categories}
+
+    def __call__(
+        self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Figures in per cent; nan where there is no ground truth of the kind, 0 where nothing was found.
+
+        Args:
+            results: in COCO's results format, with the data set's category ids.
+            task: `bbox` or `segm`.
+            class_names: not used: LVIS has more classes than a report has room for.
+        """
+        results = only(_limited(results), task)
+        precision = self._by_faster_coco_eval(results, task) if self.fast else self._by_lvis(results, task)
+        figures = {
+            "AP": mean(precision[..., 0]),
+            "AP50": mean(precision[0, ..., 0]),
+            "AP75": mean(precision[5, ..., 0]),
+        }
+        figures |= {f"AP{size}": mean(precision[..., area]) for area, size in enumerate("sml", 1)}
+        for index, letter in enumerate(FREQUENCIES):
+            figures[f"AP{letter}"] = mean(precision[:, :, self._frequency == index, 0])
+        return figures
+
+    def _by_faster_coco_eval(self, results: list[dict], task: str) -> np.ndarray:
+        """Precision [10 IoUs, 101 recalls, classes, areas]; -1 for what has no ground truth.
+
+        Some classes at a time, with the pictures that have any of them: 1,203 classes of 20,000 pictures would take
+        many gigabytes.
+        """
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        truth, found = defaultdict(list), defaultdict(list)
+        for annotation in self._truth["annotations"]:
+            # As the lvis package, which knows no crowds, and no objects without area.
+            if annotation["area"] > 0:
+                truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
+        for result in results:
+            known = result["category_id"] in self._known[result["image_id"]]
+            if known and _area(result, task) > 0:
+                found[result["category_id"]].append(result)
+
+        images = {image["id"]: image for image in self._truth["images"]}
+        precision = -np.ones((10, 101, len(self._categories), _AREAS))
+        for start, categories in _chunks(self._categories):
+            ids = [category["id"] for category in categories]
+            annotations = [annotation for c in ids for annotation in truth[c]]
+            detections = [result for c in ids for result in found[c]]
+            if not annotations:
+                continue
+            used = sorted({entry["image_id"] for entry in (*annotations, *detections)})
+            side = COCO()
+            side.dataset = {"images": [images[i] for i in used], "categories": categories}
+            side.dataset["annotations"] = annotations
+            side.createIndex()
+            other = COCO()
+            if detections:
+                other = side.loadRes(detections)
+            else:
+                other.dataset = {**side.dataset, "annotations": []}
+                other.createIndex()
+            scored = COCOeval_faster(side, other, task, lvis_style=True)
+            scored.params.maxDets = [MAX_DETECTIONS]
+            scored.evaluate()
+            scored.accumulate()
+            precision[:, :, start : start + len(ids)] = scored.eval["precision"][..., -1]
+        return precision
+
+    def _by_lvis(self, results: list[dict], task: str) -> np.ndarray:
+        """As `_by_faster_coco_eval`."""
+        from lvis import LVIS, LVISEval, LVISResults
+
+        truth = LVIS(self.file)
+        if results:
+            found = LVISResults(truth, results, max_dets=-1)
+        else:
+            found = LVIS.__new__(LVISResults)
+            found.logger, found.dataset = truth.logger, {**truth.dataset, "annotations": []}
+            found._create_index()
+        scored = LVISEval(truth, found, task)
+        scored.evaluate()
+        _mended(LVISEval.accumulate)(scored)
+        return scored.eval["precision"]
+
+
+class _OldNumpy(types.ModuleType):
+    """numpy with the name `float`, which it dropped in 1.24."""
+
+    float = float
+
+    def __getattr__(self, name: str):
+        return getattr(np, name)
+
+
+def _mended(function: types.FunctionType) -> types.FunctionType:
+    """The same function, for which `np.float` is there. Neither numpy nor the function's module is changed."""
+    return types.FunctionType(function.__code__, {**function.__globals__, "np": _OldNumpy("numpy")})
+
+
+def _limited(results: Sequence[dict]) -> list[dict]:
+    """The best detections of each picture, in the order that the lvis package leaves them in."""
+    by_image = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    for image, found in by_image.items():
+        if len(found) > MAX_DETECTIONS:
+            found = sorted(found, key=lambda result: result["score"], reverse=True)
+            by_image[image] = found[:MAX_DETECTIONS]
+    return [result for found in by_image.values() for result in found]
+
+
+def _area(result: dict, task: str) -> float:
+    if task == "segm":
+        return float(mask_api.area(result["segmentation"]))
+    return result["bbox"][2] * result["bbox"][3]
+
+
+def _chunks(categories: list[dict]) -> Iterator[tuple[int, list[dict]]]:
+    for start in range(0, len(categories), _CHUNK):
+        yield start, categories[start : start + _CHUNK]
