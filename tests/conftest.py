@@ -1,6 +1,7 @@
 """What every test shares: threads, and a path to the package for the processes that tests start."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,18 @@ import visft  # noqa: E402, F401  (its filters, before anything imports detectro
 def _seeded() -> None:
     """Each test alone gives the numbers that it gives among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The thread count that forked and spawned children set: equal bits need equal counts.
+
+    Batch norm and large sums, among others, round differently when they are split among another number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

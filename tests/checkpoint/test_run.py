@@ -17,6 +17,10 @@ from visft.checkpoint.run import RunCheckpointer, describe, newest_checkpoint, p
 from visft.errors import CheckpointError
 
 
+# Here and in the children, which are killed or not: runs with other thread counts differ in their last bits.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @dataclass
 class Base:
     name: str = "visft-tiny"
@@ -100,7 +104,7 @@ def fork(work) -> int:
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)
+            assert torch.get_num_threads() == 1, "OpenMP's threads do not survive a fork"
             work()
             os._exit(0)
         finally:

@@ -252,14 +252,6 @@ print(run.run())
 """
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_killed_pretraining_ends_with_the_same_bits(tmp_path, one_thread):
     whole = pretrain.Pretraining(tmp_path / "whole", pretrain.Settings(**MINIATURE)).run()
     # A process that checkpoints at every step is killed in the middle, whatever it is doing.
