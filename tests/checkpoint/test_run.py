@@ -16,7 +16,6 @@ from visft.checkpoint import files
 from visft.checkpoint.run import RunCheckpointer, describe, newest_checkpoint, pack, unpack
 from visft.errors import CheckpointError
 
-
 # Here and in the children, which are killed or not: runs with other thread counts differ in their last bits.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
