@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from visft.backbone import lora  # noqa: E402
 from visft.checkpoint.authors import split_heads  # noqa: E402
-from visft.heads import DETRHead, LabelSpace, Mask2FormerHead  # noqa: E402
+from visft.heads import CaptionHead, DETRHead, LabelSpace, Mask2FormerHead, Vocabulary  # noqa: E402
 from visft.heads.position import sine_position_encoding  # noqa: E402
 
 
@@ -53,7 +53,7 @@ def test_features_with_lora_merged(pack):
     assert difference(features, pack.tensors["features"]) < 1e-4
 
 
-# Detection, segmentation, and their gradients of the stage-2 step (heads frozen, no dropout)
+# Detection, segmentation, captioning, and their gradients of the stage-2 step (heads frozen, no dropout)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,25 @@ def segmenter(pack) -> Mask2FormerHead:
     return head.eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="module")
+def captioner(pack) -> CaptionHead:
+    weights = golden_heads(pack)["captioning"]
+    num_words, embedding_dim = weights["decoder.embedding.weight"].shape
+    attention_dim, channels = weights["decoder.attention.encoder_att.weight"].shape
+    head = CaptionHead(
+        in_channels=channels,
+        vocabulary=Vocabulary([f"w{i}" for i in range(1, num_words - 3)]),
+        attention_dim=attention_dim,
+        embedding_dim=embedding_dim,
+        hidden_dim=weights["decoder.fc.weight"].shape[1],
+    )
+    head.load_state_dict(weights)
+    return head.eval().requires_grad_(False)
+
+
 def golden_heads(pack) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights of the detection and segmentation heads, under our names."""
-    names = [n for n in pack.layout if not n.startswith(golden.TOWER) and "caption" not in n]
+    """The weights of the heads, under our names."""
+    names = [n for n in pack.layout if not n.startswith(golden.TOWER)]
     return split_heads({name: golden.draw(pack.salt, name, pack.layout[name]) for name in names})
 
 
@@ -193,3 +209,34 @@ def test_segmentation_gradients_of_lora(pack, segmenter):
     probes = pack.probe("probe_logits", logits.shape), pack.probe("probe_masks", masks.shape)
     ((probes[0] * logits).mean() + (probes[1] * masks).mean()).backward()
     assert lora_difference(pack, backbone, "seg") < 2e-2
+
+
+def caption_losses(pack, head, features) -> dict[str, torch.Tensor]:
+    lengths = pack.tensors["cap_lengths"].flatten() - 1  # the start is not said
+    normalizers = torch.stack((lengths.sum(), torch.tensor(len(lengths)))).float()
+    return head.caption_losses(head.cells(features), pack.tensors["cap_tokens"], lengths, normalizers)
+
+
+def test_caption_scores_and_attention(pack, captioner):
+    tokens, order = pack.tensors["cap_tokens"], pack.tensors["cap_sort_ind"]
+    lengths = pack.tensors["cap_lengths"].flatten() - 1
+    hidden, attention = captioner.decoder(captioner.cells(pack.tensors["features"]), tokens[:, :-1])
+    steps = (torch.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+    expected = pack.tensors["cap_alphas"]
+    ours = (attention * steps)[order, : expected.shape[1]]
+    assert difference(ours, expected) < 1e-4
+    for name, values in (("scores", captioner.decoder.scores(hidden)), ("targets", tokens[:, 1:])):
+        packed = torch.nn.utils.rnn.pack_padded_sequence(values[order], lengths[order], batch_first=True)
+        assert difference(packed.data, pack.tensors[f"cap_{name}_packed"]) < 1e-4
+
+
+def test_caption_losses(pack, captioner):
+    losses = caption_losses(pack, captioner, pack.tensors["features"])
+    assert losses.keys() == {"loss_words", "loss_attention"}
+    assert sum(losses.values()).item() == pytest.approx(pack.tensors["cap_loss"].item(), rel=1e-4)
+
+
+def test_caption_gradients_of_lora(pack, captioner):
+    backbone = pack.backbone()
+    sum(caption_losses(pack, captioner, backbone(pack.batch())["last_feat"]).values()).backward()
+    assert lora_difference(pack, backbone, "cap") < 2e-3

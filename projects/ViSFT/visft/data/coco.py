@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import logging
 import math
 import os
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from visft.data.captions import load_captioned
+from visft.data.coco_json import entries_of, name_of, read_json
 from visft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,10 @@ def check_registered(name: str, *, train: bool) -> None:
     """
     _check_name(name)
     meta = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"):
+    for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root", "caption_json"):
         path = meta.get(key)
+        if key == "caption_json" and name not in (OWN_TRAIN, OWN_TEST):
+            continue  # of COCO and the demo world a user may have no captions
         if path and "://" not in path and not os.path.exists(path):
             raise DataError(_what_to_put_where(name, path))
     json_file = meta.get("json_file")
@@ -105,37 +108,42 @@ def register_own_data(cfg: CfgNode) -> None:
     With a training set alone, `DATASETS.TEST` becomes empty: the test set of another data set has other classes.
 
     Raises:
-        ConfigError: an annotation file is given without its folder of pictures, or the reverse.
+        ConfigError: an annotation or caption file is given without the folder of pictures, or the reverse.
     """
     data = cfg.VISFT.DATA
     for split in ("TRAIN", "TEST"):
-        if bool(data[f"{split}_JSON"]) != bool(data[f"{split}_IMAGES"]):
-            there, missing = ("JSON", "IMAGES") if data[f"{split}_JSON"] else ("IMAGES", "JSON")
+        files = [key for key in (f"{split}_JSON", f"{split}_CAPTIONS") if data[key]]
+        if bool(files) != bool(data[f"{split}_IMAGES"]):
+            there, missing = (files[0], f"{split}_IMAGES") if files else (f"{split}_IMAGES", f"{split}_JSON")
             raise ConfigError(
-                f"VISFT.DATA.{split}_{there} is set and VISFT.DATA.{split}_{missing} is not: "
-                "own data needs an annotation file and the folder of its pictures"
+                f"VISFT.DATA.{there} is set and VISFT.DATA.{missing} is not: "
+                "own data needs an annotation file (or one of captions) and the folder of its pictures"
             )
-    if not data.TRAIN_JSON and not data.TEST_JSON:
+    if not data.TRAIN_IMAGES and not data.TEST_IMAGES:
         return
     frozen = cfg.is_frozen()
     cfg.defrost()
-    if data.TRAIN_JSON:
-        _register_own(OWN_TRAIN, data.TRAIN_JSON, data.TRAIN_IMAGES)
+    if data.TRAIN_IMAGES:
+        _register_own(OWN_TRAIN, data.TRAIN_JSON, data.TRAIN_IMAGES, data.TRAIN_CAPTIONS)
         cfg.DATASETS.TRAIN = (OWN_TRAIN,)
         cfg.DATASETS.TEST = ()
-    if data.TEST_JSON:
-        _register_own(OWN_TEST, data.TEST_JSON, data.TEST_IMAGES)
+    if data.TEST_IMAGES:
+        _register_own(OWN_TEST, data.TEST_JSON, data.TEST_IMAGES, data.TEST_CAPTIONS)
         cfg.DATASETS.TEST = (OWN_TEST,)
     if frozen:
         cfg.freeze()
 
 
-def _register_own(name: str, json_file: str, image_root: str) -> None:
+def _register_own(name: str, json_file: str, image_root: str, caption_json: str) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-    DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+    if json_file:
+        DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
+        MetadataCatalog.get(name).set(json_file=json_file, evaluator_type="coco")
+    else:
+        DatasetCatalog.register(name, functools.partial(load_captioned, caption_json, image_root))
+    MetadataCatalog.get(name).set(image_root=image_root, caption_json=caption_json)
 
 
 def _load_own(name: str, json_file: str, image_root: str) -> list[dict]:
@@ -153,30 +161,6 @@ def register_coco_captions() -> None:
             folder, _, file = (meta.get("json_file") or "").rpartition("instances_")
             if folder:
                 meta.caption_json = f"{folder}captions_{file}"
-
-
-def captions_of(name: str) -> dict[int, list[str]]:
-    """The captions of a data set's pictures by image id; empty if it has none.
-
-    Raises:
-        DataError: the caption file is broken.
-    """
-    path = MetadataCatalog.get(name).get("caption_json")
-    if not path or not os.path.isfile(path):
-        return {}
-    captions: dict[int, list[str]] = {}
-    content = _read_json(path)
-    for number, entry in enumerate(_list(path, content, "annotations")):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("caption"), str)
-            or "image_id" not in entry
-        ):
-            raise DataError(
-                f"{path}: {_name_of(entry, number)} is no caption: expected `image_id` and `caption`, a text"
-            )
-        captions.setdefault(entry["image_id"], []).append(entry["caption"])
-    return captions
 
 
 def check_coco_json(json_file: str, image_root: str, *, train: bool, annotated: bool = True) -> CocoSummary:
@@ -204,11 +188,11 @@ def check_coco_json(json_file: str, image_root: str, *, train: bool, annotated: 
 def _check(
     json_file: str, image_root: str, train: bool, annotated: bool, _mtime_ns: int, _size: int
 ) -> CocoSummary:
-    content = _read_json(json_file)
-    categories = _check_categories(json_file, _list(json_file, content, "categories"))
-    sizes = _check_images(json_file, _list(json_file, content, "images"), image_root)
+    content = read_json(json_file)
+    categories = _check_categories(json_file, entries_of(json_file, content, "categories"))
+    sizes = _check_images(json_file, entries_of(json_file, content, "images"), image_root)
     if annotated or "annotations" in content:
-        annotations = _list(json_file, content, "annotations")
+        annotations = entries_of(json_file, content, "annotations")
     else:
         annotations = []
     _check_annotations(json_file, annotations, sizes, categories, train)
@@ -225,7 +209,7 @@ def _check(
 def _check_categories(path: str, entries: list) -> dict[int, str]:
     categories: dict[int, str] = {}
     for number, entry in enumerate(entries):
-        where = _name_of(entry, number, "category", "categories")
+        where = name_of(entry, number, "category", "categories")
         _require_keys(path, where, entry, {"id": _is_int, "name": _is_text})
         if entry["id"] in categories:
             raise DataError(f"{path}: category id {entry['id']} occurs twice; ids must be unique")
@@ -241,7 +225,7 @@ def _check_images(path: str, entries: list, image_root: str) -> dict[int, tuple[
     missing, first_missing = 0, ""
     listing = functools.lru_cache(maxsize=None)(_files_in)
     for number, entry in enumerate(entries):
-        where = _name_of(entry, number, "image", "images")
+        where = name_of(entry, number, "image", "images")
         keys = {"id": _is_id, "file_name": _is_text, "width": _is_positive_int, "height": _is_positive_int}
         _require_keys(path, where, entry, keys)
         if entry["id"] in sizes:
@@ -272,7 +256,7 @@ def _check_annotations(
     if not train:
         keys["area"] = _is_number
     for number, entry in enumerate(entries):
-        where = _name_of(entry, number)
+        where = name_of(entry, number)
         _require_keys(path, where, entry, keys)
         # detectron2 lets COCO 2014's minival repeat ids, which it is known to do.
         if entry["id"] in seen and "minival" not in path:
@@ -381,39 +365,6 @@ def _run_lengths(text: str) -> list[int] | None:
     return None if shift else runs
 
 
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        found = (
-            "empty" if os.path.getsize(path) == 0 else f"broken in line {error.lineno}, column {error.colno}"
-        )
-        raise DataError(
-            f"{path}: the file is {found} ({error.msg}), expected JSON in COCO format; write or copy it again"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: the file is no JSON text ({error}); write or copy it again") from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: the file holds a {type(content).__name__}; expected an object with `images`, `annotations` "
-            "and `categories`"
-        )
-    return content
-
-
-def _list(path: str, content: dict, key: str) -> list:
-    if key not in content:
-        raise DataError(
-            f"{path}: `{key}` is missing; expected `images`, `annotations` and `categories` (COCO format)"
-        )
-    if not isinstance(content[key], list):
-        raise DataError(f"{path}: `{key}` is a {type(content[key]).__name__}; expected a list")
-    return content[key]
-
-
 def _require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[[object], bool]]) -> None:
     if not isinstance(entry, dict):
         raise DataError(
@@ -424,12 +375,6 @@ def _require_keys(path: str, where: str, entry: object, keys: dict[str, Callable
             raise DataError(f"{path}: {where} has no `{key}`; expected {', '.join(keys)}")
         if not is_valid(entry[key]):
             raise DataError(f"{path}: {where} has {key} {entry[key]!r}; expected {_EXPECTED[is_valid]}")
-
-
-def _name_of(entry: object, number: int, one: str = "annotation", many: str = "annotations") -> str:
-    if isinstance(entry, dict) and "id" in entry:
-        return f"{one} {entry['id']}"
-    return f"{many}[{number}]"
 
 
 def _is_number(value: object) -> bool:

@@ -1,5 +1,7 @@
 """From one picture and its annotations to what the model reads: one decode, boxes and masks in the same frame."""
 
+import re
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -10,6 +12,9 @@ from pycocotools import mask as mask_api
 
 from visft.data.images import read_rgb
 from visft.errors import ConfigError, DataError
+
+_OTHER_SIDE = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+_SIDES = re.compile(rf"\b(?:{'|'.join(_OTHER_SIDE)})\b", re.IGNORECASE)
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -68,7 +73,8 @@ class ViSFTMapper:
       (BitMasks, from polygons and run lengths alike) if the data set has masks. Crowds and objects that a crop
       leaves nothing of are not in it. It is there, if need be empty, for every picture of a data set with
       annotations;
-    - in training `captions`: the list of texts, if the picture has any.
+    - in training `captions`: the list of texts, if the picture has any. Of a mirrored picture, left and right have
+      changed places in them.
     """
 
     @configurable
@@ -116,8 +122,15 @@ class ViSFTMapper:
             if "annotations" in record:
                 mapped["instances"] = _instances(record, transforms, augmented.image.shape[:2])
             if record.get("captions"):
-                mapped["captions"] = list(record["captions"])
+                mirrored = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms) % 2
+                captions = record["captions"]
+                mapped["captions"] = [mirror(c) for c in captions] if mirrored else list(captions)
         return mapped
+
+
+def mirror(caption: str) -> str:
+    """A caption of the mirrored picture: English left and right change places."""
+    return _SIDES.sub(lambda found: _OTHER_SIDE[found[0].lower()], caption)
 
 
 def build_test_mapper(cfg: CfgNode) -> ViSFTMapper:

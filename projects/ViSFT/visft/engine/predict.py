@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from torch import nn
 
 from visft.checkpoint.run import newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
+from visft.data.captions import captions_of
 from visft.engine import checks, cli, settings
+from visft.engine.report import WORDS
+from visft.engine.vocabulary import with_vocabulary
+from visft.engine.word_maps import draw_word_maps, plain
 from visft.errors import ConfigError, DataError
+from visft.heads import Caption
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 THRESHOLD = 0.3
 _SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
 _CAPTION_HEIGHT = 22
+_LETTER_WIDTH = 7
 
 
 def find_pictures(paths: Iterable[str]) -> list[Path]:
@@ -51,6 +58,8 @@ def draw(
 ) -> list[tuple[str, np.ndarray]]:
     """One panel for each head: its name, and the picture with the instances that score at least `threshold`.
 
+    Where no head gives instances, the picture as it is.
+
     Args:
         image: `[H, W, 3]` uint8 RGB.
         output: what the model says about it, `{"detection": Instances, ...}` in the picture's own coordinates.
@@ -64,7 +73,12 @@ def draw(
             found = found.to("cpu")
             found = found[found.scores >= threshold]
             panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
-    return panels
+    return panels or [("picture", _visualizer(image, metadata).get_output().get_image())]
+
+
+def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
+    """What the caption heads say, by head."""
+    return {head: output[head] for head in heads if isinstance(output.get(head), Caption)}
 
 
 def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
@@ -78,12 +92,19 @@ def _visualizer(image: np.ndarray, metadata):
     return Visualizer(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
 
 
-def beside(panels: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """Panels of one height side by side, each under its name."""
+def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
+    """Panels of one height side by side, each under its name; below them captions, each after whose it is."""
     width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
     height = max(panel.shape[0] for _, panel in panels)
-    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT), "white")
+    rows = [
+        row
+        for name, text in captions
+        for row in textwrap.wrap(f"{name}: {text}", max(20, width // _LETTER_WIDTH), subsequent_indent="    ")
+    ]
+    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT * (1 + len(rows))), "white")
     pen, x = ImageDraw.Draw(sheet), 0
+    for number, row in enumerate(rows):
+        pen.text((4, height + _CAPTION_HEIGHT * (1 + number) + 5), plain(row), fill="black")
     for name, panel in panels:
         pen.text((x + 4, 5), name, fill="black")
         sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
@@ -109,7 +130,8 @@ def predict_files(
     metadata,
     threshold: float = THRESHOLD,
 ) -> list[Path]:
-    """Draw what each head sees on pictures of the user's own; returns the files written, `folder/<name>.png`.
+    """Draw what each head sees on pictures of the user's own; returns the files written: `folder/<name>.png`, and with
+    a caption head `folder/<name>_words.png`, where it looked at each word.
 
     Args:
         mapper: turns a record (`file_name`, `height`, `width`) into the model's input, as in evaluation.
@@ -125,19 +147,33 @@ def predict_files(
         path = folder / f"{file.stem}.png"
         if path in written:  # a.jpg and a.png
             path = folder / f"{file.name}.png"
-        save_picture(beside(panels), path)
+        captions = captions_in(output, heads)
+        save_picture(beside(panels, list(captions.items())), path)
         written.append(path)
-        count = {head: len(output[head]) for head, _ in panels}
-        logger.info("%s: %s", path, ", ".join(f"{n} from {head}" for head, n in count.items()))
+        written += _save_word_maps(image, captions, path)
+        said = [f"{len(output[head])} from {head}" for head, _ in panels if head in output]
+        said += [f'{head} "{caption}"' for head, caption in captions.items()]
+        logger.info("%s: %s", path, ", ".join(said))
     return written
+
+
+def _save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) -> list[Path]:
+    """Beside `path`, the word maps of each head that says something; returns the files."""
+    files = []
+    for number, caption in enumerate(caption for caption in captions.values() if caption.words):
+        files.append(path.with_name(f"{path.stem}{WORDS}{number or ''}.png"))
+        save_picture(draw_word_maps(image, caption), files[-1])
+    return files
 
 
 @torch.no_grad()
 def draw_predictions(
     model: nn.Module, mapper, data_set: str, folder: Path, *, heads: Sequence[str], count: int = 8
 ) -> None:
-    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction."""
+    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction; with
+    a caption head also `folder/<picture>_words.png`."""
     folder.mkdir(parents=True, exist_ok=True)
+    truth = captions_of(data_set)
     records = DatasetCatalog.get(data_set)
     metadata = MetadataCatalog.get(data_set)
     was_training = model.training
@@ -149,7 +185,11 @@ def draw_predictions(
         output = model([mapper(dict(record))])[0]
         panels = [("ground truth", draw_ground_truth(image, record, metadata))]
         panels += draw(image, output, heads, metadata)
-        save_picture(beside(panels), folder / f"{Path(record['file_name']).stem}.png")
+        captions = captions_in(output, heads)
+        path = folder / f"{Path(record['file_name']).stem}.png"
+        known = [("ground truth", text) for text in truth.get(record.get("image_id"), ())] if captions else []
+        save_picture(beside(panels, [*captions.items(), *known]), path)
+        _save_word_maps(image, captions, path)
     model.train(was_training)
 
 
@@ -200,6 +240,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         read_rgb(file)
     cfg.freeze()
     setup_logger(name="visft")
+    cfg = with_vocabulary(cfg)
     model = stages.initial_model(cfg, stages.run_seed(weights, cfg.SEED))
     return predict_files(
         model,

@@ -7,6 +7,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+WORDS = "_words"
+"""End of the names of pictures of where a caption head looked."""
+
 logger = logging.getLogger(__name__)
 
 _STEPS = {
@@ -76,9 +79,13 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         if (folder / picture).is_file():
             lines += [f"![Losses over the iterations of each stage]({picture})", ""]
     pictures = sorted((folder / "predictions").glob("*.png"))
-    if pictures:
-        lines += ["Ground truth beside what each head predicts:", ""]
-        lines += [f"![{picture.stem}](predictions/{picture.name})" for picture in pictures] + [""]
+    words = [picture for picture in pictures if picture.stem.endswith(WORDS)]
+    for text, group in (
+        ("Ground truth beside what each head predicts:", [p for p in pictures if p not in words]),
+        ("Where the caption head looked at each word:", words),
+    ):
+        if group:
+            lines += [text, "", *(f"![{picture.stem}](predictions/{picture.name})" for picture in group), ""]
     write_atomically(folder / "report.md", "\n".join(lines))
     logger.info("wrote %s", folder / "report.md")
 

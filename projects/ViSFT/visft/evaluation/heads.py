@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils import comm
@@ -19,6 +19,7 @@ from detectron2.utils.logger import create_small_table
 
 from ..errors import DataError
 from .average_precision import COCOMetric, is_fast
+from .captions import CaptionEvaluator
 from .lvis import LVISMetric
 
 logger = logging.getLogger(__name__)
@@ -145,11 +146,21 @@ class HeadsEvaluator(DatasetEvaluator):
         return [{**result, "category_id": ids[result["category_id"]]} for result in results]
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> HeadsEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
+
+    Caption heads are told by their vocabulary; the others are scored by what they find.
 
     Raises:
         ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
         DataError: the data set's annotations are not readable.
     """
-    return HeadsEvaluator(dataset_name, cfg.MODEL.VISFT.HEADS, fast=is_fast(cfg.VISFT.COCO_METRIC))
+    heads = cfg.MODEL.VISFT.HEADS
+    captions = [name for name in heads if "VOCABULARY" in cfg.MODEL.VISFT[name.upper()]]
+    others = [name for name in heads if name not in captions]
+    evaluators: list[DatasetEvaluator] = []
+    if others:
+        evaluators.append(HeadsEvaluator(dataset_name, others, fast=is_fast(cfg.VISFT.COCO_METRIC)))
+    if captions:
+        evaluators.append(CaptionEvaluator(dataset_name, captions))
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

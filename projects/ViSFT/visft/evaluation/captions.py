@@ -1,0 +1,116 @@
+"""Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
+
+Words are cut by `caption_tokens`, so that a figure does not depend on a Java being there. METEOR and SPICE are Java
+programs and are not computed.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
+
+from visft.data.captions import captions_of
+from visft.evaluation.caption_tokens import ptb_words
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("BLEU1", "BLEU2", "BLEU3", "BLEU4", "ROUGE_L", "CIDEr")
+
+
+def installed() -> bool:
+    """Whether the scorers are there (`pip install pycocoevalcap`)."""
+    return find_spec("pycocoevalcap") is not None
+
+
+def caption_scores(references: Mapping, candidates: Mapping) -> dict[str, float]:
+    """`METRICS`, each times 100. CIDEr counts how rare words are in these references: it is 0 of a single picture.
+
+    Args:
+        references: the captions of each picture, a list of texts by image id.
+        candidates: what is scored, a text by image id, of the same pictures.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth = {key: [ptb_words(text) for text in texts] for key, texts in references.items()}
+    said = {key: [ptb_words(candidates[key])] for key in truth}
+    with contextlib.redirect_stdout(io.StringIO()):
+        bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
+        rouge, _ = Rouge().compute_score(truth, said)
+        cider, _ = Cider().compute_score(truth, said)
+    return {name: 100 * float(value) for name, value in zip(METRICS, (*bleu, rouge, cider), strict=True)}
+
+
+class CaptionEvaluator(DatasetEvaluator):
+    """Scores each caption head on the pictures of a data set that have captions.
+
+    `evaluate` returns `{"captioning": {"CIDEr": ..., "BLEU4": ..., ...}}`, all of `METRICS`.
+    """
+
+    def __init__(self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True) -> None:
+        """
+        Args:
+            dataset_name: registered.
+            heads: names of the caption heads.
+            distributed: gather the captions of all processes; only the main one then returns figures.
+
+        Raises:
+            DataError: its caption file is broken.
+        """
+        self.dataset_name, self.heads, self.distributed = dataset_name, tuple(heads), distributed
+        found = captions_of(dataset_name).items()
+        self.references = {
+            key: kept for key, texts in found if (kept := [text for text in texts if ptb_words(text)])
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all captions."""
+        self._said: dict[str, dict] = {name: {} for name in self.heads}
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep what the heads said.
+
+        Args:
+            inputs: with `image_id`.
+            outputs: the model's.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            if image["image_id"] in self.references:
+                for name in self.heads:
+                    self._said[name][image["image_id"]] = str(output[name])
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Figures by head, times 100; empty on all but the main process, and where there is nothing to compare."""
+        gathered = [self._said]
+        if self.distributed:
+            comm.synchronize()
+            gathered = comm.gather(self._said)
+            if not comm.is_main_process():
+                return {}
+        figures = {}
+        for name in self.heads:
+            said = dict(itertools.chain(*(part[name].items() for part in gathered)))
+            if not said:
+                logger.warning(
+                    "%s has no captions: the head `%s` is not scored on it", self.dataset_name, name
+                )
+            elif not installed():
+                logger.warning(
+                    "the head `%s` is not scored: pycocoevalcap is not installed (`pip install pycocoevalcap`, "
+                    "or visft's extra `eval`)",
+                    name,
+                )
+            else:
+                scores = caption_scores({key: self.references[key] for key in said}, said)
+                figures[name] = scores
+                table = create_small_table(scores)
+                logger.info("%s, %d captions of head `%s`:\n%s", self.dataset_name, len(said), name, table)
+        return figures
