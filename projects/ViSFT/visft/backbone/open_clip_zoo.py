@@ -164,6 +164,49 @@ def meta_tower(name: str) -> nn.Module:
         return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
 
 
+def weight_file(name: str, pretrained: str) -> str:
+    """The file of an architecture's weights: `pretrained` itself, or what open_clip downloads for that tag.
+
+    Raises:
+        ConfigError: an unknown tag.
+        CheckpointError: the file is missing or empty, or cannot be downloaded.
+    """
+    check_pretrained(name, pretrained)
+    module = open_clip()
+    tag = module.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        return pretrained
+    try:
+        path = module.download_pretrained(tag)
+    except Exception as error:
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: the weights '{pretrained}' of {name} could not be downloaded "
+            f"({_first_line(error)}); download them elsewhere and give the file."
+        ) from error
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: '{pretrained}' of {name} should be at {path}, but is not."
+        )
+    _refuse_empty(path)
+    return path
+
+
+def meta_clip(name: str) -> nn.Module:
+    """A whole CLIP of an architecture without memory for its weights, to check names and shapes by.
+
+    Raises:
+        ConfigError: open_clip does not know the name.
+    """
+    check_name(name)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random; there are none
+    try:
+        with torch.device("meta"):
+            return open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    finally:
+        logging.disable(level)
+
+
 def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, BaseTower]:
     """A whole CLIP of open_clip, on the CPU in float32 and evaluation mode.
 
@@ -181,21 +224,7 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     if not pretrained:
         clip = module.create_model(name, pretrained_text=False).eval()
         return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
-    tag = module.get_pretrained_cfg(name, pretrained)
-    path = pretrained
-    if tag:
-        try:
-            path = module.download_pretrained(tag)
-        except Exception as error:
-            raise CheckpointError(
-                f"MODEL.CLIP_VIT.PRETRAINED: the weights '{pretrained}' of {name} could not be downloaded "
-                f"({_first_line(error)}); download them elsewhere and give the file."
-            ) from error
-        if not os.path.isfile(path):
-            raise CheckpointError(
-                f"MODEL.CLIP_VIT.PRETRAINED: '{pretrained}' of {name} should be at {path}, but is not."
-            )
-        _refuse_empty(path)
+    path = weight_file(name, pretrained)
     try:
         clip = module.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as error:

@@ -1,16 +1,25 @@
 """The layouts of the authors' released files (heads and LoRA), by name."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 T = TypeVar("T")
 
 HEAD_PREFIX = "visft_heads."
-_NOT_HEADS = ("backbone.", "segment_head.")  # the tower, and a second copy of the segmentation head
+_NOT_HEADS = {
+    "backbone.": "of the tower, which is no part of the heads",
+    "segment_head.": "a second copy of the segmentation head",
+}
+_TOWER = ("backbone.", "visual.")
+_FILES = {"caption": "captioning", "segment": "segmentation", "detection": "detection"}
 _RENAMES = {
     "detection": {
         "transformer.decoders.detection.detection_coco.": "transformer.decoder.",
@@ -29,23 +38,66 @@ def is_head_file(names: Iterable[str]) -> bool:
     return any(name.startswith(HEAD_PREFIX) for name in names)
 
 
-def split_heads(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+def head_of_file(path: str | os.PathLike) -> str | None:
+    """The one head that a released file counts for, by its name (`eva_g_segment_heads.ckpt`); None: its names tell.
+
+    The authors' training saved all heads into each file; from the file of a head that head alone counts.
+    """
+    found = re.search(r"_(caption|segment|detection)_heads?\b", Path(path).name)
+    return _FILES[found[1]] if found else None
+
+
+def split_heads(tensors: Mapping[str, T], only: str | None = None) -> dict[str, dict[str, T]]:
     """Sort the tensors of a head file by head, under our heads' own parameter names.
 
     The segmentation head's names contain `segment`, the captioning head's `caption`, the detection head's
     neither.
+
+    Args:
+        only: the one head to take, as `head_of_file` says; None: all.
     """
     heads: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(HEAD_PREFIX)
-        if inner == name or inner.startswith(_NOT_HEADS):
+        if inner == name or inner.startswith(tuple(_NOT_HEADS)):
             continue
-        head = "segmentation" if "segment" in inner else "captioning" if "caption" in inner else "detection"
+        head = _head(inner)
         for old, new in _RENAMES[head].items():
             if inner.startswith(old):
                 inner = new + inner.removeprefix(old)
-        heads.setdefault(head, {})[inner] = tensor
+        if only in (None, head):
+            heads.setdefault(head, {})[inner] = tensor
     return heads
+
+
+def ignored_in_heads(
+    names: Iterable[str], path: str | os.PathLike, only: str | None = None
+) -> dict[str, str]:
+    """The names of a head file that `split_heads` passes over, each with the reason.
+
+    Raises:
+        CheckpointError: a name is neither a head's nor one that may be passed over.
+    """
+    ignored = {}
+    for name in names:
+        inner = name.removeprefix(HEAD_PREFIX)
+        reason = next((why for start, why in _NOT_HEADS.items() if inner.startswith(start)), None)
+        if reason is None and name.startswith(_TOWER):
+            reason = _NOT_HEADS["backbone."]
+        if reason is None and inner == name:
+            raise CheckpointError(
+                f"{path}: {name} is no name of the authors' head files, where all begin with `{HEAD_PREFIX}`; take it "
+                "out, or give the file as it was released."
+            )
+        if reason is None and only not in (None, _head(inner)):
+            reason = f"of another head: by its name the file is for `{only}`"
+        if reason is not None:
+            ignored[name] = reason
+    return ignored
+
+
+def _head(inner: str) -> str:
+    return "segmentation" if "segment" in inner else "captioning" if "caption" in inner else "detection"
 
 
 _LORA = re.compile(r"(?:visual\.)?(?:trunk\.)?blocks\.(\d+)\.attn\.qkv\.lora_([AB])")
@@ -56,17 +108,60 @@ def is_lora_file(names: Iterable[str]) -> bool:
     return any(_LORA.fullmatch(name) for name in names)
 
 
+def lora_names(names: Iterable[str]) -> dict[int, tuple[str, str]]:
+    """The names of a LoRA file by block: those of A and B."""
+    found: dict[int, dict[str, str]] = {}
+    for name in names:
+        if match := _LORA.fullmatch(name):
+            found.setdefault(int(match[1]), {})[match[2]] = name
+    return {block: (pair["A"], pair["B"]) for block, pair in sorted(found.items()) if len(pair) == 2}
+
+
+def check_lora(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike) -> tuple[int, int, int]:
+    """Check that a LoRA file is whole: A `[2r, C]` and B `[2C, r]` of every block from 0 on, and nothing else.
+
+    Returns:
+        Width C, number of blocks, and rank r.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape is another; the message names it.
+    """
+    odd = [name for name in shapes if not _LORA.fullmatch(name) and not name.startswith(HEAD_PREFIX)]
+    if odd:
+        raise CheckpointError(f"{path}: has {len(odd)} tensors that are not LoRA's ({', '.join(odd[:3])}).")
+    names = lora_names(shapes)
+    depth = 1 + max(int(match[1]) for name in shapes if (match := _LORA.fullmatch(name)))
+    gaps = [block for block in range(depth) if block not in names]
+    if gaps:
+        raise CheckpointError(
+            f"{path}: lacks lora_A or lora_B of block {gaps[0]} of {depth}; the file is incomplete: fetch it again."
+        )
+    rows, width = (shapes[names[0][0]] + (0, 0))[:2]
+    rank = rows // 2
+    for a, b in names.values():
+        for name, expected in ((a, (2 * rank, width)), (b, (2 * width, rank))):
+            if shapes[name] != expected:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {list(shapes[name])}, the others' width and rank make it "
+                    f"{list(expected)}; the file is broken or of another layout."
+                )
+    return width, depth, rank
+
+
 def split_lora(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """A LoRA file as `{(block, "q" or "v"): (A [r, C], B [C, r])}`.
 
     Both of a block lie in one tensor, q above v. Their update is (1 / r) B A, whatever r is.
+
+    Raises:
+        CheckpointError: as `check_lora`.
     """
-    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if found := _LORA.fullmatch(name):
-            for target, half in zip("qv", tensor.chunk(2), strict=True):
-                parts.setdefault((int(found[1]), target), {})[found[2]] = half
-    return {key: (pair["A"], pair["B"]) for key, pair in parts.items() if len(pair) == 2}
+    check_lora({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "LoRA file")
+    pairs = {}
+    for block, (a, b) in lora_names(tensors).items():
+        halves = zip("qv", tensors[a].chunk(2), tensors[b].chunk(2), strict=True)
+        pairs |= {(block, target): (a_half, b_half) for target, a_half, b_half in halves}
+    return pairs
 
 
 def join_lora(

@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,33 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def folder_aside(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder beside `path`, for writing files that are checked before `put_in_place` gives them their names.
+
+    It is removed at the end, as is what earlier, killed writers of the same path left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    folder = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Sync a file and rename it to `target`, on the same disk; a crash leaves the old `target` or the new one."""
+    with open(source, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+    sync_folder(Path(target).parent)
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -136,10 +164,27 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         CheckpointError: the file is missing, empty, cut off, or has objects other than tensors pickled in it.
     """
     path = require_file(path)
-    if _is_safetensors(path):
+    if is_safetensors(path):
         with _open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     return _flat(_load_pickled(path, mmap=False), path)
+
+
+def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Tensor]:
+    """As `read_tensors`, of a PyTorch file whose tensors stay in the file, memory-mapped: values are read when used.
+
+    Files older than PyTorch's zip format cannot be mapped and are read whole, which is logged.
+
+    Args:
+        quiet: log nothing, as for a file that was mapped before.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    path = require_file(path)
+    if not quiet and not _is_archive(path):
+        logger.warning("%s: is of PyTorch's old format, which takes its whole size in memory", path)
+    return _flat(_load_pickled(path, mmap=True), path, quiet)
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -149,7 +194,7 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         CheckpointError: as `read_tensors`.
     """
     path = require_file(path)
-    if _is_safetensors(path):
+    if is_safetensors(path):
         with _open_safetensors(path) as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     tensors = _flat(_load_pickled(path, mmap=True), path)
@@ -159,7 +204,7 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The strings in a safetensors file's header; `{}` for other files."""
     path = require_file(path)
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return {}
     with _open_safetensors(path) as file:
         return dict(file.metadata() or {})
@@ -189,11 +234,16 @@ def require_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of header length, then a JSON object; pickles and zip archives begin otherwise."""
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: eight bytes of header length, then a JSON object."""
     with open(path, "rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:2] != b"PK")
+
+
+def _is_archive(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -207,8 +257,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _load_pickled(path: Path, mmap: bool) -> Any:
-    with open(path, "rb") as file:
-        mmap = mmap and file.read(2) == b"PK"
+    mmap = mmap and _is_archive(path)
     try:
         with warnings.catch_warnings():
             # Advice on pickle protocols, which a user of the file cannot act on.
@@ -246,7 +295,7 @@ def _cut_off(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _flat(content: Any, path: Path) -> dict[str, Tensor]:
+def _flat(content: Any, path: Path, quiet: bool = False) -> dict[str, Tensor]:
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -260,7 +309,7 @@ def _flat(content: Any, path: Path) -> dict[str, Tensor]:
     others = [str(name) for name in content if str(name) not in tensors]
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; a dictionary of named tensors was expected.")
-    if others:
+    if others and not quiet:
         logger.info(
             "%s: ignored %d entries that are no tensors: %s", path, len(others), ", ".join(others[:5])
         )

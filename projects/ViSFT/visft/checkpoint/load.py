@@ -40,11 +40,15 @@ class LoadReport:
     def log(self, what: str) -> None:
         """Write the account in a few lines."""
         logger.info("%s: loaded %d tensors%s", what, len(self.loaded), _groups(self.loaded))
+        self.log_ignored(what)
+        if self.fresh:
+            logger.info("%s: %d tensors start anew%s", what, len(self.fresh), _groups(self.fresh))
+
+    def log_ignored(self, what: str) -> None:
+        """Write what was passed over, a line a reason."""
         for reason, count in Counter(self.ignored.values()).items():
             names = [name for name, why in self.ignored.items() if why == reason]
             logger.info("%s: ignored %d tensors (%s)%s", what, count, reason, _groups(names))
-        if self.fresh:
-            logger.info("%s: %d tensors start anew%s", what, len(self.fresh), _groups(self.fresh))
 
 
 def load_into(
@@ -134,7 +138,11 @@ def load_heads(
     reinit, reports = set(reinit), {}
     for given in files:
         path = resolve(given, stages=("heads",))[-1]
-        heads = split_heads(read_tensors(path), path)
+        tensors = read_tensors(path)
+        heads = split_heads(tensors, path)
+        if authors.is_head_file(tensors):
+            only = authors.head_of_file(path)
+            LoadReport(ignored=authors.ignored_in_heads(tensors, path, only)).log_ignored(str(path))
         found = [name for name in heads if name in model.heads]
         if not found:
             raise CheckpointError(
@@ -173,11 +181,13 @@ def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[
     """Sort a file's tensors by head, named as the head's own parameters.
 
     Raises:
-        CheckpointError: the file holds no head's tensors.
+        CheckpointError: the file holds no head's tensors, or one of the authors' names that none of theirs has.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     if authors.is_head_file(tensors):
-        heads = authors.split_heads(tensors)
+        only = authors.head_of_file(path)
+        authors.ignored_in_heads(tensors, path, only)
+        heads = authors.split_heads(tensors, only)
     else:
         for name, tensor in tensors.items():
             if name.startswith("heads.") and name.count(".") > 1:

@@ -15,6 +15,7 @@ from visft.backbone import CLIPViT, lora, open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import authors, export, files, load
 from visft.checkpoint.run import describe
+from visft.engine import export_stream
 from visft.engine.cli import guard
 from visft.engine.settings import load_config
 from visft.engine.trainer import seed_iteration
@@ -22,8 +23,11 @@ from visft.errors import CheckpointError, ConfigError, ExportError
 
 logger = logging.getLogger(__name__)
 
-# The authors' two towers, by width and depth: other architectures of open_clip share them.
-_AUTHORS_TOWERS = {(1408, 40): "EVA01-g-14", (1792, 64): "EVA02-E-14-plus"}
+# The authors' two towers, by width and depth, the one that they used first; the others have other text towers.
+_AUTHORS_TOWERS = {
+    (1408, 40): ("EVA01-g-14", "EVA01-g-14-plus"),
+    (1792, 64): ("EVA02-E-14-plus", "EVA02-E-14"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,13 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
     )
-    parser.add_argument("--format", required=True, choices=tuple(export.FORMATS))
+    parser.add_argument("--format", required=True, choices=tuple({**export.FORMATS, **export_stream.FORMATS}))
     parser.add_argument("--output", required=True, help="the file to be written")
     parser.add_argument(
         "--interpolate",
         nargs="+",
         metavar="A",
         help="mixtures of the weights, 0: the base's, 1: the tuned; several: the output's name gets each",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="let the format's own library load the file in a fresh process where that is not done anyway: for large "
+        "towers, which are merged from file to file; it needs memory for the whole model",
     )
     parser.add_argument("--config-file", help="the run's; without it, what the weights say of themselves")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys and values")
@@ -72,6 +82,9 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     _check_shapes(cfg, shapes, arguments.weights)
     load.check_file(arguments.weights, key="--weights", architecture=vit.NAME)
     outputs = _outputs(arguments)
+    base = export_stream.base_file(cfg, arguments.format, shapes)
+    if base is not None:
+        return export_stream.run(cfg, paths, base, arguments.format, outputs, arguments.verify)
 
     seed = _seed(arguments.weights)
     if not vit.PRETRAINED:
@@ -89,8 +102,9 @@ def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
     """The config file's, or the defaults with what the weights say of themselves; then KEY VALUE."""
     known: dict[str, Any] = {}
     if not arguments.config_file:
+        given = dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=False))
         for path in paths:
-            known |= _said(path)
+            known |= _said(path, given.get("MODEL.CLIP_VIT.PRETRAINED", ""))
         if "MODEL.CLIP_VIT.NAME" not in known and "MODEL.CLIP_VIT.NAME" not in arguments.opts[::2]:
             raise ConfigError(
                 f"--weights {arguments.weights}: does not say which tower it belongs to, and its shapes fit none or "
@@ -100,8 +114,8 @@ def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
     return load_config(arguments.config_file, [*opts, *arguments.opts])
 
 
-def _said(path: Path) -> dict[str, Any]:
-    """Config keys and values from a checkpoint's description, or from the shapes of the authors' LoRA."""
+def _said(path: Path, pretrained: str) -> dict[str, Any]:
+    """Config keys and values from a checkpoint's description, or from the shapes of the authors' LoRA and the base."""
     about, known = describe(path), {}
     base = about.get("base") or {}
     adapters = (about.get("settings") or {}).get("lora") or {}
@@ -111,13 +125,22 @@ def _said(path: Path) -> dict[str, Any]:
     known |= {f"MODEL.LORA.{key.upper()}": value for key, value in adapters.items()}
     shapes = files.read_shapes(path)
     if authors.is_lora_file(shapes):
-        found = {name: shape for name, shape in shapes.items() if name.endswith("lora_A")}
-        rank, width = next(iter(found.values()))[0] // 2, next(iter(found.values()))[1]
-        name = _AUTHORS_TOWERS.get((width, len(found)))
+        width, depth, rank = authors.check_lora(shapes, path)
         known |= {"MODEL.LORA.RANK": rank, "MODEL.LORA.ALPHA": 1.0, "MODEL.LORA.TARGETS": "('q', 'v')"}
-        if name:
-            known["MODEL.CLIP_VIT.NAME"] = name
+        if (width, depth) in _AUTHORS_TOWERS:
+            known["MODEL.CLIP_VIT.NAME"] = _fitting(_AUTHORS_TOWERS[width, depth], pretrained)
     return known
+
+
+def _fitting(names: Sequence[str], pretrained: str) -> str:
+    """The first architecture that the base, a tag or file, is of; the first of all where it is of none."""
+    module = open_clip_zoo.open_clip()
+    tagged = [name for name in names if pretrained and module.get_pretrained_cfg(name, pretrained)]
+    if tagged or not os.path.isfile(pretrained):
+        return (tagged or names)[0]
+    found = files.read_shapes(pretrained).values()
+    texts = [(49408, module.get_model_config(name)["text_cfg"]["width"]) for name in names]
+    return next((name for name, shape in zip(names, texts, strict=True) if shape in found), names[0])
 
 
 def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str) -> None:
@@ -125,17 +148,30 @@ def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str
     found = {name: shape for name, shape in shapes.items() if name.endswith("lora_A") and "blocks." in name}
     if not found:
         return
+    theirs = authors.is_lora_file(shapes)
+    if theirs:
+        authors.check_lora(shapes, f"--weights {weights}")
+        if set(cfg.MODEL.LORA.TARGETS) != {"q", "v"} or cfg.MODEL.LORA.LAST_BLOCKS:
+            raise CheckpointError(
+                f"--weights {weights}: the authors' LoRA is on q and v of all blocks, the config has "
+                f"MODEL.LORA.TARGETS {tuple(cfg.MODEL.LORA.TARGETS)} and LAST_BLOCKS {cfg.MODEL.LORA.LAST_BLOCKS}; set them to "
+                "('q', 'v') and 0."
+            )
     tower = adapt(open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
     depth = 1 + max(int(name.split("blocks.")[1].split(".")[0]) for name in found)
     attention = [shape for name, shape in found.items() if ".attn." in name or ".lora.q." in name]
     widths = {shape[1] for shape in attention}
-    if depth > len(tower.blocks) or (widths and widths != {tower.embed_dim}):
+    if (
+        depth > len(tower.blocks)
+        or (theirs and depth < len(tower.blocks))
+        or (widths and widths != {tower.embed_dim})
+    ):
         raise CheckpointError(
             f"--weights {weights}: its LoRA is for a tower of {depth} blocks and width {min(widths or {0})}, "
             f"MODEL.CLIP_VIT.NAME {cfg.MODEL.CLIP_VIT.NAME} has {len(tower.blocks)} and {tower.embed_dim}; name the "
             "tower that it was trained on."
         )
-    halves = 2 if authors.is_lora_file(shapes) else 1
+    halves = 2 if theirs else 1
     ranks = {shape[0] // halves for shape in found.values()}
     if ranks != {cfg.MODEL.LORA.RANK}:
         raise CheckpointError(
@@ -145,7 +181,8 @@ def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str
 
 
 def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
-    path, suffixes = Path(arguments.output), export.FORMATS[arguments.format].suffixes
+    known = export.FORMATS.get(arguments.format)
+    path, suffixes = Path(arguments.output), known.suffixes if known else (".safetensors",)
     if path.suffix not in suffixes:
         raise ExportError(f"--output {path}: the name must end in {' or '.join(suffixes)}.")
     amounts = arguments.interpolate or [1.0]
