@@ -77,6 +77,14 @@ def _add_heads(cfg: CN) -> None:
     det.FEEDFORWARD_DIM = 1024
     det.DROPOUT = 0.1
     det.NO_OBJECT_WEIGHT = 0.1
+    # `softmax`: over the classes and no-object. `sigmoid`: each class on its own, by focal loss over the number of
+    # objects (Deformable DETR); NO_OBJECT_WEIGHT is not used, and inference takes the best (query, class) pairs.
+    det.CLASS_LOSS = "softmax"
+    # Federated loss, for data sets whose pictures are annotated with some of the classes only (LVIS): this many take
+    # part in an iteration's class loss, those annotated in its pictures and others drawn. 0: all.
+    det.FED_LOSS_CLASSES = 0
+    # They are drawn by the number of training pictures that have them, to this power.
+    det.FED_LOSS_POWER = 0.5
     # Loss weights; the matching's costs are the same three numbers.
     det.CLASS_WEIGHT = 1.0
     det.L1_WEIGHT = 5.0
@@ -95,6 +103,14 @@ def _add_heads(cfg: CN) -> None:
     seg.NUM_ATTENTION_HEADS = 8
     seg.FEEDFORWARD_DIM = 1024
     seg.NO_OBJECT_WEIGHT = 0.1
+    # `softmax`: over the classes and no-object. `sigmoid`: each class on its own, by focal loss over the number of
+    # objects (Deformable DETR); NO_OBJECT_WEIGHT is not used, and inference takes the best (query, class) pairs.
+    seg.CLASS_LOSS = "softmax"
+    # Federated loss, for data sets whose pictures are annotated with some of the classes only (LVIS): this many take
+    # part in an iteration's class loss, those annotated in its pictures and others drawn. 0: all.
+    seg.FED_LOSS_CLASSES = 0
+    # They are drawn by the number of training pictures that have them, to this power.
+    seg.FED_LOSS_POWER = 0.5
     seg.CLASS_WEIGHT = 2.0
     seg.MASK_WEIGHT = 5.0
     seg.DICE_WEIGHT = 5.0

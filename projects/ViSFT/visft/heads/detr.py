@@ -1,17 +1,18 @@
 """Detection by DETR (arXiv 2005.12872)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
+from visft.heads.classification import best_pairs, build_classification, class_weight_sum
 from visft.heads.detr_transformer import DETRTransformer
+from visft.heads.federated import Federated, build_federated
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.layers import MLP, check_divisible
 from visft.heads.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
@@ -70,6 +71,8 @@ class DETRHead(VisftHead):
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
         max_detections: int = 100,
+        class_loss: str = "softmax",
+        federated: Federated | None = None,
     ):
         """
         Args:
@@ -78,9 +81,11 @@ class DETRHead(VisftHead):
             no_object_weight: of unmatched queries in the classification loss.
             class_weight, l1_weight, giou_weight: of the losses, and of the matching's costs.
             max_detections: how many boxes of a picture inference returns at most.
+            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
+            federated: which classes take part in the class loss; None: all.
 
         Raises:
-            ConfigError: if a width is not a multiple of what it is divided into.
+            ConfigError: if a width is not a multiple of what it is divided into, or there is no such class loss.
         """
         super().__init__()
         check_divisible("ENCODER_DIM", encoder_dim, 4, "sine and cosine of x and y")
@@ -88,6 +93,8 @@ class DETRHead(VisftHead):
         self.no_object_weight = no_object_weight
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.max_detections = max_detections
+        self.classification = build_classification(class_loss, no_object_weight)
+        self.federated = federated
 
         self.input_proj = nn.Conv2d(in_channels, encoder_dim, 1)
         self.transformer = DETRTransformer(
@@ -102,13 +109,14 @@ class DETRHead(VisftHead):
         self.query_embeds = nn.Embedding(num_queries, decoder_dim)
         self.class_embeds = nn.Linear(decoder_dim, labels.num_classes + 1)
         self.bbox_embeds = MLP(decoder_dim, decoder_dim, 4, 3)
+        self.classification.initialize(self.class_embeds)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
-        node = cfg.MODEL.VISFT[name.upper()]
+        node, labels = cfg.MODEL.VISFT[name.upper()], label_space(cfg, name)
         return {
             "in_channels": input_shape.channels,
-            "labels": label_space(cfg, name),
+            "labels": labels,
             "num_queries": node.NUM_QUERIES,
             "encoder_layers": node.ENCODER_LAYERS,
             "encoder_dim": node.ENCODER_DIM,
@@ -122,6 +130,8 @@ class DETRHead(VisftHead):
             "l1_weight": node.L1_WEIGHT,
             "giou_weight": node.GIOU_WEIGHT,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "class_loss": node.CLASS_LOSS,
+            "federated": build_federated(cfg, name, labels),
         }
 
     def forward(self, features: Tensor, padding_mask: Tensor | None = None) -> DETROutput:
@@ -132,45 +142,59 @@ class DETRHead(VisftHead):
         return has_targets(image, "gt_boxes")
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of boxes; sum of the class weights of all queries."""
+        """[2]: number of boxes; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
+        whether each class is there."""
         for image in images:
             self.labels.check(image)
         counts = [num_targets(image) for image in images]
-        return torch.tensor(
-            [sum(counts), class_weight_sum(counts, self.query_embeds.num_embeddings, self.no_object_weight)]
-        )
+        weights = class_weight_sum(counts, self.query_embeds.num_embeddings, self.no_object_weight)
+        sums = torch.tensor([sum(counts), weights])
+        if self.federated is None:
+            return sums
+        return torch.cat((sums, self.federated.present(images, self.labels)))
 
     def losses(
         self, features, padding_mask, images, image_sizes, padded_size, normalizers
     ) -> dict[str, Tensor]:
         targets = self._targets(images, image_sizes, features.device)
+        # Before dropout draws from the same generator, as often as this process has pictures.
+        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
         output = self(features, _unless_full(padding_mask, image_sizes, padded_size))
+        if chosen is not None:
+            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
         return self.criterion(output, targets, self.match(output, targets), normalizers)
 
     def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
         hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
         output = self._predict(hidden[-1:])
-        probability = self.labels.decode(output.logits[0].float().softmax(-1))
-        scores, classes = probability.max(-1)
-        keep = scores.topk(min(self.max_detections, scores.shape[1]), dim=1).indices
+        probability = self.labels.decode(self.classification.probabilities(output.logits[0]))
+        scores, queries, classes = self._best(probability)
         results = []
         for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
             height, width = original_size(image, size)
-            boxes = cxcywh_to_xyxy(output.boxes[0, index, keep[index]].float())
+            boxes = cxcywh_to_xyxy(output.boxes[0, index, queries[index]].float())
             result = Instances((height, width))
             result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
             result.pred_boxes.clip((height, width))
-            result.scores = scores[index, keep[index]]
-            result.pred_classes = classes[index, keep[index]]
+            result.scores = scores[index]
+            result.pred_classes = classes[index]
             results.append(result)
         return results
+
+    def _best(self, probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities [N, Q, classes] -> scores, queries and classes [N, K] of the best detections."""
+        if self.classification.pairs:
+            return best_pairs(probability, self.max_detections)
+        scores, classes = probability.max(-1)
+        scores, queries = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+        return scores, queries, classes.gather(1, queries)
 
     @torch.no_grad()
     def match(self, output: DETROutput, targets: DETRTargets) -> Matching:
         """Assign targets to queries, in every layer anew."""
-        probability, boxes = output.logits.float().softmax(-1), output.boxes.float()
-        index = targets.labels[None, :, None].expand(*probability.shape[:3], -1)
-        cost = -self.class_weight * probability.gather(-1, index)
+        costs, boxes = self.classification.costs(output.logits), output.boxes.float()
+        index = targets.labels[None, :, None].expand(*costs.shape[:3], -1)
+        cost = self.class_weight * costs.gather(-1, index)
         cost += self.l1_weight * torch.cdist(boxes, targets.boxes[None], p=1)
         cost -= self.giou_weight * generalized_iou(
             cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None]
@@ -181,16 +205,16 @@ class DETRHead(VisftHead):
         self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
     ) -> dict[str, Tensor]:
         """Weighted losses of all layers: `loss_ce`, `loss_bbox`, `loss_giou`, auxiliary ones as `loss_ce_0`..."""
-        num_boxes, class_weights = nonzero_count(normalizers.to(output.logits.device)).unbind()
+        num_boxes, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
         matched_boxes, target_boxes = (
             output.boxes[matching.predictions].float(),
             targets.boxes[matching.targets],
         )
         l1 = (matched_boxes - target_boxes).abs().sum((1, 2))
         giou = generalized_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(target_boxes))
-        ce = classification_loss(output.logits, targets.labels, matching, self.no_object_weight)
+        ce = self.classification.losses(output.logits, targets.labels, matching)
         losses = {
-            "loss_ce": self.class_weight * ce / class_weights,
+            "loss_ce": self.class_weight * ce / self.classification.divisor(num_boxes, class_weights),
             "loss_bbox": self.l1_weight * l1 / num_boxes,
             "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
         }
@@ -235,30 +259,6 @@ class DETRHead(VisftHead):
             boxes=pad_sequence(boxes, batch_first=True),
             counts=tuple(map(len, labels)),
         )
-
-
-def classification_loss(
-    logits: Tensor, labels: Tensor, matching: Matching, no_object_weight: float
-) -> Tensor:
-    """Weighted cross-entropy of every query, summed over queries and images.
-
-    Args:
-        logits: [L, N, Q, classes + 1], no-object last. labels: [N, T] of the targets.
-
-    Returns:
-        [L]; divided by `class_weight_sum` it is the weighted mean.
-    """
-    no_object = logits.shape[-1] - 1
-    target = torch.full(logits.shape[:3], no_object, device=logits.device)
-    target[matching.predictions] = labels[matching.targets]
-    ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none").view_as(target)
-    return torch.where(target == no_object, no_object_weight * ce, ce).sum((1, 2))
-
-
-def class_weight_sum(counts: list[int], num_queries: int, no_object_weight: float) -> float:
-    """Sum of the class weights of all queries, given each image's number of targets."""
-    matched = sum(min(count, num_queries) for count in counts)
-    return matched + no_object_weight * (num_queries * len(counts) - matched)
 
 
 def _unless_full(

@@ -1,6 +1,7 @@
 """Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
 
 import zlib
+from dataclasses import replace
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -12,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from visft.errors import ConfigError
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
-from visft.heads.detr import class_weight_sum, classification_loss
+from visft.heads.classification import best_pairs, build_classification, class_weight_sum
+from visft.heads.federated import Federated, build_federated
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
 from visft.heads.mask_decoder import MaskDecoder, MaskOutput
@@ -52,6 +54,8 @@ class Mask2FormerHead(VisftHead):
         oversample_ratio: float = 3.0,
         importance_ratio: float = 0.75,
         max_detections: int = 100,
+        class_loss: str = "softmax",
+        federated: Federated | None = None,
     ):
         """
         Args:
@@ -62,9 +66,12 @@ class Mask2FormerHead(VisftHead):
             num_points: where a mask is compared.
             oversample_ratio: candidates a point; the most uncertain of them make `importance_ratio` of the points.
             max_detections: how many masks of a picture inference returns at most.
+            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
+            federated: which classes take part in the class loss; None: all.
 
         Raises:
-            ConfigError: if a width is not a multiple of what it is divided into, or a number is out of range.
+            ConfigError: if a width is not a multiple of what it is divided into, a number is out of range, or there is
+                no such class loss.
         """
         super().__init__()
         if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
@@ -80,6 +87,8 @@ class Mask2FormerHead(VisftHead):
         self.num_candidates = int(oversample_ratio * num_points)
         self.num_important = int(importance_ratio * num_points)
         self.max_detections = max_detections
+        self.classification = build_classification(class_loss, no_object_weight)
+        self.federated = federated
 
         self.pixel_decoder = PixelDecoder(
             in_channels=in_channels,
@@ -96,13 +105,14 @@ class Mask2FormerHead(VisftHead):
             num_heads=num_attention_heads,
             feedforward_dim=feedforward_dim,
         )
+        self.classification.initialize(self.predictor.class_embed)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
-        node = cfg.MODEL.VISFT[name.upper()]
+        node, labels = cfg.MODEL.VISFT[name.upper()], label_space(cfg, name)
         return {
             "in_channels": input_shape.channels,
-            "labels": label_space(cfg, name),
+            "labels": labels,
             "num_queries": node.NUM_QUERIES,
             "encoder_layers": node.ENCODER_LAYERS,
             "encoder_feedforward_dim": node.ENCODER_FEEDFORWARD_DIM,
@@ -118,6 +128,8 @@ class Mask2FormerHead(VisftHead):
             "oversample_ratio": node.OVERSAMPLE_RATIO,
             "importance_ratio": node.IMPORTANCE_RATIO,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "class_loss": node.CLASS_LOSS,
+            "federated": build_federated(cfg, name, labels),
         }
 
     def forward(self, features: Tensor) -> MaskOutput:
@@ -129,17 +141,24 @@ class Mask2FormerHead(VisftHead):
         return has_targets(image, "gt_masks")
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of masks; sum of the class weights of all queries."""
+        """[2]: number of masks; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
+        whether each class is there."""
         for image in images:
             self.labels.check(image)
         counts = [num_targets(image) for image in images]
-        return torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
+        sums = torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
+        if self.federated is None:
+            return sums
+        return torch.cat((sums, self.federated.present(images, self.labels)))
 
     def losses(
         self, features, padding_mask, images, image_sizes, padded_size, normalizers
     ) -> dict[str, Tensor]:
         device = features.device
+        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
         output = self(features)
+        if chosen is not None:
+            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
         points = self._random_points(images, device)
         labels = [
             self.labels.encode(image["instances"].gt_classes).to(device)
@@ -154,10 +173,8 @@ class Mask2FormerHead(VisftHead):
 
     def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
         output = self(features)
-        probability = self.labels.decode(output.logits[-1].float().softmax(-1))
-        num_classes = probability.shape[-1]
-        scores, index = probability.flatten(1).topk(min(self.max_detections, probability[0].numel()), dim=1)
-        queries, classes = index // num_classes, index % num_classes
+        probability = self.labels.decode(self.classification.probabilities(output.logits[-1]))
+        scores, queries, classes = best_pairs(probability, self.max_detections)
         return [
             _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
             for i, (image, size) in enumerate(zip(images, image_sizes, strict=True))
@@ -173,7 +190,7 @@ class Mask2FormerHead(VisftHead):
             labels: [N, T], padded. samples: an image's targets [T_i, P] at its points [P, 2]; the first `num_points` of
                 them serve the matching.
         """
-        probability, p = output.logits.float().softmax(-1), self.num_points
+        class_costs, p = self.classification.costs(output.logits), self.num_points
         costs = []
         for i, (sampled, at) in enumerate(zip(samples, points, strict=True)):
             target_labels = labels[i, : len(sampled)]
@@ -181,7 +198,7 @@ class Mask2FormerHead(VisftHead):
             logits = logits.view(*output.masks.shape[:1], self.num_queries, p)
             mask, dice = pairwise_mask_costs(logits, sampled[:, :p])
             cost = self.mask_weight * mask + self.dice_weight * dice
-            costs.append(cost - self.class_weight * probability[:, i][..., target_labels])
+            costs.append(cost + self.class_weight * class_costs[:, i][..., target_labels])
         return match(costs)
 
     def criterion(
@@ -197,7 +214,7 @@ class Mask2FormerHead(VisftHead):
 
         Arguments as for `match`; the points after the first `num_points` are the candidates, then the random ones.
         """
-        num_masks, class_weights = nonzero_count(normalizers.to(output.logits.device)).unbind()
+        num_masks, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
         matched = output.masks[matching.predictions].float()  # [L, M, h, w]
         logits, targets, start = [], [], 0
         for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
@@ -215,9 +232,9 @@ class Mask2FormerHead(VisftHead):
             mask, dice = mask_loss(logits, targets).sum(1), dice_loss(logits, targets).sum(1)
         else:
             mask = dice = matched.sum((1, 2, 3))
-        ce = classification_loss(output.logits, labels, matching, self.no_object_weight)
+        ce = self.classification.losses(output.logits, labels, matching)
         losses = {
-            "loss_ce": self.class_weight * ce / class_weights,
+            "loss_ce": self.class_weight * ce / self.classification.divisor(num_masks, class_weights),
             "loss_mask": self.mask_weight * mask / num_masks,
             "loss_dice": self.dice_weight * dice / num_masks,
         }

@@ -29,7 +29,8 @@ class RCNNHead(VisftHead):
     """Faster, Mask or Cascade R-CNN on the tower's map, made of detectron2's own parts and keys.
 
     `MODEL.PROPOSAL_GENERATOR`, `RPN`, `ANCHOR_GENERATOR` (one level), `ROI_HEADS` and `ROI_*_HEAD` say which, as for
-    `GeneralizedRCNN`; `MASK_ON` and `KEYPOINT_ON` add their branches. The number of classes is the head's own.
+    `GeneralizedRCNN`; `MASK_ON` and `KEYPOINT_ON` add their branches. The number of classes is the head's own. For LVIS
+    there are `ROI_BOX_HEAD.USE_SIGMOID_CE` and `USE_FED_LOSS`.
     """
 
     @configurable
@@ -92,7 +93,8 @@ class RCNNHead(VisftHead):
                 "roi_heads": build_roi_heads(cfg, shape),
                 "stride": input_shape.stride,
             }
-        except (KeyError, AssertionError) as error:  # detectron2's registries, and its checks of arguments
+        # detectron2's registries, its checks of arguments, and of metadata that USE_FED_LOSS reads.
+        except (KeyError, AssertionError, AttributeError, ValueError) as error:
             raise ConfigError(
                 f"{key}.HEAD is `RCNNHead`, and detectron2 cannot build it ({' '.join(map(str, error.args))}): "
                 "correct MODEL.PROPOSAL_GENERATOR, ANCHOR_GENERATOR (one level), ROI_HEADS or ROI_BOX_HEAD"
