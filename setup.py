@@ -42,6 +42,7 @@ setup(
     # model_zoo/configs is a link to configs/, so that a wheel carries them and an editable install shows edits.
     package_data={
         "visft": [
+            "model_zoo/zoo.json",
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
             "checkpoint/readers/*.py",  # run as scripts, in processes without visft
@@ -58,6 +59,7 @@ setup(
         "open_clip_torch>=3.0",
         "timm>=1.0.17",
         "safetensors>=0.4.3",
+        "huggingface_hub>=0.24",
         *DETECTRON2_NEEDS,
     ],
     extras_require={

@@ -1,4 +1,4 @@
-"""The configs and weights that come with the package, by name, in a checkout and in an installed wheel alike."""
+"""Configs and weights by name, in a checkout and in an installed wheel alike."""
 
 import builtins
 from pathlib import Path
@@ -7,22 +7,27 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig
 from torch import nn
 
-from ..checkpoint import files
 from ..config import add_visft_config
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
+from . import entries
 
 FOLDER = Path(__file__).with_name("configs")
-WEIGHTS = Path(__file__).parents[1] / "data" / "demo_world" / "weights"
-SUMS = WEIGHTS / "SHA256SUMS"
-"""Which weights there are, and their hashes, as `sha256sum *.safetensors` prints them."""
 
 __all__ = ["get", "get_config", "get_config_file", "get_file", "list"]
 
 
-def list() -> builtins.list[str]:  # noqa: A001  (as open_clip and timm name it; used as model_zoo.list())
-    """Names of all configs: `visft_demo`, `lazy/fcos_clip_vit_b16`, ..."""
-    files = [*FOLDER.glob("*.yaml"), *(FOLDER / "lazy").glob("*.py")]
-    return sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in files)
+def list(kind: str = "configs") -> builtins.list[str]:  # noqa: A001  (as open_clip and timm name it)
+    """Names of all `configs` (`visft_demo`, `lazy/fcos_clip_vit_b16`, ...), or of all weight `files`.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    if kind == "files":
+        return [*entries.entries()]
+    if kind != "configs":
+        raise ConfigError(f"model_zoo.list: kind is `{kind}`; expected `configs` or `files`")
+    found = [*FOLDER.glob("*.yaml"), *(FOLDER / "lazy").glob("*.py")]
+    return sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in found)
 
 
 def get_config_file(name: str) -> str:
@@ -51,9 +56,10 @@ def get_config(name: str) -> CfgNode | DictConfig:
 
 
 def get(name: str, device: str = "cpu") -> nn.Module:
-    """The model of the config `name`, in evaluation mode, its tower with the weights that the config names.
+    """The model of the config `name`, in evaluation mode.
 
-    The other parts are as they are before training.
+    Its tower has the weights that the config names, its heads those of MODEL.VISFT.HEAD_FILES; what the config names
+    no weights for is as before training.
     """
     from detectron2.config import instantiate
     from detectron2.modeling import build_model
@@ -66,21 +72,12 @@ def get(name: str, device: str = "cpu") -> nn.Module:
 
 
 def get_file(name: str) -> str:
-    """Path of the weights `name` that come with the package, with or without suffix, its SHA-256 checked.
+    """Local path of the weights `name` (or of a file's name), downloaded if need be, the SHA-256 checked.
 
     Raises:
         ConfigError: there are none of that name.
-        CheckpointError: the file is not there, or is not the one that was published.
+        CheckpointError: they cannot be had, or are not the ones that were published.
     """
-    hashes = {file: digest for digest, file in (line.split() for line in SUMS.read_text().splitlines())}
-    file = f"{name.removesuffix('.safetensors')}.safetensors"
-    if file not in hashes:
-        known = ", ".join(sorted(known.removesuffix(".safetensors") for known in hashes))
-        raise ConfigError(f"model_zoo has no weights `{name}`; it has {known}")
-    path = WEIGHTS / file
-    found = files.sha256(path) if path.is_file() else "none"
-    if found != hashes[file]:
-        raise CheckpointError(
-            f"{path} has SHA-256 {found}, expected {hashes[file]}: install visft again, or `git checkout` the file"
-        )
-    return str(path)
+    from . import cache
+
+    return str(cache.fetch(entries.find(name)))

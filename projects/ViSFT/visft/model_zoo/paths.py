@@ -1,43 +1,53 @@
-"""`visft://FILE`: the weights that come with the package, wherever detectron2 or ViSFT takes a path."""
+"""`visft://NAME`: the weights of the zoo, wherever detectron2 or ViSFT takes a path."""
 
-from pathlib import Path
+from typing import IO, Any
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from . import entries
 
 PREFIX = "visft://"
-FOLDERS = (Path(__file__).parents[1] / "data" / "demo_world" / "weights",)
 
 
 class VisftHandler(PathHandler):
-    """Maps `visft://FILE` to a file of the package, as an ordinary local path."""
+    """Maps `visft://NAME` (or its file name) to a local file, downloaded when it is first opened."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
-    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        """Raises CheckpointError where the package has no such file; it names those there are."""
-        name = path[len(PREFIX) :]
-        shipped = {file.name: file for folder in FOLDERS for file in folder.glob("*.safetensors")}
-        if name not in shipped:
-            raise CheckpointError(
-                f"{path}: no such file comes with visft; it has {', '.join(PREFIX + n for n in sorted(shipped))}"
-            )
-        return str(shipped[name])
-
-    def _isfile(self, path: str, **kwargs) -> bool:
+    def _entry(self, path: str) -> entries.Entry:
+        """Raises CheckpointError where the zoo has no such file."""
         try:
-            return Path(self._get_local_path(path)).is_file()
+            return entries.find(path.removeprefix(PREFIX))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}.") from error
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        """Raises CheckpointError where it cannot be had, or is not the file that it should be."""
+        from . import cache
+
+        return str(cache.fetch(self._entry(path), again=force))
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        """Whether the zoo has it; nothing is downloaded."""
+        try:
+            self._entry(path)
         except CheckpointError:
             return False
+        return True
 
-    def _exists(self, path: str, **kwargs) -> bool:
+    def _exists(self, path: str, **kwargs: Any) -> bool:
         return self._isfile(path)
 
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
-        return open(self._get_local_path(path), mode, buffering=buffering)  # noqa: SIM115
+    def _isdir(self, path: str, **kwargs: Any) -> bool:
+        return False
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        if set(mode) & set("wax+"):
+            raise CheckpointError(f"{path}: is opened with mode `{mode}`; files of the zoo can only be read.")
+        return open(self._get_local_path(path), mode, buffering=buffering)
 
 
 def register() -> None:

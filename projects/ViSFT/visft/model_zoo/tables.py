@@ -1,0 +1,140 @@
+"""The tables of MODEL_ZOO.md, made from `zoo.json`: each stands between two comments that name it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import files
+from ..errors import ConfigError
+from . import entries
+from .cache import PACKAGE
+
+DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
+
+_BLOCK = re.compile(r"<!-- zoo: (\S+) -->\n(.*?)<!-- /zoo -->", re.S)
+_FIGURE = "figures."
+
+
+def render(name: str) -> str:
+    """The Markdown table `name`: its rows in the order of `zoo.json`, its columns as `tables` there says."""
+    data = entries.table()
+    columns = data["tables"][name]
+    rows = [row for row in (*data["files"], *data["configs"]) if row["table"] == name]
+    lines = [[title for title, _ in columns], ["---"] * len(columns)]
+    lines += [[_cell(row, key) for _, key in columns] for row in rows]
+    return "".join(
+        f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|\n" for line in lines
+    )
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key.startswith(_FIGURE):
+        value = row.get("figures", {}).get(key.removeprefix(_FIGURE))
+        return "" if value is None else f"{value:g}"
+    value = row.get(key, "")
+    if key == "name":
+        return f"`{value}`" if row in entries.table()["files"] else f"[`{value}`]({_config_file(value)})"
+    if key == "sha256":
+        return f"`{value}`" if value else "recorded at first download"
+    if key == "bytes":
+        return f"{value / 1e6:.1f} MB" if value else ""
+    if key == "command":
+        return f"`{value}`" if value else ""
+    if key == "source":
+        return _link(row)
+    return str(value)
+
+
+def _config_file(name: str) -> str:
+    return f"configs/{name}.py" if name.startswith("lazy/") else f"configs/{name}.yaml"
+
+
+def _link(row: dict[str, Any]) -> str:
+    """Where a person can look at a file, or read about it."""
+    if "repository" in row:
+        return f"[{row['repository']}](https://huggingface.co/{row['repository']}/blob/main/{row['file']})"
+    if "open_clip" in row:
+        return "open_clip: `{}`, tag `{}`".format(*row["open_clip"])
+    return f"[{row['url'].split('/')[2]}]({row['url']})" if "url" in row else "the package"
+
+
+def filled(text: str) -> str:
+    """A document with every table between its comments made anew.
+
+    Raises:
+        ConfigError: a table has no place in the document, or a place no table.
+    """
+    known, places = list(entries.table()["tables"]), [name for name, _ in _BLOCK.findall(text)]
+    if sorted(places) != sorted(known) or text.count("<!-- zoo: ") != len(places):
+        raise ConfigError(
+            f"{DOCUMENT.name}: has places for the tables {', '.join(places)}; expected one each, `<!-- zoo: NAME -->` "
+            f"to `<!-- /zoo -->`, for {', '.join(known)}"
+        )
+    return _BLOCK.sub(lambda place: f"<!-- zoo: {place[1]} -->\n{render(place[1])}<!-- /zoo -->", text)
+
+
+def check(document: Path = DOCUMENT) -> None:
+    """Raise ConfigError, naming the tables, unless the document's are those that `zoo.json` gives."""
+    text = _read(document)
+    stale = [name for name, body in _BLOCK.findall(filled(text)) if (name, body) not in _BLOCK.findall(text)]
+    if stale:
+        raise ConfigError(
+            f"{document}: differs from {entries.TABLE.name} in {', '.join(stale)}; `tools/model_zoo.py table --write` "
+            "makes its tables anew"
+        )
+
+
+def write(document: Path = DOCUMENT) -> bool:
+    """Make the document's tables anew; returns whether that changed anything."""
+    text = _read(document)
+    new = filled(text)
+    if new != text:
+        with files.write_aside(document) as partial:
+            partial.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def rehash() -> list[str]:
+    """Put size, SHA-256 and figures of the files that come with the package into `zoo.json`; returns what changed.
+
+    Figures are those that a file's own metadata holds, of the ones that its table shows.
+
+    Raises:
+        CheckpointError: a file is missing or cut off.
+    """
+    data = json.loads(entries.TABLE.read_text(encoding="utf-8"))
+    changed = []
+    for row in data["files"]:
+        if "package" not in row:
+            continue
+        path = files.require_file(PACKAGE / row["package"])
+        new = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        measured = json.loads(files.read_metadata(path).get("figures", "{}"))
+        shown = [
+            key.removeprefix(_FIGURE) for _, key in data["tables"][row["table"]] if key.startswith(_FIGURE)
+        ]
+        figures = {key: round(measured[key], 1) for key in shown if measured.get(key) is not None}
+        if figures:
+            new["figures"] = figures
+        if any(row.get(key) != value for key, value in new.items()):
+            row.update(new)
+            changed.append(row["name"])
+    if changed:
+        with files.write_aside(entries.TABLE) as partial:
+            partial.write_text(dumps(data), encoding="utf-8")
+        entries.reload()
+    return changed
+
+
+def dumps(data: dict[str, Any]) -> str:
+    """`zoo.json`'s layout: one line a column, and for each file or config one line a value."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    # Short lists of words on one line, as a person would write them.
+    return re.sub(r"\[\s+(\"[^\"]*\",)\s+(\"[^\"]*\")\s+\]", r"[\1 \2]", text) + "\n"
+
+
+def _read(document: Path) -> str:
+    if not document.is_file():
+        raise ConfigError(f"{document}: there is no such file; MODEL_ZOO.md is in a checkout of visft alone")
+    return document.read_text(encoding="utf-8")

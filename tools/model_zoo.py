@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""The model zoo: what there is, downloading it, checking it, and the tables of MODEL_ZOO.md.
+
+tools/model_zoo.py list
+tools/model_zoo.py download eva_e_lora_50000
+tools/model_zoo.py verify [NAME ...] [--check tables]
+tools/model_zoo.py table [--rehash] [--write]
+"""
+
+import sys
+
+from visft.engine import zoo
+
+if __name__ == "__main__":
+    sys.exit(zoo.main())
