@@ -111,8 +111,8 @@ def test_files_that_were_cut_off(tmp_path, kind, keep):
 
 
 EVA_CLIP_BLOCK = """norm1.weight norm1.bias attn.q_proj.weight attn.k_proj.weight attn.v_proj.weight attn.q_bias
-attn.v_bias attn.inner_attn_ln.weight attn.inner_attn_ln.bias attn.proj.weight attn.proj.bias norm2.weight norm2.bias mlp.w1.weight
-mlp.w1.bias mlp.w2.weight mlp.w2.bias mlp.ffn_ln.weight mlp.ffn_ln.bias mlp.w3.weight mlp.w3.bias
+attn.v_bias attn.inner_attn_ln.weight attn.inner_attn_ln.bias attn.proj.weight attn.proj.bias norm2.weight norm2.bias
+mlp.w1.weight mlp.w1.bias mlp.w2.weight mlp.w2.bias mlp.ffn_ln.weight mlp.ffn_ln.bias mlp.w3.weight mlp.w3.bias
 attn.rope.freqs_cos""".split()
 EVA_CLIP_REST = """cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias head.weight
 head.bias rope.freqs_cos rope.freqs_sin""".split()

@@ -136,7 +136,7 @@ def _fitting(names: Sequence[str], pretrained: str) -> str:
     """The first architecture that the base, a tag or file, is of; the first of all where it is of none."""
     module = open_clip_zoo.open_clip()
     tagged = [name for name in names if pretrained and module.get_pretrained_cfg(name, pretrained)]
-    if tagged or not os.path.isfile(pretrained):
+    if tagged or not os.path.isfile(open_clip_zoo.local_file(pretrained)):
         return (tagged or names)[0]
     found = files.read_shapes(pretrained).values()
     texts = [(49408, module.get_model_config(name)["text_cfg"]["width"]) for name in names]
@@ -154,8 +154,8 @@ def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str
         if set(cfg.MODEL.LORA.TARGETS) != {"q", "v"} or cfg.MODEL.LORA.LAST_BLOCKS:
             raise CheckpointError(
                 f"--weights {weights}: the authors' LoRA is on q and v of all blocks, the config has "
-                f"MODEL.LORA.TARGETS {tuple(cfg.MODEL.LORA.TARGETS)} and LAST_BLOCKS {cfg.MODEL.LORA.LAST_BLOCKS}; set them to "
-                "('q', 'v') and 0."
+                f"MODEL.LORA.TARGETS {tuple(cfg.MODEL.LORA.TARGETS)} and LAST_BLOCKS {cfg.MODEL.LORA.LAST_BLOCKS}; "
+                "set them to ('q', 'v') and 0."
             )
     tower = adapt(open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
     depth = 1 + max(int(name.split("blocks.")[1].split(".")[0]) for name in found)

@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""What the authors' towers cost, tried with drawn weights: the export of a LoRA file, and a stage-2 step on the CPU.
+
+    scripts/big_tower.py export --name EVA01-g-14 --folder DIR      5 GB in, 5 GB out (EVA02-E-14-plus: 20 and 20)
+    scripts/big_tower.py step --name EVA01-g-14 --folder DIR        6 GB of memory
+
+Each prints one line of JSON. Files are drawn into DIR, which must be new or empty, and removed at the end.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from visft.backbone import open_clip_zoo
+from visft.checkpoint import stream_write
+from visft.checkpoint.stream import Entry, as_bytes
+from visft.data.demo_world import dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = 64
+MEASURED = """
+import sys, time
+start = time.perf_counter()
+{statement}
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+print("measured", status, peak, time.perf_counter() - start)
+"""
+
+
+def draw_base(name: str, path: Path, eva_clip: bool) -> None:
+    """A whole CLIP in float32, 0.02 times normal numbers, under open_clip's or EVA-CLIP's names."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = []
+    for key, tensor in open_clip_zoo.meta_clip(name).state_dict().items():
+
+        def content(shape=tensor.shape):
+            yield memoryview(as_bytes(0.02 * torch.randn(shape, generator=generator)))
+
+        key = key.replace("visual.trunk.", "visual.") if eva_clip else key
+        pieces.append(stream_write.Piece(key, Entry(torch.float32, tuple(tensor.shape)), content))
+    stream_write.write(path, pieces, {"format": "pt"})
+
+
+def draw_lora(name: str, path: Path) -> None:
+    """LoRA of rank 64 in the authors' layout."""
+    trunk, generator = open_clip_zoo.meta_tower(name).trunk, torch.Generator().manual_seed(1)
+    tensors = {}
+    for i in range(len(trunk.blocks)):
+        block = f"visual.blocks.{i}.attn.qkv.lora_"
+        tensors[f"{block}A"] = 0.1 * torch.randn(2 * RANK, trunk.embed_dim, generator=generator)
+        tensors[f"{block}B"] = 0.1 * torch.randn(2 * trunk.embed_dim, RANK, generator=generator)
+    torch.save(tensors, path)
+
+
+def measured(statement: str) -> tuple[int, float, str]:
+    """Run a statement that sets `status` in a fresh process: peak resident bytes (VmHWM), seconds, what it printed."""
+    command = [sys.executable, "-c", MEASURED.format(statement=statement)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = re.search(r"^measured (\S+) (\d+) (\S+)$", result.stdout, re.MULTILINE)
+    if found is None or found[1] != "0":
+        raise SystemExit(f"failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return int(found[2]), float(found[3]), result.stdout
+
+
+def largest_difference(base: Path, lora: Path, output: Path, eva_clip: bool) -> tuple[float, int]:
+    """Of the file from base + (1 / 64) B A in double precision, over all its tensors; and how many there are."""
+    factors, worst, count = torch.load(lora, weights_only=True), 0.0, 0
+    with safetensors.safe_open(output, "pt") as new, safetensors.safe_open(base, "pt") as old:
+        for key in new.keys():
+            source = key.replace("visual.trunk.", "visual.") if eva_clip else key
+            expected, found, count = old.get_tensor(source), new.get_tensor(key), count + 1
+            block = re.fullmatch(r"visual\.trunk\.(blocks\.\d+\.attn\.qkv)\.weight", key)
+            if block:
+                width, expected = expected.shape[1], expected.double()
+                a, b = (factors[f"visual.{block[1]}.lora_{kind}"].double() for kind in "AB")
+                expected[:width] += b[:width] @ a[:RANK] / RANK
+                expected[2 * width :] += b[width:] @ a[RANK:] / RANK
+            worst = max(worst, (found.double() - expected).abs().max().item() if block else 0.0)
+            if not block and not torch.equal(found, expected):
+                raise SystemExit(f"{key} differs from the base's")
+    return worst, count
+
+
+def export(arguments: argparse.Namespace) -> dict:
+    """Draw a base and a LoRA file, merge them by tools/export_backbone.py's own function, and compare."""
+    folder = arguments.folder
+    drawn, lora, output = (
+        folder / "drawn.safetensors",
+        folder / "eva_x_lora_5000.pt",
+        folder / "out" / "f.safetensors",
+    )
+    draw_base(arguments.name, drawn, arguments.eva_clip)
+    draw_lora(arguments.name, lora)
+    base = drawn
+    if arguments.pt:
+        base = folder / "base.pt"
+        torch.save(safetensors.torch.load_file(drawn), base)
+    words = ["--weights", lora, "--format", "open_clip", "--output", output]
+    words += (["--verify"] if arguments.verify else []) + ["MODEL.CLIP_VIT.PRETRAINED", base]
+    peak, seconds, _ = measured(
+        f"from visft.engine import export_backbone\nstatus = export_backbone.main({[str(w) for w in words]!r})"
+    )
+    size = output.stat().st_size
+    worst, count = largest_difference(drawn, lora, output, arguments.eva_clip)
+    return {
+        "base": base.suffix,
+        "file_gb": round(size / 1e9, 2),
+        "tensors": count,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak / 1e9, 2),
+        "peak_over_file": round(peak / size, 3),
+        "largest_difference": worst,
+    }
+
+
+def step(arguments: argparse.Namespace) -> dict:
+    """Stage `lora` of the authors' recipe for a few iterations on rendered scenes, on the CPU in float32."""
+    data = dataset.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
+    keys = {
+        "OUTPUT_DIR": arguments.folder / "run",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.CLIP_VIT.NAME": arguments.name,
+        "MODEL.CLIP_VIT.PRETRAINED": "",
+        "MODEL.CLIP_VIT.FROZEN_DTYPE": "",
+        "VISFT.DATA.TRAIN_JSON": data.instances("train"),
+        "VISFT.DATA.TRAIN_IMAGES": data.images("train"),
+        "DATASETS.TEST": (),
+        "INPUT.MASK_FORMAT": "bitmask",
+        "VISFT.INPUT.AUGMENTATION": "fixed",
+        "VISFT.INPUT.SIZE": arguments.size,
+        "DATALOADER.NUM_WORKERS": 0,
+        "VISFT.STAGES": ("lora",),
+        "VISFT.EXPORT": (),
+        "VISFT.SOLVER.LORA.AMP": "",
+        "VISFT.SOLVER.LORA.IMS_PER_BATCH": 1,
+        "VISFT.SOLVER.LORA.MAX_ITER": arguments.iterations,
+        "VISFT.SOLVER.LORA.WARMUP_ITERS": 0,
+    }
+    words = [
+        "--config-file",
+        ROOT / "configs" / "visft_eva_g.yaml",
+        *[w for pair in keys.items() for w in pair],
+    ]
+    words = [str(word) for word in words]
+    peak, seconds, _ = measured(f"from visft.engine import launch\nstatus = launch.main({words!r})")
+    metrics = next((arguments.folder / "run").rglob("metrics.json")).read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    losses = [line["total_loss"] for line in lines if "total_loss" in line]
+    times = [line["time"] for line in lines if "time" in line]
+    return {
+        "pixels": arguments.size,
+        "iterations": arguments.iterations,
+        "seconds_an_iteration": round(times[-1], 1),
+        "losses": [round(loss, 3) for loss in losses],
+        "peak_gb": round(peak / 1e9, 2),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("export", "step"))
+    parser.add_argument(
+        "--name", default="EVA01-g-14", help="an architecture of open_clip with a tower like the authors'"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="new or empty, on a disk with space")
+    parser.add_argument(
+        "--pt", action="store_true", help="export: the base as PyTorch's file (needs the space again)"
+    )
+    parser.add_argument("--eva-clip", action="store_true", help="export: the base under EVA-CLIP's names")
+    parser.add_argument(
+        "--verify", action="store_true", help="export: reopened in open_clip, which needs the memory"
+    )
+    parser.add_argument("--iterations", type=int, default=3, help="step: how many")
+    parser.add_argument("--size", type=int, default=224, help="step: side of the pictures in pixels")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    arguments.folder = arguments.folder.absolute()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if any(arguments.folder.iterdir()):
+        raise SystemExit(f"{arguments.folder} is not empty")
+    start = time.perf_counter()
+    try:
+        found = export(arguments) if arguments.what == "export" else step(arguments)
+    finally:
+        shutil.rmtree(arguments.folder)
+    about = {
+        "what": arguments.what,
+        "name": arguments.name,
+        **found,
+        "all_seconds": round(time.perf_counter() - start),
+    }
+    about |= {
+        "torch": torch.__version__,
+        "threads": os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()),
+    }
+    print(json.dumps(about))
+
+
+if __name__ == "__main__":
+    main()
