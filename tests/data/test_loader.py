@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from visft.data import PictureError, ViSFTMapper, build_test_loader, build_train_loader
+from visft.data import PictureError, ViSFTMapper, build_test_loader, build_train_loader, register_own_data
 from visft.data.loader import TrainLoader, load_records
 from visft.errors import ConfigError, DataError
 
@@ -180,10 +180,9 @@ def test_data_sets_are_checked_by_the_loader_too(cfg, coco) -> None:
 
 
 def test_captions_that_are_broken(cfg, tmp_path) -> None:
-    from detectron2.data import MetadataCatalog
-
     path = tmp_path / "captions.json"
-    MetadataCatalog.get("visft_own_train").caption_json = str(path)
+    cfg.VISFT.DATA.TRAIN_CAPTIONS = str(path)
+    register_own_data(cfg)
     path.write_text('{"annotations": [{"id": 3, "image_id": 1}]}')
     with pytest.raises(DataError, match="annotation 3 is no caption"):
         build_train_loader(cfg, batch_size=1, seed=0)

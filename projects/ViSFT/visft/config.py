@@ -56,6 +56,9 @@ def _add_heads(cfg: CN) -> None:
     visft.HEADS = ("detection", "segmentation")
     # A factor on all losses of a head, in the order of HEADS; (): 1 for each.
     visft.LOSS_WEIGHTS = ()
+    # Stage `lora`: bring the gradients that the heads send into the shared features to one norm, their mean, at each
+    # batch. Heads share nothing that trains in stage `heads`, where it changes nothing.
+    visft.BALANCE_GRADIENTS = False
     # Weight files that the heads start from, ours or the authors'; (): fresh heads.
     visft.HEAD_FILES = ()
 
@@ -119,12 +122,46 @@ def _add_heads(cfg: CN) -> None:
     seg.OVERSAMPLE_RATIO = 3.0
     seg.IMPORTANCE_RATIO = 0.75
 
+    visft.CAPTIONING = cap = CN()
+    # CaptionHead (LSTM with soft attention, the authors'), or TransformerCaptionHead.
+    cap.HEAD = "CaptionHead"
+    # File of the words, as tools/build_vocabulary.py writes it, or the authors' word map. "": the run's own
+    # (vocabulary.json in its OUTPUT_DIR), which training builds from the captions of DATASETS.TRAIN.
+    cap.VOCABULARY = ""
+    # How often a word must occur in these captions to get into the vocabulary.
+    cap.MIN_WORD_COUNT = 5
+    # Most words of a caption; longer ones are cut in training.
+    cap.MAX_LENGTH = 30
+    # Captions that inference follows at a time; 1: the most probable word at each step.
+    cap.BEAM_SIZE = 3
+    # The feature map is averaged to GRID x GRID cells.
+    cap.GRID = 14
+    # Width of a word (TransformerCaptionHead: of everything but its MLPs).
+    cap.EMBEDDING_DIM = 384
+    # Before the words' scores (TransformerCaptionHead: in every layer; 0.1 is usual there).
+    cap.DROPOUT = 0.5
+    # CaptionHead alone: width of its attention, width of its state, weight of the doubly stochastic regulariser.
+    cap.ATTENTION_DIM = 384
+    cap.HIDDEN_DIM = 384
+    cap.ATTENTION_WEIGHT = 1.0
+    # TransformerCaptionHead alone.
+    cap.NUM_LAYERS = 3
+    cap.NUM_ATTENTION_HEADS = 8
+    cap.FEEDFORWARD_DIM = 1024
+
 
 def _add_run(cfg: CN) -> None:
     cfg.VISFT = run = CN()
     # Stages that tools/train_net.py runs, in this order. `heads`: the tower is frozen, the heads train. `lora`: the
     # heads are frozen, LoRA in the tower trains. A stock trainer runs the first of them with SOLVER.*.
     run.STAGES = ("heads", "lora")
+    # `joint`: the pictures of an iteration pass the tower once and feed every head whose labels they carry. `ratio`: an
+    # iteration draws one task, and feeds its head alone, from pictures with its labels (the authors').
+    run.TASK_MIXING = "joint"
+    # With `ratio`: how often each task is drawn, in the order of MODEL.VISFT.HEADS, in any unit; (): equally often.
+    run.TASK_RATIOS = ()
+    # With `ratio`: what a task has of its own, by its head. A head without a node here has the common values.
+    run.TASKS = CN({"DETECTION": task(), "SEGMENTATION": task(), "CAPTIONING": task()})
     # What computes the heads' average precision: `faster-coco-eval`, `pycocotools` (on LVIS: the lvis package), or
     # `auto`: the former where it is installed. The figures are the same.
     run.COCO_METRIC = "auto"
@@ -137,6 +174,10 @@ def _add_run(cfg: CN) -> None:
     data.TRAIN_IMAGES = ""
     data.TEST_JSON = ""
     data.TEST_IMAGES = ""
+    # Captions of their pictures, files in the format of COCO's captions_*.json; "": none. Captions and IMAGES without
+    # JSON make a data set of captions alone.
+    data.TRAIN_CAPTIONS = ""
+    data.TEST_CAPTIONS = ""
 
     # How training pictures are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
     # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop).
@@ -158,6 +199,17 @@ def _add_run(cfg: CN) -> None:
 
     # Skip pictures that do not decode, with a count, instead of stopping at the first.
     cfg.DATALOADER.SKIP_BROKEN = False
+
+
+def task() -> CN:
+    """Keys of a task (`VISFT.TASKS.<HEAD>`): 0, "" and () stand for the common value, named in brackets."""
+    node = CN()
+    node.IMS_PER_BATCH = 0  # over all processes, in both stages (VISFT.SOLVER.<STAGE>.IMS_PER_BATCH)
+    node.AUGMENTATION = ""  # (VISFT.INPUT.AUGMENTATION)
+    node.SIZE = 0  # of `lsj` and `fixed` (VISFT.INPUT.SIZE)
+    node.MIN_SIZE_TRAIN = ()  # of `detection` (INPUT.MIN_SIZE_TRAIN)
+    node.MAX_SIZE_TRAIN = 0  # of `detection` (INPUT.MAX_SIZE_TRAIN)
+    return node
 
 
 def _solver(base_lr: float, max_iter: int) -> CN:

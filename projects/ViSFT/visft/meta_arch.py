@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
-from .heads import build_head, rcnn  # noqa: F401  (registers RCNNHead)
+from .gradient_balance import balanced_copies
+from .heads import Caption, build_head, rcnn  # noqa: F401  (registers RCNNHead)
 
 STAGES = ("heads", "lora")
 
@@ -27,7 +28,8 @@ class ViSFT(nn.Module):
     """Several heads over one map of features.
 
     In training mode, `forward` returns `{"detection/loss_ce": ..., ...}`, weighted scalars to be summed; in evaluation
-    mode a list of `{"instances": Instances, "detection": ..., "segmentation": ...}`, one for each picture.
+    mode a list of `{"instances": Instances, "detection": ..., "segmentation": ..., "captioning": str, "caption": str}`,
+    one for each picture.
 
     Attributes:
         backbone: the tower.
@@ -43,6 +45,7 @@ class ViSFT(nn.Module):
         backbone: Backbone,
         heads: Mapping[str, nn.Module],
         loss_weights: Sequence[float] = (),
+        balance_gradients: bool = False,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         stage: str = "heads",
@@ -52,6 +55,8 @@ class ViSFT(nn.Module):
             backbone: maps normalised pictures `[N, 3, H, W]` to one map, as CLIPViT does.
             heads: `VisftHead`s by name.
             loss_weights: a factor on all losses of a head, in the order of `heads`; (): 1 for each.
+            balance_gradients: in stage `lora`, bring the heads' gradients on the features to one norm, times their
+                loss weights (see `balanced_copies`).
             pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
             stage: `heads` or `lora`.
 
@@ -67,6 +72,7 @@ class ViSFT(nn.Module):
         self.backbone = backbone
         self.feature = map_name(backbone)
         self.heads = nn.ModuleDict(heads)
+        self.balance_gradients = balance_gradients
         self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
         for name, given in (("mean", pixel_mean), ("std", pixel_std)):
             value = self._pixel_values(name, given)
@@ -106,6 +112,7 @@ class ViSFT(nn.Module):
             "backbone": backbone,
             "heads": heads,
             "loss_weights": tuple(node.LOSS_WEIGHTS),
+            "balance_gradients": node.BALANCE_GRADIENTS,
             "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
             "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
             "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
@@ -152,7 +159,8 @@ class ViSFT(nn.Module):
 
         Args:
             batched_inputs: for each picture `image` (RGB, uint8 or float `[3, H, W]`, 0..255), in training what its
-                heads need (`instances`), and optionally `height` and `width` of the original picture (pixels).
+                heads need (`instances`), and optionally `height` and `width` of the original picture (pixels), and
+                `task`: the one head that learns from it.
         """
         return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
 
@@ -163,22 +171,29 @@ class ViSFT(nn.Module):
         its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
         """
         labelled = {
-            name: [i for i, image in enumerate(batched_inputs) if head.has_labels(image)]
+            name: [
+                i
+                for i, image in enumerate(batched_inputs)
+                if image.get("task", name) == name and head.has_labels(image)
+            ]
             for name, head in self.heads.items()
         }
         normalizers, holders = self._count(batched_inputs, labelled)
         union = sorted({i for rows in labelled.values() for i in rows})
         losses: dict[str, Tensor] = {}
+        balanced = {name: self.loss_weights[name] for name, processes in holders.items() if processes}
+        balance = self.balance_gradients and self.stage == "lora" and len(balanced) > 1
         if union:
             images = [batched_inputs[i] for i in union]
             features, padding_mask, image_sizes, padded_size = self.extract(images)
+            maps = balanced_copies(features, balanced) if balance else dict.fromkeys(self.heads, features)
             for name, head in self.heads.items():
                 rows = [union.index(i) for i in labelled[name]]
                 if not rows:
                     continue
                 everything = len(rows) == len(union)
                 own = head.losses(
-                    features if everything else features[rows],
+                    maps[name] if everything else maps[name][rows],
                     padding_mask if everything else padding_mask[rows],
                     [images[i] for i in rows],
                     [image_sizes[i] for i in rows],
@@ -188,13 +203,19 @@ class ViSFT(nn.Module):
                 losses.update(
                     {f"{name}/{key}": self.loss_weights[name] * value for key, value in own.items()}
                 )
-        return self._complete(losses, labelled, holders)
+        losses = self._complete(losses, labelled, holders)
+        if balance and not union:
+            # The other processes wait for this one's norms, in their backward pass.
+            idle = balanced_copies(self.pixel_mean.new_zeros((), requires_grad=True), balanced)
+            first = next(iter(losses))
+            losses[first] = losses[first] + sum(idle.values())
+        return losses
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """What each head predicts, in coordinates of the original pictures, under its name.
 
         `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
-        else of the first that predicts boxes.
+        else of the first that predicts boxes. `caption` is what the first caption head says.
         """
         features, padding_mask, image_sizes, padded_size = self.extract(batched_inputs)
         sizes = zip(batched_inputs, image_sizes, strict=True)
@@ -209,6 +230,9 @@ class ViSFT(nn.Module):
             masks = [output for output in detections if output.has("pred_masks")]
             if detections:
                 result["instances"] = masks[-1] if masks else detections[0]
+            captions = [output for output in result.values() if isinstance(output, Caption)]
+            if captions:
+                result["caption"] = captions[0]
         return results
 
     def extract(self, images: list[dict]) -> tuple[Tensor, Tensor, list[tuple[int, int]], tuple[int, int]]:

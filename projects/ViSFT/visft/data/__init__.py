@@ -1,18 +1,23 @@
 """Data: COCO files checked before training, mappers, deterministic loaders, the demo world."""
 
-from visft.data.coco import check_data_set, check_registered, register_coco_captions, register_own_data
+from visft.data.captions import register_coco_captions
+from visft.data.coco import check_data_set, check_registered, register_own_data
 from visft.data.images import PictureError, read_rgb
 from visft.data.loader import build_test_loader, build_train_loader
 from visft.data.mappers import ViSFTMapper, build_test_mapper
+from visft.data.mixing import LabelledPictures, build_stage_loader, load_labelled
 
 __all__ = [
+    "LabelledPictures",
     "PictureError",
     "ViSFTMapper",
+    "build_stage_loader",
     "build_test_loader",
     "build_test_mapper",
     "build_train_loader",
     "check_data_set",
     "check_registered",
+    "load_labelled",
     "read_rgb",
     "register_all",
     "register_own_data",

@@ -7,6 +7,7 @@ positions k * batch_size to (k + 1) * batch_size, of which each process takes it
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import random
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList
-from detectron2.data.build import filter_images_with_only_crowd_annotations, trivial_batch_collator
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from visft.data.coco import captions_of, check_registered
+from visft.data.captions import captions_of
+from visft.data.coco import check_registered
 from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
 from visft.errors import ConfigError, DataError, VisftError
@@ -30,13 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_train_loader(
-    cfg: CfgNode, *, batch_size: int, start_iteration: int = 0, seed: int
+    cfg: CfgNode, *, records: Dataset | None = None, batch_size: int, start_iteration: int = 0, seed: int
 ) -> "TrainLoader":
     """The endless training stream of `DATASETS.TRAIN`, from one iteration on.
 
     Args:
         cfg: reads DATASETS.TRAIN, DATALOADER.{NUM_WORKERS, FILTER_EMPTY_ANNOTATIONS, SKIP_BROKEN}, INPUT and
             VISFT.INPUT.
+        records: dataset dicts as `load_records` makes them; None: all of `DATASETS.TRAIN`.
         batch_size: pictures an iteration over all processes, as `IMS_PER_BATCH`.
         start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
         seed: must be the same in all processes, and the same after a restart.
@@ -45,16 +48,17 @@ def build_train_loader(
         ConfigError: the processes cannot share `batch_size` evenly.
         DataError: a data set is broken (see `check_registered`), or nothing is left of it.
     """
-    records = load_records(
-        tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    if records is None:
+        records = load_records(
+            tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
     return TrainLoader(
         records,
         ViSFTMapper(cfg, is_train=True),
         batch_size=batch_size,
         start_iteration=start_iteration,
         seed=seed,
-        num_workers=_num_workers(cfg),
+        num_workers=num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -68,7 +72,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     return TestLoader(
         load_records((dataset_name,), train=False),
         build_test_mapper(cfg),
-        num_workers=_num_workers(cfg),
+        num_workers=num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -79,7 +83,7 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
     Args:
         names: names in detectron2's DatasetCatalog.
         train: whether to check for what training needs; else for what evaluation needs.
-        filter_empty: drop pictures without an annotation that is no crowd.
+        filter_empty: drop pictures without an annotation that is no crowd; of one with captions, only the annotations.
     """
     records: list[dict] = []
     for name in names:
@@ -89,10 +93,15 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
             captions = captions_of(name)
             has_masks = any("segmentation" in a for r in found for a in r.get("annotations", ()))
             found = [
-                r | {"has_masks": has_masks, "captions": captions.get(r.get("image_id"), [])} for r in found
+                r
+                | {
+                    "has_masks": has_masks,
+                    "captions": captions.get(r.get("image_id")) or r.get("captions") or [],
+                }
+                for r in found
             ]
-            if filter_empty and any("annotations" in r for r in found):
-                found = filter_images_with_only_crowd_annotations(found)
+            if filter_empty:
+                found = _without_empty(found, name)
         records += found
     if not records:
         raise DataError(
@@ -101,22 +110,104 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
     return records
 
 
-def _num_workers(cfg: CfgNode) -> int:
+def _without_empty(records: list[dict], name: str) -> list[dict]:
+    def empty(record: dict) -> bool:
+        return "annotations" in record and all(a.get("iscrowd", 0) for a in record["annotations"])
+
+    kept = [
+        {key: value for key, value in record.items() if key != "annotations"} if empty(record) else record
+        for record in records
+        if record["captions"] or not empty(record)
+    ]
+    dropped, bare = len(records) - len(kept), sum(empty(record) for record in records)
+    if bare:
+        logger.info(
+            "%s: %d of %d pictures have nothing but crowds annotated; %d are left out, the others have captions",
+            name,
+            bare,
+            len(records),
+            dropped,
+        )
+    return kept
+
+
+def derived_seed(seed: int, word: str) -> int:
+    """A seed for one use of a seed, such as a stage: streams of different uses are independent."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {word}".encode(), digest_size=6).digest(), "little")
+
+
+def share_of(batch_size: int, world_size: int, key: str) -> int:
+    """Pictures a process of a batch.
+
+    Raises:
+        ConfigError: the processes cannot share it evenly; names the config key.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ConfigError(
+            f"{key} is {batch_size}, which {world_size} processes cannot share evenly; "
+            f"expected a multiple of {world_size}"
+        )
+    return batch_size // world_size
+
+
+def num_workers(cfg: CfgNode) -> int:
+    """Worker processes of a loader: DATALOADER.NUM_WORKERS, or as many as there are processors."""
     # More than there are processors only wait for one another, and torch warns of them; the batches are the same.
     return min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
 
 
-class TrainLoader:
-    """Iterator over batches, each a list of mapped dicts. See the module for how batches are made.
+class PictureCounts:
+    """What a loader's stream has seen: epochs, and pictures that were replaced because they do not decode.
+
+    Args:
+        num_records: pictures an epoch.
+        batch_size: over all processes.
+        batches: that were delivered before.
+        task: named in messages, where there are several streams.
 
     Attributes:
-        skipped: the pictures that did not decode, with how often they were replaced (by `skip_broken`) so far in this
-            process.
+        skipped: the pictures that did not decode, with how often they were replaced.
     """
+
+    def __init__(self, num_records: int, batch_size: int, batches: int, task: str = ""):
+        self.skipped: dict[str, int] = {}
+        self._num_records, self._batch_size, self._batches = num_records, batch_size, batches
+        self._task = f"{task}: " if task else ""
+        self._skipped_in_epoch = 0
+
+    def see(self, batch: list) -> None:
+        """Count a batch; what `Samples` left in it for the loader is taken out.
+
+        Raises:
+            VisftError: the one that stands in the place of a sample.
+        """
+        for sample in batch:
+            if isinstance(sample, VisftError):
+                raise sample
+            for file_name in sample.pop("skipped", ()):
+                self.skipped[file_name] = self.skipped.get(file_name, 0) + 1
+                self._skipped_in_epoch += 1
+        self._batches += 1
+        epochs_before, epochs_now = (
+            i * self._batch_size // self._num_records for i in (self._batches - 1, self._batches)
+        )
+        if epochs_now > epochs_before and self._skipped_in_epoch:
+            logger.warning(
+                "%sEpoch %d: %d times a picture that does not decode was replaced by another, the first is %s",
+                self._task,
+                epochs_now,
+                self._skipped_in_epoch,
+                next(iter(self.skipped)),
+            )
+            self._skipped_in_epoch = 0
+
+
+class TrainLoader:
+    """Iterator over batches, each a list of mapped dicts. See the module for how batches are made."""
 
     def __init__(
         self,
-        records: list[dict],
+        records: list[dict] | Dataset,
         mapper: Callable[[dict], dict],
         *,
         batch_size: int,
@@ -129,7 +220,7 @@ class TrainLoader:
     ):
         """
         Args:
-            records: detectron2 dataset dicts.
+            records: detectron2 dataset dicts; as a list they are packed, so that workers share their memory.
             mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
             batch_size: over all processes.
             skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
@@ -137,27 +228,26 @@ class TrainLoader:
         """
         rank = comm.get_rank() if rank is None else rank
         world_size = comm.get_world_size() if world_size is None else world_size
-        if batch_size < 1 or batch_size % world_size:
-            raise ConfigError(
-                f"IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share evenly; "
-                f"expected a multiple of {world_size}"
-            )
-        self.skipped: dict[str, int] = {}
-        self._skipped_in_epoch = 0
-        self._iteration = start_iteration
-        self._batch_size = batch_size
-        self._num_records = len(records)
-        share = batch_size // world_size
+        share = share_of(batch_size, world_size, "IMS_PER_BATCH")
+        if isinstance(records, list):
+            records = DatasetFromList(records, copy=False)
+        self._counts = PictureCounts(len(records), batch_size, start_iteration)
         self._loader = DataLoader(
-            _Samples(DatasetFromList(records, copy=False), mapper, seed=seed, skip_broken=skip_broken),
-            batch_sampler=_Positions(
+            Samples(records, mapper, seed=seed, skip_broken=skip_broken),
+            batch_sampler=Positions(
                 len(records), seed, start_iteration * batch_size + rank * share, share, batch_size
             ),
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
-            generator=_own_generator(),
+            generator=own_generator(),
         )
         self._batches: Iterator | None = None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """The pictures that did not decode, with how often they were replaced (by `skip_broken`) so far in this
+        process."""
+        return self._counts.skipped
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -166,24 +256,7 @@ class TrainLoader:
         if self._batches is None:
             self._batches = iter(self._loader)
         batch = next(self._batches)
-        for sample in batch:
-            if isinstance(sample, VisftError):
-                raise sample
-            for file_name in sample.pop("skipped", ()):
-                self.skipped[file_name] = self.skipped.get(file_name, 0) + 1
-                self._skipped_in_epoch += 1
-        self._iteration += 1
-        epochs_before, epochs_now = (
-            i * self._batch_size // self._num_records for i in (self._iteration - 1, self._iteration)
-        )
-        if epochs_now > epochs_before and self._skipped_in_epoch:
-            logger.warning(
-                "Epoch %d: %d times a picture that does not decode was replaced by another, the first is %s",
-                epochs_now,
-                self._skipped_in_epoch,
-                next(iter(self.skipped)),
-            )
-            self._skipped_in_epoch = 0
+        self._counts.see(batch)
         return batch
 
 
@@ -206,7 +279,7 @@ class TestLoader:
             sampler=InferenceSampler(len(records)),
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
-            generator=_own_generator(),
+            generator=own_generator(),
         )
 
     def __len__(self) -> int:
@@ -231,8 +304,14 @@ class TestLoader:
             )
 
 
-class _Positions:
-    """Batch sampler: lists of (position in the stream, index of the record)."""
+class Positions:
+    """Batch sampler: lists of (position in the stream, index of the record).
+
+    Args:
+        num_records: pictures an epoch. seed: of the order.
+        start: position of this process's first picture.
+        share: pictures a batch in this process. stride: in all processes.
+    """
 
     def __init__(self, num_records: int, seed: int, start: int, share: int, stride: int):
         self.num_records, self.seed = num_records, seed
@@ -249,14 +328,14 @@ class _Positions:
         return int(_permutation(self.num_records, self.seed, epoch)[offset])
 
 
-@functools.lru_cache(maxsize=2)  # a batch may span the end of an epoch
+@functools.lru_cache(maxsize=16)  # several streams; and a batch may span the end of an epoch
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(length)
 
 
-class _Samples(Dataset):
-    """Maps records. What is wrong with the data is returned, not raised: a worker process would bury the sentence in
-    its own traceback."""
+class Samples(Dataset):
+    """Maps records by (position, index), as `Positions` gives them. What is wrong with the data is returned, not
+    raised: a worker process would bury the sentence in its own traceback."""
 
     def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int, skip_broken: bool):
         self.records, self.mapper = records, mapper
@@ -319,7 +398,7 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def _own_generator() -> torch.Generator:
+def own_generator() -> torch.Generator:
     """For DataLoader, which else draws from torch's global generator whenever it starts, so that a resumed run (which
     starts loaders at other moments) would go another way."""
     return torch.Generator().manual_seed(0)

@@ -11,7 +11,9 @@ from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import export, files, load
 from visft.data import check_data_set, register_own_data
+from visft.engine import vocabulary
 from visft.engine.settings import unknown
+from visft.engine.task_checks import check_tasks
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY
@@ -40,6 +42,8 @@ def check(
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _visft_names(cfg, processes)
     _data_sets(cfg, train, test)
+    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+        vocabulary.check(cfg, train=train)
     _weight_files(cfg)
 
 
@@ -150,6 +154,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
         _solver(cfg, stage, processes)
     if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
         raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
+    check_tasks(cfg, processes)
     _exports(cfg)
     is_fast(cfg.VISFT.COCO_METRIC)
     _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))

@@ -1,12 +1,13 @@
 """A whole run: stage heads, stage lora, export, report; each part continued or skipped by --resume."""
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -19,12 +20,14 @@ from torch import nn
 
 from visft.checkpoint import files, load
 from visft.checkpoint.run import RunCheckpointer
-from visft.data import build_train_loader
+from visft.data import LabelledPictures, build_stage_loader, load_labelled
 from visft.engine import evaluate, exporting, report, zero_shot
 from visft.engine.feature_cache import cached_features
 from visft.engine.hooks import Checkpoints, LearningRate, Writers
 from visft.engine.optim import build_optimizer, learning_rate
 from visft.engine.trainer import StageTrainer, seed_iteration
+from visft.engine.vocabulary import FILE as VOCABULARY_FILE
+from visft.engine.vocabulary import with_vocabulary, words_of
 from visft.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ _LEFT_BY_A_RUN = (
     "predictions",
     "export",
     "inference",
+    VOCABULARY_FILE,
 )
 
 
@@ -51,11 +55,16 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """
     folder = Path(cfg.OUTPUT_DIR)
     state = _start(cfg, folder, resume=args.resume)
+    cfg = with_vocabulary(cfg, folder)
     model = initial_model(cfg, state.seed)
+    has_labels = {name: head.has_labels for name, head in model.heads.items()}
+    pictures = functools.cache(lambda: load_labelled(cfg, has_labels))
+    if not state.evaluations:
+        pictures()  # data without labels for a head stops the run before anything is computed
     if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:
         state.evaluate("start", cfg, model)
     for stage in cfg.VISFT.STAGES:
-        _run_stage(cfg, model, stage, state)
+        _run_stage(cfg, model, stage, state, pictures)
     _require_heads(cfg, folder)
     _finish(cfg, model, folder, state)
     return state.evaluations
@@ -64,6 +73,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     """Evaluate MODEL.WEIGHTS, or with --resume what the run in OUTPUT_DIR has reached; returns the figures."""
     _loggers(Path(cfg.OUTPUT_DIR))
+    cfg = with_vocabulary(cfg)
     model = initial_model(cfg, run_seed(cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS, cfg.SEED))
     if args.resume:
         load_run(cfg, model, cfg.OUTPUT_DIR)
@@ -177,7 +187,9 @@ def _set_earlier_run_aside(folder: Path) -> None:
     logger.info("moved an earlier run's files to %s (--resume would have continued it)", target)
 
 
-def _run_stage(cfg: CfgNode, model: nn.Module, stage: str, state: _State) -> None:
+def _run_stage(
+    cfg: CfgNode, model: nn.Module, stage: str, state: _State, pictures: Callable[[], LabelledPictures]
+) -> None:
     solver = cfg.VISFT.SOLVER[stage.upper()]
     folder = state.folder / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +218,8 @@ def _run_stage(cfg: CfgNode, model: nn.Module, stage: str, state: _State) -> Non
     _share_weights(model)
     if start < solver.MAX_ITER:
         logger.info("stage %s: iterations %d to %d", stage, start, solver.MAX_ITER)
-        trainer.batches = _batches(cfg, stage, start * solver.ACCUMULATE, state.seed)
+        loader = build_stage_loader(cfg, stage, pictures(), start_iteration=start, seed=state.seed)
+        trainer.batches = iter(loader)
     else:
         logger.info("stage %s: finished before", stage)
 
@@ -242,13 +255,6 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
     return made + [Writers(_writers(folder, solver.MAX_ITER))] if comm.is_main_process() else made
 
 
-def _batches(cfg: CfgNode, stage: str, start: int, seed: int):
-    solver = cfg.VISFT.SOLVER[stage.upper()]
-    # Each stage has its own order of pictures.
-    seed = int.from_bytes(hashlib.blake2b(f"{seed} {stage}".encode(), digest_size=6).digest(), "little")
-    return iter(build_train_loader(cfg, batch_size=solver.IMS_PER_BATCH, start_iteration=start, seed=seed))
-
-
 def _writers(folder: Path, max_iter: int) -> list:
     return [
         CommonMetricPrinter(max_iter),
@@ -261,6 +267,8 @@ def _settings(cfg: CfgNode, stage: str) -> dict:
     """What explains a checkpoint's weights to a reader without the config."""
     lora = cfg.MODEL.LORA
     settings = {"seed": cfg.SEED, "config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
+    if stage == "heads" and (words := words_of(cfg)):
+        settings["vocabulary"] = words
     if stage == "lora":
         settings["lora"] = {
             "rank": lora.RANK,
@@ -295,7 +303,7 @@ def _figures(cfg: CfgNode, model: nn.Module, with_zero_shot: bool = True) -> dic
 
 
 def _log_figures(step: str, figures: Mapping[str, float]) -> None:
-    shown = {name: value for name, value in figures.items() if name.endswith(("/AP", "/AP50", "/top1"))}
+    shown = {name: value for name, value in figures.items() if name.endswith(("/AP", "/AP50", "/top1", "/CIDEr"))}
     logger.info("%s: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in shown.items()))
 
 

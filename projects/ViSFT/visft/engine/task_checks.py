@@ -1,0 +1,71 @@
+"""What is checked of the mixing of tasks before anything is built."""
+
+import math
+
+from detectron2.config import CfgNode
+
+from visft.engine.settings import unknown
+from visft.errors import ConfigError
+
+MIXINGS = ("joint", "ratio")
+RECIPES = ("detection", "lsj", "fixed")
+
+
+def check_tasks(cfg: CfgNode, processes: int) -> None:
+    """Check VISFT.TASK_MIXING, TASK_RATIOS and TASKS against MODEL.VISFT.HEADS and the number of processes.
+
+    Raises:
+        ConfigError: the first that is wrong.
+    """
+    run, heads = cfg.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
+    if run.TASK_MIXING not in MIXINGS:
+        raise unknown("VISFT.TASK_MIXING", run.TASK_MIXING, MIXINGS)
+    _ratios(tuple(run.TASK_RATIOS), heads)
+    if cfg.MODEL.VISFT.BALANCE_GRADIENTS and run.TASK_MIXING == "ratio":
+        raise ConfigError(
+            "MODEL.VISFT.BALANCE_GRADIENTS is True, but VISFT.TASK_MIXING is `ratio`, whose iterations have one head "
+            "each and nothing to balance; set TASK_MIXING to joint, or weigh the tasks by VISFT.TASK_RATIOS"
+        )
+    for head in heads:
+        node = run.TASKS.get(head.upper())
+        if node is not None:
+            _task(f"VISFT.TASKS.{head.upper()}", node, run.INPUT.AUGMENTATION, processes)
+
+
+def _ratios(ratios: tuple, heads: tuple[str, ...]) -> None:
+    key = "VISFT.TASK_RATIOS"
+    if ratios and len(ratios) != len(heads):
+        raise ConfigError(
+            f"{key} has {len(ratios)} numbers for the {len(heads)} heads {', '.join(heads)}; expected one for each of "
+            "MODEL.VISFT.HEADS, in their order, or ()"
+        )
+    for head, ratio in zip(heads, ratios, strict=False):
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+            raise ConfigError(
+                f"{key} gives {head} {ratio!r}; expected a number above 0 (a task that is never drawn is left out of "
+                "MODEL.VISFT.HEADS)"
+            )
+
+
+def _task(key: str, node: CfgNode, common: str, processes: int) -> None:
+    if node.AUGMENTATION and node.AUGMENTATION not in RECIPES:
+        raise unknown(f"{key}.AUGMENTATION", node.AUGMENTATION, RECIPES)
+    for name in ("IMS_PER_BATCH", "SIZE", "MAX_SIZE_TRAIN"):
+        if node[name] < 0:
+            raise ConfigError(f"{key}.{name} is {node[name]}; expected 0 (the common one) or a number above")
+    if any(not isinstance(size, int) or size < 1 for size in node.MIN_SIZE_TRAIN):
+        raise ConfigError(
+            f"{key}.MIN_SIZE_TRAIN is {tuple(node.MIN_SIZE_TRAIN)}; expected lengths in pixels, or ()"
+        )
+    if node.IMS_PER_BATCH % processes:
+        raise ConfigError(
+            f"{key}.IMS_PER_BATCH is {node.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
+        )
+    recipe = node.AUGMENTATION or common
+    unread = ("SIZE",) if recipe == "detection" else ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN")
+    for name in unread:
+        if node[name]:
+            other = "MIN_SIZE_TRAIN and MAX_SIZE_TRAIN" if recipe == "detection" else "SIZE"
+            raise ConfigError(
+                f"{key}.{name} is {node[name]}, which the augmentation `{recipe}` does not read; its sizes are {other}"
+            )
