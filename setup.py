@@ -46,6 +46,7 @@ setup(
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
             "checkpoint/readers/*.py",  # run as scripts, in processes without visft
+            "data/*.txt",
             "data/demo_world/*.json",
             "data/demo_world/weights/*",
         ]

@@ -25,8 +25,11 @@ __all__ = [
 
 
 def register_all() -> None:
-    """Register the demo world, and where COCO's captions are, in detectron2's catalogs. Reads no file."""
+    """Register the demo world, Objects365, and where COCO's captions are, in detectron2's catalogs. Reads no
+    annotations."""
     from visft.data.demo_world.dataset import register_all as register_demo_world
+    from visft.data.objects365 import register_objects365
 
     register_demo_world()
+    register_objects365()
     register_coco_captions()

@@ -3,16 +3,29 @@
 import difflib
 import functools
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from visft.data.captions import load_captioned
-from visft.data.coco_json import entries_of, name_of, read_json
+from visft.data.coco_json import (
+    are_numbers,
+    entries_of,
+    files_in,
+    is_box,
+    is_id,
+    is_int,
+    is_number,
+    is_positive_int,
+    is_text,
+    name_of,
+    read_json,
+    require_keys,
+    some,
+)
+from visft.data.published import LVIS, check_published
 from visft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -22,9 +35,6 @@ OWN_TEST = "visft_own_test"
 
 # A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
 _BOX_TOLERANCE = 1.0
-
-# No coordinate is as large; infinities, and whole numbers that no float can hold, are.
-_HUGE = 1e15
 
 # Pictures of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
 # the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
@@ -58,7 +68,7 @@ def check_data_set(cfg: CfgNode, name: str) -> None:
         odd = sorted(set(ours) ^ set(theirs))
         raise DataError(
             f"{name}: its {len(ours)} classes are not the {len(theirs)} of {first} "
-            f"({'only in one of them: ' + _some(odd) if odd else 'they are in another order'}); "
+            f"({'only in one of them: ' + some(odd) if odd else 'they are in another order'}); "
             "use data sets with the same list of categories"
         )
 
@@ -67,7 +77,7 @@ def check_registered(name: str, *, train: bool) -> None:
     """Check a data set by its name in detectron2's DatasetCatalog, whatever the config. Metadata that its annotation
     file gives (classes and their ids) is filled in if it was not there.
 
-    Of data sets that are not in COCO format, only the presence of their files is checked.
+    Of data sets that are in neither COCO's nor LVIS's format, only the presence of their files is checked.
 
     Args:
         name: a registered name.
@@ -85,7 +95,10 @@ def check_registered(name: str, *, train: bool) -> None:
         if path and "://" not in path and not os.path.exists(path):
             raise DataError(_what_to_put_where(name, path))
     json_file = meta.get("json_file")
-    if not json_file or "://" in json_file or meta.get("evaluator_type") == "lvis":
+    if not json_file or "://" in json_file:
+        return
+    if meta.get("annotation_format") or meta.get("evaluator_type") == "lvis":
+        check_published(meta.get("annotation_format") or LVIS, meta, train=train)
         return
     # Test sets whose annotations are kept secret have a file without any.
     annotated = train or not name.startswith("coco_2017_test")
@@ -96,8 +109,8 @@ def check_registered(name: str, *, train: bool) -> None:
         meta.set(thing_classes=list(summary.classes), thing_dataset_id_to_contiguous_id=ids)
     elif tuple(expected) != summary.classes:
         raise DataError(
-            f"{json_file}: its {len(summary.classes)} categories ({_some(summary.classes)}) are not the "
-            f"{len(expected)} that `{name}` stands for ({_some(expected)}); give the file as "
+            f"{json_file}: its {len(summary.classes)} categories ({some(summary.classes)}) are not the "
+            f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
             "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
         )
 
@@ -210,7 +223,7 @@ def _check_categories(path: str, entries: list) -> dict[int, str]:
     categories: dict[int, str] = {}
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "category", "categories")
-        _require_keys(path, where, entry, {"id": _is_int, "name": _is_text})
+        require_keys(path, where, entry, {"id": is_int, "name": is_text})
         if entry["id"] in categories:
             raise DataError(f"{path}: category id {entry['id']} occurs twice; ids must be unique")
         categories[entry["id"]] = entry["name"]
@@ -223,11 +236,11 @@ def _check_images(path: str, entries: list, image_root: str) -> dict[int, tuple[
     """Returns (width, height) by image id."""
     sizes: dict[int, tuple[int, int]] = {}
     missing, first_missing = 0, ""
-    listing = functools.lru_cache(maxsize=None)(_files_in)
+    listing = functools.lru_cache(maxsize=None)(files_in)
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")
-        keys = {"id": _is_id, "file_name": _is_text, "width": _is_positive_int, "height": _is_positive_int}
-        _require_keys(path, where, entry, keys)
+        keys = {"id": is_id, "file_name": is_text, "width": is_positive_int, "height": is_positive_int}
+        require_keys(path, where, entry, keys)
         if entry["id"] in sizes:
             raise DataError(f"{path}: image id {entry['id']} occurs twice; ids must be unique")
         sizes[entry["id"]] = (entry["width"], entry["height"])
@@ -252,12 +265,12 @@ def _check_annotations(
 ) -> None:
     seen = set()
     with_mask = without_mask = None
-    keys = {"id": _is_id, "image_id": _is_id, "category_id": _is_int, "bbox": _is_box}
+    keys = {"id": is_id, "image_id": is_id, "category_id": is_int, "bbox": is_box}
     if not train:
-        keys["area"] = _is_number
+        keys["area"] = is_number
     for number, entry in enumerate(entries):
         where = name_of(entry, number)
-        _require_keys(path, where, entry, keys)
+        require_keys(path, where, entry, keys)
         # detectron2 lets COCO 2014's minival repeat ids, which it is known to do.
         if entry["id"] in seen and "minival" not in path:
             raise DataError(f"{path}: annotation id {entry['id']} occurs twice; ids must be unique")
@@ -270,7 +283,7 @@ def _check_annotations(
         if entry["category_id"] not in categories:
             raise DataError(
                 f"{path}: {where} has category_id {entry['category_id']}, which is not among the file's "
-                f"{len(categories)} `categories` (ids {_some(sorted(categories))})"
+                f"{len(categories)} `categories` (ids {some(sorted(categories))})"
             )
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
@@ -322,7 +335,7 @@ def _check_mask(path: str, where: str, segmentation: object, size: tuple[int, in
 def _mask_fault(segmentation: object, size: tuple[int, int]) -> str:
     width, height = size
     if isinstance(segmentation, list):
-        if not all(isinstance(p, list) and _are_numbers(p) for p in segmentation):
+        if not all(isinstance(p, list) and are_numbers(p) for p in segmentation):
             return "a polygon is not a list of finite numbers"
         if any(len(p) % 2 for p in segmentation):
             return "a polygon has an odd count of coordinates"
@@ -335,7 +348,7 @@ def _mask_fault(segmentation: object, size: tuple[int, int]) -> str:
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         counts = _run_lengths(counts)
-    if not isinstance(counts, list) or not all(_is_int(c) and c >= 0 for c in counts):
+    if not isinstance(counts, list) or not all(is_int(c) and c >= 0 for c in counts):
         return "its counts are no run lengths"
     if sum(counts) != width * height:
         return f"its run lengths cover {sum(counts)} of {width * height} pixels"
@@ -363,71 +376,6 @@ def _run_lengths(text: str) -> list[int] | None:
             runs.append(value + runs[-2] if len(runs) > 2 else value)
             value = shift = 0
     return None if shift else runs
-
-
-def _require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[[object], bool]]) -> None:
-    if not isinstance(entry, dict):
-        raise DataError(
-            f"{path}: {where} is a {type(entry).__name__}; expected an object with {', '.join(keys)}"
-        )
-    for key, is_valid in keys.items():
-        if key not in entry:
-            raise DataError(f"{path}: {where} has no `{key}`; expected {', '.join(keys)}")
-        if not is_valid(entry[key]):
-            raise DataError(f"{path}: {where} has {key} {entry[key]!r}; expected {_EXPECTED[is_valid]}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE < value < _HUGE
-
-
-def _are_numbers(values: list) -> bool:
-    # COCO has some sixty million coordinates: one call for a polygon, not one for each.
-    if not {int, float}.issuperset(map(type, values)):
-        return False
-    return not values or (-_HUGE < min(values) and max(values) < _HUGE and not math.isnan(sum(values)))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive_int(value: object) -> bool:
-    return _is_int(value) and value > 0
-
-
-def _is_id(value: object) -> bool:
-    return _is_int(value) or _is_text(value)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-_EXPECTED = {
-    _is_number: "a finite number",
-    _is_int: "a whole number",
-    _is_positive_int: "a whole number above 0",
-    _is_id: "a number or a text",
-    _is_text: "a text",
-    _is_box: "four finite numbers [x, y, width, height]",
-}
-
-
-def _files_in(folder: str) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder or "."))
-    except OSError:
-        return frozenset()
-
-
-def _some(values: Iterable) -> str:
-    values = [str(v) for v in values]
-    return ", ".join(values) if len(values) <= 4 else f"{', '.join(values[:2])}, ..., {values[-1]}"
 
 
 def _check_name(name: str) -> None:

@@ -1,11 +1,16 @@
 """Files in COCO's format, read with an error for whatever they hold instead."""
 
 import json
+import math
 import os
+from collections.abc import Callable, Iterable
 
 from visft.errors import DataError
 
 KEYS = "`images`, `annotations` and `categories`"
+
+# No coordinate is as large; infinities, and whole numbers that no float can hold, are.
+_HUGE = 1e15
 
 
 def read_json(path: str, keys: str = KEYS) -> dict:
@@ -54,3 +59,86 @@ def name_of(entry: object, number: int, one: str = "annotation", many: str = "an
     if isinstance(entry, dict) and "id" in entry:
         return f"{one} {entry['id']}"
     return f"{many}[{number}]"
+
+
+def require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[[object], bool]]) -> None:
+    """Check that an entry is an object with valid values.
+
+    Args:
+        where: the entry, for messages.
+        keys: by key what says whether its value is valid, one of the functions below.
+
+    Raises:
+        DataError: names the key that is missing or has another value.
+    """
+    if not isinstance(entry, dict):
+        raise DataError(
+            f"{path}: {where} is a {type(entry).__name__}; expected an object with {', '.join(keys)}"
+        )
+    for key, is_valid in keys.items():
+        if key not in entry:
+            raise DataError(f"{path}: {where} has no `{key}`; expected {', '.join(keys)}")
+        if not is_valid(entry[key]):
+            raise DataError(f"{path}: {where} has {key} {entry[key]!r}; expected {_EXPECTED[is_valid]}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE < value < _HUGE
+
+
+def are_numbers(values: list) -> bool:
+    """As `is_number`, of each."""
+    # COCO has some sixty million coordinates: one call for a polygon, not one for each.
+    if not {int, float}.issuperset(map(type, values)):
+        return False
+    return not values or (-_HUGE < min(values) and max(values) < _HUGE and not math.isnan(sum(values)))
+
+
+def is_int(value: object) -> bool:
+    """Whether it is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive_int(value: object) -> bool:
+    """Whether it is a whole number above 0."""
+    return is_int(value) and value > 0
+
+
+def is_id(value: object) -> bool:
+    """Whether it can be the id of a picture or an annotation."""
+    return is_int(value) or is_text(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text, not empty."""
+    return isinstance(value, str) and value != ""
+
+
+def is_box(value: object) -> bool:
+    """Whether it is a box's four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+_EXPECTED = {
+    is_number: "a finite number",
+    is_int: "a whole number",
+    is_positive_int: "a whole number above 0",
+    is_id: "a number or a text",
+    is_text: "a text",
+    is_box: "four finite numbers [x, y, width, height]",
+}
+
+
+def files_in(folder: str) -> frozenset[str]:
+    """Names of what is in a folder; none where there is no such folder."""
+    try:
+        return frozenset(os.listdir(folder or "."))
+    except OSError:
+        return frozenset()
+
+
+def some(values: Iterable) -> str:
+    """A few of them, for messages."""
+    values = [str(v) for v in values]
+    return ", ".join(values) if len(values) <= 4 else f"{', '.join(values[:2])}, ..., {values[-1]}"
