@@ -47,8 +47,9 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
     numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     pieces = []
     for i, (key, tensor) in enumerate(open_clip_zoo.meta_clip(name).state_dict().items()):
+        size = tensor.numel()
 
-        def content(count=tensor.numel(), start=7919 * i):
+        def content(count=size, start=7919 * i):
             turned = numbers.roll(-start)
             for done in range(0, count, len(turned)):
                 yield memoryview(as_bytes(turned[: count - done]))
