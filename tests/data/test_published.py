@@ -179,9 +179,6 @@ def objects(tmp_path, monkeypatch):
     names = objects365.class_names()
     content["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    for name in objects365.NAMES.values():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
     objects365.register_objects365()
     file = root / "annotations" / "zhiyuan_objv2_train.json"
     file.parent.mkdir()
@@ -194,9 +191,6 @@ def objects(tmp_path, monkeypatch):
 
     yield write
     monkeypatch.undo()
-    for name in objects365.NAMES.values():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
     objects365.register_objects365()
 
 

@@ -26,20 +26,28 @@ from visft.data.captions import captions_of
 from visft.data.coco import check_registered
 from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
+from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
 from visft.errors import ConfigError, DataError, VisftError
 
 logger = logging.getLogger(__name__)
 
 
 def build_train_loader(
-    cfg: CfgNode, *, records: Dataset | None = None, batch_size: int, start_iteration: int = 0, seed: int
+    cfg: CfgNode,
+    *,
+    records: Dataset | None = None,
+    repeats: np.ndarray | None = None,
+    batch_size: int,
+    start_iteration: int = 0,
+    seed: int,
 ) -> "TrainLoader":
     """The endless training stream of `DATASETS.TRAIN`, from one iteration on.
 
     Args:
-        cfg: reads DATASETS.TRAIN, DATALOADER.{NUM_WORKERS, FILTER_EMPTY_ANNOTATIONS, SKIP_BROKEN}, INPUT and
-            VISFT.INPUT.
+        cfg: reads DATASETS.TRAIN, DATALOADER.{NUM_WORKERS, FILTER_EMPTY_ANNOTATIONS, SKIP_BROKEN, SAMPLER_TRAIN,
+            REPEAT_THRESHOLD, REPEAT_SQRT}, INPUT and VISFT.INPUT.
         records: dataset dicts as `load_records` makes them; None: all of `DATASETS.TRAIN`.
+        repeats: of given records, how often each comes in an epoch (see `visft.data.repeat_factor`); None: once.
         batch_size: pictures an iteration over all processes, as `IMS_PER_BATCH`.
         start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
         seed: must be the same in all processes, and the same after a restart.
@@ -52,9 +60,11 @@ def build_train_loader(
         records = load_records(
             tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
+        repeats = build_repeats(cfg, records)
     return TrainLoader(
         records,
         ViSFTMapper(cfg, is_train=True),
+        repeats=repeats,
         batch_size=batch_size,
         start_iteration=start_iteration,
         seed=seed,
@@ -160,7 +170,7 @@ class PictureCounts:
     """What a loader's stream has seen: epochs, and pictures that were replaced because they do not decode.
 
     Args:
-        num_records: pictures an epoch.
+        num_records: pictures an epoch, on average.
         batch_size: over all processes.
         batches: that were delivered before.
         task: named in messages, where there are several streams.
@@ -210,6 +220,7 @@ class TrainLoader:
         records: list[dict] | Dataset,
         mapper: Callable[[dict], dict],
         *,
+        repeats: np.ndarray | None = None,
         batch_size: int,
         start_iteration: int = 0,
         seed: int,
@@ -222,6 +233,7 @@ class TrainLoader:
         Args:
             records: detectron2 dataset dicts; as a list they are packed, so that workers share their memory.
             mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
+            repeats: [number of records] how often each comes in an epoch; None: once.
             batch_size: over all processes.
             skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
             rank, world_size: default: those of the process group.
@@ -231,11 +243,12 @@ class TrainLoader:
         share = share_of(batch_size, world_size, "IMS_PER_BATCH")
         if isinstance(records, list):
             records = DatasetFromList(records, copy=False)
-        self._counts = PictureCounts(len(records), batch_size, start_iteration)
+        epoch = len(records) if repeats is None else epoch_length(repeats)
+        self._counts = PictureCounts(epoch, batch_size, start_iteration)
         self._loader = DataLoader(
             Samples(records, mapper, seed=seed, skip_broken=skip_broken),
             batch_sampler=Positions(
-                len(records), seed, start_iteration * batch_size + rank * share, share, batch_size
+                len(records), seed, start_iteration * batch_size + rank * share, share, batch_size, repeats
             ),
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
@@ -311,10 +324,20 @@ class Positions:
         num_records: pictures an epoch. seed: of the order.
         start: position of this process's first picture.
         share: pictures a batch in this process. stride: in all processes.
+        repeats: [num_records] how often each comes in an epoch, on average; None: once.
     """
 
-    def __init__(self, num_records: int, seed: int, start: int, share: int, stride: int):
+    def __init__(
+        self,
+        num_records: int,
+        seed: int,
+        start: int,
+        share: int,
+        stride: int,
+        repeats: np.ndarray | None = None,
+    ):
         self.num_records, self.seed = num_records, seed
+        self._repeated = None if repeats is None else RepeatedOrder(repeats, seed)
         self.start, self.share, self.stride = start, share, stride
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -324,6 +347,8 @@ class Positions:
             first += self.stride
 
     def _index(self, position: int) -> int:
+        if self._repeated is not None:
+            return self._repeated(position)
         epoch, offset = divmod(position, self.num_records)
         return int(_permutation(self.num_records, self.seed, epoch)[offset])
 

@@ -33,6 +33,7 @@ from visft.data.loader import (
     share_of,
 )
 from visft.data.mappers import ViSFTMapper
+from visft.data.repeat_factor import build_repeats, epoch_length
 from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,32 @@ class LabelledPictures:
     Attributes:
         records: detectron2 dataset dicts.
         rows: by head, the ascending indices of the records that it can learn from.
+        repeats: of each record, how often it comes in an epoch (see `visft.data.repeat_factor`); None: once.
     """
 
     records: Dataset
     rows: dict[str, np.ndarray]
+    repeats: np.ndarray | None = None
 
     def of(self, *heads: str) -> Dataset:
         """The pictures that carry labels for at least one of the heads, in their order."""
-        rows = functools.reduce(np.union1d, (self.rows[head] for head in heads))
+        rows = self._rows_of(heads)
         return self.records if len(rows) == len(self.records) else Subset(self.records, rows)
+
+    def repeats_of(self, *heads: str) -> np.ndarray | None:
+        """`repeats` of the pictures that `of` gives."""
+        return None if self.repeats is None else self.repeats[self._rows_of(heads)]
+
+    def _rows_of(self, heads: Sequence[str]) -> np.ndarray:
+        return functools.reduce(np.union1d, (self.rows[head] for head in heads))
 
 
 def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]) -> LabelledPictures:
     """Load `DATASETS.TRAIN` (data sets with different labels may stand beside each other) and sort it by labels.
 
     Args:
-        cfg: reads DATASETS.TRAIN, DATALOADER.FILTER_EMPTY_ANNOTATIONS and VISFT.TASK_MIXING.
+        cfg: reads DATASETS.TRAIN, DATALOADER.{FILTER_EMPTY_ANNOTATIONS, SAMPLER_TRAIN, REPEAT_THRESHOLD,
+            REPEAT_SQRT} and VISFT.TASK_MIXING.
         has_labels: each head's `has_labels`, by the head's name.
 
     Raises:
@@ -89,7 +100,7 @@ def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]
         logger.info(
             "%d of %d pictures have labels for no head, and are left out", len(records) - useful, len(records)
         )
-    return LabelledPictures(DatasetFromList(records, copy=False), rows)
+    return LabelledPictures(DatasetFromList(records, copy=False), rows, build_repeats(cfg, records))
 
 
 def build_stage_loader(
@@ -113,6 +124,7 @@ def build_stage_loader(
         return build_train_loader(
             cfg,
             records=pictures.of(*heads),
+            repeats=pictures.repeats_of(*heads),
             batch_size=solver.IMS_PER_BATCH,
             start_iteration=start_iteration * solver.ACCUMULATE,
             seed=seed,
@@ -123,6 +135,7 @@ def build_stage_loader(
             pictures.of(head),
             ViSFTMapper(task_config(cfg, head), is_train=True),
             task_value(cfg, head, "IMS_PER_BATCH") or solver.IMS_PER_BATCH,
+            pictures.repeats_of(head),
         )
         for head in heads
     ]
@@ -215,6 +228,8 @@ class Task:
     mapper: Callable[[dict], dict]
     batch_size: int
     """Over all processes."""
+    repeats: np.ndarray | None = None
+    """Of each record, how often it comes in an epoch; None: once."""
 
 
 class MixedLoader:
@@ -259,8 +274,9 @@ class MixedLoader:
             own = derived_seed(seed, task.name)
             samples.append(Samples(task.records, task.mapper, seed=own, skip_broken=skip_broken))
             start = batches * task.batch_size + rank * share
-            streams.append(Positions(len(task.records), own, start, share, task.batch_size))
-            self._counts[task.name] = PictureCounts(len(task.records), task.batch_size, batches, task.name)
+            streams.append(Positions(len(task.records), own, start, share, task.batch_size, task.repeats))
+            epoch = len(task.records) if task.repeats is None else epoch_length(task.repeats)
+            self._counts[task.name] = PictureCounts(epoch, task.batch_size, batches, task.name)
         self._loader = DataLoader(
             _TaskSamples([task.name for task in tasks], samples),
             sampler=_TaskPositions(draws, streams, start_iteration, accumulate),

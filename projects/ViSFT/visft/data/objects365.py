@@ -39,12 +39,16 @@ FORMAT = Format("Objects365", "file_name", picture_path)
 
 
 def register_objects365() -> None:
-    """Register both splits under DETECTRON2_DATASETS in detectron2's catalogs. Reads no annotations."""
+    """Register both splits under DETECTRON2_DATASETS in detectron2's catalogs, anew if they were. Reads no
+    annotations."""
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "objects365")
     names = class_names()
     for split, name in NAMES.items():
         json_file = os.path.join(root, "annotations", f"zhiyuan_objv2_{split}.json")
         image_root = os.path.join(root, split)
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
         DatasetCatalog.register(name, partial(load, json_file, image_root))
         MetadataCatalog.get(name).set(
             json_file=json_file,

@@ -11,6 +11,7 @@ from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import export, files, load
 from visft.data import check_data_set, register_own_data
+from visft.data.repeat_factor import check_sampler
 from visft.engine import vocabulary
 from visft.engine.settings import unknown
 from visft.engine.task_checks import check_tasks
@@ -157,6 +158,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_tasks(cfg, processes)
     _exports(cfg)
     is_fast(cfg.VISFT.COCO_METRIC)
+    check_sampler(cfg)
     _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))
     if cfg.VISFT.INPUT.SIZE < 1:
         raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")
