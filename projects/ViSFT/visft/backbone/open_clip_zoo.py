@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
@@ -118,11 +119,11 @@ def check_name(name: str) -> None:
 
 
 def check_pretrained(name: str, pretrained: str | None) -> None:
-    """Raise unless `pretrained` is a tag of this architecture, a file that is there, or nothing.
+    """Raise unless `pretrained` is a tag of this architecture, a file that can be had, or nothing.
 
     Raises:
         ConfigError: an unknown tag.
-        CheckpointError: a file that is missing or empty.
+        CheckpointError: a file that is missing or empty, or cannot be downloaded (`visft://NAME`).
     """
     if not pretrained:
         return
@@ -137,12 +138,28 @@ def check_pretrained(name: str, pretrained: str | None) -> None:
                     f"MODEL.CLIP_VIT.PRETRAINED is '{pretrained}', neither a file nor a tag of {name}; its tags are: "
                     f"{', '.join(tags) or 'none'}."
                 )
-        if not os.path.isfile(pretrained):
+        if not os.path.isfile(local_file(pretrained)):
             raise CheckpointError(
                 f"MODEL.CLIP_VIT.PRETRAINED: {pretrained} does not exist; give a weight file or a tag of {name} "
                 f"({', '.join(tags) or 'none'})."
             )
-        _refuse_empty(pretrained)
+        _refuse_empty(local_file(pretrained))
+
+
+def local_file(pretrained: str) -> str:
+    """Where a base lies that is given by an address which detectron2's PathManager knows, as `visft://NAME`.
+
+    It is downloaded if need be. A tag or a path is returned as it is.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    if "://" not in pretrained:
+        return pretrained
+    try:
+        return PathManager.get_local_path(pretrained)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
 
 
 def _refuse_empty(path: str) -> None:
@@ -165,7 +182,7 @@ def meta_tower(name: str) -> nn.Module:
 
 
 def weight_file(name: str, pretrained: str) -> str:
-    """The file of an architecture's weights: `pretrained` itself, or what open_clip downloads for that tag.
+    """The file of an architecture's weights: `pretrained` itself, or what is downloaded for that tag or address.
 
     Raises:
         ConfigError: an unknown tag.
@@ -175,7 +192,7 @@ def weight_file(name: str, pretrained: str) -> str:
     module = open_clip()
     tag = module.get_pretrained_cfg(name, pretrained)
     if not tag:
-        return pretrained
+        return local_file(pretrained)
     try:
         path = module.download_pretrained(tag)
     except Exception as error:
@@ -212,7 +229,8 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
 
     Args:
         name: an architecture that open_clip knows.
-        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled), or None for random weights.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`), or None for random
+            weights.
 
     Raises:
         ConfigError: unknown name or tag.
@@ -226,7 +244,8 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
         return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
     path = weight_file(name, pretrained)
     try:
-        clip = module.create_model(name, pretrained=pretrained, weights_only=True)
+        given = pretrained if module.get_pretrained_cfg(name, pretrained) else path
+        clip = module.create_model(name, pretrained=given, weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "

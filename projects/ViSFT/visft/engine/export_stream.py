@@ -66,7 +66,7 @@ def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ..
     if not vit.PRETRAINED:
         return None
     can = format_name in FORMATS and stream_merge.is_lora_alone(shapes)
-    if not can and not os.path.isfile(vit.PRETRAINED):
+    if not can and not os.path.isfile(open_clip_zoo.local_file(vit.PRETRAINED)):
         return None
     path = open_clip_zoo.weight_file(vit.NAME, vit.PRETRAINED)
     kind = _kind(path)
