@@ -274,10 +274,54 @@ def test_weights_through_visft_paths(serve, tmp_path, monkeypatch, cache_folder)
         load.check_file("visft://eva_e_lora_5000", key="MODEL.WEIGHTS")
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_tower_by_its_path(serve, table, remote):
+    """MODEL.CLIP_VIT.PRETRAINED visft://NAME: the same tower as by open_clip's tag."""
+    from visft.backbone import CLIPViT
+    from visft.backbone.open_clip_zoo import TINY_WEIGHTS
+
+    name = "visft_tiny_demo"
+    if remote:
+        server, name = serve({"tiny.safetensors": TINY_WEIGHTS.read_bytes()}), "tiny"
+        table(
+            {"name": name, "licence": "", "file": "tiny.safetensors", "url": f"{server.url}/tiny.safetensors"}
+        )
+    found = CLIPViT.from_open_clip("visft-tiny", f"visft://{name}")
+    expected = CLIPViT.from_open_clip("visft-tiny", "demo")
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+    assert found.base.sha256 == expected.base.sha256
+    assert torch.equal(found.base.clip().logit_scale, expected.base.clip().logit_scale)
+    with pytest.raises(
+        CheckpointError, match="MODEL.CLIP_VIT.PRETRAINED: visft://none: model_zoo has no weights"
+    ):
+        CLIPViT.from_open_clip("visft-tiny", "visft://none")
+
+
+def test_a_whole_model_by_names(monkeypatch):
+    """HEAD_FILES and PRETRAINED as visft://NAME, without suffix, give the model of the shipped config."""
+    expected = model_zoo.get("visft_demo")
+    cfg = model_zoo.get_config("visft_demo")
+    cfg.MODEL.CLIP_VIT.PRETRAINED = "visft://visft_tiny_demo"
+    cfg.MODEL.VISFT.HEAD_FILES = tuple(
+        file.removesuffix(".safetensors") for file in cfg.MODEL.VISFT.HEAD_FILES
+    )
+    monkeypatch.setattr(model_zoo, "get_config", lambda name: cfg)
+    found = model_zoo.get("visft_demo").state_dict()
+    loaded = ("backbone.", "heads.detection.", "heads.segmentation.")
+    kept = {
+        name: value
+        for name, value in expected.state_dict().items()
+        if name.startswith(loaded) and not name.endswith("lora_A")  # LoRA starts at random
+    }
+    assert len(kept) > 300 and not expected.training
+    assert [name for name, value in kept.items() if not torch.equal(found[name], value)] == []
+
+
 # -- processes
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:
+def wait_for(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"
@@ -287,7 +331,7 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 def test_two_processes_download_once(mirror, content, cache_folder):
     mirror.delay = 0.1  # 2.5 s in all
     first, second = start(NAME), start(NAME)
-    (out, error), (other, _) = first.communicate(timeout=120), second.communicate(timeout=120)
+    (out, error), (other, _) = first.communicate(timeout=400), second.communicate(timeout=400)
     assert first.returncode == second.returncode == 0, error
     assert out == other == f"{cache_folder / FILE}\n"
     assert (cache_folder / FILE).read_bytes() == content
