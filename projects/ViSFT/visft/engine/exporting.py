@@ -1,12 +1,16 @@
 """The exports at the end of a run."""
 
 import logging
+import os
+import shlex
+import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from visft.backbone import CLIPViT
 from visft.checkpoint import export as formats
+from visft.checkpoint import files
 
 logger = logging.getLogger(__name__)
 
@@ -15,18 +19,36 @@ def export(cfg: CfgNode, backbone: CLIPViT, folder: Path) -> list[Path]:
     """Write the tuned tower in every format of `VISFT.EXPORT`; each is reopened and compared before it is there.
 
     Args:
-        folder: gets `visft_backbone.safetensors` with its configuration (open_clip), `visft_lora.safetensors`, ...
+        folder: OUTPUT_DIR/export. Gets `visft_backbone.safetensors` with its configuration (open_clip), and a folder
+            for each other format (`timm/model.safetensors`, `hf`, ...).
 
     Returns:
-        The files.
+        The files and folders.
 
     Raises:
         ExportError: a format does not fit the tower, or its reader disagrees.
     """
     written = []
+    about = facts(cfg, folder.parent)
     for name in cfg.VISFT.EXPORT:
         kind = formats.FORMATS[name]
-        folder.mkdir(parents=True, exist_ok=True)
-        written.append(kind.write(backbone, folder / kind.file_name))
+        written.append(kind.write(backbone, folder / kind.file_name, facts=about))
         logger.info("exported %s", written[-1])
     return written
+
+
+def facts(cfg: CfgNode, weights: str | os.PathLike) -> formats.Facts:
+    """What the model cards say of how the weights came to be.
+
+    Args:
+        cfg: the run's; its data sets are named where `weights` is a run.
+        weights: a run's OUTPUT_DIR, whose evaluations are the card's figures, or a LoRA file, of which none are known.
+    """
+    state = Path(weights) / "run.json"
+    evaluations = files.read_json(state).get("evaluations", {}) if state.is_file() else {}
+    return formats.Facts(
+        data=tuple(cfg.DATASETS.TRAIN) if state.is_file() else (),
+        command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        figures=evaluations,
+        run=os.fspath(weights),
+    )

@@ -1,6 +1,6 @@
 """Run in a process of its own: load a folder by open_clip alone and embed given pictures and texts.
 
-Arguments: the folder; a safetensors file with `pictures` and `texts`; where to write `images` and `texts`.
+Argument: a JSON file with `path` (the folder), `given` and `found` (tensor files) and `photographs`.
 """
 
 import json
@@ -8,17 +8,17 @@ import sys
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-folder, given, found = sys.argv[1:]
-inputs = load_file(given)
-model = open_clip.create_model(f"local-dir:{folder}").eval()
+task = json.load(open(sys.argv[1], encoding="utf-8"))
+given = load_file(task["given"])
+model, transform = open_clip.create_model_from_pretrained(f"local-dir:{task['path']}")
 with torch.no_grad():
-    outputs = {
-        "images": model.encode_image(inputs["pictures"], normalize=False),
-        "texts": model.encode_text(inputs["texts"], normalize=False),
+    found = {
+        "images": model.eval().encode_image(given["pictures"], normalize=False),
+        "texts": model.encode_text(given["texts"], normalize=False),
+        "pixels": torch.stack([transform(Image.open(file)) for file in task["photographs"]]),
     }
-if "visft" in sys.modules:
-    raise SystemExit("visft was imported: this process would not show what a user without it sees")
-save_file({name: tensor.float().contiguous() for name, tensor in outputs.items()}, found)
-print(json.dumps({"mean": model.visual.image_mean, "std": model.visual.image_std}))
+save_file({name: tensor.float().contiguous() for name, tensor in found.items()}, task["found"])
+print(json.dumps(f"open_clip {open_clip.__version__}"))

@@ -1,0 +1,153 @@
+"""The model card that goes with every export: base, data, command, check, preprocessing, use and figures."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...backbone import lora
+from ..export_check import Check
+from .source import Source
+
+logger = logging.getLogger(__name__)
+
+MARK = "<!-- Written by visft with the weights; a card without this line is never replaced. -->"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export's card says of how the weights came to be; what is not known is said to be so.
+
+    Attributes:
+        data: names of the data sets that tuned the tower.
+        command: the command line that wrote the export.
+        figures: by step ("start", "lora", ...), a metric's name and its value, as the run measured them.
+        run: the run's folder or the LoRA file.
+    """
+
+    data: Sequence[str] = ()
+    command: str = ""
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    run: str = ""
+
+
+def text(source: Source, facts: Facts, check: Check, *, library: str, content: str, use: str) -> str:
+    """The card, in Markdown.
+
+    Args:
+        library: the Hub's name of the library that loads the export.
+        content: a phrase that says what the export holds.
+        use: Python that loads it.
+    """
+    base, name = source.model.base, source.name or "a tower without a name"
+    weights = "unknown (the model was made of a bare tower)"
+    if base is not None:
+        weights = f"`{base.pretrained}`" if base.pretrained else "random"
+        weights += f", SHA-256 `{base.sha256}`"
+    mixture = {1: "no: the tuned weights", 0: "nothing but the base's weights"}.get(
+        source.interpolate,
+        f"{source.interpolate:g} x tuned + {1 - source.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
+    )
+    rows = [
+        ("Holds", content),
+        ("Architecture", f"`{name}` of open_clip" if source.name else name),
+        ("Base weights", weights),
+        ("Tuned by", _tuned_by(source)),
+        ("Mixed with the base", mixture),
+        ("Tuned on", ", ".join(f"`{one}`" for one in facts.data) or "not told to the export"),
+        ("Of the run or file", f"`{facts.run}`" if facts.run else "not told to the export"),
+        ("Written by", f"`{facts.command}`" if facts.command else "a call of `visft.checkpoint.export`"),
+        (
+            "Checked by",
+            f"{check.version}, in a process without visft: largest relative distance {check.distance:.1e} {check.what}",
+        ),
+    ]
+    preprocess = source.preprocess
+    resize = {
+        "shortest": "the shorter side resized, then the centre cut out",
+        "longest": "the longer side resized, then padded around the centre",
+        "squash": "both sides resized",
+    }[preprocess["resize_mode"]]
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "tags:",
+        "- clip",
+        "- visft",
+        "---",
+        MARK,
+        f"# {name}, tuned by ViSFT",
+        "",
+        "A vision tower of CLIP after supervised fine-tuning on vision tasks (ViSFT, arXiv:2401.10222).",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows),
+        "",
+        "## Pictures",
+        f"RGB, {preprocess['size'][0]} x {preprocess['size'][1]} pixels (height x width): {resize}, "
+        f"{preprocess['interpolation']}. Values from 0 to 1, less mean {_numbers(preprocess['mean'])}, over deviation "
+        f"{_numbers(preprocess['std'])}.",
+        "",
+        "## Use",
+        "```python",
+        use.strip(),
+        "```",
+        "",
+        "## Figures",
+        *_figures(facts.figures),
+        "",
+        "The licence is that of the base weights and of the data; ask there.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def beside(path: Path) -> Path:
+    """Where the card of a single file goes."""
+    return path.with_name(f"{path.name}.md")
+
+
+def put(card: str, target: Path) -> None:
+    """Write a card, unless a file of that name is there which is no card of ours: that one stays."""
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        logger.info("%s is no model card of ours and stays as it is", target)
+        return
+    target.write_text(card, encoding="utf-8")
+
+
+def _tuned_by(source: Source) -> str:
+    config, model = source.model.lora_config, source.model
+    if config is None:
+        return "no LoRA: the weights as the model holds them"
+    blocks = {site.block for site in lora.sites(model)}
+    return (
+        f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)} of {len(blocks)} of "
+        f"{len(model.blocks)} blocks"
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
+def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table with a column for each step of the run; none are made up."""
+    steps = [step for step, values in figures.items() if values]
+    if not steps:
+        return ["None were measured with this export."]
+    names = list(dict.fromkeys(name for step in steps for name in figures[step]))
+    cells = {
+        name: [figures[step].get(name) for step in steps]
+        for name in names
+        if any(isinstance(figures[step].get(name), int | float) for step in steps)
+    }
+    return [
+        "As the run measured them after each of its steps, in per cent; of a mixture with the base none were.",
+        "",
+        f"| | {' | '.join(steps)} |",
+        f"|---|{'---|' * len(steps)}",
+        *(
+            f"| {name} | {' | '.join('' if v is None else f'{v:.2f}' for v in values)} |"
+            for name, values in cells.items()
+        ),
+    ]

@@ -1,0 +1,79 @@
+"""safetensors: the vision tower alone, under open_clip's `visual.*` names."""
+
+import json
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ...backbone import CLIPViT, open_clip_zoo
+from ...errors import ExportError
+from .. import export_check
+from ..files import folder_aside, put_in_place, write_safetensors
+from . import base as bases
+from . import card, place, timm_file
+from .source import Source, resolve
+
+
+def write(
+    model: CLIPViT,
+    path: str | os.PathLike,
+    *,
+    base: nn.Module | str | os.PathLike | None = None,
+    interpolate: float = 1.0,
+    facts: card.Facts | None = None,
+) -> Path:
+    """Write the vision tower alone: what is below `visual` in open_clip's model, with `visual.` before each name.
+
+    Preprocessing (mean, std, size, interpolation) is in the file's header, as JSON under `preprocess`.
+
+    Args:
+        model, path, interpolate, facts: as `export.open_clip`.
+        base: needed only where the base's weights are, for a mixture or a model in 16 bits, and the model does not
+            remember it.
+
+    Raises:
+        ExportError: neither open_clip nor timm has such a tower, or it, in a process of its own, does not load the file
+            strictly or computes other embeddings.
+    """
+    path = place.file(path, ".safetensors")
+    source = resolve(model, base, interpolate, whole=False)
+    # A tower of timm that is not within open_clip's wrapper has the names below `trunk`.
+    prefix = "visual.trunk." if hasattr(source.visual, "blocks") else "visual."
+    state = {prefix + name: tensor for name, tensor in source.state.items()}
+    with folder_aside(path) as folder:
+        write_safetensors(
+            folder / path.name, state, {"format": "pt", "preprocess": json.dumps(source.preprocess)}
+        )
+        export_check.stored(folder / path.name, state)
+        check = export_check.run(
+            "safetensors", folder / path.name, source.embed, source.preprocess, task=_builder(source)
+        )
+        about = card.text(
+            source,
+            facts or card.Facts(),
+            check,
+            library="open_clip",
+            content="the vision tower alone, under open_clip's names (`visual.*`)",
+            use="import open_clip\nfrom safetensors.torch import load_file\n\n"
+            f'model = open_clip.create_model("{source.name or "NAME"}")\n'
+            f'model.load_state_dict(load_file("{path.name}"), strict=False)  # the text tower is not in it',
+        )
+        put_in_place(folder / path.name, path)
+        card.put(about, card.beside(path))
+    check.log(path)
+    return path
+
+
+def _builder(source: Source) -> dict:
+    """What the reader makes the tower from."""
+    name = source.name or bases.named_tower(source.model.tower)
+    if name is not None:
+        source.name = name
+        return {"config": open_clip_zoo.open_clip().get_model_config(name)}
+    if hasattr(source.visual, "blocks"):
+        found = timm_file.architecture(source.visual)
+        return {"name": found.name, "arguments": found.arguments}
+    raise ExportError(
+        f"Neither open_clip nor timm has such a tower ({type(source.visual).__name__}): nobody could load the file."
+    )
