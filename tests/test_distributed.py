@@ -1,7 +1,5 @@
 """Two processes learn what one would from the joined batch, whatever labels each of them has."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,7 +30,11 @@ BATCHES = {
     "no objects": [[(0, BOTH)], [(0, BOTH), (0, BOTH)]],
     "no masks anywhere": [[(2, BOXES)], [(1, BOXES), (2, BOXES)]],
     "no labels anywhere": [[None], [None]],
+    # The task that TASK_MIXING `ratio` has drawn.
+    "task segmentation": [[(2, BOTH), (3, BOTH)], [(1, BOTH), (0, BOTH)]],
+    "task detection": [[(2, BOTH)], [(1, BOTH)]],
 }
+STAGES = ("heads", "lora", "lora balanced")
 
 
 def picture(spec: tuple[int, tuple[str, ...]] | None, number: int) -> dict:
@@ -60,11 +62,15 @@ def picture(spec: tuple[int, tuple[str, ...]] | None, number: int) -> dict:
 def batches(name: str) -> list[list[dict]]:
     """The batch of each process."""
     specs = BATCHES[name]
-    return [[picture(s, 10 * rank + i) for i, s in enumerate(part)] for rank, part in enumerate(specs)]
+    task = {"task": name.removeprefix("task ")} if name.startswith("task ") else {}
+    return [[picture(s, 10 * rank + i) | task for i, s in enumerate(part)] for rank, part in enumerate(specs)]
 
 
 def build(stage: str) -> ViSFT:
-    """A small model with the same weights in every process, LoRA away from zero, no dropout."""
+    """A small model with the same weights in every process, LoRA away from zero, no dropout.
+
+    Stage `lora balanced` is `lora` with balanced gradients.
+    """
     from open_clip.transformer import VisionTransformer
 
     torch.manual_seed(11)
@@ -101,7 +107,13 @@ def build(stage: str) -> ViSFT:
         num_points=40,
     )
     heads = {"detection": detector, "segmentation": segmenter}
-    return ViSFT(backbone=backbone, heads=heads, loss_weights=(1.0, 0.5), stage=stage).train()
+    return ViSFT(
+        backbone=backbone,
+        heads=heads,
+        loss_weights=(1.0, 0.5),
+        balance_gradients=stage.endswith("balanced"),
+        stage=stage.split()[0],
+    ).train()
 
 
 def gradients(model: ViSFT) -> dict[str, torch.Tensor | None]:
@@ -123,7 +135,7 @@ def work(rank: int, store: str, output: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     try:
         found = {}
-        for stage in ("heads", "lora"):
+        for stage in STAGES:
             ours = build(stage)
             # As detectron2's create_ddp_model makes it: without find_unused_parameters.
             ddp = DistributedDataParallel(build(stage), broadcast_buffers=False)
@@ -147,9 +159,7 @@ def work(rank: int, store: str, output: str) -> None:
 def processes(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by stage, batch and way of averaging."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        store = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    store = f"file://{folder}/store"  # no port that another process could take
     torch.multiprocessing.spawn(work, args=(store, str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
@@ -158,7 +168,7 @@ def processes(tmp_path_factory) -> list[dict]:
 def single() -> dict:
     """What one process finds in the joined batch."""
     found = {}
-    for stage in ("heads", "lora"):
+    for stage in STAGES:
         model = build(stage)
         for name in BATCHES:
             losses = backward(model, sum(batches(name), []))
@@ -183,7 +193,7 @@ def relative(found: dict[str, torch.Tensor | None], expected: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("way", ["ddp", "ours"])
-@pytest.mark.parametrize("stage", ["heads", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
 def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage, way):
     losses, expected = single[stage, name]
@@ -197,7 +207,7 @@ def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage,
         assert gradient is None or torch.equal(gradient, second[key]), key
 
 
-@pytest.mark.parametrize("stage", ["heads", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
 def test_mean_losses_are_those_of_the_joined_batch(processes, single, name, stage):
     expected = single[stage, name][0]
@@ -215,3 +225,11 @@ def test_a_head_without_labels_anywhere_is_left_alone(processes, single, stage):
         expected = {key for key, g in single[stage, name][1].items() if g is None}
         for found in processes:
             assert {key for key, g in found[stage, name, "ours"][1].items() if g is None} == expected
+
+
+def test_the_drawn_task_trains_its_head_alone(single):
+    """The gradient is that of a model without the other head's loss; the other head gets none at all."""
+    for task, other in (("segmentation", "detection"), ("detection", "segmentation")):
+        losses, found = single["heads", f"task {task}"]
+        assert losses and all(name.startswith(f"{task}/") for name in losses)
+        assert all((gradient is None) == (f"heads.{other}." in name) for name, gradient in found.items())

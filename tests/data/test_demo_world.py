@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -96,12 +95,12 @@ def test_a_covered_object_loses_what_the_one_before_it_covers(monkeypatch):
     monkeypatch.setattr(
         scenes, "_background", lambda kind, h, w, rng: (np.zeros((h, w, 3), np.uint8), "black")
     )
-    monkeypatch.setattr(scenes, "_sprites", lambda: ([[0], [1]], [[0], [1]], images, [False, False]))
+    cast = scenes.Cast(("a", "b"), ((0,), (1,)), ((0,), (1,)), tuple(images), (False, False))
 
     for order, expected in (([0, 1], 2), ([1, 0], None)):
-        monkeypatch.setattr(scenes, "_layout", lambda rng, order=order: order)
+        monkeypatch.setattr(scenes, "_layout", lambda rng, categories, order=order: order)
         for seed in range(20):
-            scene = scenes.compose(np.random.default_rng(seed))
+            scene = scenes.compose(np.random.default_rng(seed), cast=cast)
             red, green = scene.image[..., 0], scene.image[..., 1]
             by_category = {item.category: item.mask for item in scene.objects}
             # Edges are mixed colours, so pixels clearly of one colour are held against the masks.
@@ -241,31 +240,34 @@ MINIATURE = {
 }
 
 _CHILD = """
-import logging, sys
+import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from visft.data.demo_world import pretrain
 phases = (pretrain.Phase(0.4, 16), pretrain.Phase(0.8, 32, 0.5), pretrain.Phase(1.0, 64))
 settings = pretrain.Settings(samples=8 * 8, batch_size=8, classes=40, phases=phases)
 run = pretrain.Pretraining(sys.argv[1], settings, resume=True, checkpoint_seconds=0.0)
-print(run.run())
+replace = os.replace
+
+def dying(source, target):
+    if target.name == pretrain.CHECKPOINT and run.step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = dying
+run.run()
 """
 
 
 def test_a_killed_pretraining_ends_with_the_same_bits(tmp_path, one_thread):
     whole = pretrain.Pretraining(tmp_path / "whole", pretrain.Settings(**MINIATURE)).run()
-    # A process that checkpoints at every step is killed in the middle, whatever it is doing.
+    # A process that checkpoints at every step is killed with the fifth checkpoint written but not in its place.
     killed = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(killed)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (killed / pretrain.CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.15)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child = subprocess.run([sys.executable, "-c", _CHILD, str(killed), "5"], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     assert not (killed / pretrain.FINAL_FILE).exists()
     resumed = pretrain.Pretraining(killed, resume=True)
-    assert 0 < resumed.step < 8
+    assert resumed.step == 4
     file = resumed.run()
     a, b = load_file(whole), load_file(file)
     assert a.keys() == b.keys()

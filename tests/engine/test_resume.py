@@ -1,5 +1,6 @@
 """A killed run continues as if it had not been killed: a real process, a real SIGKILL, the same bits at the end."""
 
+import json
 import random
 import shutil
 import signal
@@ -79,9 +80,17 @@ def _run_and_kill(train, folder: Path, durations: dict[str, float], rng: random.
 
 def _check(train, folder: Path, uninterrupted, kills: int, seed: int) -> None:
     expected, durations = uninterrupted
-    struck = _run_and_kill(train, folder, durations, random.Random(seed), kills)
+    rng, struck = random.Random(seed), 0
+    for attempt in range(5):
+        (folder / str(attempt)).mkdir()
+        struck = _run_and_kill(train, folder / str(attempt), durations, rng, kills)
+        different = _different(_end(folder / str(attempt) / "run"), expected)
+        assert different == [], f"seed {seed}, attempt {attempt}"
+        if struck:
+            break
+        # Measured on a busy machine, the stages seemed longer than they are now.
+        durations = {stage: seconds / 2 for stage, seconds in durations.items()}
     assert struck >= 1, "no kill struck while the run was alive"
-    assert _different(_end(folder / "run"), expected) == []
 
 
 def test_three_kills(shapes_train, uninterrupted, tmp_path):
@@ -107,6 +116,21 @@ def test_finished_stage_is_not_repeated_and_lora_starts_from_its_heads(shapes_tr
     assert heads.stat().st_mtime_ns == before
     # Stage lora, run alone from the heads on the disk, ends as it did in one go.
     assert _different(_end(tmp_path / "run"), uninterrupted[0]) == []
+    assert "threads a process" not in log
+
+
+def test_resuming_with_other_threads_says_what_it_costs(shapes_train, tmp_path):
+    arguments = _arguments(shapes_train, tmp_path / "run") + ["VISFT.STAGES", "('heads',)"]
+    arguments += ["VISFT.SOLVER.HEADS.MAX_ITER", "1"]
+    status, text = processes.run("train_net.py", arguments, tmp_path / "log")
+    assert status == 0, text
+    state = tmp_path / "run" / "run.json"
+    assert json.loads(state.read_text())["threads"] == 1
+    state.write_text(state.read_text().replace('"threads": 1', '"threads": 3'))
+    arguments = [*arguments[:2], "--resume", *arguments[2:]]
+    status, text = processes.run("train_net.py", arguments, tmp_path / "again")
+    assert status == 0, text
+    assert "started with 3 threads a process and goes on with 1" in text
 
 
 def test_without_resume_an_earlier_run_is_kept_aside(shapes_train, tmp_path):

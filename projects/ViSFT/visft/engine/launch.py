@@ -58,6 +58,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Run in this process, the process group being up where there are several."""
+    # Sums round by how they are split among threads. Once their number is set, MKL chooses none of its own
+    # (MKL_DYNAMIC), so that a run that is resumed with as many threads has the same bits.
+    torch.set_num_threads(torch.get_num_threads())
     runner = stages if cfg.MODEL.META_ARCHITECTURE == "ViSFT" else stock
     if args.eval_only:
         runner.evaluate_only(cfg, args)

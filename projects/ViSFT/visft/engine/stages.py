@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.modeling import build_model
@@ -112,10 +113,11 @@ def load_run(cfg: CfgNode, model: nn.Module, path: str | os.PathLike) -> None:
 
 
 class _State:
-    """What a run must remember between kills: its seed and the evaluations it has made (`run.json`)."""
+    """What a run must remember between kills (`run.json`): its seed, the threads of a process (on which the last bits
+    of sums depend), and the evaluations it has made."""
 
-    def __init__(self, folder: Path, seed: int, evaluations: dict[str, dict[str, float]]) -> None:
-        self.folder, self.seed, self.evaluations = folder, seed, evaluations
+    def __init__(self, folder: Path, seed: int, threads: int, evaluations: dict[str, dict[str, float]]) -> None:
+        self.folder, self.seed, self.threads, self.evaluations = folder, seed, threads, evaluations
 
     def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         """Figures after a step; from `run.json` when the step was evaluated before a kill."""
@@ -129,7 +131,8 @@ class _State:
     def save(self) -> None:
         if comm.is_main_process():
             known = {step: report.finite(figures) for step, figures in self.evaluations.items()}
-            files.write_json(self.folder / "run.json", {"seed": self.seed, "evaluations": known})
+            state = {"seed": self.seed, "threads": self.threads, "evaluations": known}
+            files.write_json(self.folder / "run.json", state)
 
 
 def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
@@ -147,7 +150,7 @@ def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
     found = comm.all_gather((seed, state))[0]  # the main process decides for all
     seed, state = found
     if state is None:
-        run_state = _State(folder, seed, {})
+        run_state = _State(folder, seed, torch.get_num_threads(), {})
         run_state.save()
         return run_state
     nan = float("nan")
@@ -160,7 +163,15 @@ def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
             f"SEED is {cfg.SEED}, but the run in {folder} was started with {state['seed']}; resume with the config "
             "that it was started with"
         )
-    return _State(folder, state["seed"], known)
+    threads = state.get("threads", torch.get_num_threads())
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu" and threads != torch.get_num_threads():
+        logger.warning(
+            "the run was started with %d threads a process and goes on with %d: its result will differ from that of "
+            "an uninterrupted run in the last bits (OMP_NUM_THREADS sets the number)",
+            threads,
+            torch.get_num_threads(),
+        )
+    return _State(folder, state["seed"], threads, known)
 
 
 def _loggers(folder: Path) -> None:
