@@ -14,7 +14,7 @@ def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.CLIP_VIT = vit = CN()
     # Architecture: a name that open_clip knows (`open_clip.list_models()`), or `visft-tiny`.
     vit.NAME = "ViT-B-16"
-    # Its weights: an open_clip tag, a file (.safetensors, .pt), or "" for random weights.
+    # Its weights: an open_clip tag, a file (.safetensors, .pt; also `visft://NAME`), or "" for random weights.
     vit.PRETRAINED = ""
     # `keep`: the class token stays in the sequence, as in CLIP. `drop`: the authors' dense forward (patches alone).
     vit.CLASS_TOKEN = "keep"
@@ -59,7 +59,7 @@ def _add_heads(cfg: CN) -> None:
     # Stage `lora`: bring the gradients that the heads send into the shared features to one norm, their mean, at each
     # batch. Heads share nothing that trains in stage `heads`, where it changes nothing.
     visft.BALANCE_GRADIENTS = False
-    # Weight files that the heads start from, ours or the authors'; (): fresh heads.
+    # Weight files (or `visft://NAME`) that the heads start from, ours or the authors'; (): fresh heads.
     visft.HEAD_FILES = ()
 
     visft.DETECTION = det = CN()
