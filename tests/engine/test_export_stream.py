@@ -201,6 +201,17 @@ def test_verify_lets_open_clip_load_the_file_in_a_process_of_its_own(tmp_path, m
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
+def test_other_formats_over_a_base_with_eva_clips_names(tmp_path, name, base, adapters):
+    """The model is built then; LoRA alone goes to our layout, and names its base."""
+    torch.save(small_eva.eva_clip_names(base), tmp_path / "eva.pt")
+    assert tool(tmp_path, name, tmp_path / "eva.pt", fmt="lora") == 0
+    found = load_file(tmp_path / "out" / "f.safetensors")
+    a = adapters["visual.blocks.1.attn.qkv.lora_A"]
+    assert torch.equal(found["backbone.tower.trunk.blocks.1.lora.v.lora_A"], a[4:])
+    about = load.describe(tmp_path / "out" / "f.safetensors")
+    assert about["base"]["name"] == name and about["base"]["pretrained"] == str(tmp_path / "eva.pt")
+
+
 def test_interpolation(tmp_path, name, base, adapters):
     save_file(base, tmp_path / "base.safetensors")
     assert tool(tmp_path, name, tmp_path / "base.safetensors", "--interpolate", "0", "0.25") == 0

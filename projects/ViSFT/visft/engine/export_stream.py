@@ -69,16 +69,11 @@ def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ..
     if not can and not os.path.isfile(open_clip_zoo.local_file(vit.PRETRAINED)):
         return None
     path = open_clip_zoo.weight_file(vit.NAME, vit.PRETRAINED)
-    kind = _kind(path)
+    kind = base_kind(path)
     if kind == stream_names.BARE and format_name not in ("timm", "safetensors"):
         raise ExportError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} is a bare tower (names beginning with `blocks.`) without a text tower: "
             f"it can become timm or safetensors, not {format_name}; use --format timm, or give a complete CLIP."
-        )
-    if kind == stream_names.EVA_CLIP and not can:
-        raise ExportError(
-            f"MODEL.CLIP_VIT.PRETRAINED: {path} has EVA-CLIP's names, with which --format {format_name} cannot begin; "
-            "export to open_clip first and give that file as the base, with --interpolate 0 if it is merged already."
         )
     theirs = authors.is_lora_file(shapes)
     if can and (theirs or kind != stream_names.OPEN_CLIP or os.path.getsize(path) > LARGE):
@@ -86,7 +81,8 @@ def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ..
     return None
 
 
-def _kind(path: str) -> str | None:
+def base_kind(path: str) -> str | None:
+    """Whose names a base's file has (`stream_names.kind_of`); None where that cannot be told."""
     try:
         return stream_names.kind_of(files.read_shapes(path))
     except CheckpointError:
