@@ -1,7 +1,7 @@
 """A CLIP built without memory for its weights, into which they are streamed from a file: never two copies of it.
 
-open_clip draws random weights, reads the whole file beside them and copies. That is twice the model, for which towers of
-billions of parameters leave no room.
+open_clip draws random weights, reads the whole file beside them and copies. That is twice the model, for which towers
+of billions of parameters leave no room.
 """
 
 import contextlib
