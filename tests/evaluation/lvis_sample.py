@@ -1,7 +1,7 @@
 """A generated sample in LVIS's format, small and with every case in it, and the lvis package's figures for it.
 
-`python tests/evaluation/lvis_sample.py` writes lvis_sample.json: the annotations, the detections, and the figures of the
-lvis package as it is published. That package runs on numpy < 1.24 only, so it needs an environment of its own:
+`python tests/evaluation/lvis_sample.py` writes lvis_sample.json: the annotations, the detections, and the figures of
+the lvis package as it is published. That package runs on numpy < 1.24 only, so it needs an environment of its own:
 
     pip install "numpy<1.24" "pycocotools==2.0.6" "lvis==0.5.3" "opencv-python-headless<4.8" "matplotlib<3.8"
 """

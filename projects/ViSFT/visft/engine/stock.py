@@ -23,6 +23,8 @@ from torch import nn
 from visft.backbone import lr_factor
 from visft.checkpoint import files
 from visft.errors import CheckpointError, ConfigError
+from visft.evaluation import InstancesEvaluator
+from visft.evaluation.average_precision import is_fast
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class StockTrainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind == "coco":
             return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "lvis":
+            return InstancesEvaluator(dataset_name, fast=is_fast(cfg.VISFT.COCO_METRIC))
         if kind == "sem_seg":
             return SemSegEvaluator(dataset_name, output_dir=folder)
         if kind == "coco_panoptic_seg":
@@ -87,8 +91,8 @@ class StockTrainer(DefaultTrainer):
                 ]
             )
         raise ConfigError(
-            f"DATASETS.TEST: {dataset_name} is of the kind `{kind}`; this tool evaluates coco, sem_seg and "
-            "coco_panoptic_seg"
+            f"DATASETS.TEST: {dataset_name} is of the kind `{kind}`; this tool evaluates coco, lvis, "
+            "sem_seg and coco_panoptic_seg"
         )
 
 

@@ -146,6 +146,17 @@ class HeadsEvaluator(DatasetEvaluator):
         return [{**result, "category_id": ids[result["category_id"]]} for result in results]
 
 
+class InstancesEvaluator(HeadsEvaluator):
+    """The same figures for a stock detector, whose one output is `instances`, by detectron2's names: `bbox/AP`."""
+
+    def __init__(self, dataset_name: str, **options) -> None:
+        """Arguments as for HeadsEvaluator, without heads."""
+        super().__init__(dataset_name, ("instances",), **options)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        return {task.removeprefix("instances/"): figures for task, figures in super().evaluate().items()}
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
 

@@ -2,7 +2,8 @@
 
 LVIS is annotated in a federated way: of a picture it is known which classes are in it, which are not
 (`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
-found of a class that nothing is known of does not count, nor what is found too much of a class not annotated everywhere.
+found of a class that nothing is known of does not count, nor what is found too much of a class not annotated
+everywhere.
 """
 
 import json
