@@ -100,7 +100,7 @@ def largest_difference(base: Path, lora: Path, output: Path, eva_clip: bool) -> 
 
 
 def export(arguments: argparse.Namespace) -> dict:
-    """Draw a base and a LoRA file, merge them by tools/export_backbone.py's own function, and compare."""
+    """Draw a base and a LoRA file, merge them as tools/export_backbone.py does, and compare; then load the base."""
     folder = arguments.folder
     drawn, lora, output = (
         folder / "drawn.safetensors",
@@ -119,6 +119,7 @@ def export(arguments: argparse.Namespace) -> dict:
         f"from visft.engine import export_backbone\nstatus = export_backbone.main({[str(w) for w in words]!r})"
     )
     size = output.stat().st_size
+    loaded = load(arguments, base)
     worst, count = largest_difference(drawn, lora, output, arguments.eva_clip)
     return {
         "base": base.suffix,
@@ -128,7 +129,23 @@ def export(arguments: argparse.Namespace) -> dict:
         "peak_gb": round(peak / 1e9, 2),
         "peak_over_file": round(peak / size, 3),
         "largest_difference": worst,
+        "loaded_as": arguments.load,
+        **loaded,
     }
+
+
+def load(arguments: argparse.Namespace, base: Path) -> dict:
+    """The whole CLIP built on `meta`, the base's weights streamed in; nothing where memory does not allow it."""
+    dtype = getattr(torch, arguments.load)
+    need = base.stat().st_size * dtype.itemsize / 4
+    about = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    if int(about["MemAvailable"].split()[0]) * 1024 < 1.2 * need + (2 << 30):
+        return {"load": "not tried: too little memory free"}
+    peak, seconds, _ = measured(
+        "import torch\nfrom visft.checkpoint import stream_load\n"
+        f"stream_load.load_clip({arguments.name!r}, {str(base)!r}, {dtype})\nstatus = 0"
+    )
+    return {"load_seconds": round(seconds, 1), "load_peak_gb": round(peak / 1e9, 2)}
 
 
 def step(arguments: argparse.Namespace) -> dict:
@@ -190,6 +207,9 @@ def main() -> None:
     parser.add_argument("--eva-clip", action="store_true", help="export: the base under EVA-CLIP's names")
     parser.add_argument(
         "--verify", action="store_true", help="export: reopened in open_clip, which needs the memory"
+    )
+    parser.add_argument(
+        "--load", default="bfloat16", help="export: type of the parameters of the loaded model"
     )
     parser.add_argument("--iterations", type=int, default=3, help="step: how many")
     parser.add_argument("--size", type=int, default=224, help="step: side of the pictures in pixels")
