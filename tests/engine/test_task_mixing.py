@@ -1,6 +1,7 @@
 """Whole runs that mix their tasks by ratio: killed and resumed, in two processes; and what is refused beforehand."""
 
 import json
+import socket
 import time
 
 import processes
@@ -79,16 +80,25 @@ def test_a_killed_run_ends_with_the_same_bits(whole, shapes_train, tmp_path):
 
 
 def test_two_processes_train_as_one_with_the_joined_batch(shapes_train, tmp_path):
-    ends = []
-    for count in ("1", "2"):
-        command = arguments(shapes_train, tmp_path / count)
+    """Started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    runs = {}
+    for world in (1, 2):
+        command = arguments(shapes_train, tmp_path / str(world))
         command += ["VISFT.STAGES", "('heads',)", "MODEL.VISFT.DETECTION.DROPOUT", "0.0"]
-        command = [*command[:2], "--num-gpus", count, *command[2:]]
-        status, text = processes.run("train_net.py", command, tmp_path / f"log{count}")
-        assert status == 0, text
-        ends.append(load_file(tmp_path / count / "heads" / "model_0000006.safetensors"))
-    for name, tensor in ends[0].items():
-        assert (tensor - ends[1][name]).abs().max() < 1e-3, name  # six AdamW steps of 1e-3 or less
+        for rank in range(world):
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            where = {key: str(value) for key, value in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            log = tmp_path / f"log{world}{rank}"
+            runs[world, rank] = (processes.start("train_net.py", command, log, **where), log)
+    for process, log in runs.values():
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    one, two = (load_file(tmp_path / str(world) / "heads" / "model_0000006.safetensors") for world in (1, 2))
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 1e-3, name  # six AdamW steps of 1e-3 or less
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ class ViSFT(nn.Module):
             # The other processes wait for this one's norms, in their backward pass.
             idle = balanced_copies(self.pixel_mean.new_zeros((), requires_grad=True), balanced)
             first = next(iter(losses))
-            losses[first] = losses[first] + sum(idle.values())
+            losses[first] = losses[first] + 0 * sum(idle.values())
         return losses
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
