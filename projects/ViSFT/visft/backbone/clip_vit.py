@@ -229,6 +229,21 @@ class CLIPViT(Backbone):
         )
         return self._parts.embedding(x)
 
+    def map_and_embedding(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense features and the CLIP embedding from one pass, both as CLIP computes (see `image_embedding`).
+
+        Args:
+            images: normalised, `[N, 3, H, W]`; the tower's own patch divides the sides.
+
+        Returns:
+            The map `[N, C, h, w]` after the tower's last norm, and `[N, D]`.
+        """
+        x, grid, prefix = self._run(
+            images, patch_size=self._parts.patch_size, prefix=True, antialias=True, window_size=0
+        )
+        dense = self._parts.dense_norm()(x[:, prefix:]).transpose(1, 2).unflatten(2, grid)
+        return dense.contiguous(), self._parts.embedding(x)
+
     def _first_trained(self) -> int:
         """Index of the first block that something trains in or before; the number of blocks when nothing does."""
         if any(p.requires_grad for p in self.stem_parameters()):

@@ -39,7 +39,7 @@ class SceneObject:
     """One object as it is seen.
 
     Args:
-        category: index into `catalogue.COCO_CATEGORIES`.
+        category: index into the cast's names; by default into `catalogue.COCO_CATEGORIES`.
         emoji: index into `catalogue.catalogue()`.
         mask: `[H, W]` bool, the visible part.
     """
@@ -61,6 +61,24 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
+class Cast:
+    """Who may be in a scene.
+
+    Args:
+        names: of the categories.
+        train, every: each category's places in `pictures`: the drawings of training scenes, and all of them.
+        pictures: an index into `catalogue.catalogue()` and a picture each.
+        flips: whether each is still called so after a flip.
+    """
+
+    names: tuple[str, ...]
+    train: tuple[tuple[int, ...], ...]
+    every: tuple[tuple[int, ...], ...]
+    pictures: tuple[tuple[int, Image.Image], ...]
+    flips: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Scene:
     """`image` `[H, W, 3]` uint8 RGB; its objects, front to back; its captions; the kind of its background."""
 
@@ -79,20 +97,29 @@ def count_phrase(name: str, count: int) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-@functools.cache
-def _sprites() -> tuple[list[list[int]], list[list[int]], list[tuple[int, Image.Image]], list[bool]]:
-    """Each category's places among all drawings (for training, for validation); pictures; may they flip?"""
+def cast_of(
+    categories: Sequence[tuple[str, Sequence[str]]], held_out: Sequence[Sequence[str]] | None = None
+) -> Cast:
+    """A cast of categories, given by name and emoji; `held_out` are further emoji that training scenes do not show."""
     emoji, rendered = catalogue.catalogue(), catalogue.pictures()
-    splits, images, flips = ([], []), [], []
-    for category in catalogue.COCO_CATEGORIES:
-        indices = catalogue.drawing_indices(category.drawings)
-        start = len(images)
-        splits[0].append(list(range(start, start + len(category.train))))
-        splits[1].append(list(range(start, start + len(indices))))
+    train, every, pictures, flips = [], [], [], []
+    for place, (_, texts) in enumerate(categories):
+        indices = catalogue.drawing_indices((*texts, *(held_out[place] if held_out else ())))
+        start = len(pictures)
+        train.append(tuple(range(start, start + len(texts))))
+        every.append(tuple(range(start, start + len(indices))))
         for i in indices:
-            images.append((i, Image.fromarray(rendered[i], "RGBA")))
+            pictures.append((i, Image.fromarray(rendered[i], "RGBA")))
             flips.append(catalogue.may_flip(emoji[i].name))
-    return splits[0], splits[1], images, flips
+    names = tuple(name for name, _ in categories)
+    return Cast(names, tuple(train), tuple(every), tuple(pictures), tuple(flips))
+
+
+@functools.cache
+def coco_cast() -> Cast:
+    """COCO's categories with all their drawings."""
+    categories = catalogue.COCO_CATEGORIES
+    return cast_of([(c.name, c.train) for c in categories], [c.held_out for c in categories])
 
 
 @functools.cache
@@ -135,31 +162,32 @@ def _background(kind: str, height: int, width: int, rng: np.random.Generator) ->
     return np.clip(image, 0, 255).astype(np.uint8), str(name)
 
 
-def _layout(rng: np.random.Generator) -> list[int]:
+def _layout(rng: np.random.Generator, categories: int) -> list[int]:
     """Categories of the objects of a scene: 1 to 8 objects of 1 to 3 categories, few more often than many."""
     count = int(rng.choice(np.arange(1, 9), p=(0.2, 0.22, 0.18, 0.14, 0.1, 0.08, 0.05, 0.03)))
-    kinds = rng.choice(len(catalogue.COCO_CATEGORIES), min(count, int(rng.integers(1, 4))), replace=False)
+    kinds = rng.choice(categories, min(count, int(rng.integers(1, 4))), replace=False)
     more = rng.choice(kinds, count - len(kinds))
     return [*kinds.tolist(), *more.tolist()]
 
 
-def compose(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
+def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | None = None) -> Scene:
     """One random scene.
 
     Args:
         rng: the only source of randomness.
         held_out: whether drawings and backgrounds that only the validation split shows may occur.
+        cast: who plays; None: COCO's categories.
 
     Returns:
         A scene with at least one object.
     """
-    train, every, images, flips = _sprites()
-    drawings = every if held_out else train
+    cast = cast or coco_cast()
+    drawings = cast.every if held_out else cast.train
     height, width = SIZES[int(rng.choice(3, p=(0.5, 0.25, 0.25)))]
     kinds = HELD_OUT_BACKGROUNDS if held_out and rng.random() < 1 / 3 else TRAIN_BACKGROUNDS
     kind = kinds[int(rng.integers(len(kinds)))]
     canvas, colour = _background(kind, height, width, rng)
-    categories = _layout(rng)
+    categories = _layout(rng, len(cast.names))
     largest = {1: 80, 2: 76, 3: 68, 4: 60}.get(len(categories), 52)
 
     # Front to back: an object is kept if enough of it shows behind those kept before it.
@@ -167,8 +195,8 @@ def compose(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     kept: list[tuple[SceneObject, np.ndarray, slice, slice]] = []
     for category in categories:
         drawing = int(rng.choice(drawings[category]))
-        emoji, picture = images[drawing]
-        if flips[drawing] and rng.random() < 0.5:
+        emoji, picture = cast.pictures[drawing]
+        if cast.flips[drawing] and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.5:
             picture = picture.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
@@ -196,15 +224,20 @@ def compose(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
         under = canvas[rows, columns]
         canvas[rows, columns] = (rgba[..., :3] * alpha + under * (255 - alpha) + 127) // 255
     objects = tuple(entry[0] for entry in kept)
-    return Scene(canvas, objects, captions_of(objects, colour, rng), kind)
+    return Scene(canvas, objects, captions_of(objects, colour, rng, cast.names), kind)
 
 
-def captions_of(objects: Sequence[SceneObject], colour: str, rng: np.random.Generator) -> tuple[str, ...]:
+def captions_of(
+    objects: Sequence[SceneObject],
+    colour: str,
+    rng: np.random.Generator,
+    categories: Sequence[str] = tuple(category.name for category in catalogue.COCO_CATEGORIES),
+) -> tuple[str, ...]:
     """Three captions: what is there, how it lies to each other or in the frame, and on which background."""
     groups: dict[int, list[SceneObject]] = {}
     for item in objects:
         groups.setdefault(item.category, []).append(item)
-    names = {c: count_phrase(catalogue.COCO_CATEGORIES[c].name, len(items)) for c, items in groups.items()}
+    names = {c: count_phrase(categories[c], len(items)) for c, items in groups.items()}
     listed = list(names.values())
     listing = listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
     centres = {c: np.mean([_centre(item) for item in items], axis=0) for c, items in groups.items()}

@@ -1,0 +1,58 @@
+"""Scenes of things that no fine-tuning scene shows, with masks and captions: what several demo benchmarks share."""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from visft.data.demo_world import scenes as demo_scenes
+
+from ..features import Pictures
+
+# Things with a drawing of their own whose name has a plural in -s.
+_THINGS = (
+    "🐒 🦍 🦊 🦁 🐅 🐆 🦌 🐖 🐪 🦘 🐇 🐿 🦔 🦇 🐼 🦥 🦨 🐓 🐧 🦅 🦢 🦩 🐸 🐊 "
+    "🐢 🦎 🐍 🐳 🐬 🦈 🐙 🐌 🐛 🐜 🐝 🐞 🕷 🦂 🌹 🌻 🌷 🌵 🍄 🍁 🍉 🍋 🍍 🍐 "
+    "🍅 🥥 🥑 🍆 🥔 🥒 🧅 🥐 🥨 🍔 🌮 🥚 🍪 🍭 🧁 🏠 ⛺ 🚁 🚀 🚜 ⚓ ⌚ ⭐ ⛄ "
+    "🎈 🏆 🎸 🎺 🎻 🥁 🔔 💡 🔦 🕯 🔑 🔨 🪓 🔧 ⚙ 🧲 🪜 🔬 🔭 🚪 🪞 🛁 🧹 🧺 "
+    "🪣 👑 🎩 👗 👢 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
+).split()
+
+COUNTS = {"train": 1500, "validation": 300, "test": 500, "development": 500}
+"""Scenes of each part; `train` and `validation` are for readouts."""
+
+SCALE = 2.0
+"""Scenes are seen at twice the tower's native side, at which their objects have the size of single pictures."""
+
+
+@functools.cache
+def cast() -> demo_scenes.Cast:
+    """Who plays in the scenes: one category an emoji, under its own name."""
+    from visft.data.demo_world import catalogue
+
+    known = {emoji.text: emoji for emoji in catalogue.unseen_emoji()}
+    return demo_scenes.cast_of([(known[text].name, (text,)) for text in _THINGS if text in known])
+
+
+def categories() -> tuple[str, ...]:
+    """Names of the categories; a scene's objects index them."""
+    return cast().names
+
+
+@functools.lru_cache(maxsize=4)
+def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
+    """All scenes of a part (see `COUNTS`), the same at every call."""
+    number = list(COUNTS).index(part)
+    return tuple(
+        demo_scenes.compose(np.random.default_rng([7, number, i]), held_out=True, cast=cast())
+        for i in range(COUNTS[part])
+    )
+
+
+def pictures(part: str, *, dense: bool = False) -> Pictures:
+    """A part's pictures, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone."""
+
+    def make() -> Iterator[np.ndarray]:
+        yield from (scene.image for scene in scenes(part))
+
+    return Pictures(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=SCALE, dense=dense)

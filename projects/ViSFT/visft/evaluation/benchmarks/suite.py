@@ -1,0 +1,313 @@
+"""Runs benchmarks on towers: tower by tower, benchmark by benchmark, seed by seed; what is finished is not repeated."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visft.checkpoint import files
+
+from . import statistics
+from .features import FeatureStore, Pictures
+from .registry import FAMILIES, Benchmark, Context
+from .towers import Tower
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tower to be compared: its label, and the tag or file of its CLIP."""
+
+    label: str
+    pretrained: str
+
+
+def run(
+    name: str,
+    towers: Sequence[Entry],
+    benchmarks: Sequence[type[Benchmark]],
+    context: Context,
+    *,
+    seeds: int,
+    output: str | os.PathLike,
+) -> dict[str, Any]:
+    """Evaluate, compare with the first tower, and return what `results.json` holds.
+
+    Args:
+        name: open_clip's name of the architecture.
+        towers: the first is the base.
+        seeds: 0 to seeds - 1 are used.
+        output: gets `scores/TOWER/BENCHMARK.safetensors`, from which an interrupted run goes on.
+
+    Raises:
+        VisftError: a tower or data set is broken.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    ready, left_out = [], {}
+    for cls in benchmarks:
+        reason = cls.missing(context)
+        if reason:
+            left_out[cls.name] = reason
+        else:
+            ready.append(_Task(cls(context), seeds))
+    about, scores = [], {}
+    texts: dict[str, dict] = {}
+    progress = Progress(len(towers) * _passes(ready))
+    for entry in towers:
+        tower = Tower(name, entry.pretrained, label=entry.label)
+        about.append({"label": entry.label, "weights": entry.pretrained, "sha256": tower.sha256})
+        if not tower.has_map:
+            for task in [task for task in ready if task.needs_map]:
+                left_out[task.benchmark.name] = f"{name} is no plain vision transformer"
+                ready.remove(task)
+        shared = texts.setdefault(tower.text_sha256, {})
+        scores[entry.label] = _evaluate(tower, ready, output, shared, progress)
+        del tower
+    progress.end()
+    return _results(name, about, [task.benchmark for task in ready], scores, context, seeds, left_out)
+
+
+class _Task:
+    """A benchmark with its sets of pictures for every seed."""
+
+    def __init__(self, benchmark: Benchmark, seeds: int) -> None:
+        self.benchmark = benchmark
+        count = seeds if benchmark.max_seeds is None else min(seeds, benchmark.max_seeds)
+        self.sets = [dict(benchmark.pictures(seed)) for seed in range(count)]
+
+    @property
+    def pictures(self) -> list[Pictures]:
+        return [pictures for named in self.sets for pictures in named.values()]
+
+    @property
+    def needs_map(self) -> bool:
+        return any(pictures.dense or pictures.scale != 1 for pictures in self.pictures)
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the scores besides the tower."""
+        cls = type(self.benchmark)
+        sets = [[(n, *p.identity, p.count, p.dense) for n, p in named.items()] for named in self.sets]
+        parts = [cls.name, cls.version, self.benchmark.context.split, sets]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _passes(tasks: Sequence[_Task]) -> int:
+    """Pictures that pass a tower."""
+    return sum({pictures.identity: pictures.count for task in tasks for pictures in task.pictures}.values())
+
+
+def _evaluate(
+    tower: Tower, tasks: Sequence[_Task], output: Path, texts: dict[str, torch.Tensor], progress: "Progress"
+) -> dict[str, np.ndarray]:
+    """Scores `[seeds, items, k]` by benchmark."""
+    folder = output / SCORES / tower.sha256[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(folder)
+    found = {task.benchmark.name: _read(folder, task) for task in tasks}
+    open_tasks = [task for task in tasks if found[task.benchmark.name] is None]
+    progress.skip(_passes(tasks) - _passes(open_tasks))
+    for task in tasks:
+        if task not in open_tasks:
+            progress.say(f"{tower.label}: {task.benchmark.name}: finished before")
+    users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
+    announced = [pictures for task in open_tasks for pictures in task.pictures]
+    store = FeatureStore(tower, announced, folder=output, texts=texts, progress=progress.passed)
+    try:
+        for task in open_tasks:
+            rows = []
+            for seed, sets in enumerate(task.sets):
+                progress.say(f"{tower.label}: {task.benchmark.name}, seed {seed}")
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
+                rows.append(scores.reshape(len(scores), -1))
+                users.subtract(pictures.identity for pictures in sets.values())
+                for pictures in sets.values():
+                    if users[pictures.identity] == 0:
+                        store.release(pictures)
+            found[task.benchmark.name] = np.stack(rows)
+            _write(folder, task, found[task.benchmark.name])
+    finally:
+        store.close()
+    return found
+
+
+def _file(folder: Path, task: _Task) -> Path:
+    return folder / f"{task.benchmark.name.replace('/', '-')}.safetensors"
+
+
+def _read(folder: Path, task: _Task) -> np.ndarray | None:
+    file = _file(folder, task)
+    if not file.is_file() or files.read_metadata(file).get("fingerprint") != task.fingerprint():
+        return None
+    return files.read_tensors(file)["scores"].numpy()
+
+
+def _write(folder: Path, task: _Task, scores: np.ndarray) -> None:
+    metadata = {"fingerprint": task.fingerprint(), "benchmark": task.benchmark.name}
+    files.write_safetensors(_file(folder, task), {"scores": torch.from_numpy(scores)}, metadata)
+
+
+# ---------------------------------------------------------------- results
+
+
+def _results(
+    name: str,
+    about: list[dict],
+    benchmarks: Sequence[Benchmark],
+    scores: dict[str, dict[str, np.ndarray]],
+    context: Context,
+    seeds: int,
+    left_out: dict[str, str],
+) -> dict[str, Any]:
+    base, *others = [entry["label"] for entry in about]
+    tables = {}
+    for other in others or [None]:
+        parts = {
+            benchmark.name: statistics.compare(
+                benchmark.name,
+                scores[base][benchmark.name],
+                scores[other][benchmark.name] if other else None,
+                benchmark.figure,
+            )
+            for benchmark in benchmarks
+        }
+        tables[other] = _tables(benchmarks, parts)
+    found = {
+        "schema": SCHEMA,
+        "model": name,
+        "towers": about,
+        "split": context.split,
+        "seeds": seeds,
+        "rule": statistics.RULE,
+        "left_out": left_out,
+    }
+    for key in ("families", "mean", "benchmarks"):
+        several = {other: table[key] for other, table in tables.items()}
+        found[key] = several if len(others) > 1 else next(iter(several.values()))
+    return found
+
+
+def _tables(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Comparison]) -> dict[str, Any]:
+    """Rows of families, the mean over those that are out of domain, rows of benchmarks."""
+    families, in_domain, metrics = {}, {}, {}
+    for family in FAMILIES:
+        own = [benchmark for benchmark in benchmarks if benchmark.family == family]
+        outside = [benchmark for benchmark in own if not benchmark.in_domain]
+        counted = outside or own  # one that is in-domain altogether is shown, and marked
+        if counted:
+            families[family] = statistics.mean([parts[benchmark.name] for benchmark in counted])
+            in_domain[family] = not outside
+            names = list(dict.fromkeys(benchmark.metric for benchmark in counted))
+            metrics[family] = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    tested = {name: part.p_value() for name, part in families.items() if not in_domain[name]}
+    adjusted = statistics.holm({name: p for name, p in tested.items() if p is not None})
+    rows = [
+        _row(name, metrics[name], part, adjusted.get(name)) | {"in_domain": in_domain[name]}
+        for name, part in families.items()
+    ]
+    outside = [part for name, part in families.items() if not in_domain[name]]
+    mean = None
+    if outside:
+        whole = statistics.mean(outside)
+        mean = _row("mean", f"mean over {len(outside)} families out of domain", whole, whole.p_value())
+    details = [
+        _row(benchmark.name, benchmark.metric, parts[benchmark.name], None)
+        | {"family": benchmark.family, "in_domain": benchmark.in_domain}
+        for benchmark in benchmarks
+    ]
+    for row in details:
+        del row["verdict"], row["p_adjusted"]  # verdicts are on families
+    return {"families": rows, "mean": mean, "benchmarks": details}
+
+
+def _row(name: str, metric: str, part: statistics.Comparison, adjusted: float | None) -> dict[str, Any]:
+    low, high = part.interval()
+    return {
+        "name": name,
+        "metric": metric,
+        "base": _rounded(part.base),
+        "tuned": _rounded(part.tuned),
+        "difference": _rounded(part.difference),
+        "low": _rounded(low),
+        "high": _rounded(high),
+        "verdict": statistics.verdict(part.difference, adjusted),
+        "n": part.n,
+        "p": _rounded(part.p_value()),
+        "p_adjusted": _rounded(adjusted),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
+
+    Args:
+        total: pictures that will pass a tower.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.skipped = max(1, total), 0, 0
+        self.start, self.what = time.monotonic(), ""
+        self.terminal = sys.stderr.isatty()
+
+    def passed(self, count: int) -> None:
+        """So many pictures have passed a tower."""
+        self.done += count
+        if self.terminal:
+            self._print()
+
+    def skip(self, count: int) -> None:
+        """So many need not pass: their benchmarks are finished."""
+        self.skipped += count
+
+    def say(self, what: str) -> None:
+        """What is done now."""
+        self.what = what
+        if self.terminal:
+            self._print()
+        else:
+            logger.info("%s", self.line())
+
+    def end(self) -> None:
+        """The last line."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        logger.info("evaluated in %s", _clock(time.monotonic() - self.start))
+
+    def line(self) -> str:
+        """As it is shown: share, what, time gone, and time left where it can be told."""
+        gone = time.monotonic() - self.start
+        share = (self.done + self.skipped) / self.total
+        left = ""
+        if self.done and self.done + self.skipped < self.total:
+            left = f", about {_clock(gone / self.done * (self.total - self.done - self.skipped))} left"
+        return f"[{100 * share:3.0f} %] {self.what} ({_clock(gone)} gone{left})"
+
+    def _print(self) -> None:
+        print(f"\r\033[K{self.line()}", end="", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,293 @@
+"""The suite of benchmarks: features against open_clip, one pass a picture, resuming, repetition, reports, arguments."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from visft.backbone import open_clip_zoo
+from visft.engine import evaluate_backbone
+from visft.errors import VisftError
+from visft.evaluation.benchmarks import (
+    Context,
+    FeatureStore,
+    Pictures,
+    Tower,
+    registry,
+    report,
+    suite,
+    towers,
+)
+from visft.evaluation.benchmarks.readout import LogisticRegression
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import my_benchmark  # noqa: E402
+
+TINY = open_clip_zoo.TINY
+FIELDS = {"name", "metric", "base", "tuned", "difference", "low", "high", "verdict", "n"}
+
+
+@pytest.fixture(scope="module")
+def tower() -> Tower:
+    return Tower(TINY, "demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def broken_file(tmp_path_factory) -> Path:
+    """The demo CLIP with noise in its vision tower's last blocks."""
+    state = load_file(open_clip_zoo.TINY_WEIGHTS)
+    torch.manual_seed(0)
+    for name, value in state.items():
+        if re.search(r"visual\.transformer\.resblocks\.[4-7].*weight", name):
+            state[name] = value + 0.15 * torch.randn_like(value)
+    file = tmp_path_factory.mktemp("broken") / "broken.safetensors"
+    save_file(state, file)
+    return file
+
+
+def noise(count=5, size=(64, 64), seed=0):
+    def make():
+        rng = np.random.default_rng(seed)
+        for _ in range(count):
+            yield rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+
+    return make
+
+
+class Counted:
+    """How many pictures pass a tower."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.count = 0
+        encode = Tower.encode
+
+        def counting(tower, images, dense=False):
+            self.count += len(images)
+            return encode(tower, images, dense)
+
+        monkeypatch.setattr(Tower, "encode", counting)
+
+
+def run(output, compare=(), benchmarks=(my_benchmark.Quarters,), seeds=2):
+    entries = [suite.Entry("base", "demo"), *(suite.Entry(Path(f).stem, str(f)) for f in compare)]
+    results = suite.run(TINY, entries, benchmarks, Context(), seeds=seeds, output=output)
+    report.write(results, output)
+    return results
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_embeddings_are_open_clips_and_maps_the_backbones(tower):
+    pictures = Pictures("noise", 5, noise(), dense=True)
+    store = FeatureStore(tower, [pictures])
+    images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip_zoo.OPENAI_MEAN, open_clip_zoo.OPENAI_STD))
+    images = (images - mean) / std
+    with torch.no_grad():
+        expected = tower.clip.encode_image(images, normalize=True)
+        maps = tower.backbone(images)["last_feat"]
+    torch.testing.assert_close(store.embeddings(pictures), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(store.dense(pictures), maps, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(store.dense(pictures, 2, 4), maps[2:4], rtol=2e-3, atol=2e-3)
+    texts = ["a dog", "an apple"]
+    tokens = open_clip_zoo.open_clip().get_tokenizer(TINY)(texts)
+    with torch.no_grad():
+        torch.testing.assert_close(store.text(texts), tower.clip.encode_text(tokens, normalize=True))
+    store.close()
+
+
+def test_a_picture_passes_once_for_whoever_asks(tower, monkeypatch):
+    passed = Counted(monkeypatch)
+    plain, dense = Pictures("one", 5, noise()), Pictures("one", 5, noise(), dense=True)
+    larger = Pictures("one", 5, noise(), scale=2.0)
+    store = FeatureStore(tower, [plain, dense, larger])
+    store.embeddings(plain)  # asked for first, and by one that needs no map
+    assert store.dense(dense).shape == (5, 192, 8, 8) and passed.count == 5
+    store.embeddings(larger)
+    assert passed.count == 10
+    store.release(plain)
+    store.embeddings(plain)
+    assert passed.count == 15
+    store.close()
+
+
+def test_scale_and_fit(tower):
+    assert (
+        tower.input_size(1) == (64, 64)
+        and tower.input_size(2) == (128, 128)
+        and tower.input_size(1.3) == (80, 80)
+    )
+    store = FeatureStore(tower)
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:48] = 255
+    [squashed] = store._batches(Pictures("wide", 1, lambda: [wide]))
+    [cropped] = store._batches(Pictures("wide", 1, lambda: [wide], fit="crop"))
+    assert squashed.shape == cropped.shape == (1, 3, 64, 64)
+    assert cropped.min() == 255 and squashed[..., :10].max() == 0
+    store.close()
+
+
+def test_regression_is_scikit_learns():
+    from sklearn.linear_model import LogisticRegression as Sklearn
+
+    torch.manual_seed(0)
+    x, y = torch.randn(90, 12), torch.arange(90) % 3
+    x[:, 0] += y
+    ours = LogisticRegression(x, y, 3, l2=0.05)
+    scaled = torch.nn.functional.normalize(x, dim=1) * 12**0.5
+    theirs = Sklearn(C=1 / (0.05 * 90), tol=1e-8, max_iter=2000).fit(scaled.numpy(), y.numpy())
+    expected = torch.from_numpy(theirs.predict_proba(scaled.numpy())).float()
+    torch.testing.assert_close(ours.logits(x).softmax(1), expected, atol=1e-4, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- the suite
+
+
+def test_results_and_reports(broken_file, tmp_path):
+    results = run(tmp_path, [broken_file])
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    [family] = results["families"]
+    assert family.keys() >= FIELDS and family["name"] == "few-shot" and family["n"] == 40
+    assert family["low"] <= family["difference"] <= family["high"]
+    assert family["difference"] == pytest.approx(family["tuned"] - family["base"], abs=1e-3)
+    assert family["base"] > 50  # chance is 25
+    page = (tmp_path / "report.html").read_text()
+    assert 'name="viewport"' in page and "data:image/png;base64," in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|@import|url\(""", page)
+    assert "| few-shot | accuracy |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "forest.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob(".features-*"))
+
+
+def test_a_tower_against_itself_and_several_towers(broken_file, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(Path(open_clip_zoo.TINY_WEIGHTS).read_bytes())
+    results = run(tmp_path / "out", [copy, broken_file])
+    assert results["families"].keys() == {"copy", "broken"} == results["mean"].keys()
+    same = results["families"]["copy"][0]
+    assert (same["difference"], same["low"], same["high"], same["verdict"]) == (0, 0, 0, "not shown")
+    assert results["families"]["broken"][0]["base"] == same["base"]
+    assert (tmp_path / "out" / "report.html").read_text().count("<h2>broken</h2>") == 1
+
+
+def test_base_alone(tmp_path):
+    results = run(tmp_path)
+    [family] = results["families"]
+    assert family["tuned"] is None and family["verdict"] is None and family["base"] > 50
+    assert "| few-shot | accuracy |" in (tmp_path / "report.md").read_text()
+
+
+class Second(my_benchmark.Quarters):
+    """A further benchmark on the same pictures, which may fail."""
+
+    name, family = "second", "dense"
+    fails = False
+
+    def items(self, tower, pictures, seed):
+        if self.fails:
+            raise KeyboardInterrupt
+        return super().items(tower, pictures, seed)
+
+
+def test_interrupted_run_resumes_and_two_runs_give_the_same(broken_file, tmp_path, monkeypatch):
+    passed, both = Counted(monkeypatch), (my_benchmark.Quarters, Second)
+    monkeypatch.setattr(Second, "fails", True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "one", [broken_file], both)
+    monkeypatch.setattr(Second, "fails", False)
+    first, passed.count = passed.count, 0
+    run(tmp_path / "one", [broken_file], both)
+    # The base's first benchmark was finished; its pictures pass again for the second one alone.
+    assert first == 120 and passed.count == 240
+    passed.count = 0
+    run(tmp_path / "one", [broken_file], both)
+    assert passed.count == 0
+    run(tmp_path / "two", [broken_file], both)
+    assert passed.count == 240
+    for name in ("results.json", "report.html", "report.md", "forest.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_what_changes_a_benchmark_runs_it_again(tmp_path, monkeypatch):
+    run(tmp_path)
+    passed = Counted(monkeypatch)
+    run(tmp_path, seeds=3)
+    assert passed.count == 120
+    monkeypatch.setattr(my_benchmark.Quarters, "version", 2)
+    run(tmp_path, seeds=3)
+    assert passed.count == 240
+
+
+def test_in_domain_is_marked_and_counts_in_no_mean(broken_file, tmp_path):
+    class InDomain(my_benchmark.Quarters):
+        name, family, in_domain = "in-domain", "dense", True
+
+    results = run(tmp_path, [broken_file], (my_benchmark.Quarters, InDomain))
+    few_shot, dense = results["families"]
+    assert dense["in_domain"] and dense["verdict"] is None and not few_shot["in_domain"]
+    assert results["mean"]["base"] == few_shot["base"] and "1 families" in results["mean"]["metric"]
+    assert "dense (in-domain)" in (tmp_path / "report.md").read_text()
+
+
+# ---------------------------------------------------------------- names and arguments
+
+
+def test_suites_families_and_names():
+    every = registry.registered()
+    demo = {cls.name for cls in registry.resolve("demo")}
+    assert {"zero-shot emoji", "few-shot digits", "retrieval scenes", "robustness emoji", "quarters"} <= demo
+    assert {cls.name for cls in registry.resolve("few-shot")} < demo
+    assert [cls.name for cls in registry.resolve("quarters, retrieval")] == ["quarters", "retrieval scenes"]
+    for cls in every.values():
+        assert cls.metric and cls.__doc__ or cls.__module__ in (__name__, "my_benchmark")
+
+
+def test_labels():
+    assert towers.labels(["a/x.safetensors", "b/y.pt"]) == ["x", "y"]
+    assert towers.labels(["run1/export/t.safetensors", "run2/export/t.safetensors"]) == [
+        "run1/export/t",
+        "run2/export/t",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--suite", "retreival"],
+            "--suite: `retreival` is no suite, family or benchmark; the nearest is `retrieval`",
+        ),
+        (["--suite", "zero-shot vendor"], "nothing can be run, `zero-shot vendor` needs --pictures"),
+        (["--model", "visft-tinny"], "the nearest name is 'visft-tiny'"),
+        (["--pretrained", "laion2b"], "--pretrained laion2b: .*its tags are: demo"),
+        (["--compare", "nowhere.safetensors"], "--compare nowhere.safetensors: .*does not exist"),
+        (["--pictures", "nowhere"], "--pictures nowhere: there is no such folder"),
+        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--seeds", "0"], "--seeds 0: at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(change, message, tmp_path, capsys):
+    words = {"--model": TINY, "--pretrained": "demo", "--output": str(tmp_path / "out")}
+    words |= dict(zip(change[::2], change[1::2], strict=True))
+    assert evaluate_backbone.main([word for pair in words.items() for word in pair]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_file_is_no_tower(tmp_path):
+    save_file({"heads.detection.x": torch.zeros(2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(VisftError, match="holds no whole CLIP"):
+        towers.check(TINY, "demo", [str(tmp_path / "heads.safetensors")])
+
+
+def test_example_is_short_and_in_the_guide(root):
+    text = (root / "tests/examples/my_benchmark.py").read_text()
+    assert len(text.splitlines()) <= 31
+    assert text.strip() in (root / "CONTRIBUTING.md").read_text()

@@ -1,0 +1,31 @@
+"""Which quarter of a picture holds a bright square: a linear readout of the tower's embedding."""
+
+import numpy as np
+import torch
+
+from visft.evaluation.benchmarks import Benchmark, Pictures, register
+from visft.evaluation.benchmarks.readout import chosen_on_validation
+
+
+@register
+class Quarters(Benchmark):
+    name, family, metric = "quarters", "few-shot", "accuracy"
+
+    def pictures(self, seed):
+        parts = ("train", "validation", "test")
+        return {part: Pictures(f"quarters/{part}", 40, lambda part=part: squares(part)) for part in parts}
+
+    def items(self, tower, pictures, seed):
+        labels = torch.arange(40) % 4
+        train, validation, test = (tower.embeddings(pictures[part]) for part in pictures)
+        model = chosen_on_validation((train, labels), (validation, labels), classes=4)
+        return (model.predict(test) == labels).numpy()
+
+
+def squares(part):
+    rng = np.random.default_rng(len(part))
+    for i in range(40):
+        picture = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+        y, x = rng.integers(4, 20, 2) + 32 * np.array(divmod(i % 4, 2))
+        picture[y : y + 8, x : x + 8] = 255
+        yield picture

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Compare CLIP towers on tasks that they were not tuned on.
+
+tools/evaluate_backbone.py --model NAME --pretrained TAG_OR_FILE [--compare FILE ...] --suite demo|real|NAME[,NAME]
+    [--pictures DIR] [--data DIR] [--seeds N] --output DIR     (again: continues)
+"""
+
+import sys
+
+from visft.engine import evaluate_backbone
+
+if __name__ == "__main__":
+    sys.exit(evaluate_backbone.main())
