@@ -1,0 +1,109 @@
+"""Caption metrics: COCO's own words and figures (Java's, kept in a file), and the evaluator."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.testing import flatten_results_dict
+
+from visft import model_zoo
+from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator
+from visft.evaluation.caption_tokens import ptb_words
+from visft.evaluation.captions import METRICS, caption_scores
+from visft.heads import Caption
+
+SAMPLE = json.loads(Path(__file__).with_name("caption_sample.json").read_text())
+IMAGES = SAMPLE["images"]
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda image: str(image["image_id"]))
+def test_words_are_those_of_the_java_tokenizer(image):
+    assert [ptb_words(text) for text in (image["caption"], *image["references"])] == image["words"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ""),
+        ("...", ""),
+        ("'Tis \u201cthe\u201d caf\u00e9\u2019s  cat\n", "'tis the caf\u00e9 's cat"),
+        ("couldn't've", "could n't 've"),
+        ("A man in a suit.A woman", "a man in a suit.a woman"),
+    ],
+)
+def test_odd_words(text, words):
+    assert ptb_words(text) == words
+
+
+def test_figures_are_those_of_pycocoevalcap():
+    references = {image["image_id"]: image["references"] for image in IMAGES}
+    found = caption_scores(references, {image["image_id"]: image["caption"] for image in IMAGES})
+    assert found == pytest.approx({name: 100 * value for name, value in SAMPLE["scores"].items()}, abs=1e-6)
+    assert tuple(found) == METRICS
+
+
+def test_a_reference_itself_scores_best():
+    references = {image["image_id"]: image["references"][:1] for image in IMAGES}
+    best = caption_scores(references, {key: texts[0] for key, texts in references.items()})
+    assert best["CIDEr"] > 400 and best["BLEU4"] == pytest.approx(100, abs=0.1)
+    assert best["ROUGE_L"] == pytest.approx(100)
+
+
+NAME = "caption_evaluation_test"
+
+
+@pytest.fixture
+def data_set():
+    """The sample as a data set by code, its last picture without captions."""
+    records = [
+        {
+            "file_name": f"{image['image_id']}.jpg",
+            "image_id": image["image_id"],
+            "captions": image["references"],
+        }
+        for image in IMAGES
+    ]
+    records[-1]["captions"] = ["..."]
+    DatasetCatalog.register(NAME, lambda: records)
+    yield records
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.pop(NAME, None)
+
+
+def evaluate(evaluator) -> dict[str, float]:
+    evaluator.reset()
+    for image in IMAGES:
+        evaluator.process([{"image_id": image["image_id"]}], [{"captioning": Caption(image["caption"])}])
+    return flatten_results_dict(evaluator.evaluate())
+
+
+def test_the_evaluator_scores_pictures_with_captions(data_set):
+    found = evaluate(CaptionEvaluator(NAME, ["captioning"], distributed=False))
+    scored = IMAGES[:-1]
+    expected = caption_scores(
+        {image["image_id"]: image["references"] for image in scored},
+        {image["image_id"]: image["caption"] for image in scored},
+    )
+    assert found == pytest.approx({f"captioning/{name}": value for name, value in expected.items()})
+
+
+def test_nothing_to_compare_gives_no_figures(data_set):
+    for record in data_set:
+        record["captions"] = []
+    assert evaluate(CaptionEvaluator(NAME, ["captioning"], distributed=False)) == {}
+
+
+def test_which_evaluators_a_config_gets(data_set):
+    cfg = model_zoo.get_config("visft_demo")
+    cfg.MODEL.VISFT.HEADS = ("captioning",)
+    assert isinstance(build_evaluator(cfg, NAME), CaptionEvaluator)
+    MetadataCatalog.get(NAME).thing_classes = ["thing"]
+    for record in data_set:
+        record |= {"height": 10, "width": 10, "annotations": []}
+    cfg.MODEL.VISFT.HEADS = ("detection", "captioning", "segmentation")
+    both = build_evaluator(cfg, NAME)._evaluators
+    assert [type(evaluator) for evaluator in both] == [HeadsEvaluator, CaptionEvaluator]
+    assert both[0].heads == ("detection", "segmentation") and both[1].heads == ("captioning",)
+    assert torch.is_tensor(Caption("x").maps)
