@@ -149,3 +149,16 @@ def test_sha256_of_a_known_text(tmp_path):
     # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.sha256(tmp_path / "abc") == expected
+
+
+def test_equal_content_makes_equal_bytes(tmp_path):
+    """safetensors itself orders metadata anew in every file: eight files of seven keys would differ."""
+    metadata = {
+        name: f'"{name}" \\ ä\n\t\x01/\u2028' for name in ("visft", "format", "a", "b", "ö", "c", "d")
+    }
+    tensors = {"weight": torch.randn(3, 2), "bias": torch.arange(3)}
+    for number in range(8):
+        files.write_safetensors(tmp_path / f"{number}.safetensors", tensors, metadata)
+    assert len({files.sha256(tmp_path / f"{number}.safetensors") for number in range(8)}) == 1
+    assert files.read_metadata(tmp_path / "0.safetensors") == metadata
+    assert same(files.read_tensors(tmp_path / "0.safetensors"), tensors)

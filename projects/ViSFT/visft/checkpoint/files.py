@@ -124,6 +124,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors atomically, on any device and with any strides; shared memory is written once a name.
 
+    Equal tensors and metadata make equal files, to the byte.
+
     Raises:
         CheckpointError: the file cannot be written (disk full, no permission).
     """
@@ -141,8 +143,22 @@ def write_safetensors(
     try:
         with write_aside(path) as partial:
             safetensors.torch.save_file(ready, partial, dict(metadata) if metadata else None)
+            _sort_metadata(partial)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata in a safetensors header by name: safetensors writes them in another order each time."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, "the same JSON, written as compactly as safetensors does"
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def sha256(path: str | os.PathLike) -> str:
