@@ -137,9 +137,16 @@ def test_the_evaluator_counts_lvis_classes_from_one(sample, truth):
             masked = Instances(size, **found.get_fields())
             masked.pred_masks = torch.stack(drawn) if drawn else torch.zeros(0, *size, dtype=torch.bool)
             evaluator.process([{"image_id": image["id"]}], [{"detection": found, "segmentation": masked}])
+        kept = evaluator._results["segmentation"]
         figures = evaluator.evaluate()
     finally:
         MetadataCatalog.remove(name)
+    # What cannot count is not kept.
+    known = {i["id"]: set(i["neg_category_ids"]) for i in sample["truth"]["images"]}
+    for annotation in sample["truth"]["annotations"]:
+        known[annotation["image_id"]].add(annotation["category_id"])
+    assert 0 < len(kept) < 0.8 * len(sample["results"]["segm"])
+    assert all(result["category_id"] in known[result["image_id"]] for result in kept)
     assert list(figures) == ["detection/bbox", "segmentation/bbox", "segmentation/segm"]
     for head, task in (key.split("/") for key in figures):
         expected = {n: 100 * sample["figures"][task][n] for n in LVISMetric.names}

@@ -73,6 +73,10 @@ class COCOMetric:
         """The data set's own."""
         return set(self._truth.getCatIds())
 
+    def counting(self, image_id: int, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
+        """Which of a picture's detections can count, as indices: all."""
+        return list(range(len(scores)))
+
     def __call__(
         self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
     ) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The in-domain evaluator: every head's own output, under its name."""
 
+import functools
 import itertools
 import logging
 import tempfile
@@ -61,11 +62,14 @@ class HeadsEvaluator(DatasetEvaluator):
         self._tasks: dict[str, set[str]] = {name: set() for name in self.heads}
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep what the heads predicted, masks run-length encoded.
+        """Keep what the heads predicted as far as it can count, masks run-length encoded.
 
         Args:
             inputs: with `image_id`.
             outputs: the model's, in coordinates of the original pictures.
+
+        Raises:
+            DataError: a prediction's class is none of the data set's.
         """
         for image, output in zip(inputs, outputs, strict=True):
             for name in self.heads:
@@ -73,15 +77,10 @@ class HeadsEvaluator(DatasetEvaluator):
                 if not isinstance(instances, Instances):
                     continue
                 self._tasks[name] |= {"bbox", "segm"} if instances.has("pred_masks") else {"bbox"}
-                found = instances_to_coco_json(instances.to(torch.device("cpu")), image["image_id"])
-                self._results[name] += found
+                self._results[name] += self._encode(instances.to(torch.device("cpu")), image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures in per cent by head and kind; empty on all but the main process.
-
-        Raises:
-            DataError: a prediction's class is none of the data set's.
-        """
+        """Figures in per cent by head and kind; empty on all but the main process."""
         gathered = [(self._results, self._tasks)]
         if self.distributed:
             comm.synchronize()
@@ -97,7 +96,6 @@ class HeadsEvaluator(DatasetEvaluator):
             tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
             if tasks and not results:
                 logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
-            results = self._dataset_ids(results)
             for task in tasks:
                 scores = self.metric(results, task, self._class_names())
                 figures[f"{name}/{task}"] = scores
@@ -119,8 +117,10 @@ class HeadsEvaluator(DatasetEvaluator):
             convert_to_coco_json(self.dataset_name, str(file), allow_cached=False)
             return COCOMetric(file, self.fast)
 
+    @functools.cached_property
     def _ids(self) -> dict[int, int]:
-        """The data set's category id of each contiguous class."""
+        """The data set's category id of each contiguous class. The data set has been loaded, which
+        fills the metadata."""
         mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping:
             return {contiguous: dataset for dataset, contiguous in mapping.items()}
@@ -130,20 +130,24 @@ class HeadsEvaluator(DatasetEvaluator):
 
     def _class_names(self) -> list[str]:
         """Names of the classes in the order of their category ids, which is that of COCO's figures."""
-        names, ids = self.metadata.get("thing_classes", ()), self._ids()
+        names, ids = self.metadata.get("thing_classes", ()), self._ids
         if set(ids.values()) != self.metric.category_ids:
             return []
         return [names[c] for c in sorted(ids, key=ids.get) if c < len(names)]
 
-    def _dataset_ids(self, results: list[dict]) -> list[dict]:
-        ids = self._ids()
-        strange = {result["category_id"] for result in results} - ids.keys()
+    def _encode(self, instances: Instances, image_id: int) -> list[dict]:
+        """Results in COCO's format, with the data set's category ids."""
+        classes = instances.pred_classes.tolist()
+        strange = set(classes) - self._ids.keys()
         if strange:
             raise DataError(
-                f"{self.dataset_name} has {len(ids)} classes, a prediction has class {max(strange)}: evaluate on a "
-                "data set with the classes of DATASETS.TRAIN"
+                f"{self.dataset_name} has {len(self._ids)} classes, a prediction has class {max(strange)}: evaluate on "
+                "a data set with the classes of DATASETS.TRAIN"
             )
-        return [{**result, "category_id": ids[result["category_id"]]} for result in results]
+        categories = [self._ids[c] for c in classes]
+        counting = self.metric.counting(image_id, instances.scores.tolist(), categories)
+        found = instances_to_coco_json(instances[torch.tensor(counting, dtype=torch.int64)], image_id)
+        return [r | {"category_id": categories[i]} for r, i in zip(found, counting, strict=True)]
 
 
 class InstancesEvaluator(HeadsEvaluator):

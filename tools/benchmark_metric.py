@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""How long faster-coco-eval and pycocotools (or the lvis package) take to score the same detections.
+
+tools/benchmark_metric.py [--format coco|lvis] [--images N] [--detections N] [--classes N] [--repeats N]
+"""
+
+import sys
+
+from visft.engine import metric_benchmark
+
+if __name__ == "__main__":
+    sys.exit(metric_benchmark.main())
