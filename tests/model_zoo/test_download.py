@@ -78,6 +78,7 @@ def test_bytes_of_another_version_are_not_glued_together(serve, content, path, h
     server = serve({"f.pt": content}, (first, how))
     get(f"{server.url}/f.pt", path)
     assert path.read_bytes() == (content[::-1] if how == "changed" else content)
+    assert ("range" in server.seen[1]) == (how == "changed")
     assert server.sent == len(content) * 3 // 2
 
 

@@ -226,4 +226,9 @@ def _locked(path: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             logger.info("waiting for %s by another process", what)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.parent}: files there cannot be locked ({error.strerror}), which keeps processes apart; set "
+                "VISFT_CACHE to a folder on another disk."
+            ) from error
         yield
