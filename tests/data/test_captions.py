@@ -147,7 +147,12 @@ def test_coco_and_the_demo_world_know_where_their_captions_are():
         "visft_demo_val": "annotations/captions_val.json",
     }.items():
         assert MetadataCatalog.get(name).caption_json.endswith(end), name
-        assert captions_of(name) == {}  # they are not here
+
+
+def test_a_data_set_may_be_without_its_captions(own, file):
+    file.unlink()
+    assert captions_of(OWN_TRAIN) == {}
+    assert check_captions(OWN_TRAIN) == 0
 
 
 def test_records_may_bring_their_own():

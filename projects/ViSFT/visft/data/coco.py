@@ -390,7 +390,8 @@ def _check_name(name: str) -> None:
 def _what_to_put_where(name: str, path: str) -> str:
     if name in (OWN_TRAIN, OWN_TEST):
         split = "TRAIN" if name == OWN_TRAIN else "TEST"
-        return f"{path} is not there; correct VISFT.DATA.{split}_JSON and VISFT.DATA.{split}_IMAGES"
+        keys = [f"VISFT.DATA.{split}_{end}" for end in ("JSON", "IMAGES", "CAPTIONS")]
+        return f"{path} is not there; correct {keys[0]}, {keys[1]} or {keys[2]}"
     if name.startswith("visft_demo"):
         return (
             f"{name}: {path} is not there; make the demo world with `python tools/make_demo_data.py`, or set "

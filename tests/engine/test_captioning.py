@@ -1,0 +1,200 @@
+"""Captions in a run: the vocabulary is built, kept, carried and found again; bad input is refused; pictures drawn."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import shapes
+from detectron2.engine import default_argument_parser
+from PIL import Image
+from tiny_run import tiny_arguments
+
+from visft.checkpoint import files
+from visft.checkpoint.run import describe, newest_checkpoint
+from visft.data.vocabulary import build_vocabulary
+from visft.engine import checks, launch, predict, settings, vocabulary
+from visft.errors import ConfigError, DataError
+from visft.heads import Vocabulary
+
+SMALL = {
+    "MODEL.VISFT.HEADS": "('detection', 'captioning')",
+    "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1,
+    "MODEL.VISFT.CAPTIONING.EMBEDDING_DIM": 8,
+    "MODEL.VISFT.CAPTIONING.ATTENTION_DIM": 8,
+    "MODEL.VISFT.CAPTIONING.HIDDEN_DIM": 8,
+    "MODEL.VISFT.CAPTIONING.GRID": 4,
+    "MODEL.VISFT.CAPTIONING.MAX_LENGTH": 6,
+}
+
+
+def captioned(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
+    """Shapes, with two captions a picture; the last picture has none."""
+    instances, pictures = shapes.make(folder, seed=seed)
+    content = json.loads(instances.read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    annotations = []
+    for image in content["images"][:-1]:
+        found = [names[a["category_id"]] for a in content["annotations"] if a["image_id"] == image["id"]]
+        for text in (" and ".join(f"a {name}" for name in found), f"{len(found)} shapes, a {found[0]} first"):
+            annotations.append({"id": len(annotations), "image_id": image["id"], "caption": text})
+    captions = folder / "captions.json"
+    captions.write_text(json.dumps({"images": content["images"], "annotations": annotations}))
+    return instances, pictures, captions
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    return captioned(folder / "train"), captioned(folder / "test", seed=1)
+
+
+def arguments(data, output: Path, *options: object) -> list[str]:
+    train, test = data
+    keys = SMALL | {"VISFT.DATA.TRAIN_CAPTIONS": train[2], "VISFT.DATA.TEST_CAPTIONS": test[2]}
+    words = [str(word) for pair in keys.items() for word in pair]
+    return [*tiny_arguments(train[:2], test[:2], output), *words, *(str(option) for option in options)]
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run of both stages over boxes and captions, and its arguments."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    words = arguments(data, output)
+    assert launch.main(words) == 0
+    return output, words
+
+
+def prepare(words: list[str]):
+    return launch.prepare(default_argument_parser().parse_args(words))
+
+
+def test_the_vocabulary_is_kept_and_carried(run, data):
+    output, _ = run
+    expected = build_vocabulary([str(data[0][2])], 1)
+    assert Vocabulary.read(output / "vocabulary.json") == expected
+    heads = newest_checkpoint(output / "heads")
+    assert Vocabulary.read(heads) == expected
+    assert "vocabulary" not in describe(newest_checkpoint(output / "lora"))["settings"]
+    rows = files.read_shapes(heads)["heads.captioning.decoder.embedding.weight"][0]
+    assert rows == len(expected)
+
+
+def test_figures_losses_and_pictures(run):
+    output, _ = run
+    report = files.read_json(output / "report.json")
+    for side in ("before", "after"):
+        for name in ("captioning/CIDEr", "captioning/BLEU4", "captioning/ROUGE_L", "detection/bbox/AP50"):
+            assert report[side][name] >= 0, name
+    metrics = (output / "lora" / "metrics.json").read_text()
+    assert '"captioning/loss_words"' in metrics and '"captioning/loss_attention"' in metrics
+    pictures = {path.stem for path in (output / "predictions").glob("*.png")}
+    words = {name for name in pictures if name.endswith("_words")}
+    assert words and {name.removesuffix("_words") for name in words} == pictures - words
+    text = (output / "report.md").read_text()
+    for title in ("Ground truth beside", "Where the caption head looked"):
+        assert title in text
+    assert all(f"predictions/{name}.png" in text for name in pictures)
+
+
+def test_a_finished_run_is_resumed_and_evaluated_with_its_words(run, data):
+    output, words = run
+    before = (output / "vocabulary.json").read_bytes()
+    assert launch.main(["--resume", *words]) == 0
+    assert (output / "vocabulary.json").read_bytes() == before
+    assert launch.main(["--eval-only", "--resume", *words]) == 0
+    figures, report = (files.read_json(output / f"{name}.json") for name in ("evaluation", "report"))
+    assert figures["captioning/CIDEr"] == pytest.approx(report["after"]["captioning/CIDEr"])
+
+
+def test_a_run_elsewhere_is_found_by_its_weights(run, data, tmp_path):
+    output, words = run
+    elsewhere = [*words, "OUTPUT_DIR", str(tmp_path / "new")]
+    assert launch.main(["--eval-only", *elsewhere, "MODEL.WEIGHTS", str(output)]) == 0
+    figures, report = (
+        files.read_json(tmp_path / "new" / "evaluation.json"),
+        files.read_json(output / "report.json"),
+    )
+    assert figures["captioning/CIDEr"] == pytest.approx(report["after"]["captioning/CIDEr"])
+    # A heads file on its own carries its words too.
+    alone = tmp_path / "heads.safetensors"
+    shutil.copy(newest_checkpoint(output / "heads"), alone)
+    cfg = settings.load_config(None, words[2:])
+    cfg.OUTPUT_DIR, cfg.MODEL.VISFT.HEAD_FILES = str(tmp_path / "none"), (str(alone),)
+    assert vocabulary.with_vocabulary(cfg).MODEL.VISFT.CAPTIONING.VOCABULARY == str(alone)
+
+
+def test_predict_draws_words_and_says_the_caption(run, data, tmp_path, caplog):
+    output, words = run
+    picture = sorted(data[1][1].glob("*"))[0]
+    out = tmp_path / "out"
+    command = [
+        *words[:2],
+        "--input",
+        str(picture),
+        "--output",
+        str(out),
+        "--weights",
+        str(output),
+        *words[2:],
+    ]
+    with caplog.at_level("INFO", logger="visft"):
+        assert predict.main(command) == 0
+    assert {path.name for path in out.iterdir()} == {f"{picture.stem}.png", f"{picture.stem}_words.png"}
+    said = next(record.getMessage() for record in caplog.records if 'captioning "' in record.getMessage())
+    count = len(said.partition('captioning "')[2].rstrip('"').split())
+    assert 1 <= count <= 6
+    columns = Image.open(out / f"{picture.stem}_words.png").width // 160
+    assert columns == min(count + 1, 6)
+
+
+def test_another_vocabulary_than_the_runs_is_refused(run, tmp_path):
+    output, words = run
+    ours = Vocabulary.read(output / "vocabulary.json").words[1:-3]
+    Vocabulary(ours[::-1]).write(tmp_path / "other.json")
+    other = ["MODEL.VISFT.CAPTIONING.VOCABULARY", str(tmp_path / "other.json")]
+    with pytest.raises(
+        ConfigError, match="other.json has other words than those that .*safetensors was trained"
+    ):
+        prepare(["--eval-only", *words, *other, "MODEL.WEIGHTS", str(output)])
+    assert launch.main(["--resume", *words, *other]) == 1
+
+
+REFUSED = [
+    (
+        ("VISFT.DATA.TRAIN_CAPTIONS", ""),
+        DataError,
+        "`captioning` learns captions, and no picture.*visft_own_train",
+    ),
+    (
+        ("VISFT.DATA.TRAIN_CAPTIONS", "/nowhere/c.json"),
+        DataError,
+        "/nowhere/c.json.*VISFT.DATA.TRAIN_CAPTIONS",
+    ),
+    (("MODEL.VISFT.CAPTIONING.VOCABULARY", "/nowhere/v.json"), DataError, "VOCABULARY: .*/nowhere/v.json"),
+    (("MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", 0), ConfigError, "MIN_WORD_COUNT is 0"),
+    (("MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", 999), DataError, "no word occurs 999 times"),
+    (("MODEL.VISFT.CAPTIONING.HEAD", "CaptionHaed"), ConfigError, "CaptionHaed.*`CaptionHead`"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_cannot_work_is_refused_before_anything_is_built(data, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        prepare(arguments(data, tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_vocabulary_nothing_is_evaluated(data, tmp_path):
+    with pytest.raises(ConfigError, match="VOCABULARY is empty, and there is no vocabulary.json"):
+        prepare(["--eval-only", *arguments(data, tmp_path / "out")])
+
+
+def test_heads_without_captions_need_no_vocabulary(data, tmp_path):
+    words = arguments(
+        data, tmp_path / "out", "MODEL.VISFT.HEADS", "('detection',)", "VISFT.DATA.TRAIN_CAPTIONS", ""
+    )
+    cfg = prepare(words)
+    assert vocabulary.with_vocabulary(cfg, tmp_path / "out") is cfg
+    assert vocabulary.words_of(cfg) == []
+    checks.check(cfg, train=True)
