@@ -129,7 +129,8 @@ def test_scale_and_fit(tower):
     [squashed] = store._batches(Pictures("wide", 1, lambda: [wide]))
     [cropped] = store._batches(Pictures("wide", 1, lambda: [wide], fit="crop"))
     assert squashed.shape == cropped.shape == (1, 3, 64, 64)
-    assert cropped.min() == 255 and squashed[..., :10].max() == 0
+    # Bicubic resampling rings at edges.
+    assert cropped[..., 4:-4].min() == 255 and squashed[..., :10].max() == 0
     store.close()
 
 

@@ -60,6 +60,12 @@ class SceneObject:
         )
 
 
+def _plural(name: str) -> str:
+    if name.endswith(("s", "x", "ch", "sh")):
+        return f"{name}es"
+    return f"{name[:-1]}ies" if name.endswith("y") and name[-2] not in "aeiou" else f"{name}s"
+
+
 @dataclass(frozen=True)
 class Cast:
     """Who may be in a scene.
@@ -91,7 +97,7 @@ class Scene:
 def count_phrase(name: str, count: int) -> str:
     """`a dog`, `two dogs`, `an apple`, `three people`."""
     if count > 1:
-        return f"{_NUMBERS[count]} {_IRREGULAR.get(name, name + 's')}"
+        return f"{_NUMBERS[count]} {_IRREGULAR.get(name) or _plural(name)}"
     if name in _NO_ARTICLE:
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,12 +1,24 @@
 """Readouts on frozen features that are trained to convergence, so that they add no randomness of their own."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Strengths of the penalty that are tried; the best on a validation split is taken."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes in one thread: steps of microseconds spend their time waiting for several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class LogisticRegression:
@@ -46,7 +58,8 @@ class LogisticRegression:
             loss.backward()
             return loss
 
-        optimizer.step(closure)
+        with one_thread():
+            optimizer.step(closure)
         self.weights = (w.detach(), b.detach())
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:

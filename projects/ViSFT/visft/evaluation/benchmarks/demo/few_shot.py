@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,58 +15,59 @@ from ..registry import Benchmark, Context, register
 from . import emoji
 
 SHOTS = (1, 2, 4, 8, 16)
-CLASSES, VALIDATION, TEST = 100, 4, 4
+CLASSES, VALIDATION, TEST = 64, 4, 4
 
 
 @register
 class FewShotEmoji(Benchmark):
-    """Trained on 1 to 16 views of each of 100 emoji, tested on other views. Items are emoji, k the numbers of shots."""
+    """Trained on 1 to 16 views of each of 64 emoji, tested on other views. Items are emoji, k the numbers of shots."""
 
     name, family, metric = "few-shot emoji", "few-shot", "accuracy, mean over 1 to 16 shots"
+    vendor: Path | None = None
+    """Whose drawings are tested; None: the base vendor's."""
 
-    def indices(self) -> list[int]:
-        """The classes, of `catalogue()`."""
+    def trained(self) -> list[int]:
+        """The emoji that there are views to train on of; indices into `catalogue()`."""
         return emoji.of_split(self.context.split)[:CLASSES]
 
+    def indices(self) -> list[int]:
+        """The classes: what the vendor has drawn of them."""
+        return [i for i in self.trained() if i in emoji.drawn_by(self.vendor)]
+
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        per_class = max(SHOTS) + VALIDATION
         return {
-            "train": emoji.views(self.indices(), per_class, 1000 + seed),
-            "test": emoji.views(self.indices(), TEST, 2000 + seed),
+            "train": emoji.views(self.trained(), max(SHOTS) + VALIDATION, 1000 + seed),
+            "test": emoji.views(self.indices(), TEST, 2000 + seed, folder=self.vendor),
         }
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
-        classes = len(self.indices())
-        train = tower.embeddings(pictures["train"]).view(classes, max(SHOTS) + VALIDATION, -1)
-        test = tower.embeddings(pictures["test"]).view(classes, TEST, -1)
-        labels = torch.arange(classes)
+        classes, labels = len(self.indices()), torch.arange(len(self.indices()))
+        rows = [self.trained().index(i) for i in self.indices()]
+        train = tower.embeddings(pictures["train"]).unflatten(0, (-1, max(SHOTS) + VALIDATION))[rows]
+        test = tower.embeddings(pictures["test"])
         validation = (train[:, max(SHOTS) :].flatten(0, 1), labels.repeat_interleave(VALIDATION))
         columns = []
         for shots in SHOTS:
             seen = (train[:, :shots].flatten(0, 1), labels.repeat_interleave(shots))
             model = chosen_on_validation(seen, validation, classes)
-            right = model.predict(test.flatten(0, 1)).view(classes, TEST) == labels[:, None]
+            right = model.predict(test).view(classes, TEST) == labels[:, None]
             columns.append(right.float().mean(1))
         return torch.stack(columns, 1).numpy()
 
 
 @register
 class FewShotVendor(FewShotEmoji):
-    """Tested on another vendor's drawings."""
+    """Trained on the same views, tested on another vendor's drawings."""
 
     name, metric = "few-shot vendor", "accuracy on another vendor, mean over 1 to 16 shots"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.vendor = context.pictures
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
         return None if context.pictures else "needs --pictures"
-
-    def indices(self) -> list[int]:
-        drawn = emoji.drawn_by(self.context.pictures)
-        return [i for i in emoji.of_split(self.context.split) if i in drawn][:CLASSES]
-
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        test = emoji.views(self.indices(), TEST, 2000 + seed, folder=self.context.pictures)
-        return {**super().pictures(seed), "test": test}
 
 
 @register

@@ -11,7 +11,7 @@ from ..registry import Benchmark, register
 from . import emoji
 from .zero_shot import hits
 
-COUNT = 200
+COUNT = 150
 """Emoji that are shown, each under every corruption."""
 
 
@@ -58,7 +58,7 @@ def corrupted(picture: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndar
 
 @register
 class RobustnessEmoji(Benchmark):
-    """One view of each of 200 emoji under 4 corruptions of 5 strengths. Items are emoji, k the corruptions."""
+    """One view of each of 150 emoji under 4 corruptions of 5 strengths. Items are emoji, k the corruptions."""
 
     name, family, metric = "robustness emoji", "robustness", "top-1 accuracy, mean over 20 corruptions"
     max_seeds = 1

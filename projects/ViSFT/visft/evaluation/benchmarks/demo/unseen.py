@@ -9,13 +9,13 @@ from visft.data.demo_world import scenes as demo_scenes
 
 from ..features import Pictures
 
-# Things with a drawing of their own whose name has a plural in -s.
+# Things whose name has a regular plural.
 _THINGS = (
-    "🐒 🦍 🦊 🦁 🐅 🐆 🦌 🐖 🐪 🦘 🐇 🐿 🦔 🦇 🐼 🦥 🦨 🐓 🐧 🦅 🦢 🦩 🐸 🐊 "
-    "🐢 🦎 🐍 🐳 🐬 🦈 🐙 🐌 🐛 🐜 🐝 🐞 🕷 🦂 🌹 🌻 🌷 🌵 🍄 🍁 🍉 🍋 🍍 🍐 "
-    "🍅 🥥 🥑 🍆 🥔 🥒 🧅 🥐 🥨 🍔 🌮 🥚 🍪 🍭 🧁 🏠 ⛺ 🚁 🚀 🚜 ⚓ ⌚ ⭐ ⛄ "
+    "🐒 🦍 🦊 🦁 🐅 🐆 🐖 🐪 🦘 🐇 🐿 🦔 🦇 🐼 🦥 🦨 🐓 🐧 🦅 🦢 🦩 🐸 🐊 "
+    "🐢 🦎 🐍 🐳 🐬 🦈 🐙 🐌 🐛 🐜 🐝 🐞 🕷 🦂 🌹 🌻 🌷 🌵 🍄 🍉 🍋 🍍 🍐 "
+    "🥥 🥑 🍆 🥒 🧅 🥐 🥨 🍔 🌮 🥚 🍪 🍭 🧁 🏠 ⛺ 🚁 🚀 🚜 ⚓ ⌚ ⭐ "
     "🎈 🏆 🎸 🎺 🎻 🥁 🔔 💡 🔦 🕯 🔑 🔨 🪓 🔧 ⚙ 🧲 🪜 🔬 🔭 🚪 🪞 🛁 🧹 🧺 "
-    "🪣 👑 🎩 👗 👢 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
+    "🪣 👑 🎩 👗 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
 ).split()
 
 COUNTS = {"train": 1500, "validation": 300, "test": 500, "development": 500}
