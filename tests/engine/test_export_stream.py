@@ -21,6 +21,7 @@ import small_eva  # noqa: E402
 
 from visft.backbone import CLIPViT, lora  # noqa: E402
 from visft.checkpoint import export, load  # noqa: E402
+from visft.checkpoint import files as files_module  # noqa: E402
 from visft.engine import export_backbone, export_stream  # noqa: E402
 
 WIDTH, DEPTH = 32, 3
@@ -89,7 +90,14 @@ def test_the_authors_lora_is_merged_into_a_file_that_open_clip_loads(
     no_model(monkeypatch)
     assert tool(tmp_path, name, tmp_path / kind) == 0
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path / "out")) == ["f.safetensors", "open_clip_config.json"]
+    files = sorted(os.listdir(tmp_path / "out"))
+    assert files == ["f.safetensors", "f.safetensors.md", "open_clip_config.json"]
+    card = (tmp_path / "out" / "f.safetensors.md").read_text()
+    assert (
+        f"LoRA of rank 4, alpha 1, on q, v of {DEPTH} of {DEPTH} blocks" in card
+        and str(tmp_path / kind) in card
+    )
+    assert files_module.sha256(tmp_path / kind) in card and "reading it back, tensor by tensor" in card
 
     stored = {n: t.half() for n, t in base.items()} if "half" in kind else base
     expected, found = small_eva.merged(stored, adapters), load_file(tmp_path / "out" / "f.safetensors")
@@ -164,6 +172,8 @@ def test_a_bare_tower_becomes_timm_but_not_open_clip(tmp_path, capsys, name, bas
     tower = timm.create_model(name, checkpoint_path=str(path), num_classes=24, img_size=28)
     expected = small_eva.bare_names(small_eva.merged(base, adapters))
     assert all((t.double() - expected[n]).abs().max() < 1e-6 for n, t in tower.state_dict().items())
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about["architecture"] == name and about["num_classes"] == 24
     # Without the projection there are no classes; without anything else it is refused.
     headless = {n: t for n, t in small_eva.bare_names(base).items() if not n.startswith("head.")}
     torch.save(headless, tmp_path / "headless.pth")
@@ -190,15 +200,19 @@ def test_verify_lets_open_clip_load_the_file_in_a_process_of_its_own(tmp_path, m
     save_file(small_eva.draw("test-tiny-eva"), tmp_path / "base.safetensors")
     run = (tmp_path, "test-tiny-eva", tmp_path / "base.safetensors", "--verify")
     assert tool(*run) == 0
+    assert tool(*run, fmt="timm", output="timm/f.safetensors") == 0
     before = (tmp_path / "out" / "f.safetensors").read_bytes()
     # A file that open_clip loads otherwise than it is written is no success, and what was there stays.
-    monkeypatch.setattr(
-        export_stream, "_open_clip_config", lambda *_: {"model_cfg": {**config, "embed_dim": 25}}
-    )
-    monkeypatch.setattr(export_stream, "_refuse_other_config", lambda *_: None)
+    right = export_stream._described
+
+    def described(*arguments):
+        name, content, *rest = right(*arguments)
+        return name, {**content, "model_cfg": {**content["model_cfg"], "embed_dim": 25}}, *rest
+
+    monkeypatch.setattr(export_stream, "_described", described)
     assert "does not load the export" in fails(capsys, *run)
     assert (tmp_path / "out" / "f.safetensors").read_bytes() == before
-    assert len(os.listdir(tmp_path / "out")) == 2
+    assert len(os.listdir(tmp_path / "out")) == 3
 
 
 def test_other_formats_over_a_base_with_eva_clips_names(tmp_path, name, base, adapters):
@@ -444,5 +458,5 @@ def test_a_killed_export_leaves_nothing_at_its_target(two_depths, tmp_path):
     target.write_bytes(b"what the user had")
     result = subprocess.run(run, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert sorted(os.listdir(target.parent)) == ["f.safetensors", "open_clip_config.json"]
+    assert sorted(os.listdir(target.parent)) == ["f.safetensors", "f.safetensors.md", "open_clip_config.json"]
     assert len(load_file(target)) == len(load_file(two_depths / "base_24.safetensors"))

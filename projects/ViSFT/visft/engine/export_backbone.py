@@ -15,7 +15,7 @@ from visft.backbone import CLIPViT, lora, open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import authors, export, files, load, stream_load, stream_names
 from visft.checkpoint.run import describe
-from visft.engine import export_stream
+from visft.engine import export_stream, exporting
 from visft.engine.cli import guard
 from visft.engine.settings import load_config
 from visft.engine.trainer import seed_iteration
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
     )
-    parser.add_argument("--format", required=True, choices=tuple({**export.FORMATS, **export_stream.FORMATS}))
+    parser.add_argument("--format", required=True, choices=tuple(export.FORMATS))
     parser.add_argument("--output", required=True, help="the file to be written")
     parser.add_argument(
         "--interpolate",
@@ -82,10 +82,12 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     _check_shapes(cfg, shapes, arguments.weights)
     load.check_file(arguments.weights, key="--weights", architecture=vit.NAME)
     outputs = _outputs(arguments)
+    about = exporting.facts(cfg, arguments.weights)
     base = export_stream.base_file(cfg, arguments.format, shapes)
     if base is not None:
-        return export_stream.run(cfg, paths, base, arguments.format, outputs, arguments.verify)
+        return export_stream.run(cfg, paths, base, arguments.format, outputs, about, verify=arguments.verify)
 
+    export.check(arguments.format, open_clip_zoo.meta_tower(vit.NAME))
     seed = _seed(arguments.weights)
     if not vit.PRETRAINED:
         logger.warning("MODEL.CLIP_VIT.PRETRAINED is empty: the base has random weights")
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     load.load_tower(backbone, arguments.weights)
     backbone.eval()
     writer = export.FORMATS[arguments.format].write
-    return [writer(backbone, path, interpolate=amount) for amount, path in outputs]
+    return [writer(backbone, path, interpolate=amount, facts=about) for amount, path in outputs]
 
 
 def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
@@ -181,8 +183,7 @@ def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str
 
 
 def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
-    known = export.FORMATS.get(arguments.format)
-    path, suffixes = Path(arguments.output), known.suffixes if known else (".safetensors",)
+    path, suffixes = Path(arguments.output), export.FORMATS[arguments.format].suffixes
     if path.suffix not in suffixes:
         raise ExportError(f"--output {path}: the name must end in {' or '.join(suffixes)}.")
     amounts = arguments.interpolate or [1.0]

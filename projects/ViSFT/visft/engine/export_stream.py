@@ -16,8 +16,18 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from visft.backbone import open_clip_zoo
-from visft.checkpoint import authors, export_check, files, load, stream_merge, stream_names, stream_write
-from visft.checkpoint.run import describe
+from visft.backbone.towers import adapt
+from visft.checkpoint import (
+    authors,
+    export,
+    export_check,
+    files,
+    load,
+    stream_merge,
+    stream_names,
+    stream_write,
+)
+from visft.checkpoint.export import Facts, card, open_clip_file, place, timm_file, tower_file
 from visft.checkpoint.stream import TensorFile, open_tensors
 from visft.errors import CheckpointError, ExportError
 
@@ -26,7 +36,6 @@ logger = logging.getLogger(__name__)
 LARGE = 1 << 30
 """Bytes of a base from which on our own LoRA takes this way; smaller models are built and compared by embeddings."""
 
-CONFIG_NAME = "open_clip_config.json"
 _TRUNK = "visual.trunk."
 
 
@@ -66,6 +75,8 @@ def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ..
     if not vit.PRETRAINED:
         return None
     can = format_name in FORMATS and stream_merge.is_lora_alone(shapes)
+    if format_name == "timm":  # which has the tensors of open_clip's own towers under other names and shapes
+        can = can and hasattr(open_clip_zoo.meta_tower(vit.NAME), "trunk")
     if not can and not os.path.isfile(open_clip_zoo.local_file(vit.PRETRAINED)):
         return None
     path = open_clip_zoo.weight_file(vit.NAME, vit.PRETRAINED)
@@ -95,6 +106,8 @@ def run(
     base: str,
     format_name: str,
     outputs: Sequence[tuple[float, Path]],
+    facts: Facts,
+    *,
     verify: bool = False,
 ) -> list[Path]:
     """Merge and write, once for each of `outputs` (a factor on LoRA's update, a file).
@@ -104,6 +117,7 @@ def run(
         weights: LoRA's file, and heads' beside it, which are passed over.
         base: the base's file.
         format_name: one of `FORMATS`.
+        facts: for the model card.
         verify: let the format's own reader load each file in a process of its own.
 
     Returns:
@@ -115,33 +129,46 @@ def run(
     """
     name, kind = cfg.MODEL.CLIP_VIT.NAME, FORMATS[format_name]
     clip = open_clip_zoo.meta_clip(name)
+    export.check(format_name, clip.visual)
     expected = {n: tuple(t.shape) for n, t in clip.state_dict().items()}
     where = stream_merge.sites(clip.visual)
-    if format_name == "timm" and not any(n.startswith(_TRUNK) for n in expected):
-        raise ExportError(
-            f"--format timm: {name} is a tower of open_clip's own, which timm's models do not hold."
-        )
     for _, path in outputs:
         if path.exists() and os.path.samefile(path, base):
             raise ExportError(f"--output {path}: is the base itself; give another name.")
     lora_path = next(p for p in weights if stream_merge.is_lora_alone(files.read_shapes(p)))
-    _check_base(lora_path, base)
+    sha256 = _check_base(lora_path, base)
     with open_tensors(base) as source, open_tensors(lora_path) as adapters:
         names = _base_names(source, expected, name, kind)
         lora = stream_merge.LoraFile(adapters, where, cfg.MODEL.LORA.ALPHA, name)
-        return [
-            _write(path, format_name, clip, cfg, verify, stream_merge.pieces(
+        written = []
+        for amount, path in outputs:
+            tower = card.Tower(
+                name,
+                card.base_weights(cfg.MODEL.CLIP_VIT.PRETRAINED, sha256),
+                _tuned_by(lora, clip),
+                amount,
+                _preprocess(clip, cfg),
+            )
+            pieces = stream_merge.pieces(
                 source, names, lora, where, expected=expected, amount=amount, rename=kind.rename
-            ))
-            for amount, path in outputs
-        ]  # fmt: skip
+            )
+            written.append(_write(path, format_name, clip, tower, pieces, facts, verify))
+        return written
 
 
-def _check_base(lora_path: Path, base: str) -> None:
-    """Our LoRA names its base by hash."""
-    named = (describe(lora_path).get("base") or {}).get("sha256")
-    if named:
-        load.check_file(lora_path, key="--weights", sha256=files.sha256(base))
+def _tuned_by(lora: stream_merge.LoraFile, clip: nn.Module) -> str:
+    blocks, targets = ({place[i] for place in lora.factors} for i in (0, 1))
+    return (
+        f"LoRA of rank {lora.rank}, alpha {lora.scale * lora.rank:g}, on {', '.join(sorted(targets))} of {len(blocks)} "
+        f"of {len(adapt(clip.visual).blocks)} blocks"
+    )
+
+
+def _check_base(lora_path: Path, base: str) -> str:
+    """The base's hash, by which our LoRA names its base."""
+    found = files.sha256(base)
+    load.check_file(lora_path, key="--weights", sha256=found)
+    return found
 
 
 def _base_names(
@@ -174,53 +201,87 @@ def _write(
     path: Path,
     format_name: str,
     clip: nn.Module,
-    cfg: CfgNode,
-    verify: bool,
+    tower: card.Tower,
     pieces: Sequence[stream_write.Piece],
+    facts: Facts,
+    verify: bool,
 ) -> Path:
-    start, config = time.perf_counter(), None
-    if format_name == "open_clip":
-        config = _open_clip_config(clip, cfg)
-        _refuse_other_config(path.parent / CONFIG_NAME, config["model_cfg"])
+    start, metadata = time.perf_counter(), {"format": "pt"}
+    config_name, config, content, use = _described(path, format_name, clip, tower, {p.name for p in pieces})
+    if config is None:
+        metadata["preprocess"] = json.dumps(tower.preprocess)
+    reader = ""
     with files.folder_aside(path) as folder:
-        stream_write.write(folder / path.name, pieces, {"format": "pt"})
+        stream_write.write(folder / path.name, pieces, metadata)
         if config is not None:
-            files.write_json(folder / CONFIG_NAME, config)
+            files.write_json(folder / config_name, config)
         stream_write.verify(folder / path.name, pieces)
         if verify:
-            arguments = [folder / path.name]
-            if format_name == "timm":
-                arguments.append(clip.visual.trunk.default_cfg["architecture"])
-            export_check.read(f"stored_{format_name}", folder, *arguments)
+            reader = export_check.read(f"stored_{format_name}", folder, folder / path.name)
+        checked = "reading it back, tensor by tensor" + (
+            f", and {reader} in a process without visft" if verify else ""
+        )
+        library = "timm" if format_name == "timm" else "open_clip"
+        about = card.text(tower, facts, checked, library=library, content=content, use=use)
         size = (folder / path.name).stat().st_size
         files.put_in_place(folder / path.name, path)
         if config is not None:
-            files.put_in_place(folder / CONFIG_NAME, path.parent / CONFIG_NAME)
+            files.put_in_place(folder / config_name, path.parent / config_name)
+        card.put(about, card.beside(path))
     peak = peak_memory()
     logger.info(
-        "wrote %s: %d tensors, %.2f GB, read back and compared%s, in %.1f s%s",
+        "wrote %s: %d tensors, %.2f GB, checked by %s, in %.1f s%s",
         path,
         len(pieces),
         size / 1e9,
-        f", loaded by {format_name}" if verify else "",
+        checked,
         time.perf_counter() - start,
         f", peak memory {peak / 1e9:.2f} GB = {peak / size:.3f} x the file" if peak else "",
     )
     return path
 
 
-def _open_clip_config(clip: nn.Module, cfg: CfgNode) -> dict:
-    module, vit = open_clip_zoo.open_clip(), cfg.MODEL.CLIP_VIT
-    tag = module.get_pretrained_cfg(vit.NAME, vit.PRETRAINED) or {}
+def _described(
+    path: Path, format_name: str, clip: nn.Module, tower: card.Tower, names: set[str]
+) -> tuple[str, dict | None, str, str]:
+    """The file beside the weights (name and content, None: there is none), and what the card says of content and use.
+
+    Raises:
+        ExportError: such a file of another architecture is there.
+    """
+    if format_name == "open_clip":
+        config = {
+            "model_cfg": open_clip_zoo.open_clip().get_model_config(tower.name),
+            "preprocess_cfg": {
+                key: tower.preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")
+            },
+        }
+        place.refuse_other(path.parent / open_clip_file.CONFIG_NAME, "model_cfg", config["model_cfg"])
+        return (
+            open_clip_file.CONFIG_NAME,
+            config,
+            open_clip_file.CONTENT,
+            open_clip_file.use(tower.name, path),
+        )
+    if format_name == "safetensors":
+        return "", None, tower_file.CONTENT, tower_file.use(tower.name, path)
+    found = timm_file.architecture(clip.visual)
+    if "head.weight" not in names:
+        arguments = {**found.arguments, "num_classes": 0}
+        found = timm_file.Architecture(found.name.split(".")[0], arguments)
+    config = timm_file.config(tower.preprocess, adapt(clip.visual).embed_dim, found)
+    place.refuse_other(path.parent / timm_file.CONFIG_NAME, "architecture", config["architecture"])
+    return timm_file.CONFIG_NAME, config, timm_file.CONTENT, timm_file.use(found, path)
+
+
+def _preprocess(clip: nn.Module, cfg: CfgNode) -> dict:
+    """Of the architecture, and of the tag where the base is one."""
+    vit, keys = cfg.MODEL.CLIP_VIT, ("mean", "std", "interpolation", "resize_mode")
+    tag = open_clip_zoo.open_clip().get_pretrained_cfg(vit.NAME, vit.PRETRAINED) or {}
     known = {**clip.visual.preprocess_cfg, **{key: value for key, value in tag.items() if value is not None}}
-    preprocess = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    return {"model_cfg": module.get_model_config(vit.NAME), "preprocess_cfg": preprocess}
-
-
-def _refuse_other_config(path: Path, model_config: dict) -> None:
-    """The folder's description speaks for all weights in it."""
-    if path.exists() and files.read_json(path).get("model_cfg") != json.loads(json.dumps(model_config)):
-        raise ExportError(f"{path}: belongs to another architecture; write the export to another folder.")
+    size = clip.visual.image_size
+    found = {"size": [size, size] if isinstance(size, int) else list(size)}
+    return found | {key: list(known[key]) if key in ("mean", "std") else known[key] for key in keys}
 
 
 def peak_memory() -> int | None:

@@ -12,9 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from . import (
-    hugging_face as _hugging_face,
-)
-from . import (
+    hugging_face_folder,
     lora_file,
     onnx_file,
     open_clip_file,
@@ -26,7 +24,7 @@ from .card import Facts
 
 open_clip = open_clip_file.write
 timm = timm_file.write
-hugging_face = _hugging_face.write
+hugging_face = hugging_face_folder.write
 onnx = onnx_file.write
 safetensors = tower_file.write
 lora = lora_file.write
@@ -60,7 +58,7 @@ class Format:
 FORMATS = {
     "open_clip": Format(open_clip, "visft_backbone.safetensors"),
     "timm": Format(timm, "timm/model.safetensors", fits=timm_file.architecture),
-    "hf": Format(hugging_face, "hf", ("",), ("transformers",), _hugging_face.fits),
+    "hf": Format(hugging_face, "hf", ("",), ("transformers",), hugging_face_folder.fits),
     "onnx": Format(onnx, "onnx/visft_backbone.onnx", (".onnx",), onnx_file.PACKAGES),
     "safetensors": Format(safetensors, "tower/visft_tower.safetensors"),
     "lora": Format(lora, "lora/visft_lora.safetensors", needs_lora=True),
@@ -75,7 +73,7 @@ FORMATS = {
         "peft",
         ("",),
         ("peft", "transformers"),
-        _hugging_face.fits,
+        hugging_face_folder.fits,
         needs_lora=True,
     ),
 }

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...backbone import lora
 from ..export_check import Check
@@ -31,38 +32,73 @@ class Facts:
     run: str = ""
 
 
-def text(source: Source, facts: Facts, check: Check, *, library: str, content: str, use: str) -> str:
+@dataclass(frozen=True)
+class Tower:
+    """What a card says of a tower.
+
+    Attributes:
+        name: open_clip's, or None.
+        weights: a phrase for the base's weights.
+        tuned_by: a phrase.
+        interpolate: 1: the tuned weights, 0: the base's.
+        preprocess: as `Source.preprocess`.
+    """
+
+    name: str | None
+    weights: str
+    tuned_by: str
+    interpolate: float
+    preprocess: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Source) -> "Tower":
+        """What is known of a model that is exported."""
+        base, weights = source.model.base, "unknown (the model was made of a bare tower)"
+        if base is not None:
+            weights = base_weights(base.pretrained, base.sha256)
+        return cls(source.name, weights, _tuned_by(source), source.interpolate, source.preprocess)
+
+
+def base_weights(pretrained: str | None, sha256: str) -> str:
+    """The phrase for a base that has a tag or file (None: random weights) and a hash."""
+    return (f"`{pretrained}`" if pretrained else "random") + f", SHA-256 `{sha256}`"
+
+
+def text(
+    tower: Tower | Source, facts: Facts, check: Check | str, *, library: str, content: str, use: str
+) -> str:
     """The card, in Markdown.
 
     Args:
+        check: what a reader found, or a sentence that says how else the export was checked.
         library: the Hub's name of the library that loads the export.
         content: a phrase that says what the export holds.
         use: Python that loads it.
     """
-    base, name = source.model.base, source.name or "a tower without a name"
-    weights = "unknown (the model was made of a bare tower)"
-    if base is not None:
-        weights = f"`{base.pretrained}`" if base.pretrained else "random"
-        weights += f", SHA-256 `{base.sha256}`"
+    if isinstance(tower, Source):
+        tower = Tower.of(tower)
+    if isinstance(check, Check):
+        check = (
+            f"{check.version}, in a process without visft: largest relative distance {check.distance:.1e} "
+            f"{check.what}"
+        )
+    name = tower.name or "a tower without a name"
     mixture = {1: "no: the tuned weights", 0: "nothing but the base's weights"}.get(
-        source.interpolate,
-        f"{source.interpolate:g} x tuned + {1 - source.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
+        tower.interpolate,
+        f"{tower.interpolate:g} x tuned + {1 - tower.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
     )
     rows = [
         ("Holds", content),
-        ("Architecture", f"`{name}` of open_clip" if source.name else name),
-        ("Base weights", weights),
-        ("Tuned by", _tuned_by(source)),
+        ("Architecture", f"`{name}` of open_clip" if tower.name else name),
+        ("Base weights", tower.weights),
+        ("Tuned by", tower.tuned_by),
         ("Mixed with the base", mixture),
         ("Tuned on", ", ".join(f"`{one}`" for one in facts.data) or "not told to the export"),
         ("Of the run or file", f"`{facts.run}`" if facts.run else "not told to the export"),
         ("Written by", f"`{facts.command}`" if facts.command else "a call of `visft.checkpoint.export`"),
-        (
-            "Checked by",
-            f"{check.version}, in a process without visft: largest relative distance {check.distance:.1e} {check.what}",
-        ),
+        ("Checked by", check),
     ]
-    preprocess = source.preprocess
+    preprocess = tower.preprocess
     resize = {
         "shortest": "the shorter side resized, then the centre cut out",
         "longest": "the longer side resized, then padded around the centre",

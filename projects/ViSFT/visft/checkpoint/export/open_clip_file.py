@@ -16,6 +16,7 @@ from .source import Source, clip_state, open_clip_preprocess, resolve
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "open_clip_config.json"
+CONTENT = "the whole CLIP: vision tower, text tower, projections and scales"
 
 
 def write(
@@ -57,10 +58,8 @@ def write(
             facts or card.Facts(),
             check,
             library="open_clip",
-            content="the whole CLIP: vision tower, text tower, projections and scales",
-            use=f"import open_clip\n\nmodel, transform = open_clip.create_model_from_pretrained("
-            f'"{source.name}", pretrained="{path.name}")\n'
-            '# or, from the folder alone: open_clip.create_model_from_pretrained("local-dir:FOLDER")',
+            content=CONTENT,
+            use=use(source.name, path),
         )
         put_in_place(folder / path.name, path)
         put_in_place(folder / CONFIG_NAME, path.parent / CONFIG_NAME)
@@ -70,6 +69,15 @@ def write(
         logger.info("%s has other weights beside it (%s): load it by its path", path, ", ".join(others[:3]))
     check.log(path)
     return path
+
+
+def use(name: str, path: Path) -> str:
+    """Python that loads the file."""
+    return (
+        "import open_clip\n\nmodel, transform = open_clip.create_model_from_pretrained("
+        f'"{name}", pretrained="{path.name}")\n'
+        '# or, from the folder alone: open_clip.create_model_from_pretrained("local-dir:FOLDER")'
+    )
 
 
 def _write_aside(source: Source, folder: Path, name: str) -> export_check.Check:

@@ -11,7 +11,7 @@ from ...backbone import CLIPViT, lora
 from ...errors import ExportError
 from .. import export_check
 from ..files import folder_aside, write_json, write_safetensors
-from . import card, hugging_face, place
+from . import card, hugging_face_folder, place
 from .source import resolve, untouched
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,10 +52,10 @@ def write(
     place.require("peft", "peft", "transformers")
     if not lora.has_lora(model):
         raise ExportError(f"{path}: there is no LoRA in the model to be written; export another format.")
-    hugging_face.fits(model.tower)
+    hugging_face_folder.fits(model.tower)
     whole = base is not None or model.base is not None
     plain = resolve(model, base, 0.0, whole=whole)
-    converted = hugging_face.convert(plain)
+    converted = hugging_face_folder.convert(plain)
     if converted.classes == ("SiglipVisionModel",):
         raise ExportError(
             f"{path}: the layers of a SigLIP tower without its text tower have other names in each transformers; "
@@ -66,7 +66,7 @@ def write(
     with folder_aside(path) as folder:
         inner, plain_folder = folder / path.name, folder / "base"
         inner.mkdir()
-        hugging_face.put_model(plain_folder, plain, converted)
+        hugging_face_folder.put_model(plain_folder, plain, converted)
         write_safetensors(inner / WEIGHTS, tensors, {"format": "pt"})
         write_json(inner / CONFIG, config)
         export_check.stored(inner / WEIGHTS, tensors)
@@ -125,7 +125,7 @@ def _tensors(model: CLIPViT, state: dict[str, Tensor], interpolate: float) -> di
     for site in lora.sites(model):
         key = site.projection.key
         up = interpolate * site.adapter.lora_B.detach().cpu().float()
-        after_attention, after_mlp = hugging_face.layer_scales(state, site.block)
+        after_attention, after_mlp = hugging_face_folder.layer_scales(state, site.block)
         scale = {"proj": after_attention, "fc2": after_mlp}.get(key)
         if scale is not None:  # within the weight in transformers, hence within its update
             up = scale[:, None] * up

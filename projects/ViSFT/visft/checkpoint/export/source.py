@@ -176,6 +176,8 @@ def _preprocess(model: CLIPViT, visual: nn.Module) -> dict[str, Any]:
         "interpolation": known.get("interpolation") or "bicubic",
         "resize_mode": known.get("resize_mode") or "shortest",
     }
+    if found["resize_mode"] == "shortest" and found["size"][0] != found["size"][1]:
+        found["interpolation"] = "bicubic"  # as open_clip does, whatever is asked for
     for part in ("mean", "std"):
         if found[part] != list(getattr(model, part)):
             raise ExportError(

@@ -1,6 +1,7 @@
 """timm: the tower under timm's names, for `timm.create_model(name, checkpoint_path=...)`."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from .. import export_check
 from ..files import folder_aside, put_in_place, write_json, write_safetensors
 from . import base as bases
 from . import card, place
-from .source import Source, resolve
+from .source import resolve
 
 CONFIG_NAME = "config.json"
-_CROPS = {"shortest": "center", "longest": "border", "squash": "squash"}
+CONTENT = "the vision tower; its outputs are the CLIP embedding, not of unit length"
+_CROPS = {"shortest": "center", "squash": "squash"}
 _BLOCK = {
     "ln_1": "norm1",
     "attn.in_proj_": "attn.qkv.",
@@ -63,12 +65,12 @@ def write(
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=False)
     found = architecture(source.visual)
-    config = _config(source, found)
-    place.refuse_other(path.parent / CONFIG_NAME, "architecture", config["architecture"])
+    described = config(source.preprocess, source.model.embed_dim, found)
+    place.refuse_other(path.parent / CONFIG_NAME, "architecture", described["architecture"])
     state = tensors(source.visual, source.state)
     with folder_aside(path) as folder:
         write_safetensors(folder / path.name, state, {"format": "pt"})
-        write_json(folder / CONFIG_NAME, config)
+        write_json(folder / CONFIG_NAME, described)
         export_check.stored(folder / path.name, state)
         check = export_check.run(
             "timm",
@@ -78,15 +80,13 @@ def write(
             task={"name": found.name, "arguments": found.arguments},
             pixels=export_check.EXACT,
         )
-        arguments = "".join(f", {key}={value!r}" for key, value in found.arguments.items())
         about = card.text(
             source,
             facts or card.Facts(),
             check,
             library="timm",
-            content="the vision tower; its outputs are the CLIP embedding, not of unit length",
-            use=f'import timm\n\nmodel = timm.create_model("{found.name}", checkpoint_path="{path.name}"{arguments})\n'
-            '# or, from the folder alone: timm.create_model("local-dir:FOLDER", pretrained=True)',
+            content=CONTENT,
+            use=use(found, path),
         )
         put_in_place(folder / path.name, path)
         put_in_place(folder / CONFIG_NAME, path.parent / CONFIG_NAME)
@@ -133,13 +133,32 @@ def activation(module: nn.Module) -> str:
     return _ACTIVATIONS.get(type(module).__name__, type(module).__name__)
 
 
-def _config(source: Source, found: Architecture) -> dict[str, Any]:
-    preprocess, size = source.preprocess, source.preprocess["size"]
-    classes = found.arguments["num_classes"]
+def use(found: Architecture, path: Path) -> str:
+    """Python that loads the file."""
+    arguments = "".join(f", {key}={value!r}" for key, value in found.arguments.items())
+    return (
+        f'import timm\n\nmodel = timm.create_model("{found.name}", checkpoint_path="{path.name}"{arguments})\n'
+        '# or, from the folder alone: timm.create_model("local-dir:FOLDER", pretrained=True)'
+    )
+
+
+def config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> dict[str, Any]:
+    """What timm reads beside the weights.
+
+    Args:
+        preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
+        width: of the tower's tokens.
+    """
+    size, classes = preprocess["size"], found.arguments["num_classes"]
+    if preprocess["resize_mode"] not in _CROPS:
+        raise ExportError(
+            "The format `timm`: the tower's pictures are padded with black (resize_mode `longest`), timm pads with their "
+            "mean; use open_clip."
+        )
     return {
         "architecture": found.name.split(".")[0],
         "num_classes": classes,
-        "num_features": source.model.embed_dim,
+        "num_features": width,
         "model_args": {key: value for key, value in found.arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "tag": "visft",

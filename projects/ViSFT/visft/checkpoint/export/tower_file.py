@@ -14,6 +14,8 @@ from . import base as bases
 from . import card, place, timm_file
 from .source import Source, resolve
 
+CONTENT = "the vision tower alone, under open_clip's names (`visual.*`)"
+
 
 def write(
     model: CLIPViT,
@@ -54,15 +56,22 @@ def write(
             facts or card.Facts(),
             check,
             library="open_clip",
-            content="the vision tower alone, under open_clip's names (`visual.*`)",
-            use="import open_clip\nfrom safetensors.torch import load_file\n\n"
-            f'model = open_clip.create_model("{source.name or "NAME"}")\n'
-            f'model.load_state_dict(load_file("{path.name}"), strict=False)  # the text tower is not in it',
+            content=CONTENT,
+            use=use(source.name, path),
         )
         put_in_place(folder / path.name, path)
         card.put(about, card.beside(path))
     check.log(path)
     return path
+
+
+def use(name: str | None, path: Path) -> str:
+    """Python that loads the file."""
+    return (
+        "import open_clip\nfrom safetensors.torch import load_file\n\n"
+        f'model = open_clip.create_model("{name or "NAME"}")\n'
+        f'model.load_state_dict(load_file("{path.name}"), strict=False)  # the text tower is not in it'
+    )
 
 
 def _builder(source: Source) -> dict:

@@ -6,9 +6,11 @@ Arguments: the folder; the weight file in it.
 import json
 import sys
 
+import safetensors
 from safetensors import safe_open
 
 _, path = sys.argv[1:]
 with safe_open(path, framework="pt") as file:
-    count = sum(file.get_tensor(name).numel() >= 0 for name in file.keys())
-print(json.dumps({"tensors": count}))
+    for name in file.keys():
+        file.get_tensor(name)
+print(json.dumps(f"safetensors {safetensors.__version__}"))

@@ -170,7 +170,7 @@ def _processor(source: Source, converted: Converted) -> dict[str, Any]:
     if mode == "longest":
         raise ExportError(
             "The format `hf`: the tower's pictures are padded (resize_mode `longest`), which transformers' CLIP "
-            "processors do not do; use open_clip or timm."
+            "processors do not do; use open_clip."
         )
     squash = {"height": height, "width": width}
     clip = converted.config["model_type"].startswith("clip")
