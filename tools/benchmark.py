@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Speed and memory of training: one pass of the tower for all heads against one iteration a task.
+
+tools/benchmark.py --config-file F [--stage heads|lora] [--images N] [--rounds N] [--output FILE.json] [KEY VALUE ...]
+"""
+
+import sys
+
+from visft.engine import benchmark
+
+if __name__ == "__main__":
+    sys.exit(benchmark.main())
