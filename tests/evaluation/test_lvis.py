@@ -162,7 +162,14 @@ def test_annotations_that_are_missing_or_broken_are_named(tmp_path, content):
         LVISMetric(file)
 
 
-@pytest.mark.parametrize(("where", "key"), [("images", "neg_category_ids"), ("categories", "frequency")])
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        ("images", "neg_category_ids"),
+        ("images", "not_exhaustive_category_ids"),
+        ("categories", "frequency"),
+    ],
+)
 def test_a_file_in_cocos_format_is_told_what_it_lacks(sample, tmp_path, where, key):
     body = json.loads(json.dumps(sample["truth"]))
     del body[where][0][key]
@@ -170,6 +177,18 @@ def test_a_file_in_cocos_format_is_told_what_it_lacks(sample, tmp_path, where, k
     file.write_text(json.dumps(body))
     with pytest.raises(DataError, match=f"{key}' is missing"):
         LVISMetric(file)
+
+
+def test_splits_without_annotations_are_not_scored(sample, tmp_path):
+    """Nothing is known of their pictures either."""
+    images = [
+        {key: image[key] for key in ("id", "height", "width", "coco_url")}
+        for image in sample["truth"]["images"]
+    ]
+    file = tmp_path / "image_info_test_dev.json"
+    file.write_text(json.dumps({"images": images, "categories": sample["truth"]["categories"]}))
+    metric = LVISMetric(file)
+    assert not metric.annotated and metric.counting(images[0]["id"], [0.5], [2]) == []
 
 
 def test_the_ways_by_name():

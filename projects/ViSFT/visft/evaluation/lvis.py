@@ -49,12 +49,8 @@ class LVISMetric:
             with open(file, encoding="utf-8") as stream:
                 self._truth = json.load(stream)
             self._categories = sorted(self._truth["categories"], key=lambda category: category["id"])
+            self._known = _known_classes(self._truth) if self.annotated else {}
             self._frequency = np.array([FREQUENCIES.index(c["frequency"]) for c in self._categories])
-            # Of each picture the classes that something is known of, and those not annotated everywhere.
-            self._known = {image["id"]: set(image["neg_category_ids"]) for image in self._truth["images"]}
-            self._open = {i["id"]: set(i["not_exhaustive_category_ids"]) for i in self._truth["images"]}
-            for annotation in self._truth.get("annotations", ()):
-                self._known[annotation["image_id"]].add(annotation["category_id"])
         except FileNotFoundError as error:
             raise missing(file) from error
         except KeyError as error:
@@ -80,7 +76,7 @@ class LVISMetric:
     def counting(self, image_id: int, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
         """Which of a picture's detections can count, as indices: among the best 300 those of classes that something is
         known of. Of a picture's 1,203 classes that is so of some ten, so that most masks need not be kept."""
-        known = self._known[image_id]
+        known = self._known.get(image_id, ())
         return [i for i in _best(scores) if categories[i] in known]
 
     def __call__(
@@ -164,6 +160,18 @@ class LVISMetric:
         scored.evaluate()
         _mended(LVISEval.accumulate)(scored)
         return scored.eval["precision"]
+
+
+def _known_classes(truth: dict) -> dict[int, set[int]]:
+    """By image id the classes that something is known of: those annotated, and those known to be absent."""
+    known = {}
+    for image in truth["images"]:
+        if "not_exhaustive_category_ids" not in image:
+            raise KeyError("not_exhaustive_category_ids")
+        known[image["id"]] = set(image["neg_category_ids"])
+    for annotation in truth["annotations"]:
+        known[annotation["image_id"]].add(annotation["category_id"])
+    return known
 
 
 class _OldNumpy(types.ModuleType):
