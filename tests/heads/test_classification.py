@@ -287,8 +287,15 @@ def test_the_head_of_rcnn_has_detectron2s_federated_loss():
     box = cfg.MODEL.ROI_BOX_HEAD
     box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = 1, 8, 2
     box.USE_FED_LOSS = box.USE_SIGMOID_CE = True
-    predictor = build_head(cfg, "detection", ShapeSpec(channels=4, stride=16)).roi_heads.box_predictor
+    head = build_head(cfg, "detection", ShapeSpec(channels=4, stride=16))
+    predictor = head.roi_heads.box_predictor
     assert predictor.use_fed_loss and len(predictor.fed_loss_cls_weights) == 1203
+    images = [annotated(1, (64, 64), [[4, 4, 30, 40], [20, 8, 60, 24]], [3, 700])]
+    counts = head.normalizers(images)
+    found = head.losses(torch.randn(1, 4, 4, 4), PADDED[:1], images, SIZES[:1], (64, 64), counts)
+    (gradient,) = torch.autograd.grad(found["loss_cls"], predictor.cls_score.bias)
+    learnt = gradient.nonzero().flatten().tolist()
+    assert {3, 700} <= set(learnt) and len(learnt) in (49, 50)  # background is one of the 50
     box.USE_SIGMOID_CE = False
     with pytest.raises(ConfigError, match="sigmoid cross entropy"):
         build_head(cfg, "detection", ShapeSpec(channels=4, stride=16))
