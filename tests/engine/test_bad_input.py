@@ -76,6 +76,7 @@ KEYS = [
     ("VISFT.STAGES", "('lora', 'heads')", ConfigError, "heads before lora"),
     ("VISFT.EXPORT", "('openclip',)", ConfigError, "openclip", "`open_clip`"),
     ("VISFT.INPUT.AUGMENTATION", "crop", ConfigError, "detection", "lsj", "fixed"),
+    ("INPUT.FORMAT", "BGR", ConfigError, "INPUT.FORMAT", "`BGR`", "RGB"),
     ("VISFT.SOLVER.LORA.AMP", "float16", ConfigError, "GPU", "bfloat16"),
     ("VISFT.SOLVER.LORA.MAX_ITER", "0", ConfigError, "VISFT.SOLVER.LORA.MAX_ITER", "at least 1"),
     ("VISFT.DATA.TRAIN_JSON", "", ConfigError, "VISFT.DATA.TRAIN_JSON", "VISFT.DATA.TRAIN_IMAGES"),

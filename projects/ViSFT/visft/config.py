@@ -128,6 +128,9 @@ def _add_heads(cfg: CN) -> None:
     # File of the words, as tools/build_vocabulary.py writes it, or the authors' word map. "": the run's own
     # (vocabulary.json in its OUTPUT_DIR), which training builds from the captions of DATASETS.TRAIN.
     cap.VOCABULARY = ""
+    # Start the words' layers anew when a file in HEAD_FILES has another number of words (else that is an error); then
+    # HEAD_FILES give no vocabulary.
+    cap.REINIT_CLASSES = False
     # How often a word must occur in these captions to get into the vocabulary.
     cap.MIN_WORD_COUNT = 5
     # Most words of a caption; longer ones are cut in training.
@@ -165,6 +168,8 @@ def _add_run(cfg: CN) -> None:
     # What computes the heads' average precision: `faster-coco-eval`, `pycocotools` (on LVIS: the lvis package), or
     # `auto`: the former where it is installed. The figures are the same.
     run.COCO_METRIC = "auto"
+    # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR (a Java program).
+    run.CAPTION_METRICS = ("BLEU", "ROUGE_L", "CIDEr")
     # Formats written to OUTPUT_DIR/export after the last stage; (): none.
     run.EXPORT = ("open_clip",)
 
@@ -179,6 +184,8 @@ def _add_run(cfg: CN) -> None:
     data.TRAIN_CAPTIONS = ""
     data.TEST_CAPTIONS = ""
 
+    # Of detectron2's INPUT, tools/train_net.py reads MIN_SIZE_*, MAX_SIZE_* and RANDOM_FLIP for ViSFT runs; FORMAT must
+    # be RGB. MASK_FORMAT and CROP are for detectron2's stock mapper alone: ours reads polygons and bitmaps alike.
     # How training pictures are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
     # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop).
     run.INPUT = inp = CN()

@@ -162,6 +162,11 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     _exports(cfg)
     is_fast(cfg.VISFT.COCO_METRIC)
     check_sampler(cfg)
+    if cfg.INPUT.FORMAT != "RGB":
+        raise ConfigError(
+            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads pictures as RGB, as CLIP does: set it to RGB, with "
+            "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
+        )
     _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))
     if cfg.VISFT.INPUT.SIZE < 1:
         raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")

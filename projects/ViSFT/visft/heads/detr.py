@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.classification import best_pairs, build_classification, class_weight_sum
 from visft.heads.detr_transformer import DETRTransformer
-from visft.heads.federated import Federated, build_federated
-from visft.heads.labels import LabelSpace, label_space
+from visft.heads.federated import Federated
+from visft.heads.labels import LabelSpace
 from visft.heads.layers import MLP, check_divisible
 from visft.heads.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from visft.heads.matcher import Matching, match
 from visft.heads.position import sine_position_encoding
+from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
 
@@ -113,25 +114,13 @@ class DETRHead(VisftHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
-        node, labels = cfg.MODEL.VISFT[name.upper()], label_space(cfg, name)
-        return {
-            "in_channels": input_shape.channels,
-            "labels": labels,
-            "num_queries": node.NUM_QUERIES,
-            "encoder_layers": node.ENCODER_LAYERS,
+        node = cfg.MODEL.VISFT[name.upper()]
+        return query_head_settings(cfg, name, input_shape) | {
             "encoder_dim": node.ENCODER_DIM,
-            "decoder_layers": node.DECODER_LAYERS,
             "decoder_dim": node.DECODER_DIM,
-            "num_attention_heads": node.NUM_ATTENTION_HEADS,
-            "feedforward_dim": node.FEEDFORWARD_DIM,
             "dropout": node.DROPOUT,
-            "no_object_weight": node.NO_OBJECT_WEIGHT,
-            "class_weight": node.CLASS_WEIGHT,
             "l1_weight": node.L1_WEIGHT,
             "giou_weight": node.GIOU_WEIGHT,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "class_loss": node.CLASS_LOSS,
-            "federated": build_federated(cfg, name, labels),
         }
 
     def forward(self, features: Tensor, padding_mask: Tensor | None = None) -> DETROutput:

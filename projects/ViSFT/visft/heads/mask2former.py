@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from visft.errors import ConfigError
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.classification import best_pairs, build_classification, class_weight_sum
-from visft.heads.federated import Federated, build_federated
-from visft.heads.labels import LabelSpace, label_space
+from visft.heads.federated import Federated
+from visft.heads.labels import LabelSpace
 from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
 from visft.heads.mask_decoder import MaskDecoder, MaskOutput
 from visft.heads.matcher import Matching, match
 from visft.heads.pixel_decoder import PixelDecoder
+from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
 
@@ -109,27 +110,15 @@ class Mask2FormerHead(VisftHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
-        node, labels = cfg.MODEL.VISFT[name.upper()], label_space(cfg, name)
-        return {
-            "in_channels": input_shape.channels,
-            "labels": labels,
-            "num_queries": node.NUM_QUERIES,
-            "encoder_layers": node.ENCODER_LAYERS,
+        node = cfg.MODEL.VISFT[name.upper()]
+        return query_head_settings(cfg, name, input_shape) | {
             "encoder_feedforward_dim": node.ENCODER_FEEDFORWARD_DIM,
-            "decoder_layers": node.DECODER_LAYERS,
             "dim": node.DIM,
-            "num_attention_heads": node.NUM_ATTENTION_HEADS,
-            "feedforward_dim": node.FEEDFORWARD_DIM,
-            "no_object_weight": node.NO_OBJECT_WEIGHT,
-            "class_weight": node.CLASS_WEIGHT,
             "mask_weight": node.MASK_WEIGHT,
             "dice_weight": node.DICE_WEIGHT,
             "num_points": node.NUM_POINTS,
             "oversample_ratio": node.OVERSAMPLE_RATIO,
             "importance_ratio": node.IMPORTANCE_RATIO,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "class_loss": node.CLASS_LOSS,
-            "federated": build_federated(cfg, name, labels),
         }
 
     def forward(self, features: Tensor) -> MaskOutput:
