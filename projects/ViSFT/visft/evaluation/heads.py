@@ -77,7 +77,7 @@ class HeadsEvaluator(DatasetEvaluator):
                 if not isinstance(instances, Instances):
                     continue
                 self._tasks[name] |= {"bbox", "segm"} if instances.has("pred_masks") else {"bbox"}
-                self._results[name] += self._encode(instances.to(torch.device("cpu")), image["image_id"])
+                self._results[name] += self._encode(instances, image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures in per cent by head and kind; empty on all but the main process."""
@@ -146,7 +146,10 @@ class HeadsEvaluator(DatasetEvaluator):
             )
         categories = [self._ids[c] for c in classes]
         counting = self.metric.counting(image_id, instances.scores.tolist(), categories)
-        found = instances_to_coco_json(instances[torch.tensor(counting, dtype=torch.int64)], image_id)
+        if len(counting) < len(instances):  # before masks leave the device, or are copied for nothing
+            rows = torch.tensor(counting, dtype=torch.int64, device=instances.pred_classes.device)
+            instances = instances[rows]
+        found = instances_to_coco_json(instances.to(torch.device("cpu")), image_id)
         return [r | {"category_id": categories[i]} for r, i in zip(found, counting, strict=True)]
 
 
@@ -177,5 +180,5 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     if others:
         evaluators.append(HeadsEvaluator(dataset_name, others, fast=is_fast(cfg.VISFT.COCO_METRIC)))
     if captions:
-        evaluators.append(CaptionEvaluator(dataset_name, captions))
+        evaluators.append(CaptionEvaluator(dataset_name, captions, metrics=cfg.VISFT.CAPTION_METRICS))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
