@@ -13,7 +13,7 @@ from tiny_run import tiny_arguments
 from visft.checkpoint import files
 from visft.checkpoint.run import describe, newest_checkpoint
 from visft.data.vocabulary import build_vocabulary
-from visft.engine import checks, launch, predict, settings, vocabulary
+from visft.engine import checks, launch, predict, settings, stages, vocabulary
 from visft.errors import ConfigError, DataError
 from visft.heads import Vocabulary
 
@@ -160,7 +160,34 @@ def test_another_vocabulary_than_the_runs_is_refused(run, tmp_path):
     assert launch.main(["--resume", *words, *other]) == 1
 
 
+def test_words_may_be_learned_anew(run, data, tmp_path):
+    output, words = run
+    more = ("VISFT.DATA.TRAIN_CAPTIONS", str(tmp_path / "captions.json"), "OUTPUT_DIR", str(tmp_path / "new"))
+    content = json.loads(data[0][2].read_text())
+    content["annotations"][0]["caption"] = "an unheard word"
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    start = [*words, *more, "MODEL.VISFT.HEAD_FILES", f"('{output}',)"]
+    cfg = vocabulary.with_vocabulary(prepare(start))
+    assert Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY) == Vocabulary.read(
+        output / "vocabulary.json"
+    )
+    cfg = prepare([*start, "MODEL.VISFT.CAPTIONING.REINIT_CLASSES", "True"])
+    cfg = vocabulary.with_vocabulary(cfg, tmp_path)
+    assert "unheard" in Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY).words
+    ours, theirs = (
+        stages.initial_model(cfg, 0).heads["captioning"].state_dict(),
+        files.read_tensors(newest_checkpoint(output / "heads")),
+    )
+    kept = {
+        name
+        for name, tensor in ours.items()
+        if tensor.equal(theirs.get(f"heads.captioning.{name}", tensor[:0]))
+    }
+    assert ours.keys() - kept == {"decoder.embedding.weight", "decoder.fc.weight", "decoder.fc.bias"}
+
+
 REFUSED = [
+    (("VISFT.CAPTION_METRICS", "('CIDEr', 'METEROR')"), ConfigError, "METEROR.*METEOR"),
     (
         ("VISFT.DATA.TRAIN_CAPTIONS", ""),
         DataError,

@@ -1,6 +1,7 @@
 """Caption metrics: COCO's own words and figures (Java's, kept in a file), and the evaluator."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 
 from visft import model_zoo
+from visft.errors import ConfigError
 from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator
 from visft.evaluation.caption_tokens import ptb_words
-from visft.evaluation.captions import METRICS, caption_scores
+from visft.evaluation.captions import METRICS, caption_scores, check_metrics
 from visft.heads import Caption
 
 SAMPLE = json.loads(Path(__file__).with_name("caption_sample.json").read_text())
@@ -41,7 +43,29 @@ def test_figures_are_those_of_pycocoevalcap():
     references = {image["image_id"]: image["references"] for image in IMAGES}
     found = caption_scores(references, {image["image_id"]: image["caption"] for image in IMAGES})
     assert found == pytest.approx({name: 100 * value for name, value in SAMPLE["scores"].items()}, abs=1e-6)
-    assert tuple(found) == METRICS
+    assert list(found) == ["BLEU1", "BLEU2", "BLEU3", "BLEU4", "ROUGE_L", "CIDEr"]
+
+
+def test_which_metrics_there_are(monkeypatch):
+    references = {image["image_id"]: image["references"] for image in IMAGES}
+    said = {image["image_id"]: image["caption"] for image in IMAGES}
+    assert list(caption_scores(references, said, ("CIDEr",))) == ["CIDEr"]
+    with pytest.raises(ConfigError, match="`SPICE`; expected some of BLEU, ROUGE_L, CIDEr, METEOR"):
+        check_metrics(("CIDEr", "SPICE"))
+    monkeypatch.setenv("PATH", "")
+    check_metrics(METRICS)
+    with pytest.raises(ConfigError, match="METEOR.*no `java`"):
+        check_metrics(("METEOR",))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
+def test_meteor_where_there_is_java():
+    references = {image["image_id"]: image["references"] for image in IMAGES}
+    said = {image["image_id"]: image["caption"] for image in IMAGES}
+    assert caption_scores(references, said, ("METEOR",))["METEOR"] == pytest.approx(
+        SAMPLE["METEOR"], abs=0.01
+    )
 
 
 def test_a_reference_itself_scores_best():

@@ -171,10 +171,10 @@ def load_heads(
 def class_layer_names(head: nn.Module) -> list[str]:
     """Names of a head's tensors whose first dimension counts classes.
 
-    A head says so by `class_layers`, a tuple of module names within it.
+    A head says so by `class_layers`, a tuple of names of modules or parameters within it.
     """
-    prefixes = tuple(f"{layer}." for layer in getattr(head, "class_layers", ()))
-    return [name for name in head.state_dict() if name.startswith(prefixes)] if prefixes else []
+    layers = tuple(getattr(head, "class_layers", ()))
+    return [name for name in head.state_dict() if f"{name}.".startswith(tuple(f"{x}." for x in layers))]
 
 
 def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:

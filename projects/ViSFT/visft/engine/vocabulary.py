@@ -14,6 +14,7 @@ from visft.checkpoint.run import STAGES, describe
 from visft.data.captions import check_captions
 from visft.data.vocabulary import build_vocabulary
 from visft.errors import CheckpointError, ConfigError, DataError
+from visft.evaluation.captions import check_metrics
 from visft.heads.vocabulary import Vocabulary, configured_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def check(cfg: CfgNode, *, train: bool) -> None:
     names = caption_heads(cfg)
     if not names:
         return
+    check_metrics(cfg.VISFT.CAPTION_METRICS)
     if train and not sum(check_captions(data_set) for data_set in cfg.DATASETS.TRAIN):
         raise DataError(
             f"the head `{names[0]}` learns captions, and no picture of DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
@@ -138,8 +140,12 @@ def _kept(cfg: CfgNode) -> Path | None:
 
 
 def _weight_files(cfg: CfgNode) -> Iterator[Path]:
-    """Those of MODEL.WEIGHTS and HEAD_FILES that are there; what is not is another check's."""
-    for given in (cfg.MODEL.WEIGHTS, *cfg.MODEL.VISFT.HEAD_FILES):
+    """Those of MODEL.WEIGHTS and HEAD_FILES that are there; what is not is another check's.
+
+    Without HEAD_FILES where a caption head may leave their words behind.
+    """
+    reinit = any(cfg.MODEL.VISFT[name.upper()].REINIT_CLASSES for name in caption_heads(cfg))
+    for given in (cfg.MODEL.WEIGHTS, *(() if reinit else cfg.MODEL.VISFT.HEAD_FILES)):
         if given:
             with contextlib.suppress(CheckpointError):
                 yield from load.resolve(given, stages=("heads",))

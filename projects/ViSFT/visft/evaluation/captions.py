@@ -1,13 +1,14 @@
 """Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
 
-Words are cut by `caption_tokens`, so that a figure does not depend on a Java being there. METEOR and SPICE are Java
-programs and are not computed.
+Words are cut by `caption_tokens`, so that a figure does not depend on a Java being there. METEOR is a Java program that
+comes with pycocoevalcap, and is run where it is asked for. SPICE is not: it needs models that its authors' site serves.
 """
 
 import contextlib
 import io
 import itertools
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -16,11 +17,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from visft.data.captions import captions_of
+from visft.errors import ConfigError
 from visft.evaluation.caption_tokens import ptb_words
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("BLEU1", "BLEU2", "BLEU3", "BLEU4", "ROUGE_L", "CIDEr")
+METRICS = ("BLEU", "ROUGE_L", "CIDEr")
+"""Computed by default."""
+
+KNOWN = (*METRICS, "METEOR")
+"""Values of VISFT.CAPTION_METRICS."""
 
 
 def installed() -> bool:
@@ -28,43 +34,100 @@ def installed() -> bool:
     return find_spec("pycocoevalcap") is not None
 
 
-def caption_scores(references: Mapping, candidates: Mapping) -> dict[str, float]:
-    """`METRICS`, each times 100. CIDEr counts how rare words are in these references: it is 0 of a single picture.
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Check VISFT.CAPTION_METRICS.
+
+    Raises:
+        ConfigError: a metric is unknown, or METEOR is asked for where there is no Java.
+    """
+    for name in metrics:
+        if name not in KNOWN:
+            raise ConfigError(f"VISFT.CAPTION_METRICS names `{name}`; expected some of {', '.join(KNOWN)}")
+    if "METEOR" in metrics and shutil.which("java") is None:
+        raise ConfigError(
+            "VISFT.CAPTION_METRICS names METEOR, a Java program, and no `java` is found here: install a Java runtime, "
+            "or leave METEOR out"
+        )
+
+
+def caption_scores(
+    references: Mapping, candidates: Mapping, metrics: Sequence[str] = METRICS
+) -> dict[str, float]:
+    """Figures times 100, BLEU as `BLEU1` to `BLEU4`.
+
+    CIDEr counts how rare words are in these references: it is 0 of a single picture.
 
     Args:
         references: the captions of each picture, a list of texts by image id.
         candidates: what is scored, a text by image id, of the same pictures.
+        metrics: of `KNOWN`.
     """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
     truth = {key: [ptb_words(text) for text in texts] for key, texts in references.items()}
     said = {key: [ptb_words(candidates[key])] for key in truth}
-    with contextlib.redirect_stdout(io.StringIO()):
-        bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
-        rouge, _ = Rouge().compute_score(truth, said)
-        cider, _ = Cider().compute_score(truth, said)
-    return {name: 100 * float(value) for name, value in zip(METRICS, (*bleu, rouge, cider), strict=True)}
+    scores: dict[str, float] = {}
+    for name in metrics:
+        with contextlib.redirect_stdout(io.StringIO()):
+            value = _SCORERS[name](truth, said)
+        if name == "BLEU":
+            scores |= {f"BLEU{order}": 100 * float(part) for order, part in enumerate(value, start=1)}
+        else:
+            scores[name] = 100 * float(value)
+    return scores
+
+
+def _bleu(truth: dict, said: dict) -> list[float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    return Bleu(4).compute_score(truth, said, verbose=0)[0]
+
+
+def _rouge(truth: dict, said: dict) -> float:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return Rouge().compute_score(truth, said)[0]
+
+
+def _cider(truth: dict, said: dict) -> float:
+    from pycocoevalcap.cider.cider import Cider
+
+    return Cider().compute_score(truth, said)[0]
+
+
+def _meteor(truth: dict, said: dict) -> float:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor().compute_score(truth, said)[0]
+
+
+_SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor}
 
 
 class CaptionEvaluator(DatasetEvaluator):
     """Scores each caption head on the pictures of a data set that have captions.
 
-    `evaluate` returns `{"captioning": {"CIDEr": ..., "BLEU4": ..., ...}}`, all of `METRICS`.
+    `evaluate` returns `{"captioning": {"CIDEr": ..., "BLEU4": ..., ...}}`, as `caption_scores`.
     """
 
-    def __init__(self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        heads: Sequence[str],
+        *,
+        metrics: Sequence[str] = METRICS,
+        distributed: bool = True,
+    ) -> None:
         """
         Args:
             dataset_name: registered.
             heads: names of the caption heads.
+            metrics: of `KNOWN`.
             distributed: gather the captions of all processes; only the main one then returns figures.
 
         Raises:
             DataError: its caption file is broken.
         """
-        self.dataset_name, self.heads, self.distributed = dataset_name, tuple(heads), distributed
+        self.dataset_name, self.heads = dataset_name, tuple(heads)
+        self.metrics, self.distributed = tuple(metrics), distributed
         found = captions_of(dataset_name).items()
         self.references = {
             key: kept for key, texts in found if (kept := [text for text in texts if ptb_words(text)])
@@ -109,7 +172,7 @@ class CaptionEvaluator(DatasetEvaluator):
                     name,
                 )
             else:
-                scores = caption_scores({key: self.references[key] for key in said}, said)
+                scores = caption_scores({key: self.references[key] for key in said}, said, self.metrics)
                 figures[name] = scores
                 table = create_small_table(scores)
                 logger.info("%s, %d captions of head `%s`:\n%s", self.dataset_name, len(said), name, table)

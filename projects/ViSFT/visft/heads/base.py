@@ -16,7 +16,7 @@ class VisftHead(nn.Module):
     """
 
     class_layers: ClassVar[tuple[str, ...]] = ()
-    """Names of the submodules whose shape follows the number of classes."""
+    """Names of the submodules and parameters whose shape follows the number of classes (or words)."""
 
     def has_labels(self, image: dict) -> bool:
         """Whether this picture is annotated for this task (perhaps with nothing to find)."""

@@ -17,6 +17,8 @@ class CaptionHead(CaptioningHead):
     """An LSTM that looks at the cells before each word, with the doubly stochastic regulariser (section 4.2.1):
     over a caption, each cell should be looked at once in all."""
 
+    class_layers = ("decoder.embedding", "decoder.fc")
+
     @configurable
     def __init__(
         self,

@@ -18,6 +18,8 @@ from visft.heads.vocabulary import Vocabulary
 class TransformerCaptionHead(CaptioningHead):
     """A Transformer over the words so far, which attends to the cells."""
 
+    class_layers = ("decoder.embedding", "decoder.bias")
+
     @configurable
     def __init__(
         self,
