@@ -259,6 +259,31 @@ run.run()
 """
 
 
+def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
+    """Of two further vendors, one of which draws black squares: no batch shows any, the final figures name both."""
+    for name, colour in (("trained", "#ffffff"), ("held-out", "#000000")):
+        (tmp_path / name).mkdir()
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"><path fill="{colour}" d="M0 0h1v1H0z"/></svg>'
+        for emoji in catalogue.catalogue()[:40]:
+            (tmp_path / name / f"{emoji.key}.svg").write_text(svg)
+    views = pretrain.Views(40, [tmp_path / "trained"], [tmp_path / "held-out"])
+    banks = views._banks_of(16)
+    assert [int(bank[:, :3].amax()) for bank in banks[1:]] == [255, 0]
+    without = pretrain.Views(40, [tmp_path / "trained"])
+    for step in range(3):
+        batches = [v.batch(16, 40, pretrain._generator(0, "training", step)) for v in (views, without)]
+        assert torch.equal(batches[0][0], batches[1][0]) and batches[0][1] == batches[1][1]
+    run = pretrain.Pretraining(
+        tmp_path / "run",
+        pretrain.Settings(**MINIATURE),
+        pictures=[tmp_path / "trained"],
+        held_out_pictures=[tmp_path / "held-out"],
+    )
+    assert run.run() is not None
+    final = json.loads((tmp_path / "run" / pretrain.LOG_FILE).read_text().splitlines()[-1])
+    assert {f"{v}/top1" for v in ("openmoji", "vendor1", "vendor2")} <= final.keys()
+
+
 def test_a_killed_pretraining_ends_with_the_same_bits(tmp_path, one_thread):
     whole = pretrain.Pretraining(tmp_path / "whole", pretrain.Settings(**MINIATURE)).run()
     # A process that checkpoints at every step is killed with the fifth checkpoint written but not in its place.

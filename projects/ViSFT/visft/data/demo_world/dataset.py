@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "demo_world.json"
 NAMES = {"train": "visft_demo_train", "val": "visft_demo_val"}
-VERSION = 1
+VERSION = 2
 """Raised when the same parameters give other files than before, so that old folders are made anew."""
 
 _QUALITY = 92

@@ -210,9 +210,15 @@ class Views:
     Args:
         classes: use only the first so many emoji (0: all).
         folders: further vendors' pictures (`catalogue.other_pictures`), drawn from as often as OpenMoji's.
+        held_out: folders of vendors that are in no batch, after the others in `evaluation`.
     """
 
-    def __init__(self, classes: int = 0, folders: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self,
+        classes: int = 0,
+        folders: Sequence[str | Path] = (),
+        held_out: Sequence[str | Path] = (),
+    ) -> None:
         emoji = catalogue.catalogue()[: classes or None]
         self.names = [e.name for e in emoji]
         coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
@@ -221,7 +227,8 @@ class Views:
         # One (pictures, their classes) a vendor.
         own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
         self.vendors = [(own, torch.arange(len(emoji)))]
-        for folder in folders:
+        self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
+        for folder in (*folders, *held_out):
             rgba, index = catalogue.other_pictures(folder)
             kept = torch.tensor([i < len(emoji) for i in index])
             self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
@@ -240,16 +247,16 @@ class Views:
     def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
         """`(normalised pictures [count, 3, size, size], a caption each)` of distinct emoji."""
         classes = torch.randperm(len(self.names), generator=generator)[:count]
-        vendor = torch.randint(len(self.vendors), (len(classes),), generator=generator)
+        vendor = torch.randint(self.trained, (len(classes),), generator=generator)
         vendor[self.where[vendor, classes] < 0] = 0
-        banks = self._banks_of(size)
+        banks = self._banks_of(size)[: self.trained]
         if len(banks) == 1:
             bank, index, flippable = banks[0], classes, self.flippable
         else:
-            bank = torch.cat([b for b in banks])
+            bank = torch.cat(banks)
             starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
             index = starts[vendor] + self.where[vendor, classes]
-            flippable = torch.cat([self.flippable[i] for _, i in self.vendors])
+            flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
         images = augment.augmented_views(bank, index, flippable, generator)
         draws = torch.rand(len(classes), 2, generator=generator).tolist()
         captions = []
@@ -305,7 +312,7 @@ class Pretraining:
         pictures: Sequence[str | Path] = (),
         held_out_pictures: Sequence[str | Path] = (),
         checkpoint_seconds: float = 120.0,
-        evaluate_seconds: float = 300.0,
+        evaluate_seconds: float = 900.0,
     ) -> None:
         self.output = Path(output)
         run_file = self.output / RUN_FILE
@@ -321,8 +328,7 @@ class Pretraining:
             )
         self.settings = settings
         self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
-        self.views = Views(settings.classes, [*pictures, *held_out_pictures])
-        self.held_out = len(held_out_pictures)
+        self.views = Views(settings.classes, pictures, held_out_pictures)
         self.model = create_tower(settings.seed)
         self.optimizer = Optimizer(self.model, settings)
         self.average = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
@@ -353,8 +359,6 @@ class Pretraining:
         from open_clip.tokenizer import SimpleTokenizer
 
         tokenizer = SimpleTokenizer(context_length=self.model.context_length)
-        trained_vendors = len(self.views.vendors) - self.held_out
-        evaluation_only, self.views.vendors = self.views.vendors, self.views.vendors[:trained_vendors]
         last = saved = evaluated = reported = time.monotonic()
         steps = 0
         recent = (time.monotonic(), self.samples)
@@ -381,13 +385,12 @@ class Pretraining:
                 recent = (now, self.samples)
                 reported = now
             if now - evaluated > self.evaluate_seconds:
-                self._log(**self._evaluate(views=1))
+                self._log(**self._evaluate(views=1, vendors=1))
                 evaluated = time.monotonic()
             if now - saved > self.checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
         self.save()
-        self.views.vendors = evaluation_only
         return self._finish()
 
     def _train_step(self, tokenizer, phase: Phase, lr: float) -> float:
@@ -436,14 +439,15 @@ class Pretraining:
             state.update({k: v / self.average_weight for k, v in self.average.items()})
         return state
 
-    def _evaluate(self, views: int) -> dict[str, float]:
+    def _evaluate(self, views: int, vendors: int | None = None) -> dict[str, float]:
+        """Zero-shot accuracy on each vendor's drawings (per cent); on the first so many."""
         model = create_tower(0)
         model.load_state_dict(self.averaged())
         model.eval()
         classes = tower.class_embeddings(model, self.views.names)
         names = ["openmoji", *(f"vendor{v}" for v in range(1, len(self.views.vendors)))]
         found = {}
-        for v, name in enumerate(names):
+        for v, name in enumerate(names[:vendors]):
             score = tower.zero_shot(model, self.views.evaluation(v, views=views), classes)
             found |= {f"{name}/top1": round(score["top1"], 2), f"{name}/top5": round(score["top5"], 2)}
         logger.info("step %d, %d samples: %s", self.step, self.samples, found)
