@@ -55,6 +55,21 @@ def test_the_authors_recipe(name, tower):
     )
     assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == tuple(range(480, 673, 32)) and cfg.INPUT.MAX_SIZE_TRAIN == 672
     assert list(cfg.MODEL.PIXEL_MEAN) == [123.675, 116.28, 103.53]
+    mixing = cfg.VISFT
+    assert mixing.TASK_MIXING == "ratio"
+    assert dict(zip(cfg.MODEL.VISFT.HEADS, mixing.TASK_RATIOS, strict=True)) == {
+        "captioning": 0.4,
+        "segmentation": 0.3,
+        "detection": 0.3,
+    }
+    assert (mixing.INPUT.AUGMENTATION, second.IMS_PER_BATCH) == ("detection", 8)
+    tasks = {head: mixing.TASKS[head.upper()] for head in cfg.MODEL.VISFT.HEADS}
+    assert [tasks["captioning"][key] for key in ("AUGMENTATION", "SIZE", "IMS_PER_BATCH")] == [
+        "fixed",
+        256,
+        64,
+    ]
+    assert (tasks["segmentation"].AUGMENTATION, tasks["segmentation"].SIZE) == ("lsj", 1024)
 
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])

@@ -1,6 +1,7 @@
 """`tools/benchmark.py`: what an iteration costs with one pass of the tower for all heads, and with one for each."""
 
 import argparse
+import functools
 import logging
 import platform
 import statistics
@@ -9,11 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from visft.checkpoint import files
 from visft.data import ViSFTMapper, load_labelled
@@ -100,14 +102,14 @@ def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
         DataError: there is none.
     """
     pictures = load_labelled(cfg, {name: head.has_labels for name, head in model.heads.items()})
-    rows = set.intersection(*(set(found.tolist()) for found in pictures.rows.values()))
-    if not rows:
+    rows = functools.reduce(np.intersect1d, pictures.rows.values())
+    if not len(rows):
         raise DataError(
             f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)}): no picture has labels for all of "
             f"{', '.join(model.heads)}; name a data set with all of them, or fewer of MODEL.VISFT.HEADS"
         )
-    records = DatasetFromList([pictures.records[row] for row in sorted(rows)], copy=False)
-    return next(TrainLoader(records, ViSFTMapper(cfg, is_train=True), batch_size=size, seed=max(cfg.SEED, 0)))
+    records, mapper = Subset(pictures.records, rows), ViSFTMapper(cfg, is_train=True)
+    return next(TrainLoader(records, mapper, batch_size=size, seed=max(cfg.SEED, 0)))
 
 
 def measure(trainer: StageTrainer, images: list[dict], *, rounds: int) -> list[dict[str, dict[str, float]]]:
