@@ -21,8 +21,9 @@ _THINGS = (
 COUNTS = {"train": 1500, "validation": 300, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
 
-SCALE = 2.0
-"""Scenes are seen at twice the tower's native side, at which their objects have the size of single pictures."""
+DENSE_SCALE = 2.0
+"""Maps are of scenes at twice the tower's native side: at the native one an object is few patches wide. Embeddings are of
+the native side, as CLIP's are."""
 
 
 @functools.cache
@@ -50,9 +51,14 @@ def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
 
 
 def pictures(part: str, *, dense: bool = False) -> Pictures:
-    """A part's pictures, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone."""
+    """A part's pictures, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
+
+    Args:
+        dense: for maps (and embeddings) at `DENSE_SCALE`, else for embeddings at the native side.
+    """
 
     def make() -> Iterator[np.ndarray]:
         yield from (scene.image for scene in scenes(part))
 
-    return Pictures(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=SCALE, dense=dense)
+    scale = DENSE_SCALE if dense else 1.0
+    return Pictures(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=scale, dense=dense)
