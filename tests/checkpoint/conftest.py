@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from visft.checkpoint import export_check
 from visft.errors import ExportError
@@ -43,7 +44,7 @@ def in_process(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["-c", *map(str, arguments)])
         output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(output):
+            with contextlib.redirect_stdout(output), torch.autocast("cpu", enabled=False):
                 exec(compile(script, reader, "exec"), {"__name__": "__main__"})
         except (Exception, SystemExit) as error:
             raise ExportError(f"{reader} does not load the export: {error}") from error

@@ -53,8 +53,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """The dense update `[out_features, in_features]`, float32."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        """The dense update `[out_features, in_features]`, float32, within an autocast region too."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
 
 class BlockLora(nn.ModuleDict):

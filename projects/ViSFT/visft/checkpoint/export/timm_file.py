@@ -152,8 +152,8 @@ def config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> di
     size, classes = preprocess["size"], found.arguments["num_classes"]
     if preprocess["resize_mode"] not in _CROPS:
         raise ExportError(
-            "The format `timm`: the tower's pictures are padded with black (resize_mode `longest`), timm pads with their "
-            "mean; use open_clip."
+            "The format `timm`: the tower's pictures are padded with black (resize_mode `longest`), timm pads with "
+            "their mean; use open_clip."
         )
     return {
         "architecture": found.name.split(".")[0],
