@@ -117,7 +117,7 @@ def forest_plot(results: dict[str, Any]) -> bytes | None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("difference from the base tower, percentage points, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
     return buffer.getvalue()

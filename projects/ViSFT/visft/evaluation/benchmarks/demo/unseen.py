@@ -22,8 +22,8 @@ COUNTS = {"train": 1500, "validation": 300, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
 
 DENSE_SCALE = 2.0
-"""Maps are of scenes at twice the tower's native side: at the native one an object is few patches wide. Embeddings are of
-the native side, as CLIP's are."""
+"""Maps are of scenes at twice the tower's native side: at the native one an object is few patches wide. Embeddings are
+of the native side, as CLIP's are."""
 
 
 @functools.cache
