@@ -169,10 +169,10 @@ def _one_of_each(row: dict[str, dict[str, float]]) -> dict[str, float]:
 def table(found: dict) -> str:
     """The figures of `summary`, with what they were measured on, for people."""
     heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
-    sizes = [f"{height} x {width}" for height, width in found["images"]]
+    height, width = (max(sides) for sides in zip(*found["images"], strict=True))
     lines = [
-        f"{found['tower']}, stage {found['stage']}, {len(sizes)} pictures of at most {max(sizes)}; {found['device']}, "
-        f"{found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} interleaved rounds",
+        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} pictures in {height} x {width}; "
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} interleaved rounds",
         f"{'':28}{'iterations/s':>13}{'total s':>10}"
         + "".join(f"{part + ' s':>10}" for part in PARTS)
         + f"{'peak GiB':>10}",
