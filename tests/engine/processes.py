@@ -32,6 +32,8 @@ def _run(tool: str, arguments: list[str], log: str, environment: dict[str, str])
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    # Workers of loaders too are forked from a process that has imported everything, as outside of tests.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
