@@ -137,6 +137,12 @@ def test_new_weights_are_published_by_one_command(copy, capsys):
     assert tables.rehash() == []
 
 
+def test_a_weight_file_without_a_row_is_not_forgotten(copy, capsys):
+    edit(lambda data: data["files"].pop(1))
+    assert zoo.main(["table", "--rehash"]) == 1
+    assert "no row with `package` data/demo_world/weights/heads_demo_detection" in capsys.readouterr().err
+
+
 def test_rows_show_what_the_data_file_says(copy):
     def change(data):
         data["tables"] = {

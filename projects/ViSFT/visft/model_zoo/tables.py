@@ -10,6 +10,9 @@ from ..errors import ConfigError
 from . import entries
 from .cache import PACKAGE
 
+SHIPPED = "data/demo_world/weights"
+"""Folder of the package's weight files, within it."""
+
 DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
 
 _BLOCK = re.compile(r"<!-- zoo: (\S+) -->\n(.*?)<!-- /zoo -->", re.S)
@@ -101,10 +104,17 @@ def rehash() -> list[str]:
     Figures are those that a file's own metadata holds, of the ones that its table shows.
 
     Raises:
+        ConfigError: a file of the package has no row.
         CheckpointError: a file is missing or cut off.
     """
     data = json.loads(entries.TABLE.read_text(encoding="utf-8"))
-    changed = []
+    listed, changed = {row.get("package") for row in data["files"]}, []
+    for path in sorted((PACKAGE / SHIPPED).glob("*.safetensors")):
+        if f"{SHIPPED}/{path.name}" not in listed:
+            raise ConfigError(
+                f"{entries.TABLE}: has no row with `package` {SHIPPED}/{path.name}; copy the row of another such file "
+                "and change its words"
+            )
     for row in data["files"]:
         if "package" not in row:
             continue
