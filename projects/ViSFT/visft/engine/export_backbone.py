@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
     )
     parser.add_argument("--format", required=True, choices=tuple(export.FORMATS))
-    parser.add_argument("--output", required=True, help="the file to be written")
+    parser.add_argument("--output", required=True, help="the file to be written; for hf and peft a folder")
     parser.add_argument(
         "--interpolate",
         nargs="+",
@@ -184,7 +184,8 @@ def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str
 
 def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
     path, suffixes = Path(arguments.output), export.FORMATS[arguments.format].suffixes
-    if path.suffix not in suffixes:
+    is_folder = suffixes == ("",)
+    if path.suffix not in suffixes and not is_folder:
         raise ExportError(f"--output {path}: the name must end in {' or '.join(suffixes)}.")
     amounts = arguments.interpolate or [1.0]
     outside = [amount for amount in amounts if not 0 <= amount <= 1]
@@ -194,7 +195,8 @@ def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
         )
     if len(amounts) == 1:
         return [(amounts[0], path)]
-    return [(amount, path.with_stem(f"{path.stem}-{amount:.2f}")) for amount in amounts]
+    stem, suffix = (path.name, "") if is_folder else (path.stem, path.suffix)
+    return [(amount, path.with_name(f"{stem}-{amount:.2f}{suffix}")) for amount in amounts]
 
 
 def _seed(weights: str | os.PathLike) -> int | None:
