@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Export a small tower of every kind in every format, each reopened by its third party; print the table.
 
-tests/checkpoint/export_table.py [--tower NAME ...] [--format NAME ...]
+tests/checkpoint/export_table.py [--tower NAME ...] [--format NAME ...] [--in-process]
 
 A figure is the largest relative distance between the reader's embeddings of three photographs (and of two texts, where
 the format holds a text tower) and the model's own; for LoRA alone, between the updates B A.
@@ -34,6 +34,9 @@ def main() -> int:
     towers = tuple(small_towers.TOWERS)
     parser.add_argument("--tower", nargs="+", default=towers, choices=towers)
     parser.add_argument("--format", nargs="+", default=tuple(export.FORMATS), choices=tuple(export.FORMATS))
+    parser.add_argument(
+        "--in-process", action="store_true", help="readers run here, not each in a process of its own"
+    )
     arguments = parser.parse_args()
     checks, versions, reasons = Checks(), {}, {}
     logger = logging.getLogger("visft.checkpoint.export_check")
@@ -43,7 +46,10 @@ def main() -> int:
     print(f"| tower | {' | '.join(arguments.format)} |\n|---|{'---|' * len(arguments.format)}")
     with tempfile.TemporaryDirectory() as configs, tempfile.TemporaryDirectory() as readers:
         small_towers.register(Path(configs))
-        export_check.READERS = small_towers.informed_readers(Path(readers))
+        if arguments.in_process:
+            export_check.read = small_towers.read_here
+        else:
+            export_check.READERS = small_towers.informed_readers(Path(readers))
         for tower in arguments.tower:
             backbone, cells = small_towers.tuned(tower), []
             for name in arguments.format:

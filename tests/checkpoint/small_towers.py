@@ -1,7 +1,11 @@
 """Small towers of every kind, by open_clip configurations of our own; `timm_models.py` makes timm's small ones."""
 
+import contextlib
+import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm_models  # noqa: F401  (registers in timm)
@@ -10,6 +14,7 @@ from torch import nn
 
 from visft.backbone import CLIPViT, lora
 from visft.checkpoint import export_check
+from visft.errors import ExportError
 
 HERE = Path(__file__).parent
 
@@ -104,6 +109,24 @@ def randomise(model: nn.Module) -> None:
     """Move every parameter off its first value."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.02))
+
+
+def read_here(reader: str, *arguments: Path) -> Any:
+    """As `export_check.read`, in this process: the reader's script as it is.
+
+    Raises:
+        ExportError: it fails.
+    """
+    script, argv, output = (export_check.READERS / f"{reader}.py").read_text(), sys.argv, io.StringIO()
+    sys.argv = ["-c", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), torch.autocast("cpu", enabled=False):
+            exec(compile(script, reader, "exec"), {"__name__": "__main__"})
+    except (Exception, SystemExit) as error:
+        raise ExportError(f"{reader} does not load the export: {error}") from error
+    finally:
+        sys.argv = argv
+    return json.loads(output.getvalue().strip().splitlines()[-1])
 
 
 def informed_readers(folder: Path) -> Path:

@@ -1,21 +1,15 @@
 """Exports of the shipped tower, reopened in processes of their own by libraries that have never heard of visft."""
 
-import json
 import os
 import sys
 
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from visft.backbone import CLIPViT, lora
 from visft.checkpoint import export, export_check
-from visft.checkpoint.export import onnx_file
 from visft.engine import export_backbone
-from visft.errors import ExportError
 
 
 @pytest.fixture(scope="module")
@@ -49,46 +43,6 @@ def test_a_fresh_process_agrees(backbone, tmp_path, name, monkeypatch, caplog):
         path = kind.write(backbone, tmp_path / kind.file_name)
     assert path.exists() and len(processes) == 1 and "ViSFT" not in processes[0]
     assert "in a process of its own, largest relative distance" in caplog.text
-
-
-def test_onnx_of_any_batch_size(backbone, tmp_path, monkeypatch):
-    path = export.onnx(backbone, tmp_path / "tower.onnx")
-    model = onnx.load(path)
-    (entry,), (exit_,) = model.graph.input, model.graph.output
-    names = [(d.dim_param or d.dim_value) for d in entry.type.tensor_type.shape.dim]
-    assert entry.name == "images" and exit_.name == "embedding" and names[1:] == [3, 64, 64]
-    assert isinstance(names[0], str)
-    preprocess = json.loads({p.key: p.value for p in model.metadata_props}["preprocess"])
-    assert preprocess["mean"] == list(backbone.mean) and preprocess["size"] == [64, 64]
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, 64, 64)
-        (found,) = session.run(None, {"images": images.numpy()})
-        with torch.no_grad():
-            expected = backbone.image_embedding(images).numpy()
-        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
-    # A graph of other weights is noticed, and the file stays.
-    before = path.read_bytes()
-    right = onnx_file._export
-
-    def wrong(source, target):
-        name = next(n for n in source.state if n.endswith("1.attn.in_proj_weight"))
-        source.state[name] = source.state[name] * 1.01
-        right(source, target)
-
-    monkeypatch.setattr(onnx_file, "_export", wrong)
-    with pytest.raises(ExportError, match="computes other embeddings of images"):
-        export.onnx(backbone, path)
-    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["tower.onnx", "tower.onnx.md"]
-
-
-@pytest.mark.parametrize("tower", ["small-quickgelu", "small-siglip", "small-eva02", "small-coca"])
-def test_onnx_of_every_kind_of_tower(towers, tmp_path, in_process, tower, monkeypatch):
-    monkeypatch.setattr(onnx_file, "_LARGE", 10_000)  # weights beside the graph, as of towers of gigabytes
-    backbone = towers.tuned(tower)
-    path = export.onnx(backbone, tmp_path / "tower.onnx")
-    assert sorted(os.listdir(tmp_path)) == ["tower.onnx", "tower.onnx.data", "tower.onnx.md"]
-    assert path.stat().st_size < (tmp_path / "tower.onnx.data").stat().st_size
 
 
 def test_the_tool_writes_folders_one_a_mixture(backbone, tmp_path, in_process, capsys, monkeypatch):
