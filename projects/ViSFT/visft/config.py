@@ -170,8 +170,8 @@ def _add_run(cfg: CN) -> None:
     run.COCO_METRIC = "auto"
     # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR (a Java program).
     run.CAPTION_METRICS = ("BLEU", "ROUGE_L", "CIDEr")
-    # Formats written to OUTPUT_DIR/export after the last stage, of open_clip, timm, hf, onnx, safetensors, lora, authors,
-    # peft; (): none.
+    # Formats written to OUTPUT_DIR/export after the last stage, of open_clip, timm, hf, onnx, safetensors, lora,
+    # authors, peft; (): none.
     run.EXPORT = ("open_clip",)
 
     # Own data in COCO format, without code: when set, DATASETS.TRAIN / DATASETS.TEST are made of them.
