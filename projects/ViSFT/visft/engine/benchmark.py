@@ -172,7 +172,8 @@ def table(found: dict) -> str:
     height, width = (max(sides) for sides in zip(*found["images"], strict=True))
     lines = [
         f"{found['tower']}, stage {found['stage']}, {len(found['images'])} pictures in {height} x {width}; "
-        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} interleaved rounds",
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
+        "interleaved rounds",
         f"{'':28}{'iterations/s':>13}{'total s':>10}"
         + "".join(f"{part + ' s':>10}" for part in PARTS)
         + f"{'peak GiB':>10}",
