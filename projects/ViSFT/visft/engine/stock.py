@@ -1,9 +1,11 @@
 """Stock detectors of detectron2 over a CLIP tower: its DefaultTrainer, with AdamW and layer-wise decay."""
 
 import argparse
+import importlib.util
 import logging
 import os
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -18,6 +20,8 @@ from detectron2.evaluation import (
 )
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from PIL import Image
 from torch import nn
 
 from visft.backbone import lr_factor
@@ -27,6 +31,8 @@ from visft.evaluation import InstancesEvaluator
 from visft.evaluation.average_precision import is_fast
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("coco", "lvis", "sem_seg", "coco_panoptic_seg")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -75,30 +81,66 @@ class StockTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=folder)
+        kind = _kind(dataset_name)
+        parts: list[DatasetEvaluator] = []
+        if kind in ("coco", "coco_panoptic_seg"):
+            parts.append(COCOEvaluator(dataset_name, output_dir=folder))
         if kind == "lvis":
-            return InstancesEvaluator(dataset_name, fast=is_fast(cfg.VISFT.COCO_METRIC))
-        if kind == "sem_seg":
-            return SemSegEvaluator(dataset_name, output_dir=folder)
-        if kind == "coco_panoptic_seg":
-            return DatasetEvaluators(
-                [
-                    COCOEvaluator(dataset_name, output_dir=folder),
-                    SemSegEvaluator(dataset_name, output_dir=folder),
-                    COCOPanopticEvaluator(dataset_name, folder),
-                ]
+            parts.append(InstancesEvaluator(dataset_name, fast=is_fast(cfg.VISFT.COCO_METRIC)))
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            parts.append(SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=_read_labels))
+        if kind == "coco_panoptic_seg" and not _why_no_panoptic_quality(dataset_name):
+            parts.append(COCOPanopticEvaluator(dataset_name, folder))
+        return DatasetEvaluators(parts)
+
+
+def _read_labels(file_name: str, dtype: type) -> np.ndarray:
+    """A picture of class indices. detectron2's own reader asks numpy for `copy=False`, which numpy 2 refuses."""
+    with Image.open(file_name) as picture:
+        return np.asarray(picture, dtype)
+
+
+def _kind(dataset_name: str) -> str:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+
+
+def _why_no_panoptic_quality(dataset_name: str) -> str:
+    """What COCO's panoptic evaluation lacks, or ""."""
+    if importlib.util.find_spec("panopticapi") is None:
+        return "the package panopticapi is not installed (pip install git+https://github.com/cocodataset/panopticapi)"
+    metadata = MetadataCatalog.get(dataset_name)
+    for key in ("panoptic_json", "panoptic_root"):
+        if not os.path.exists(metadata.get(key) or ""):
+            return f"its {key} `{metadata.get(key)}` is not there"
+    return ""
+
+
+def _check_evaluators(cfg: CfgNode) -> None:
+    """Say before training what cannot be evaluated after it.
+
+    Raises:
+        ConfigError: if a data set is of a kind that this tool does not evaluate.
+    """
+    for name in cfg.DATASETS.TEST:
+        if _kind(name) not in KINDS:
+            raise ConfigError(
+                f"DATASETS.TEST: {name} is of the kind `{_kind(name)}`; this tool evaluates {', '.join(KINDS)}"
             )
-        raise ConfigError(
-            f"DATASETS.TEST: {dataset_name} is of the kind `{kind}`; this tool evaluates coco, lvis, "
-            "sem_seg and coco_panoptic_seg"
-        )
+        if _kind(name) == "coco_panoptic_seg" and (reason := _why_no_panoptic_quality(name)):
+            logger.warning(
+                "%s is evaluated for boxes, masks and semantics, without panoptic quality: %s", name, reason
+            )
+
+
+def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="visft")
+    _check_evaluators(cfg)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Train a stock detector, from MODEL.WEIGHTS or with --resume from OUTPUT_DIR's last checkpoint."""
-    default_setup(cfg, args)
+    _start(cfg, args)
     trainer = StockTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
@@ -106,7 +148,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Evaluate MODEL.WEIGHTS, or with --resume OUTPUT_DIR's last checkpoint."""
-    default_setup(cfg, args)
+    _start(cfg, args)
     model = StockTrainer.build_model(cfg)
     SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = StockTrainer.test(cfg, model)
