@@ -24,7 +24,6 @@ def backbone():
 @pytest.mark.parametrize("name", ["timm", "hf", "safetensors", "authors", "peft"])
 def test_a_fresh_process_agrees(backbone, tmp_path, name, monkeypatch, caplog):
     if name == "authors":
-        pytest.importorskip("timm")
         from timm.models.eva import Eva
 
         tower = Eva(img_size=28, patch_size=14, embed_dim=32, depth=2, num_heads=2, num_classes=0)

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode
 
 from visft.backbone import CLIPViT
@@ -41,13 +42,18 @@ def facts(cfg: CfgNode, weights: str | os.PathLike) -> formats.Facts:
     """What the model cards say of how the weights came to be.
 
     Args:
-        cfg: the run's; its data sets are named where `weights` is a run.
+        cfg: names the data sets where the run's own `config.yaml` is not there.
         weights: a run's OUTPUT_DIR, whose evaluations are the card's figures, or a LoRA file, of which none are known.
     """
-    state = Path(weights) / "run.json"
-    evaluations = files.read_json(state).get("evaluations", {}) if state.is_file() else {}
+    folder, data, evaluations = Path(weights), (), {}
+    if (folder / "run.json").is_file():
+        evaluations = files.read_json(folder / "run.json").get("evaluations", {})
+        data = cfg.DATASETS.TRAIN
+        if (folder / "config.yaml").is_file():
+            text = (folder / "config.yaml").read_text(encoding="utf-8")
+            data = yaml.safe_load(text)["DATASETS"]["TRAIN"]
     return formats.Facts(
-        data=tuple(cfg.DATASETS.TRAIN) if state.is_file() else (),
+        data=tuple(data),
         command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         figures=evaluations,
         run=os.fspath(weights),
