@@ -33,6 +33,11 @@ def make(kind=CaptionHead, *, sharpen: float = 4.0, **options):
     return head
 
 
+def word_bias(head) -> torch.Tensor:
+    """What is added to the words' scores."""
+    return head.decoder.fc.bias if isinstance(head, CaptionHead) else head.decoder.bias
+
+
 @pytest.fixture(params=SIZES, ids=lambda kind: kind.__name__)
 def kind(request):
     return request.param
@@ -55,27 +60,47 @@ def search(head, cells, **options) -> list[tuple[list[int], torch.Tensor, float]
 
 
 @torch.no_grad()
-def score(head, cell: torch.Tensor, caption: tuple[int, ...], max_length: int) -> float:
-    """A caption's logarithmic probability, from one reading of the whole of it."""
-    words = head.vocabulary
-    tokens = torch.tensor([[words.start, *caption, words.end]])
-    hidden, _ = head.decoder(cell[None], tokens[:, :-1])
-    steps = head.decoder.scores(hidden)[0].log_softmax(-1).gather(1, tokens[0, 1:, None])
-    return steps[: len(caption) + (len(caption) < max_length)].sum().item()
+def scores(head, cell: torch.Tensor, captions: list[tuple[int, ...]], max_length: int) -> list[float]:
+    """Logarithmic probabilities of captions of one length, each read as a whole."""
+    words, length = head.vocabulary, len(captions[0])
+    tokens = torch.tensor([[words.start, *caption, words.end] for caption in captions])
+    hidden, _ = head.decoder(cell.expand(len(captions), -1, -1), tokens[:, :-1])
+    steps = head.decoder.scores(hidden).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    # A caption that is as long as it may be ends at no cost.
+    return steps[:, : length + (length < max_length)].sum(1).tolist()
 
 
 def test_a_wide_beam_finds_the_best_of_all_captions(kind):
-    head, length = make(kind), 3
+    head, length = make(kind), 4
     known = [head.vocabulary.words.index(word) for word in WORDS]
-    every = [c for n in range(1, length + 1) for c in itertools.product(known, repeat=n)]
-    found = search(head, cells(), beam_size=len(every), max_length=length)
+    every = [list(itertools.product(known, repeat=n)) for n in range(1, length + 1)]
+    found = search(head, cells(), beam_size=sum(map(len, every)), max_length=length)
     for cell, (ids, maps, total) in zip(cells(), found, strict=True):
-        scores = {caption: score(head, cell, caption, length) for caption in every}
-        best = max(scores, key=scores.get)
+        known_scores: dict[tuple[int, ...], float] = {}
+        for captions in every:
+            known_scores |= zip(captions, scores(head, cell, captions, length), strict=True)
+        best = max(known_scores, key=known_scores.get)
         assert tuple(ids) == best
-        assert total == pytest.approx(scores[best], abs=1e-4)
+        assert total == pytest.approx(known_scores[best], abs=1e-4)
         assert maps.shape == (len(ids), GRID * GRID)
     assert len({tuple(ids) for ids, *_ in found}) > 1, "the pictures would not matter"
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 6])
+def test_what_a_beam_says_has_the_probability_that_it_says(kind, beam_size):
+    """Whatever is said: the states that a beam carries are those of its own words."""
+    head, length, longest = make(kind), 7, 0
+    with torch.no_grad():
+        word_bias(head)[head.vocabulary.end] -= 6
+    for cell, (ids, maps, total) in zip(
+        cells(), search(head, cells(), beam_size=beam_size, max_length=length), strict=True
+    ):
+        assert total == pytest.approx(scores(head, cell, [tuple(ids)], length)[0], abs=1e-4)
+        with torch.no_grad():
+            _, attention = head.decoder(cell[None], torch.tensor([[head.vocabulary.start, *ids]]))
+        assert torch.allclose(maps, attention[0, : len(ids)], atol=1e-5)
+        longest = max(longest, len(ids))
+    assert longest > 3, "short captions would prove little"
 
 
 def test_greedy_takes_the_likeliest_word_at_each_step(kind):
@@ -107,7 +132,7 @@ def test_a_wider_beam_is_never_less_probable_where_the_first_is_exact(kind):
 
 def test_lengths_are_bounded_and_no_caption_is_empty(kind):
     head = make(kind)
-    bias = head.decoder.fc.bias if kind is CaptionHead else head.decoder.bias
+    bias = word_bias(head)
     with torch.no_grad():
         bias[head.vocabulary.end] = -1e3  # it never wants to end
     assert {len(ids) for ids, *_ in search(head, cells(), beam_size=2, max_length=5)} == {5}
