@@ -149,8 +149,8 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
 
 
 def step(arguments: argparse.Namespace) -> dict:
-    """Stage `lora` of the authors' recipe on the CPU in float32: a few iterations, on one rendered scene each, whose
-    boxes, masks and caption all three heads learn from."""
+    """Stage `lora` of the authors' recipe on the CPU in float32: a few iterations on one rendered scene each, in
+    mode `joint`: the detector and the mask head learn from one pass."""
     data = dataset.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
     keys = {
         "OUTPUT_DIR": arguments.folder / "run",
@@ -163,13 +163,6 @@ def step(arguments: argparse.Namespace) -> dict:
         "VISFT.TASK_RATIOS": (),
         "VISFT.DATA.TRAIN_JSON": data.instances("train"),
         "VISFT.DATA.TRAIN_IMAGES": data.images("train"),
-        "VISFT.DATA.TRAIN_CAPTIONS": data.captions("train"),
-        "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1,
-        "VISFT.TASKS.SEGMENTATION.AUGMENTATION": "",
-        "VISFT.TASKS.SEGMENTATION.SIZE": 0,
-        "VISFT.TASKS.CAPTIONING.AUGMENTATION": "",
-        "VISFT.TASKS.CAPTIONING.SIZE": 0,
-        "VISFT.TASKS.CAPTIONING.IMS_PER_BATCH": 0,
         "DATASETS.TEST": (),
         "INPUT.MASK_FORMAT": "bitmask",
         "VISFT.INPUT.AUGMENTATION": "fixed",
