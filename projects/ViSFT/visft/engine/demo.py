@@ -23,6 +23,7 @@ WEIGHTS = Path(dataset.__file__).with_name("weights")
 _FIGURES = {
     "detection/bbox/AP50": "boxes, AP50 on unseen scenes",
     "segmentation/segm/AP50": "masks, AP50 on unseen scenes",
+    "captioning/CIDEr": "captions, CIDEr-D on unseen scenes",
     "zero_shot/top1": "zero-shot top-1 on single emoji",
 }
 
@@ -55,8 +56,8 @@ def summary(folder: str | os.PathLike) -> str:
     report = files.read_json(folder / "report.json")
     lines = [
         "",
-        "A CLIP tower was tuned through a detector and a mask head, the heads were left behind, and the tower",
-        "was exported; open_clip loaded it in a process of its own and gave the same embeddings.",
+        "A CLIP tower was tuned through a detector, a mask head and a caption head, the heads were left behind,",
+        "and the tower was exported; open_clip loaded it in a process of its own and gave the same embeddings.",
         f"  {'':36}{'before':>8}{'after':>8}",
     ]
     rows, fell = [], []
@@ -82,7 +83,7 @@ def summary(folder: str | os.PathLike) -> str:
 def train_heads(argv: list[str] | None = None) -> int:
     """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml), each on its own, and write what ships."""
     parser = argparse.ArgumentParser(description="Train the heads that the demo starts from.")
-    parser.add_argument("--heads", nargs="+", default=["detection", "segmentation"], help="which ones")
+    parser.add_argument("--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones")
     parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
     parser.add_argument("--num-train", type=int, default=5000, help="training scenes to make")
     parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")
