@@ -12,6 +12,7 @@ from PIL import Image
 
 from visft.errors import ConfigError
 
+from .patch_text import patch_embeddings
 from .towers import Tower
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,10 @@ class FeatureStore:
         """Zero-shot classifiers `[len(names), D]`: the mean over templates, of unit length (CLIP, section 3.1.4)."""
         total = sum(self.text([template.format(name) for name in names]) for template in templates)
         return torch.nn.functional.normalize(total, dim=-1)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
+        return patch_embeddings(self.tower.clip.visual, features)
 
     def release(self, pictures: Pictures) -> None:
         """Forget a set's features."""

@@ -1,0 +1,70 @@
+"""Objects of the unseen scenes on a map of features: what several demo benchmarks share."""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..features import FeatureStore, Pictures
+from . import unseen
+
+KINDS = ("mask", "box")
+CHUNK = 64
+"""Scenes whose maps are in memory at a time."""
+
+
+@functools.lru_cache(maxsize=4)
+def objects(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scene `[M]` and the category `[M]` of every object of a part, in order."""
+    scenes = unseen.scenes(part)
+    rows = [(i, item.category) for i, scene in enumerate(scenes) for item in scene.objects]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
+
+
+def coverage(mask: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """The share of each cell `[h, w]` that a mask `[H, W]` covers."""
+    return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), grid)[0]
+
+
+def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarray:
+    """A box `(x, y, width, height)` as a mask."""
+    x, y, width, height = box
+    mask = np.zeros(shape, bool)
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> torch.Tensor:
+    """The mean feature `[M, C]` of each object of a part, weighted by how much of a cell it covers.
+
+    Args:
+        pictures: the part's, `dense`.
+        kind: `mask` or `box`: what is given of the object.
+    """
+    scenes, found = unseen.scenes(part), []
+    for start in range(0, len(scenes), CHUNK):
+        maps = tower.dense(pictures, start, start + CHUNK)
+        for scene, cells in zip(scenes[start : start + CHUNK], maps, strict=True):
+            shapes = [
+                item.mask if kind == "mask" else box_mask(item.box, item.mask.shape) for item in scene.objects
+            ]
+            weights = torch.stack([coverage(shape, cells.shape[1:]) for shape in shapes]).flatten(1)
+            found.append(weights @ cells.flatten(1).T / weights.sum(1, keepdim=True))
+    return torch.cat(found)
+
+
+def cell_labels(scene, grid: tuple[int, int]) -> torch.Tensor:
+    """What covers most of each cell `[h, w]`: a category, or their number for the background."""
+    background = len(unseen.categories())
+    shares = torch.zeros(background + 1, *grid)
+    for item in scene.objects:
+        shares[item.category] += coverage(item.mask, grid)
+    shares[background] = 1 - shares[:background].sum(0)
+    return shares.argmax(0)
+
+
+def per_scene(values: torch.Tensor, part: str) -> np.ndarray:
+    """Sums by scene `[N, ...]` of what is said of each object `[M, ...]`."""
+    sums = torch.zeros(len(unseen.scenes(part)), *values.shape[1:], dtype=torch.float64)
+    return sums.index_add(0, objects(part)[0], values.double()).numpy()

@@ -1,0 +1,45 @@
+"""Patch features in the space of texts: what CLIP does after its last norm, done to each patch alone."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, section 3.2).
+
+    An attention pooler is given one patch to pool: it then returns its value. So a picture whose patches are all alike
+    has their embedding.
+
+    Args:
+        visual: open_clip's vision tower.
+        features: after the tower's last norm (`FeatureStore.dense`), `[..., C]`.
+
+    Returns:
+        `[..., D]` of unit length, float32 on the CPU.
+    """
+    parameter = next(visual.parameters())
+    shape, rows = features.shape[:-1], features.reshape(-1, features.shape[-1])
+    rows = rows.to(parameter.device, parameter.dtype)
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        if getattr(trunk, "attn_pool", None) is not None:
+            rows = trunk.attn_pool(rows[:, None])
+        # With average pooling `fc_norm` is the last norm, which the features have passed.
+        if not isinstance(trunk.norm, nn.Identity):
+            rows = trunk.fc_norm(rows)
+        rows = visual.head(trunk.head(rows))
+    else:
+        if visual.attn_pool is not None:
+            rows = visual.ln_post(_value(visual.attn_pool, rows))
+        rows = rows if visual.proj is None else rows @ visual.proj
+    return nn.functional.normalize(rows.float(), dim=-1).cpu().view(*shape, -1)
+
+
+def _value(pool: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """What open_clip's pooler makes of each of `rows` `[N, C]`, which have passed its norm of the input, alone."""
+    query = pool.ln_q(pool.query)[:1].expand(len(rows), 1, -1)
+    keys = rows[:, None]
+    if not pool.attn.batch_first:
+        query, keys = query.transpose(0, 1), keys.transpose(0, 1)
+    return pool.attn(query, keys, keys, need_weights=False)[0].flatten(0, 1)
