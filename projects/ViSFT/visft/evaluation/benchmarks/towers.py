@@ -133,6 +133,8 @@ def check(name: str, pretrained: str, compare: Sequence[str]) -> None:
 
 def labels(compare: Sequence[str]) -> list[str]:
     """Short names for files: the stem, with as many folders before it as tell them apart."""
+    if not compare:
+        return []
     parts = [Path(file).resolve().with_suffix("").parts for file in compare]
     for depth in range(1, 1 + max((len(p) for p in parts), default=0)):
         found = ["/".join(p[-depth:]) for p in parts]

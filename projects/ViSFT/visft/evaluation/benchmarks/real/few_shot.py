@@ -1,0 +1,159 @@
+"""Linear probe and nearest neighbours on few labelled pictures: ImageNet's 16 a class, VTAB's 1000 a task."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from visft.errors import DataError
+
+from ..features import FeatureStore, Pictures
+from ..readout import chosen_on_validation
+from ..registry import register
+from . import sources, zero_shot
+from .classification import (
+    IMAGENET_VARIANTS,
+    OBJECTNET,
+    VTAB,
+    LabelledSet,
+    imagenet_folders,
+    webdataset,
+    webdataset_paths,
+)
+
+SHOTS, HELD = 16, 4
+"""Pictures of each class of ImageNet to train on, and to choose by."""
+
+VTAB_TRAIN, VTAB_HELD = 800, 200
+"""Of a task of VTAB (arXiv:1910.04867, section 2.2: VTAB-1k)."""
+
+NEIGHBOURS = (1, 5, 10, 20)
+TEMPERATURE = 0.07
+"""A neighbour's vote is exp(cosine / TEMPERATURE) (arXiv:1805.01978, section 3.4)."""
+
+
+class _FewShot(sources.RealBenchmark):
+    """Items are pictures of the test set. Each seed draws other pictures to train on."""
+
+    family = "few-shot"
+    max_seeds = None
+    method = ""
+    tested: type[zero_shot.ZeroShot]
+    """Has the same test set, whose pictures pass a tower once for both."""
+
+    def __init__(self, context) -> None:
+        super().__init__(context)
+        self.test = self.tested(context)
+
+    def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
+        """What is trained on, and chosen by."""
+        raise NotImplementedError
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        train, held = self.drawn(seed)
+        label = self.name.removeprefix(f"{self.method} ")
+        source = "imagenet" if self.test.set.imagenet else label
+        return {
+            "train": zero_shot.of(train, f"{source} to train on"),
+            "held": zero_shot.of(held, f"{source} to choose by"),
+            **self.test.pictures(seed),
+        }
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        train, held = self.drawn(seed)
+        groups, labels = self.test.set.imagenet, torch.tensor(self.test.set.labels)
+        rows = (
+            (tower.embeddings(pictures["train"]), torch.tensor(train.labels)),
+            (tower.embeddings(pictures["held"]), torch.tensor(held.labels)),
+        )
+        scores = self.scores(*rows, len(train.names), tower.embeddings(pictures["test"]))
+        if groups is not None:  # the classes of the test set are some of those trained, or several together
+            scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
+        return (scores.argmax(1) == labels).numpy()
+
+    def scores(self, train: tuple, held: tuple, classes: int, features: torch.Tensor) -> torch.Tensor:
+        """Scores `[N, classes]` of what is tested."""
+        if self.method == "kNN":
+            found = [
+                (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean()
+                for k in NEIGHBOURS
+            ]
+            return neighbours(*train, classes, features, NEIGHBOURS[int(torch.stack(found).argmax())])
+        return chosen_on_validation(train, held, classes).logits(features)
+
+
+def neighbours(
+    train: torch.Tensor, labels: torch.Tensor, classes: int, features: torch.Tensor, k: int
+) -> torch.Tensor:
+    """Votes `[N, classes]` of the k nearest.
+
+    Args:
+        train: `[M, D]` of unit length. labels: `[M]`. features: `[N, D]` of unit length.
+    """
+    votes = []
+    for chunk in features.split(1024):
+        nearest, where = (chunk @ train.T).topk(min(k, len(train)), dim=1)
+        weights = ((nearest - 1) / TEMPERATURE).exp()
+        votes.append(torch.zeros(len(chunk), classes).scatter_add_(1, labels[where], weights))
+    return torch.cat(votes)
+
+
+class _FromImageNet(_FewShot):
+    """Trained on ImageNet's own pictures, whichever relative is tested."""
+
+    def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
+        folders = imagenet_folders(self.path("imagenet/train"))
+        parts: tuple[list, list] = ([], [])
+        for index, folder in sorted(folders.items()):
+            files = sources.listed(folder)
+            if len(files) < 2:
+                raise DataError(
+                    f"{folder}: holds {len(files)} pictures; at least 2 are needed to train and to choose"
+                )
+            order = np.random.default_rng([seed, index]).permutation(len(files))[: SHOTS + HELD]
+            shots = min(SHOTS, len(order) - 1)
+            for rows, numbers in zip(parts, (order[:shots], order[shots:]), strict=True):
+                rows += [(sources.Source(files[i]), index) for i in numbers]
+        return tuple(LabelledSet(*zip(*rows, strict=True), range(1000), ()) for rows in parts)
+
+
+class _FromVtab(_FewShot):
+    """Trained on pictures of the task's own train split."""
+
+    def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
+        whole = webdataset(self.path(next(iter(self.needs))), "train")
+        order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
+        cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
+        if not cut:
+            raise DataError(
+                f"{self.path(next(iter(self.needs)))}: its train split holds {len(order)} pictures; more are needed"
+            )
+        return whole.part(order[:cut]), whole.part(order[cut:])
+
+
+def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
+    for method in ("linear probe", "kNN"):
+        members = {
+            "name": f"{method} {name}",
+            "method": method,
+            "metric": f"accuracy of a {method}"
+            if method == "linear probe"
+            else "accuracy of nearest neighbours",
+            "needs": needs,
+            "tested": zero_shot.BY_NAME[name],
+            "__doc__": f"{method} on {name}.",
+            "__module__": __name__,
+        }
+        register(type(f"{method} {name}", (base,), members))
+
+
+_TRAIN = {"imagenet/train": "ImageNet's training pictures, in 1000 folders"}
+for _name, (_paths, _what, _) in IMAGENET_VARIANTS.items():
+    _declare(_name, _FromImageNet, {_paths: _what} | _TRAIN)
+_declare("objectnet", _FromImageNet, {OBJECTNET: "ObjectNet, as its archive unpacks"} | _TRAIN)
+for _name in VTAB:
+    _declare(
+        f"vtab/{_name}",
+        _FromVtab,
+        {webdataset_paths(_name): "clip-benchmark's webdataset, with train and test"},
+    )
