@@ -215,10 +215,17 @@ def main() -> None:
     parser.add_argument(
         "--load", default="bfloat16", help="export: type of the parameters of the loaded model"
     )
-    parser.add_argument("--iterations", type=int, default=3, help="step: how many")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=3,
+        help="step: how many, at least 3: times are of those after the second",
+    )
     parser.add_argument("--size", type=int, default=224, help="step: side of the pictures in pixels")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    if arguments.iterations < 3:
+        raise SystemExit("--iterations: at least 3, for the first two are not timed")
     arguments.folder = arguments.folder.absolute()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if any(arguments.folder.iterdir()):
