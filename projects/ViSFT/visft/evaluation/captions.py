@@ -75,6 +75,17 @@ def caption_scores(
     return scores
 
 
+def cider_by_picture(references: Mapping, candidates: Mapping) -> dict:
+    """CIDEr-D of each picture by image id, not times 100; their mean is the figure. Arguments as `caption_scores`."""
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {key: [ptb_words(text) for text in texts] for key, texts in references.items()}
+    said = {key: [ptb_words(candidates[key])] for key in truth}
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, scores = Cider().compute_score(truth, said)
+    return dict(zip(truth, map(float, scores), strict=True))
+
+
 def _bleu(truth: dict, said: dict) -> list[float]:
     from pycocoevalcap.bleu.bleu import Bleu
 

@@ -10,6 +10,9 @@ from ..features import FeatureStore, Pictures
 from . import unseen
 
 KINDS = ("mask", "box")
+GRID = 8
+"""Readouts that look at whole pictures see GRID x GRID cells."""
+
 CHUNK = 64
 """Scenes whose maps are in memory at a time."""
 
@@ -51,6 +54,15 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
             ]
             weights = torch.stack([coverage(shape, cells.shape[1:]) for shape in shapes]).flatten(1)
             found.append(weights @ cells.flatten(1).T / weights.sum(1, keepdim=True))
+    return torch.cat(found)
+
+
+def cells(tower: FeatureStore, pictures: Pictures) -> torch.Tensor:
+    """Maps averaged to `[N, GRID * GRID, C]`."""
+    found = []
+    for start in range(0, pictures.count, CHUNK):
+        maps = tower.dense(pictures, start, min(start + CHUNK, pictures.count))
+        found.append(F.adaptive_avg_pool2d(maps, GRID).flatten(2).transpose(1, 2))
     return torch.cat(found)
 
 

@@ -18,7 +18,7 @@ _THINGS = (
     "🪣 👑 🎩 👗 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
 ).split()
 
-COUNTS = {"train": 1500, "validation": 300, "test": 500, "development": 500}
+COUNTS = {"train": 1000, "validation": 300, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
 
 DENSE_SCALE = 2.0

@@ -1,0 +1,66 @@
+"""Captions of scenes by a fresh head: exact features are named, and CIDEr-D by picture."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+
+from visft.backbone import open_clip_zoo
+from visft.evaluation import captions
+from visft.evaluation.benchmarks import Context, suite
+from visft.evaluation.benchmarks.demo import captioning, regions, unseen
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Five things, so that few scenes show each of them often."""
+    monkeypatch.setattr(unseen, "_THINGS", unseen._THINGS[:5])
+    monkeypatch.setattr(unseen, "COUNTS", {"train": 260, "validation": 30, "test": 50, "development": 20})
+    unseen.cast.cache_clear()
+    unseen.scenes.cache_clear()
+    yield
+    unseen.cast.cache_clear()
+    unseen.scenes.cache_clear()
+
+
+def test_captions_of_exact_features_are_better_than_those_of_other_scenes(monkeypatch):
+    monkeypatch.setattr(captioning, "BATCH", 16)
+    cells = {part: regions.cells(Oracle(), unseen.pictures(part, dense=True)) for part in unseen.COUNTS}
+    texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in unseen.COUNTS}
+    sides = ((3 * cells[part], texts[part]) for part in ("train", "validation"))
+    head = captioning.trained(*sides, seed=0)
+    truth = dict(enumerate(texts["test"]))
+
+    def score(seen):
+        found = captions.cider_by_picture(truth, dict(enumerate(captioning.said(head, 3 * seen))))
+        return np.mean(list(found.values()))
+
+    exact, other = score(cells["test"]), score(cells["test"].roll(7, 0))
+    assert exact > 1.3 * other and exact > 0.3, (exact, other)
+
+
+def test_cider_by_picture_has_the_figure_as_its_mean():
+    truth = {7: ["a dog on grass", "the dog"], 3: ["two cats in a box"], 5: ["a red car is here"]}
+    told = {3: "two cats in a box", 7: "a dog", 5: "a car is here"}
+    by_picture = captions.cider_by_picture(truth, told)
+    assert list(by_picture) == [7, 3, 5] and max(by_picture, key=by_picture.get) == 3
+    whole = captions.caption_scores(truth, told, ["CIDEr"])["CIDEr"]
+    assert 100 * np.mean(list(by_picture.values())) == pytest.approx(whole)
+
+
+def test_the_same_start_for_every_tower():
+    vocabulary = captioning.Vocabulary(["a", "dog"])
+    first, again = (captioning.new_head(8, vocabulary, 3).state_dict() for _ in range(2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
+    monkeypatch.setattr(captioning, "EPOCHS", 2)
+    unseen.scenes.cache_clear()
+    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
+    benchmarks = (captioning.CaptioningScenes,)
+    results = suite.run(open_clip_zoo.TINY, entries, benchmarks, Context(), seeds=2, output=tmp_path)
+    (row,) = results["families"]
+    assert row["name"] == "captioning" and row["n"] == 12
+    assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
