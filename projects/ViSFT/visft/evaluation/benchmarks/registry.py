@@ -108,6 +108,10 @@ class Benchmark:
         """
         return means.mean(-1)
 
+    def baselines(self) -> Mapping[str, float]:
+        """Figures (in 0..1) that need no tower, by name: chance, what can be told without the picture. Shown beside."""
+        return {}
+
 
 _registry: dict[str, type[Benchmark]] = {}
 _Class = TypeVar("_Class", bound=type[Benchmark])

@@ -158,6 +158,11 @@ def _notes(results: dict[str, Any]) -> list[str]:
     if results["left_out"]:
         left = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
         notes += [f"Not run: {left}.", ""]
+    _, tables = comparisons(results)[0]
+    for row in tables["benchmarks"]:
+        if row.get("baselines"):
+            said = ", ".join(f"{name} {value:.1f}" for name, value in row["baselines"].items())
+            notes += [f"Without a tower, {row['name']}: {said}.", ""]
     return notes
 
 

@@ -229,6 +229,7 @@ def _tables(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Compari
     details = [
         _row(benchmark.name, benchmark.metric, parts[benchmark.name], None)
         | {"family": benchmark.family, "in_domain": benchmark.in_domain}
+        | {"baselines": {name: _rounded(100 * value) for name, value in benchmark.baselines().items()}}
         for benchmark in benchmarks
     ]
     for row in details:

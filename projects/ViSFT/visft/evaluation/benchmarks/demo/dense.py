@@ -14,7 +14,7 @@ from ..registry import Benchmark, register
 from . import emoji, regions, unseen
 
 L2 = (1e-2, 1e-3, 1e-4)
-ON_OBJECTS, ON_BACKGROUND = 10, 5
+ON_OBJECTS, ON_BACKGROUND = 6, 3
 """Cells of a scene that the probe trains on."""
 
 SIDE = 64

@@ -11,7 +11,7 @@ from ..registry import Benchmark, register
 from . import emoji, regions, unseen
 
 AT = (1, 5)
-L2 = (1e-1, 1e-2, 1e-3, 1e-4)
+L2 = (1e-2, 1e-3, 1e-4)
 
 
 class _Objects(Benchmark):

@@ -49,7 +49,7 @@ TEST_FONTS = {
     "font_fredoka_one": ("FredokaOne-Regular",),
 }
 
-EPOCHS, BATCH, RATE = 25, 32, 3e-3
+EPOCHS, BATCH, RATE = 20, 32, 3e-3
 WEIGHT_DECAYS = (0.01, 0.1)
 HIDDEN = 128
 
