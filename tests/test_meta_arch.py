@@ -27,7 +27,7 @@ def config(*options):
     """The demo's config, its tower with random weights, heads as small as they get, three classes."""
     cfg = model_zoo.get_config("visft_demo")
     node = cfg.MODEL.VISFT
-    node.HEAD_FILES = ()
+    node.HEADS, node.HEAD_FILES = ("detection", "segmentation"), ()
     node.DETECTION.NUM_CLASSES = node.SEGMENTATION.NUM_CLASSES = 3
     node.DETECTION.NUM_QUERIES = node.SEGMENTATION.NUM_QUERIES = 6
     node.DETECTION.ENCODER_LAYERS = node.SEGMENTATION.ENCODER_LAYERS = 1

@@ -83,7 +83,9 @@ def summary(folder: str | os.PathLike) -> str:
 def train_heads(argv: list[str] | None = None) -> int:
     """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml), each on its own, and write what ships."""
     parser = argparse.ArgumentParser(description="Train the heads that the demo starts from.")
-    parser.add_argument("--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones")
+    parser.add_argument(
+        "--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones"
+    )
     parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
     parser.add_argument("--num-train", type=int, default=5000, help="training scenes to make")
     parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")

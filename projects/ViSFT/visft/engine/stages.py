@@ -116,7 +116,9 @@ class _State:
     """What a run must remember between kills (`run.json`): its seed, the threads of a process (on which the last bits
     of sums depend), and the evaluations it has made."""
 
-    def __init__(self, folder: Path, seed: int, threads: int, evaluations: dict[str, dict[str, float]]) -> None:
+    def __init__(
+        self, folder: Path, seed: int, threads: int, evaluations: dict[str, dict[str, float]]
+    ) -> None:
         self.folder, self.seed, self.threads, self.evaluations = folder, seed, threads, evaluations
 
     def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
@@ -314,7 +316,9 @@ def _figures(cfg: CfgNode, model: nn.Module, with_zero_shot: bool = True) -> dic
 
 
 def _log_figures(step: str, figures: Mapping[str, float]) -> None:
-    shown = {name: value for name, value in figures.items() if name.endswith(("/AP", "/AP50", "/top1", "/CIDEr"))}
+    shown = {
+        name: value for name, value in figures.items() if name.endswith(("/AP", "/AP50", "/top1", "/CIDEr"))
+    }
     logger.info("%s: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in shown.items()))
 
 

@@ -10,12 +10,12 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.checkpoint import load
-from visft.checkpoint.run import STAGES, describe
+from visft.checkpoint.run import STAGES
 from visft.data.captions import check_captions
 from visft.data.vocabulary import build_vocabulary
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.captions import check_metrics
-from visft.heads.vocabulary import Vocabulary, configured_vocabulary
+from visft.heads.vocabulary import Vocabulary, carries_vocabulary, configured_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def check(cfg: CfgNode, *, train: bool) -> None:
 def _check_weights(cfg: CfgNode, key: str, path: str, vocabulary: Vocabulary) -> None:
     """Refuse weights that were trained with other words: of the same number, they would fit and speak nonsense."""
     for file in _weight_files(cfg):
-        if _carries(file) and Vocabulary.read(file) != vocabulary:
+        if carries_vocabulary(file) and Vocabulary.read(file) != vocabulary:
             raise ConfigError(
                 f"{key}.VOCABULARY: {path} has other words than those that {file} was trained with; leave it empty to "
                 "use that file's own"
@@ -129,7 +129,7 @@ def _keep(cfg: CfgNode, name: str, path: Path) -> None:
 def _kept(cfg: CfgNode) -> Path | None:
     """The file with the vocabulary of the weights that the config names, or of the run in OUTPUT_DIR."""
     for file in _weight_files(cfg):
-        if _carries(file):
+        if carries_vocabulary(file):
             return file
         folders = [file.parent, *([file.parent.parent] if file.parent.name in STAGES else [])]
         for folder in folders:
@@ -149,10 +149,3 @@ def _weight_files(cfg: CfgNode) -> Iterator[Path]:
         if given:
             with contextlib.suppress(CheckpointError):
                 yield from load.resolve(given, stages=("heads",))
-
-
-def _carries(file: Path) -> bool:
-    try:
-        return bool(describe(file).get("settings", {}).get("vocabulary"))
-    except CheckpointError:  # named, with its key, by the check of weight files
-        return False

@@ -1,13 +1,15 @@
 """Words and their numbers: what a caption head reads and says."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from visft.checkpoint import files, run
+from visft.checkpoint import files, load, run
 from visft.errors import CheckpointError, ConfigError, DataError
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
@@ -133,13 +135,15 @@ def _by_number(path: str | os.PathLike, content: dict) -> list[str]:
 
 
 def configured_vocabulary(cfg, name: str) -> Vocabulary:
-    """The vocabulary of the head `name`, from the file that its VOCABULARY names.
+    """The vocabulary of the head `name`: of the file that its VOCABULARY names, else that which a file of
+    HEAD_FILES carries.
 
     Raises:
-        ConfigError: no file is named.
-        DataError: it is missing or no vocabulary.
+        ConfigError: there is neither.
+        DataError: the file is missing or no vocabulary.
     """
     key, path = f"MODEL.VISFT.{name.upper()}.VOCABULARY", cfg.MODEL.VISFT[name.upper()].VOCABULARY
+    path = path or next((file for file in _head_files(cfg) if carries_vocabulary(file)), None)
     if not path:
         raise ConfigError(
             f"{key} is empty: name a file that tools/build_vocabulary.py made (tools/train_net.py makes one by itself "
@@ -149,3 +153,17 @@ def configured_vocabulary(cfg, name: str) -> Vocabulary:
         return Vocabulary.read(path)
     except (CheckpointError, DataError) as error:
         raise DataError(f"{key}: {error}") from error
+
+
+def carries_vocabulary(file: str | os.PathLike) -> bool:
+    """Whether a weight file holds, in its description, the words that its caption head says."""
+    try:
+        return bool(run.describe(file).get("settings", {}).get("vocabulary"))
+    except CheckpointError:  # named, with its key, by the check of weight files
+        return False
+
+
+def _head_files(cfg) -> Iterator[Path]:
+    for given in cfg.MODEL.VISFT.HEAD_FILES:
+        with contextlib.suppress(CheckpointError):
+            yield from load.resolve(given, stages=("heads",))

@@ -68,10 +68,6 @@ def get(name: str, device: str = "cpu") -> nn.Module:
     if isinstance(cfg, DictConfig):
         return instantiate(cfg.model).to(device).eval()
     cfg.MODEL.DEVICE = device
-    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
-        from ..engine.vocabulary import with_vocabulary
-
-        cfg = with_vocabulary(cfg)  # a head that captions has the words of its weights
     return build_model(cfg).eval()
 
 
