@@ -4,8 +4,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +140,7 @@ def die_at(fatal: int) -> None:
     os.replace, os.unlink, os.fsync = dying(os.replace), dying(os.unlink), dying(os.fsync)
 
 
-def test_a_kill_at_any_file_operation_of_a_save_loses_at_most_that_save(tmp_path):
+def kill_at_every_file_operation(tmp_path):
     def save_twice_and_die(folder, fatal):
         training = Training(folder, keep=1)
         training.run(0, 4, period=4)
@@ -162,7 +165,7 @@ def test_a_kill_at_any_file_operation_of_a_save_loses_at_most_that_save(tmp_path
     assert sorted(seen) == seen and set(seen) == {4, 6}
 
 
-def test_kills_at_random_moments(tmp_path):
+def kill_at_random_moments(tmp_path):
     expected = Training(tmp_path / "straight").run(0, 100, period=1)
     generator, resumed = random.Random(0), []
     for kill in [True] * 6 + [False]:
@@ -176,6 +179,20 @@ def test_kills_at_random_moments(tmp_path):
     training = Training(tmp_path / "run")
     training.checkpointer.resume()
     assert same(training.model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("kills", [kill_at_every_file_operation, kill_at_random_moments])
+def test_kills(tmp_path, kills):
+    """Any kill loses at most the save that it interrupts. In a process of its own: one in which autograd has started
+    threads, as an export to ONNX does, cannot be forked."""
+    code = (
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_run; "
+        f"test_run.{kills.__name__}(pathlib.Path(sys.argv[1]))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
