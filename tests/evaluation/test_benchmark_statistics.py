@@ -29,6 +29,16 @@ def test_interval_is_scipys_paired_percentile_bootstrap():
     assert high == pytest.approx(expected.confidence_interval.high, abs=0.05 * width)
 
 
+def test_benchmarks_on_the_same_items_do_not_narrow_the_interval_of_their_mean():
+    """Two that always agree say no more than one: their mean has its interval. Independent ones narrow it by root 2."""
+    base, tuned = paired()
+    one = statistics.compare("a", base, tuned, mean, item_set="scenes")
+    same = statistics.mean([one, statistics.compare("b", base, tuned, mean, item_set="scenes")])
+    apart = statistics.mean([one, statistics.compare("b", base, tuned, mean)])
+    assert same.interval() == one.interval()
+    assert np.ptp(apart.interval()) == pytest.approx(np.ptp(one.interval()) / 2**0.5, rel=0.1)
+
+
 def test_pairing_uses_that_both_towers_saw_the_same_items():
     rng = np.random.default_rng(0)
     base = rng.random((1, 300, 1))

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from visft.checkpoint import files
 from visft.data import ViSFTMapper, load_labelled
 from visft.data.loader import TrainLoader
-from visft.engine import checks, cli, settings, stages
+from visft.engine import checks, cli, memory, settings, stages
 from visft.engine.optim import build_optimizer
 from visft.engine.trainer import StageTrainer
 from visft.engine.vocabulary import with_vocabulary
@@ -252,22 +252,13 @@ class _Probe:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        elif _PROCESS.is_file():
-            try:
-                (_PROCESS.parent / "clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
-            except OSError:
-                logger.debug("the peak memory cannot be reset here, so it is that of the process so far")
+        else:
+            memory.reset_peak()
 
     def _peak_memory(self) -> float:
         if self.cuda:
             return torch.cuda.max_memory_allocated() / 2**30
-        if not _PROCESS.is_file():
-            return 0.0
-        line = next(row for row in _PROCESS.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-
-
-_PROCESS = Path("/proc/self/status")
+        return (memory.peak() or 0) / 2**30
 
 
 def _device_name(device: torch.device) -> str:

@@ -10,18 +10,18 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import export, files, load
+from visft.checkpoint.run import STAGES
 from visft.data import check_data_set, register_own_data
 from visft.data.repeat_factor import check_sampler
 from visft.engine import vocabulary
 from visft.engine.settings import unknown
-from visft.engine.task_checks import check_tasks
+from visft.engine.task_checks import RECIPES, check_tasks
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY
 from visft.heads.classification import CLASS_LOSSES
 from visft.heads.federated import class_image_counts
 
-STAGES = ("heads", "lora")
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -167,7 +167,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
             f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads pictures as RGB, as CLIP does: set it to RGB, with "
             "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
         )
-    _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, ("detection", "lsj", "fixed"))
+    _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, RECIPES)
     if cfg.VISFT.INPUT.SIZE < 1:
         raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")
 

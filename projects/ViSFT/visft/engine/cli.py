@@ -21,7 +21,7 @@ def guard(function: Callable[..., object], *args, **kwargs) -> int:
     except VisftError as error:
         return _say(str(error))
     except KeyboardInterrupt:
-        _say("stopped from the keyboard; --resume continues a training")
+        _say("stopped from the keyboard (a training goes on with --resume)")
         return 130
     except OSError as error:
         if error.filename is None and error.errno is None:

@@ -29,6 +29,7 @@ from visft.checkpoint import (
 )
 from visft.checkpoint.export import Facts, card, open_clip_file, place, timm_file, tower_file
 from visft.checkpoint.stream import TensorFile, open_tensors
+from visft.engine import memory
 from visft.errors import CheckpointError, ExportError
 
 logger = logging.getLogger(__name__)
@@ -224,11 +225,8 @@ def _write(
         library = "timm" if format_name == "timm" else "open_clip"
         about = card.text(tower, facts, checked, library=library, content=content, use=use)
         size = (folder / path.name).stat().st_size
-        files.put_in_place(folder / path.name, path)
-        if config is not None:
-            files.put_in_place(folder / config_name, path.parent / config_name)
-        card.put(about, card.beside(path))
-    peak = peak_memory()
+        card.publish(folder, path, about, *([config_name] if config is not None else []))
+    peak = memory.peak()
     logger.info(
         "wrote %s: %d tensors, %.2f GB, checked by %s, in %.1f s%s",
         path,
@@ -282,12 +280,3 @@ def _preprocess(clip: nn.Module, cfg: CfgNode) -> dict:
     size = clip.visual.image_size
     found = {"size": [size, size] if isinstance(size, int) else list(size)}
     return found | {key: list(known[key]) if key in ("mean", "std") else known[key] for key in keys}
-
-
-def peak_memory() -> int | None:
-    """The most memory in bytes that this process has had resident so far, mapped pages counted; None: not known."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

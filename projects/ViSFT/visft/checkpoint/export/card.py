@@ -8,6 +8,7 @@ from typing import Any
 
 from ...backbone import lora
 from ..export_check import Check
+from ..files import put_in_place
 from .source import Source
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,19 @@ def put(card: str, target: Path) -> None:
         logger.info("%s is no model card of ours and stays as it is", target)
         return
     target.write_text(card, encoding="utf-8")
+
+
+def publish(folder: Path, path: Path, card: str, *beside_it: str) -> None:
+    """Give what was written and checked in a folder aside its names: the weights first, then files beside them, then
+    the card.
+
+    Args:
+        folder: holds `path.name` and each of `beside_it`.
+        path: the weights' name.
+    """
+    for name in (path.name, *beside_it):
+        put_in_place(folder / name, path.parent / name)
+    put(card, beside(path))
 
 
 def _tuned_by(source: Source) -> str:

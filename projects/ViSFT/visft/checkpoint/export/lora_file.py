@@ -13,7 +13,7 @@ from ...backbone import CLIPViT
 from ...backbone import lora as adapters
 from ...errors import ExportError
 from .. import authors, export_check
-from ..files import folder_aside, put_in_place, write_safetensors
+from ..files import folder_aside, write_safetensors
 from ..run import describe_base
 from . import card, peft_folder, place
 from .source import untouched
@@ -82,8 +82,7 @@ def write(
         content, use = _use(layout, path)
         source = untouched(model, interpolate)
         text = card.text(source, facts or card.Facts(), check, library="visft", content=content, use=use)
-        put_in_place(folder / path.name, path)
-        card.put(text, card.beside(path))
+        card.publish(folder, path, text)
     check.log(path)
     return path
 

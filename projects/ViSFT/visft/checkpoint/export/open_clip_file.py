@@ -9,7 +9,7 @@ from torch import nn
 
 from ...backbone import CLIPViT
 from .. import export_check
-from ..files import folder_aside, put_in_place, write_json, write_safetensors
+from ..files import folder_aside, write_json, write_safetensors
 from . import card, place
 from .source import Source, clip_state, open_clip_preprocess, resolve
 
@@ -61,9 +61,7 @@ def write(
             content=CONTENT,
             use=use(source.name, path),
         )
-        put_in_place(folder / path.name, path)
-        put_in_place(folder / CONFIG_NAME, path.parent / CONFIG_NAME)
-        card.put(about, card.beside(path))
+        card.publish(folder, path, about, CONFIG_NAME)
     others = sorted(file.name for file in path.parent.glob("*.safetensors") if file != path)
     if others:
         logger.info("%s has other weights beside it (%s): load it by its path", path, ", ".join(others[:3]))

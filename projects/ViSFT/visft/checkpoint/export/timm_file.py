@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbone import CLIPViT
 from ...errors import ExportError
 from .. import export_check
-from ..files import folder_aside, put_in_place, write_json, write_safetensors
+from ..files import folder_aside, write_json, write_safetensors
 from . import base as bases
 from . import card, place
 from .source import resolve
@@ -88,9 +88,7 @@ def write(
             content=CONTENT,
             use=use(found, path),
         )
-        put_in_place(folder / path.name, path)
-        put_in_place(folder / CONFIG_NAME, path.parent / CONFIG_NAME)
-        card.put(about, card.beside(path))
+        card.publish(folder, path, about, CONFIG_NAME)
     check.log(path)
     return path
 

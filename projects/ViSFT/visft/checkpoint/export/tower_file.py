@@ -9,7 +9,7 @@ from torch import nn
 from ...backbone import CLIPViT, open_clip_zoo
 from ...errors import ExportError
 from .. import export_check
-from ..files import folder_aside, put_in_place, write_safetensors
+from ..files import folder_aside, write_safetensors
 from . import base as bases
 from . import card, place, timm_file
 from .source import Source, resolve
@@ -59,8 +59,7 @@ def write(
             content=CONTENT,
             use=use(source.name, path),
         )
-        put_in_place(folder / path.name, path)
-        card.put(about, card.beside(path))
+        card.publish(folder, path, about)
     check.log(path)
     return path
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,10 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from visft.checkpoint import files
 from visft.data.demo_world import augment, catalogue, tower
 from visft.errors import CheckpointError, ConfigError, TrainingError
 
@@ -282,12 +280,6 @@ class Views:
 # ---------------------------------------------------------------- training
 
 
-def _write_atomically(path: Path, write) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    os.replace(aside, path)
-
-
 class Pretraining:
     """A pretraining run in a folder: `run()` starts it or goes on with it.
 
@@ -339,8 +331,7 @@ class Pretraining:
         if run_file.exists() and (self.output / CHECKPOINT).exists():
             self._load()
         else:
-            text = json.dumps(asdict(settings), indent=1)
-            _write_atomically(run_file, lambda path: path.write_text(text, encoding="utf-8"))
+            files.write_json(run_file, asdict(settings))
 
     @property
     def progress(self) -> float:
@@ -465,16 +456,14 @@ class Pretraining:
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         counters = {k: getattr(self, k) for k in ("step", "samples", "seconds", "average_weight")}
         metadata = {"counters": json.dumps(counters)}
-        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-        _write_atomically(self.output / CHECKPOINT, lambda path: save_file(tensors, path, metadata=metadata))
+        files.write_safetensors(self.output / CHECKPOINT, tensors, metadata)
 
     @torch.no_grad()
     def _load(self) -> None:
         path = self.output / CHECKPOINT
         try:
-            tensors = load_file(path)
-            with safe_open(path, "pt") as file:
-                counters = json.loads(file.metadata()["counters"])
+            tensors = files.read_tensors(path)
+            counters = json.loads(files.read_metadata(path)["counters"])
             targets = {f"model/{k}": v for k, v in self.model.state_dict().items()}
             targets |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
             targets |= {f"average/{k}": v for k, v in self.average.items()}
@@ -482,7 +471,7 @@ class Pretraining:
                 raise ValueError(f"its tensors differ: {sorted(targets.keys() ^ tensors.keys())[:3]}")
             for name, value in targets.items():
                 value.copy_(tensors[name])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (CheckpointError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from ({error}); delete the folder to start anew"
             ) from error
@@ -494,12 +483,9 @@ class Pretraining:
         file = self.output / FINAL_FILE
         state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in self.averaged().items()}
         metadata = {"format": "pt", "architecture": tower.NAME, "pictures": catalogue.ATTRIBUTION}
-        _write_atomically(
-            file,
-            lambda path: save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=metadata),
-        )
+        files.write_safetensors(file, state, metadata)
         found = self._evaluate(views=4)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = files.sha256(file)
         self._log(final=True, sha256=digest, bytes=file.stat().st_size, **found)
         return file
 

@@ -59,6 +59,7 @@ class Benchmark:
         suite: `demo` or `real`.
         in_domain: whether the fine-tuning's pictures or classes are in it; then it is reported, but counted in no mean.
         max_seeds: how many seeds make a difference; None: as many as are asked for.
+        item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
         version: raised when the same pictures give other figures than before, so that old results are not taken up.
     """
 
@@ -66,6 +67,7 @@ class Benchmark:
     suite = "demo"
     in_domain = False
     max_seeds: int | None = None
+    item_set = ""
     version = 1
 
     def __init__(self, context: Context) -> None:

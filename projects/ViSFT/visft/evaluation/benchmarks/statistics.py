@@ -56,32 +56,35 @@ def compare(
     tuned: np.ndarray | None,
     figure: Callable[[np.ndarray], np.ndarray],
     replicates: int = REPLICATES,
+    item_set: str = "",
 ) -> Comparison:
     """Compare two towers on one benchmark.
 
     Args:
-        name: the benchmark's; the draws depend on it alone.
+        name: the benchmark's; the draws of seeds depend on it alone, those of items on `item_set`.
         base, tuned: scores `[seeds, items, k]` of the same seeds and items.
         figure: maps means `[..., k]` to figures `[...]` in 0..1.
+        item_set: a name that benchmarks on the same items share, so that each replicate draws the same of them for all
+            and `mean` counts their common luck once, not as several independent ones; "": the benchmark's own.
     """
     n = base.shape[1]
     value = 100 * float(figure(base.mean((0, 1))))
     if tuned is None:
         return Comparison(value, None, None, n)
-    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+    of_seeds, of_items = _generator(f"seeds/{name}"), _generator(f"items/{item_set or name}")
     differences = []
     size = max(1, 20_000_000 // max(1, n))
     for start in range(0, replicates, size):
         count = min(size, replicates - start)
-        seeds = _weights(generator, count, len(base))
-        items = _weights(generator, count, n)
+        seeds = _weights(of_seeds, count, len(base))
+        items = _weights(of_items, count, n)
         sides = [_resampled(scores, seeds, items) for scores in (base, tuned)]
         differences.append(100 * (figure(sides[1]) - figure(sides[0])))
     return Comparison(value, 100 * float(figure(tuned.mean((0, 1)))), np.concatenate(differences), n)
 
 
 def mean(parts: Sequence[Comparison]) -> Comparison:
-    """The mean of independent comparisons, replicate by replicate; n is the sum."""
+    """The mean of comparisons, replicate by replicate (see `item_set` of `compare`); n is the sum."""
     tuned = [part.tuned for part in parts]
     paired = all(value is not None for value in tuned)
     return Comparison(
@@ -108,6 +111,10 @@ def verdict(difference: float | None, adjusted: float | None) -> str | None:
     if adjusted >= LEVEL or difference == 0:
         return "not shown"
     return "better" if difference > 0 else "worse"
+
+
+def _generator(purpose: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little"))
 
 
 def _weights(generator: np.random.Generator, count: int, n: int) -> np.ndarray:

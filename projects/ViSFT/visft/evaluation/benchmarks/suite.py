@@ -184,6 +184,7 @@ def _results(
                 scores[base][benchmark.name],
                 scores[other][benchmark.name] if other else None,
                 benchmark.figure,
+                item_set=benchmark.item_set,
             )
             for benchmark in benchmarks
         }

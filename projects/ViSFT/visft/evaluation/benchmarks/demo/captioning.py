@@ -109,19 +109,17 @@ class CaptioningScenes(Benchmark):
 
     name, family, metric = "captioning scenes", "captioning", "CIDEr-D"
     max_seeds = 1
+    item_set = unseen.ITEMS
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
         return None if captions.installed() else "needs pycocoevalcap (pip install 'visft[eval]')"
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: unseen.pictures(part, dense=True) for name, part in parts.items()}
+        return unseen.readout_pictures(self.context.split)
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
-        cells = {name: regions.cells(tower, found) for name, found in pictures.items()}
-        mean, deviation = cells["train"].mean((0, 1)), cells["train"].std((0, 1)) + 1e-6
-        cells = {name: (found - mean) / deviation for name, found in cells.items()}
+        cells = regions.standardised_cells(tower, pictures)
         texts = {
             part: [scene.captions for scene in unseen.scenes(part)]
             for part in ("train", "validation", self.context.split)

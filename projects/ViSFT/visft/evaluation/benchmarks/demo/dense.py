@@ -50,6 +50,7 @@ class _Segmentation(Benchmark):
     family = "dense"
     max_seeds = 1
     """What is drawn are places to train at, the same for every seed."""
+    item_set = unseen.ITEMS
 
     def segment(self, tower: FeatureStore, pictures: Mapping[str, Pictures], classes: int) -> np.ndarray:
         """Compare `self.scores` with the truth, scene by scene."""
@@ -81,8 +82,7 @@ class DenseProbe(_Segmentation):
     name, metric = "dense probe", "mIoU of a linear probe"
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: unseen.pictures(part, dense=True) for name, part in parts.items()}
+        return unseen.readout_pictures(self.context.split)
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         classes = len(unseen.categories()) + 1

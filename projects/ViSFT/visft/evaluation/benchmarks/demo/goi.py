@@ -21,6 +21,7 @@ class _Objects(Benchmark):
     family = "goi"
     max_seeds = 1
     """Nothing is drawn."""
+    item_set = unseen.ITEMS
 
     def named(self, tower: FeatureStore, pictures: Mapping[str, Pictures], kind: str) -> torch.Tensor:
         """Scores of every category for each object of the split, `[M, categories]`."""
@@ -63,8 +64,7 @@ class GoiProbe(_Objects):
     name, metric = "goi probe", "top-1 and top-5 accuracy of a linear probe by mask and box"
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: unseen.pictures(part, dense=True) for name, part in parts.items()}
+        return unseen.readout_pictures(self.context.split)
 
     def named(self, tower: FeatureStore, pictures: Mapping[str, Pictures], kind: str) -> torch.Tensor:
         train, validation = (

@@ -1,6 +1,7 @@
 """Objects of the unseen scenes on a map of features: what several demo benchmarks share."""
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -64,6 +65,13 @@ def cells(tower: FeatureStore, pictures: Pictures) -> torch.Tensor:
         maps = tower.dense(pictures, start, min(start + CHUNK, pictures.count))
         found.append(F.adaptive_avg_pool2d(maps, GRID).flatten(2).transpose(1, 2))
     return torch.cat(found)
+
+
+def standardised_cells(tower: FeatureStore, pictures: Mapping[str, Pictures]) -> dict[str, torch.Tensor]:
+    """`cells` of each set, less the mean of `train` and divided by its standard deviation, channel by channel."""
+    found = {name: cells(tower, each) for name, each in pictures.items()}
+    mean, deviation = found["train"].mean((0, 1)), found["train"].std((0, 1)) + 1e-6
+    return {name: (each - mean) / deviation for name, each in found.items()}
 
 
 def cell_labels(scene, grid: tuple[int, int]) -> torch.Tensor:

@@ -18,6 +18,7 @@ class RetrievalScenes(Benchmark):
 
     name, family, metric = "retrieval scenes", "retrieval", "mean of recall@1, 5, 10, both ways"
     max_seeds = 3
+    item_set = unseen.ITEMS
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
         return {"scenes": unseen.pictures(self.context.split)}

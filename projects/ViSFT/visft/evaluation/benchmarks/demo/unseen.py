@@ -1,7 +1,7 @@
 """Scenes of things that no fine-tuning scene shows, with masks and captions: what several demo benchmarks share."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -20,6 +20,9 @@ _THINGS = (
 
 COUNTS = {"train": 1000, "validation": 300, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
+
+ITEMS = "unseen scenes"
+"""`item_set` of the benchmarks whose items are all scenes of the split."""
 
 DENSE_SCALE = 2.0
 """Maps are of scenes at twice the tower's native side: at the native one an object is few patches wide. Embeddings are
@@ -62,3 +65,9 @@ def pictures(part: str, *, dense: bool = False) -> Pictures:
 
     scale = DENSE_SCALE if dense else 1.0
     return Pictures(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=scale, dense=dense)
+
+
+def readout_pictures(split: str) -> Mapping[str, Pictures]:
+    """What a readout on maps asks for: `train`, `validation`, and the split as `test`."""
+    parts = {"train": "train", "validation": "validation", "test": split}
+    return {name: pictures(part, dense=True) for name, part in parts.items()}

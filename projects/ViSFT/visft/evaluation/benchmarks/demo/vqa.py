@@ -205,20 +205,19 @@ class VqaScenes(Benchmark):
     name, family = "vqa scenes", "vqa"
     metric = "accuracy, mean over presence, count, colour, relation"
     max_seeds = 1
+    item_set = unseen.ITEMS
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: unseen.pictures(part, dense=True) for name, part in parts.items()}
+        return unseen.readout_pictures(self.context.split)
 
     def asked(self, tower: FeatureStore, pictures: Mapping[str, Pictures]) -> list[Asked]:
         """The questions of training, validation and test."""
-        cells = {name: regions.cells(tower, found) for name, found in pictures.items()}
-        mean, deviation = cells["train"].mean((0, 1)), cells["train"].std((0, 1)) + 1e-6
+        cells = regions.standardised_cells(tower, pictures)
         names = tower.text([f"a picture of {name}" for name in unseen.categories()])
         names = F.normalize(names - names.mean(0), dim=1) * names.shape[1] ** 0.5
         starts = torch.tensor(np.cumsum([0, *(len(answers) for answers in ANSWERS.values())])[:-1])
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return [Asked(part, (cells[name] - mean) / deviation, names, starts) for name, part in parts.items()]
+        return [Asked(part, cells[name], names, starts) for name, part in parts.items()]
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         train, validation, test = self.asked(tower, pictures)
