@@ -91,6 +91,18 @@ FITTING = [
 ]
 
 
+def test_a_random_coca_has_no_memory_in_it(towers):
+    def drawn() -> dict[str, torch.Tensor]:
+        # What is freed here is what uninitialised parameters would find.
+        junk = [torch.full((size,), float("nan")) for size in (256, 768, 1024, 4096) for _ in range(500)]
+        del junk
+        torch.manual_seed(0)
+        return CLIPViT.from_open_clip("small-coca").base_clip().state_dict()
+
+    first, second = drawn(), drawn()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize(("name", "tower"), FITTING)
 def test_a_tower_in_a_format(towers, tmp_path, name, tower):
     backbone = towers.tuned(tower)

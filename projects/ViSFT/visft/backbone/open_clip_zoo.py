@@ -241,6 +241,10 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     module = open_clip()
     if not pretrained:
         clip = module.create_model(name, pretrained_text=False).eval()
+        if hasattr(clip, "text_decoder"):
+            # open_clip leaves CoCa's projection to words as the memory was: not the same for a seed, perhaps nan.
+            projection = clip.text_decoder.text_projection
+            nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
         return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
     path = weight_file(name, pretrained)
     try:
