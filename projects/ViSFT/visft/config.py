@@ -27,8 +27,8 @@ def _add_backbone(cfg: CN) -> None:
     vit.GLOBAL_BLOCKS = ()
     # What trains under a stock detector: `none`, `lora` or `full`. A ViSFT run sets it by its stage.
     vit.TRAIN = "none"
-    # With TRAIN `full` or `lora`: the learning rate of block i of n is multiplied by this to the power n - i
-    # (patch embedding: n + 1). 1.0: no decay.
+    # Where the tower trains, its LoRA or all of it: the learning rate of block i of n is multiplied by this to the
+    # power n - i (patch embedding: n + 1). 1.0: no decay.
     vit.LAYER_DECAY = 1.0
     # Recompute each block's activations in the backward pass: less memory, about a third more time.
     vit.ACTIVATION_CHECKPOINTING = False
@@ -59,6 +59,12 @@ def _add_heads(cfg: CN) -> None:
     # Stage `lora`: bring the gradients that the heads send into the shared features to one norm, their mean, at each
     # batch. Heads share nothing that trains in stage `heads`, where it changes nothing.
     visft.BALANCE_GRADIENTS = False
+    # What stage `lora`, the tower's stage, trains in the tower. `lora`: its adapters (the paper's). `full`: all weights
+    # that the map depends on (not the projection to the CLIP embedding); there is no LoRA then.
+    visft.TUNE = "lora"
+    # False: the heads train too in stage `lora`, in training mode, with the BASE_LR and WEIGHT_DECAY of
+    # VISFT.SOLVER.HEADS under the stage's own schedule. With VISFT.STAGES ("lora",) that is training in one stage.
+    visft.FREEZE_HEADS = True
     # Weight files (or `visft://NAME`) that the heads start from, ours or the authors'; (): fresh heads.
     visft.HEAD_FILES = ()
 
@@ -155,8 +161,9 @@ def _add_heads(cfg: CN) -> None:
 
 def _add_run(cfg: CN) -> None:
     cfg.VISFT = run = CN()
-    # Stages that tools/train_net.py runs, in this order. `heads`: the tower is frozen, the heads train. `lora`: the
-    # heads are frozen, LoRA in the tower trains. A stock trainer runs the first of them with SOLVER.*.
+    # Stages that tools/train_net.py runs, in this order. `heads`: the tower is frozen, the heads train. `lora`, the
+    # tower's stage: the heads are frozen, LoRA in the tower trains (or what MODEL.VISFT.TUNE and FREEZE_HEADS say). A
+    # stock trainer runs the first of them with SOLVER.*.
     run.STAGES = ("heads", "lora")
     # `joint`: the pictures of an iteration pass the tower once and feed every head whose labels they carry. `ratio`: an
     # iteration draws one task, and feeds its head alone, from pictures with its labels (the authors').

@@ -18,6 +18,7 @@ from .gradient_balance import balanced_copies
 from .heads import Caption, build_head, rcnn  # noqa: F401  (registers RCNNHead)
 
 STAGES = ("heads", "lora")
+TUNES = ("lora", "full")
 
 UNLABELLED = "unlabelled"
 """Name of the loss, 0, of a batch without a label for any head: a trainer can still call `backward`."""
@@ -34,8 +35,8 @@ class ViSFT(nn.Module):
     Attributes:
         backbone: the tower.
         heads: the heads by name; a ModuleDict.
-        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the heads are frozen
-            (evaluation mode, so without dropout) and LoRA in the tower trains.
+        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the tower trains, as
+            `tune` says; the heads are frozen (evaluation mode, so without dropout) unless `freeze_heads` is False.
     """
 
     @configurable
@@ -46,6 +47,8 @@ class ViSFT(nn.Module):
         heads: Mapping[str, nn.Module],
         loss_weights: Sequence[float] = (),
         balance_gradients: bool = False,
+        tune: str = "lora",
+        freeze_heads: bool = True,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         stage: str = "heads",
@@ -57,11 +60,13 @@ class ViSFT(nn.Module):
             loss_weights: a factor on all losses of a head, in the order of `heads`; (): 1 for each.
             balance_gradients: in stage `lora`, bring the heads' gradients on the features to one norm, times their
                 loss weights (see `balanced_copies`).
+            tune: what trains in the tower in stage `lora`: its adapters (`lora`), or all its weights (`full`).
+            freeze_heads: False: the heads train in stage `lora` too.
             pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
             stage: `heads` or `lora`.
 
         Raises:
-            ConfigError: more or fewer loss weights than heads, several maps, an unknown stage.
+            ConfigError: more or fewer loss weights than heads, several maps, an unknown stage or `tune`.
         """
         super().__init__()
         if loss_weights and len(loss_weights) != len(heads):
@@ -73,6 +78,12 @@ class ViSFT(nn.Module):
         self.feature = map_name(backbone)
         self.heads = nn.ModuleDict(heads)
         self.balance_gradients = balance_gradients
+        if tune not in TUNES:
+            raise ConfigError(
+                f"MODEL.VISFT.TUNE is `{tune}`; the nearest is `{_nearest(tune, TUNES)}` (lora: the tower's adapters, "
+                "full: all its weights)"
+            )
+        self.tune, self.freeze_heads = tune, freeze_heads
         self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
         for name, given in (("mean", pixel_mean), ("std", pixel_std)):
             value = self._pixel_values(name, given)
@@ -113,6 +124,8 @@ class ViSFT(nn.Module):
             "heads": heads,
             "loss_weights": tuple(node.LOSS_WEIGHTS),
             "balance_gradients": node.BALANCE_GRADIENTS,
+            "tune": node.TUNE,
+            "freeze_heads": node.FREEZE_HEADS,
             "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
             "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
             "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
@@ -123,27 +136,32 @@ class ViSFT(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
+    @property
+    def _heads_train(self) -> bool:
+        return self.stage == "heads" or not self.freeze_heads
+
     def set_stage(self, stage: str) -> None:
         """Choose what trains: `heads` or `lora` (see the class).
 
         Raises:
-            ConfigError: another name, or `lora` without LoRA in the tower.
+            ConfigError: another name, or `lora` without LoRA in the tower where that is to train.
         """
         if stage not in STAGES:
             raise ConfigError(
                 f"VISFT.STAGES names `{stage}`; the nearest stage is `{_nearest(stage, STAGES)}` (there are "
                 f"{' and '.join(STAGES)})"
             )
-        if stage == "lora" and not any("lora_" in name for name, _ in self.backbone.named_parameters()):
+        adapters = any("lora_" in name for name, _ in self.backbone.named_parameters())
+        if stage == "lora" and self.tune == "lora" and not adapters:
             raise ConfigError(
                 "stage `lora` needs LoRA in the tower, which has none; build the model with `lora` in VISFT.STAGES, "
-                "or call visft.backbone.lora.inject(backbone)"
+                "call visft.backbone.lora.inject(backbone), or set MODEL.VISFT.TUNE full"
             )
         self.stage = stage
         for name, parameter in self.heads.named_parameters():
-            parameter.requires_grad_(stage == "heads" and name not in self._fixed)
+            parameter.requires_grad_(self._heads_train and name not in self._fixed)
         if hasattr(self.backbone, "set_train"):
-            self.backbone.set_train("lora" if stage == "lora" else "none")
+            self.backbone.set_train(self.tune if stage == "lora" else "none")
         else:
             self.backbone.requires_grad_(False)
         self.train(self.training)
@@ -151,7 +169,10 @@ class ViSFT(nn.Module):
     def train(self, mode: bool = True) -> "ViSFT":
         """Training mode for what the stage trains; what is frozen stays in evaluation mode."""
         super().train(mode)
-        (self.backbone if self.stage == "heads" else self.heads).eval()
+        if self.stage == "heads":
+            self.backbone.eval()
+        if not self._heads_train:
+            self.heads.eval()
         return self
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:

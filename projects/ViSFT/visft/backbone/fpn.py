@@ -30,9 +30,9 @@ class ClipFeaturePyramid(SimpleFeaturePyramid):
 
 
 def wants_lora(cfg: CfgNode) -> bool:
-    """Whether adapters are needed: TRAIN `lora`, or a ViSFT run with that stage."""
+    """Whether adapters are needed: TRAIN `lora`, or a ViSFT run with that stage, unless it tunes all weights."""
     visft = cfg.MODEL.META_ARCHITECTURE == "ViSFT" and "lora" in cfg.VISFT.STAGES
-    return cfg.MODEL.CLIP_VIT.TRAIN == "lora" or visft
+    return cfg.MODEL.CLIP_VIT.TRAIN == "lora" or (visft and cfg.MODEL.VISFT.TUNE == "lora")
 
 
 def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:

@@ -16,6 +16,7 @@ from visft.data.repeat_factor import check_sampler
 from visft.engine import vocabulary
 from visft.engine.settings import unknown
 from visft.engine.task_checks import RECIPES, check_tasks
+from visft.engine.tuning_checks import check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY
@@ -158,6 +159,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
         _solver(cfg, stage, processes)
     if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
         raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
+    check_tuning(cfg)
     check_tasks(cfg, processes)
     _exports(cfg)
     is_fast(cfg.VISFT.COCO_METRIC)
@@ -178,6 +180,10 @@ def _exports(cfg: CfgNode) -> None:
         if export.FORMATS[name].needs_lora and "lora" not in cfg.VISFT.STAGES:
             raise ConfigError(
                 f"VISFT.EXPORT has {name}, which is LoRA alone, and VISFT.STAGES has no stage lora"
+            )
+        if export.FORMATS[name].needs_lora and cfg.MODEL.VISFT.TUNE == "full":
+            raise ConfigError(
+                f"VISFT.EXPORT has {name}, which is LoRA alone, and MODEL.VISFT.TUNE is full, without LoRA"
             )
         if name != "open_clip":
             export.check(name, open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))

@@ -7,16 +7,38 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from visft.backbone import lr_factor
 
-def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.AdamW:
+
+def build_optimizer(
+    model: nn.Module, solver: CfgNode, *, layer_decay: float = 1.0, heads: CfgNode | None = None
+) -> torch.optim.AdamW:
     """AdamW (eps 1e-8) over the parameters of `model` that train, all with the same weight decay, as the paper's.
 
     Args:
         model: parameters with `requires_grad` are taken, in the order of `named_parameters`.
         solver: a node of `VISFT.SOLVER`.
+        layer_decay: MODEL.CLIP_VIT.LAYER_DECAY (see `visft.backbone.lr_factor`).
+        heads: the node whose BASE_LR and WEIGHT_DECAY the parameters of `model.heads` have; None: `solver`.
+
+    Returns:
+        One group for each pair of a rate and a weight decay; a rate other than BASE_LR is its `lr_scale` times that.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=solver.BASE_LR, eps=1e-8, weight_decay=solver.WEIGHT_DECAY)
+    factor = lr_factor(model, layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = heads if heads is not None and name.startswith("heads.") else solver
+            scale = factor(name) * (1.0 if own is solver else own.BASE_LR / solver.BASE_LR)
+            groups.setdefault((scale, own.WEIGHT_DECAY), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr": scale * solver.BASE_LR}
+            | ({} if scale == 1 else {"lr_scale": scale})
+            for (scale, decay), parameters in groups.items()
+        ],
+        eps=1e-8,
+    )
 
 
 def learning_rate(iteration: int, *, base: float, warmup: int, total: int) -> float:

@@ -132,8 +132,11 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
             per_head = len(parts) == 2 and parts[1].startswith("loss") and not parts[1][-1].isdigit()
             if name == "total_loss" or per_head:
                 iterations = sorted(values)
-                axes.plot(iterations, [values[i] for i in iterations], label=name)
+                # A line through one point is nothing to see.
+                marker = "o" if len(iterations) < 5 else None
+                axes.plot(iterations, [values[i] for i in iterations], label=name, marker=marker)
         axes.set(title=f"stage {stage}", xlabel="iteration", ylabel="loss", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     aside = folder / "loss_curves.tmp.png"

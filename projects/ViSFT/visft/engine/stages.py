@@ -207,7 +207,9 @@ def _run_stage(
     folder = state.folder / stage
     folder.mkdir(parents=True, exist_ok=True)
     model.set_stage(stage)
-    optimizer = build_optimizer(model, solver)
+    optimizer = build_optimizer(
+        model, solver, layer_decay=cfg.MODEL.CLIP_VIT.LAYER_DECAY, heads=cfg.VISFT.SOLVER.HEADS
+    )
     trainer = StageTrainer(
         model,
         iter(()),
@@ -278,11 +280,13 @@ def _writers(folder: Path, max_iter: int) -> list:
 
 def _settings(cfg: CfgNode, stage: str) -> dict:
     """What explains a checkpoint's weights to a reader without the config."""
-    lora = cfg.MODEL.LORA
+    lora, node = cfg.MODEL.LORA, cfg.MODEL.VISFT
     settings = {"seed": cfg.SEED, "config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
-    if stage == "heads" and (words := words_of(cfg)):
+    if (stage == "heads" or not node.FREEZE_HEADS) and (words := words_of(cfg)):
         settings["vocabulary"] = words
-    if stage == "lora":
+    if stage == "lora" and node.TUNE == "full":
+        settings["tune"] = "full"
+    elif stage == "lora":
         settings["lora"] = {
             "rank": lora.RANK,
             "alpha": lora.ALPHA,
@@ -302,8 +306,10 @@ def _share_weights(model: nn.Module) -> None:
 
 
 def _require_heads(cfg: CfgNode, folder: Path) -> None:
-    """Said when LoRA was trained through heads that nobody has trained."""
-    if "heads" not in cfg.VISFT.STAGES and not cfg.MODEL.VISFT.HEAD_FILES and not cfg.MODEL.WEIGHTS:
+    """Said when the tower was trained through frozen heads that nobody has trained."""
+    node, stages = cfg.MODEL.VISFT, cfg.VISFT.STAGES
+    trained = "heads" in stages or node.HEAD_FILES or cfg.MODEL.WEIGHTS
+    if node.FREEZE_HEADS and not trained:
         logger.warning("stage lora ran through fresh heads: set MODEL.VISFT.HEAD_FILES, or add stage heads")
 
 

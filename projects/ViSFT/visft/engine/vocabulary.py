@@ -148,4 +148,4 @@ def _weight_files(cfg: CfgNode) -> Iterator[Path]:
     for given in (cfg.MODEL.WEIGHTS, *(() if reinit else cfg.MODEL.VISFT.HEAD_FILES)):
         if given:
             with contextlib.suppress(CheckpointError):
-                yield from load.resolve(given, stages=("heads",))
+                yield from load.resolve(given)

@@ -64,7 +64,7 @@ def run(
         if reason:
             left_out[cls.name] = reason
         else:
-            ready.append(_Task(cls(context), seeds))
+            ready.append(Task(cls(context), range(seeds)))
     about, scores = [], {}
     texts: dict[str, dict] = {}
     progress = Progress(len(towers) * _passes(ready))
@@ -76,19 +76,24 @@ def run(
                 left_out[task.benchmark.name] = f"{name} is no plain vision transformer"
                 ready.remove(task)
         shared = texts.setdefault(tower.text_sha256, {})
-        scores[entry.label] = _evaluate(tower, ready, output, shared, progress)
+        scores[entry.label] = evaluate(tower, ready, output, shared, progress)
         del tower
     progress.end()
     return _results(name, about, [task.benchmark for task in ready], scores, context, seeds, left_out)
 
 
-class _Task:
-    """A benchmark with its sets of pictures for every seed."""
+class Task:
+    """A benchmark with its sets of pictures for every seed.
 
-    def __init__(self, benchmark: Benchmark, seeds: int) -> None:
+    Args:
+        seeds: those that are asked for; a benchmark that knows fewer takes them modulo its number.
+    """
+
+    def __init__(self, benchmark: Benchmark, seeds: Sequence[int]) -> None:
         self.benchmark = benchmark
-        count = seeds if benchmark.max_seeds is None else min(seeds, benchmark.max_seeds)
-        self.sets = [dict(benchmark.pictures(seed)) for seed in range(count)]
+        most = benchmark.max_seeds
+        self.seeds = sorted({seed if most is None else seed % most for seed in seeds})
+        self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
 
     @property
     def pictures(self) -> list[Pictures]:
@@ -106,15 +111,26 @@ class _Task:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _passes(tasks: Sequence[_Task]) -> int:
+def _passes(tasks: Sequence[Task]) -> int:
     """Pictures that pass a tower."""
     return sum({pictures.identity: pictures.count for task in tasks for pictures in task.pictures}.values())
 
 
-def _evaluate(
-    tower: Tower, tasks: Sequence[_Task], output: Path, texts: dict[str, torch.Tensor], progress: "Progress"
+def evaluate(
+    tower: Tower,
+    tasks: Sequence[Task],
+    output: Path,
+    texts: dict[str, torch.Tensor] | None = None,
+    progress: "Progress | None" = None,
 ) -> dict[str, np.ndarray]:
-    """Scores `[seeds, items, k]` by benchmark."""
+    """Scores `[seeds, items, k]` of one tower by benchmark; what `output` has of them is not computed again.
+
+    Args:
+        tasks: all on data that are there.
+        texts: text embeddings, shared among towers of one text tower.
+        progress: None: one of its own.
+    """
+    progress = progress or Progress(_passes(tasks))
     folder = output / SCORES / tower.sha256[:16]
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(folder)
@@ -130,7 +146,7 @@ def _evaluate(
     try:
         for task in open_tasks:
             rows = []
-            for seed, sets in enumerate(task.sets):
+            for seed, sets in zip(task.seeds, task.sets, strict=True):
                 progress.say(f"{tower.label}: {task.benchmark.name}, seed {seed}")
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
@@ -147,18 +163,23 @@ def _evaluate(
     return found
 
 
-def _file(folder: Path, task: _Task) -> Path:
+def stored(output: Path, sha256: str, task: Task) -> np.ndarray | None:
+    """Scores `[seeds, items, k]` that `evaluate` left in `output`, of the tower with this hash; None: it has not."""
+    return _read(output / SCORES / sha256[:16], task)
+
+
+def _file(folder: Path, task: Task) -> Path:
     return folder / f"{task.benchmark.name.replace('/', '-')}.safetensors"
 
 
-def _read(folder: Path, task: _Task) -> np.ndarray | None:
+def _read(folder: Path, task: Task) -> np.ndarray | None:
     file = _file(folder, task)
     if not file.is_file() or files.read_metadata(file).get("fingerprint") != task.fingerprint():
         return None
     return files.read_tensors(file)["scores"].numpy()
 
 
-def _write(folder: Path, task: _Task, scores: np.ndarray) -> None:
+def _write(folder: Path, task: Task, scores: np.ndarray) -> None:
     metadata = {"fingerprint": task.fingerprint(), "benchmark": task.benchmark.name}
     files.write_safetensors(_file(folder, task), {"scores": torch.from_numpy(scores)}, metadata)
 
@@ -188,7 +209,7 @@ def _results(
             )
             for benchmark in benchmarks
         }
-        tables[other] = _tables(benchmarks, parts)
+        tables[other] = compared(benchmarks, parts)
     found = {
         "schema": SCHEMA,
         "model": name,
@@ -204,8 +225,12 @@ def _results(
     return found
 
 
-def _tables(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Comparison]) -> dict[str, Any]:
-    """Rows of families, the mean over those that are out of domain, rows of benchmarks."""
+def compared(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Comparison]) -> dict[str, Any]:
+    """`families`, `mean` (over those that are out of domain) and `benchmarks` of results.json.
+
+    Args:
+        parts: one comparison a benchmark, by its name.
+    """
     families, in_domain, metrics = {}, {}, {}
     for family in FAMILIES:
         own = [benchmark for benchmark in benchmarks if benchmark.family == family]

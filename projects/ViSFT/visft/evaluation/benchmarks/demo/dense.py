@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 from ..features import FeatureStore, Pictures, fitted
 from ..readout import chosen_on_validation
 from ..registry import Benchmark, register
+from ..segmentation import mean_iou, sampled, segmented, training_cells
 from . import emoji, regions, unseen
 
 L2 = (1e-2, 1e-3, 1e-4)
@@ -31,17 +32,7 @@ def labels_at(scene, side: int) -> torch.Tensor:
     labels = np.full((height, width), len(unseen.categories()))
     for item in scene.objects:
         labels[item.mask] = item.category
-    rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in (height, width))
-    return torch.from_numpy(labels[np.ix_(rows, columns)])
-
-
-def overlaps(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> torch.Tensor:
-    """Intersections and unions by class `[2 * classes]` of two label maps; pixels of other labels are left out."""
-    counted = truth < classes
-    predicted, truth = predicted[counted], truth[counted]
-    sizes = torch.bincount(predicted, minlength=classes) + torch.bincount(truth, minlength=classes)
-    both = torch.bincount(truth[predicted == truth], minlength=classes)
-    return torch.cat((both, sizes - both))
+    return sampled(labels, side, side)
 
 
 class _Segmentation(Benchmark):
@@ -54,25 +45,21 @@ class _Segmentation(Benchmark):
 
     def segment(self, tower: FeatureStore, pictures: Mapping[str, Pictures], classes: int) -> np.ndarray:
         """Compare `self.scores` with the truth, scene by scene."""
-        part, found = self.context.split, []
-        scenes = unseen.scenes(part)
-        for start in range(0, len(scenes), regions.CHUNK):
-            maps = tower.dense(pictures["test"], start, start + regions.CHUNK)
-            scores = self.scores(tower, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            for scene, score in zip(scenes[start : start + regions.CHUNK], scores, strict=True):
-                fine = F.interpolate(score[None], (SIDE, SIDE), mode="bilinear", align_corners=False)
-                found.append(overlaps(fine[0].argmax(0), labels_at(scene, SIDE), classes))
-        return torch.stack(found).numpy()
+        scenes = unseen.scenes(self.context.split)
+        return segmented(
+            tower,
+            pictures["test"],
+            lambda cells: self.scores(tower, cells),
+            lambda number: (labels_at(scenes[number], SIDE), 1),
+            classes,
+        )
 
     def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
         """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
         raise NotImplementedError
 
     def figure(self, means: np.ndarray) -> np.ndarray:
-        """Mean IoU over the classes that there are."""
-        both, either = np.split(means, 2, axis=-1)
-        there = either > 0
-        return (both / np.where(there, either, 1)).sum(-1) / there.sum(-1)
+        return mean_iou(means)
 
 
 @register
@@ -183,18 +170,14 @@ def warped(image: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _cells(tower: FeatureStore, pictures: Pictures, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `[N, C]` and labels `[N]` of some cells of every scene, the same ones for every tower."""
-    features, labels = [], []
     scenes, background = unseen.scenes(part), len(unseen.categories())
-    for start in range(0, len(scenes), regions.CHUNK):
-        maps = tower.dense(pictures, start, start + regions.CHUNK)
-        for number, cells in enumerate(maps, start):
-            rng = np.random.default_rng([12, number])
-            label = regions.cell_labels(scenes[number], cells.shape[1:]).flatten()
-            chosen = []
-            for there, count in ((label < background, ON_OBJECTS), (label == background, ON_BACKGROUND)):
-                places = rng.permutation(np.flatnonzero(there.numpy()))
-                chosen.append(places[:count])
-            places = torch.from_numpy(np.concatenate(chosen))
-            features.append(cells.flatten(1).T[places])
-            labels.append(label[places])
-    return torch.cat(features), torch.cat(labels)
+
+    def chosen(number: int, label: torch.Tensor) -> np.ndarray:
+        rng, places = np.random.default_rng([12, number]), []
+        for there, count in ((label < background, ON_OBJECTS), (label == background, ON_BACKGROUND)):
+            places.append(rng.permutation(np.flatnonzero(there.numpy()))[:count])
+        return np.concatenate(places)
+
+    return training_cells(
+        tower, pictures, lambda number, grid: regions.cell_labels(scenes[number], grid), chosen
+    )

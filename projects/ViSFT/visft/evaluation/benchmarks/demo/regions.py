@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from ..features import FeatureStore, Pictures
+from ..region_pooling import CHUNK, coverage, mean_features
 from . import unseen
 
 KINDS = ("mask", "box")
 GRID = 8
 """Readouts that look at whole pictures see GRID x GRID cells."""
-
-CHUNK = 64
-"""Scenes whose maps are in memory at a time."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -24,11 +22,6 @@ def objects(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     scenes = unseen.scenes(part)
     rows = [(i, item.category) for i, scene in enumerate(scenes) for item in scene.objects]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
-
-
-def coverage(mask: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
-    """The share of each cell `[h, w]` that a mask `[H, W]` covers."""
-    return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), grid)[0]
 
 
 def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarray:
@@ -53,8 +46,8 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
             shapes = [
                 item.mask if kind == "mask" else box_mask(item.box, item.mask.shape) for item in scene.objects
             ]
-            weights = torch.stack([coverage(shape, cells.shape[1:]) for shape in shapes]).flatten(1)
-            found.append(weights @ cells.flatten(1).T / weights.sum(1, keepdim=True))
+            weights = torch.stack([coverage(shape, cells.shape[1:]) for shape in shapes])
+            found.append(mean_features(cells, weights))
     return torch.cat(found)
 
 

@@ -18,7 +18,7 @@ _THINGS = (
     "🪣 👑 🎩 👗 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
 ).split()
 
-COUNTS = {"train": 1000, "validation": 300, "test": 500, "development": 500}
+COUNTS = {"train": 700, "validation": 200, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
 
 ITEMS = "unseen scenes"
