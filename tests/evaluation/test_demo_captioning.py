@@ -1,5 +1,7 @@
 """Captions of scenes by a fresh head: exact features are named, and CIDEr-D by picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from oracle import Oracle
 
 from visft.backbone import open_clip_zoo
 from visft.evaluation import captions
-from visft.evaluation.benchmarks import Context, suite
+from visft.evaluation.benchmarks import Context, caption_readout, suite
 from visft.evaluation.benchmarks.demo import captioning, regions, unseen
+from visft.heads.vocabulary import Vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +26,15 @@ def few(monkeypatch):
     unseen.scenes.cache_clear()
 
 
-def test_captions_of_exact_features_are_better_than_those_of_other_scenes(monkeypatch):
-    monkeypatch.setattr(captioning, "BATCH", 16)
+def test_captions_of_exact_features_are_better_than_those_of_other_scenes():
     cells = {part: regions.cells(Oracle(), unseen.pictures(part, dense=True)) for part in unseen.COUNTS}
     texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in unseen.COUNTS}
     sides = ((3 * cells[part], texts[part]) for part in ("train", "validation"))
-    head = captioning.trained(*sides, seed=0)
+    head = caption_readout.trained(*sides, replace(captioning.RECIPE, batch=16), seed=0)
     truth = dict(enumerate(texts["test"]))
 
     def score(seen):
-        found = captions.cider_by_picture(truth, dict(enumerate(captioning.said(head, 3 * seen))))
+        found = captions.cider_by_picture(truth, dict(enumerate(caption_readout.said(head, 3 * seen))))
         return np.mean(list(found.values()))
 
     exact, other = score(cells["test"]), score(cells["test"].roll(7, 0))
@@ -49,14 +51,14 @@ def test_cider_by_picture_has_the_figure_as_its_mean():
 
 
 def test_the_same_start_for_every_tower():
-    vocabulary = captioning.Vocabulary(["a", "dog"])
-    first, again = (captioning.new_head(8, vocabulary, 3).state_dict() for _ in range(2))
+    made = (caption_readout.new_head(8, Vocabulary(["a", "dog"]), captioning.RECIPE, 3) for _ in range(2))
+    first, again = (head.state_dict() for head in made)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
-    monkeypatch.setattr(captioning, "EPOCHS", 2)
+    monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=2))
     unseen.scenes.cache_clear()
     entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
     benchmarks = (captioning.CaptioningScenes,)
