@@ -14,6 +14,7 @@ from visft.backbone.towers import TimmTower, adapt
 from visft.evaluation.benchmarks import Context, suite
 from visft.evaluation.benchmarks.demo import dense, goi, regions, unseen
 from visft.evaluation.benchmarks.patch_text import patch_embeddings
+from visft.evaluation.benchmarks.segmentation import overlaps
 
 EVERY = (goi.GoiZeroShot, goi.GoiProbe, dense.DenseProbe, dense.DenseText, dense.DenseCorrespondence)
 
@@ -90,8 +91,8 @@ def test_a_warped_picture_is_where_its_matrix_says():
 
 def test_overlaps_by_hand():
     truth, predicted = torch.tensor([[0, 0, 1], [1, 2, 2]]), torch.tensor([[0, 1, 1], [1, 0, 0]])
-    assert dense.overlaps(predicted, truth, 2).tolist() == [1, 2, 2, 3]
-    assert dense.overlaps(predicted, truth, 3).tolist() == [1, 2, 0, 4, 3, 2]
+    assert overlaps(predicted, truth, 2).tolist() == [1, 2, 2, 3]
+    assert overlaps(predicted, truth, 3).tolist() == [1, 2, 0, 4, 3, 2]
     figure = dense.DenseProbe(Context()).figure(np.array([1.0, 2, 0, 2, 3, 0]))
     assert figure == pytest.approx((1 / 2 + 2 / 3) / 2)  # a class that is nowhere counts for nothing
 
