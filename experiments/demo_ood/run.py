@@ -180,7 +180,7 @@ class Runs:
             )
         weights = source / "lora"
         if arm.iteration is not None:
-            weights = weights / f"iter_{arm.iteration - 1:07d}.safetensors"
+            weights = weights / f"model_{arm.iteration:07d}.safetensors"
         words = ["--config-file", get_config_file(self.plan.config), "--format", "open_clip"]
         words += ["--weights", str(weights), "--output", str(folder / EXPORT)]
         if arm.interpolate is not None:
