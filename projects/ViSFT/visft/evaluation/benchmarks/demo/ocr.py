@@ -9,20 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 from visft.data.demo_world import catalogue
 
+from .. import ctc_readout
+from ..ctc_readout import LINES
 from ..features import FeatureStore, Pictures
 from ..readout import one_thread
 from ..registry import Benchmark, Context, register
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LINES = 4
-"""Words below each other in a picture."""
 
 COUNTS = {"train": 450, "validation": 75, "test": 150, "development": 150}
 """Pictures of each part."""
@@ -49,9 +46,7 @@ TEST_FONTS = {
     "font_fredoka_one": ("FredokaOne-Regular",),
 }
 
-EPOCHS, BATCH, RATE = 20, 32, 3e-3
-WEIGHT_DECAYS = (0.01, 0.1)
-HIDDEN = 128
+EPOCHS = 20
 
 
 def font_files(fonts: Mapping[str, Sequence[str]]) -> dict[str, Path]:
@@ -99,6 +94,15 @@ def lines(part: str) -> tuple[tuple[tuple[str, str], ...], ...]:
     return tuple(found)
 
 
+def inked(word: str, file: Path) -> Image.Image:
+    """A word in a typeface, 40 units high: how much ink there is, with a margin of two."""
+    font = ImageFont.truetype(str(file), 40)
+    left, top, right, bottom = (round(v) for v in font.getbbox(word))
+    tile = Image.new("L", (right - left + 4, bottom - top + 4), 0)
+    ImageDraw.Draw(tile).text((2 - left, 2 - top), word, fill=255, font=font)
+    return tile
+
+
 def picture(
     rows: Sequence[tuple[str, str]], files: Mapping[str, Path], rng: np.random.Generator
 ) -> np.ndarray:
@@ -108,10 +112,7 @@ def picture(
     image = Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in ground))
     height = SIDE // LINES
     for place, (word, face) in enumerate(rows):
-        font = ImageFont.truetype(str(files[face]), 40)
-        left, top, right, bottom = (round(v) for v in font.getbbox(word))
-        tile = Image.new("L", (right - left + 4, bottom - top + 4), 0)
-        ImageDraw.Draw(tile).text((2 - left, 2 - top), word, fill=255, font=font)
+        tile = inked(word, files[face])
         # As wide as its letters ask for, but no wider than the picture and no higher than the line.
         width = min(SIDE - 4, round(len(word) * rng.uniform(15, 19)))
         tall = round(min(height - 4, max(14, tile.height * width / tile.width)) * rng.uniform(0.9, 1))
@@ -121,91 +122,6 @@ def picture(
         image.paste(tuple(int(v) for v in ink), (x, y), tile)
     pixels = np.asarray(image, np.float32) + rng.normal(0, 6, (SIDE, SIDE, 1))
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
-
-
-class Reader(nn.Module):
-    """Columns of features -> letters: one hidden layer that sees a column and its neighbours."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.hidden = nn.Conv1d(channels, HIDDEN, 3, padding=1)
-        self.letters = nn.Conv1d(HIDDEN, 2 * (1 + len(LETTERS)), 3, padding=1)
-
-    def forward(self, columns: torch.Tensor) -> torch.Tensor:
-        """`[N, C, w]` -> logarithmic probabilities `[2 w, N, 27]`; each column says two, the first of them is blank."""
-        found = self.letters(F.relu(self.hidden(columns)))
-        halves = found.unflatten(1, (2, -1)).permute(3, 1, 0, 2).flatten(0, 1)
-        return halves.log_softmax(-1)
-
-
-def encoded(found: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Letters of all words, one after the other, from 1; their lengths."""
-    return torch.tensor([1 + LETTERS.index(c) for word in found for c in word]), torch.tensor(
-        [len(word) for word in found]
-    )
-
-
-def spelled(scores: torch.Tensor) -> list[str]:
-    """The most probable path of each `[T, N, 27]`, repeats and blanks taken out."""
-    read = []
-    for path in scores.argmax(-1).T:
-        kept = [int(c) for c in torch.unique_consecutive(path)]
-        read.append("".join(LETTERS[c - 1] for c in kept if c))
-    return read
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Letters inserted, deleted and replaced (Levenshtein)."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, 1):
-        previous, row = row, [i]
-        for j, b in enumerate(second, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
-    return row[-1]
-
-
-def accuracies(read: Sequence[str], truth: Sequence[str]) -> np.ndarray:
-    """`[N, 2]`: whether a word is right, and the share of its letters that need no edit."""
-    return np.array(
-        [(r == t, max(0.0, 1 - edit_distance(r, t) / len(t))) for r, t in zip(read, truth, strict=True)],
-        np.float64,
-    )
-
-
-def trained(
-    train: tuple[torch.Tensor, Sequence[str]],
-    validation: tuple[torch.Tensor, Sequence[str]],
-    seed: int,
-    epochs: int,
-) -> Reader:
-    """The reader, of those with each weight decay, whose characters are best on the validation split.
-
-    Args:
-        train, validation: columns `[N, C, w]` and words.
-    """
-    best, accuracy = None, -1.0
-    for decay in WEIGHT_DECAYS:
-        torch.manual_seed(seed)
-        reader = Reader(train[0].shape[1])
-        optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=decay)
-        steps = epochs * -(-len(train[0]) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(train[0])).split(BATCH):
-                letters, lengths = encoded([train[1][i] for i in rows])
-                scores = reader(train[0][rows])
-                widths = torch.full((len(rows),), len(scores))
-                loss = F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-        with torch.no_grad():
-            found = accuracies(spelled(reader(validation[0])), validation[1])[:, 1].mean()
-        if found > accuracy:
-            best, accuracy = reader, found
-    return best
 
 
 @register
@@ -227,17 +143,16 @@ class OcrWords(Benchmark):
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        columns = {name: _columns(tower, pictures[name]) for name in parts}
+        least = SIDE // 8  # enough for seven letters
+        columns = {name: ctc_readout.columns(tower, pictures[name], least) for name in parts}
         mean = columns["train"].mean((0, 2), keepdim=True)
         deviation = columns["train"].std((0, 2), keepdim=True) + 1e-6
         columns = {name: (found - mean) / deviation for name, found in columns.items()}
         truth = {name: [word for rows in lines(part) for word, _ in rows] for name, part in parts.items()}
         with one_thread():
             sides = ((columns[name], truth[name]) for name in ("train", "validation"))
-            reader = trained(*sides, seed, EPOCHS)
-            with torch.no_grad():
-                read = spelled(reader(columns["test"]))
-        return accuracies(read, truth["test"]).reshape(-1, LINES, 2).mean(1)
+            read = ctc_readout.trained(*sides, LETTERS, seed, EPOCHS).read(columns["test"])
+        return ctc_readout.accuracies(read, truth["test"]).reshape(-1, LINES, 2).mean(1)
 
 
 def _pictures(part: str) -> Pictures:
@@ -250,14 +165,3 @@ def _pictures(part: str) -> Pictures:
 
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     return Pictures(f"words/{part}/{SIDE}/{digest}", len(rows), make, scale=SCALE, dense=True)
-
-
-def _columns(tower: FeatureStore, pictures: Pictures) -> torch.Tensor:
-    """The columns of each line `[count * LINES, rows * C, w]`, whose rows are averaged to two."""
-    found = []
-    for start in range(0, pictures.count, 64):
-        maps = tower.dense(pictures, start, min(start + 64, pictures.count))
-        width = max(SIDE // 8, maps.shape[3])  # enough for seven letters, whatever the tower's patch
-        maps = F.interpolate(maps, (2 * LINES, width), mode="area")
-        found.append(maps.unflatten(2, (LINES, 2)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1))
-    return torch.cat(found)
