@@ -143,10 +143,10 @@ def test_ious_are_those_of_detectron2(data, tmp_path):
 
     names, rng = [f"class {i}" for i in range(5)], np.random.default_rng(0)
     records, ours, told = [], [], []
-    for number, size in enumerate(((700, 520), (300, 410), (90, 200))):
+    for number, (size, share) in enumerate((((700, 520), 0.9), ((300, 410), 0.5), ((90, 200), 0.2))):
         truth = np.kron(rng.integers(0, 6, (10, 10)), np.ones((70, 52), int))[: size[0], : size[1]]
         predicted = np.where(
-            rng.random(truth.shape) < 0.6, np.minimum(truth, 4), rng.integers(0, 5, truth.shape)
+            rng.random(truth.shape) < share, np.minimum(truth, 4), rng.integers(0, 5, truth.shape)
         )
         truth = np.where(truth == 5, 255, truth).astype(np.uint8)
         file = tmp_path / f"{number}.png"

@@ -281,6 +281,7 @@ def test_instances(store, data, name):
             mask[y : y + h, x : x + w] = True
             # LVIS's list has its ids in another order.
             masks.append((place, [2, 0, 1][what] if "lvis" in name else what, mask))
+    assert found.reshape(6, -1, 3)[..., 0].sum() == len(masks)  # no crowds
     labels, scores = named_by_hand(store, benchmark, masks)
     assert float(benchmark.figure(found.mean(0))) == pytest.approx(expected_figure(labels, scores), abs=1e-9)
 

@@ -254,13 +254,18 @@ class _Dense(sources.RealBenchmark):
         return segmentation.segmented(
             tower,
             pictures["test"],
-            lambda cells: self.scores(tower, cells),
+            lambda cells: class_by_class(self.scores(tower, cells)),
             lambda number: compared(self.test.labels(number)),
             self.classes,
         )
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return segmentation.mean_iou(means)
+
+
+def class_by_class(scores: torch.Tensor) -> torch.Tensor:
+    """Scores `[N, h, w, classes]` laid out in memory class by class: they are interpolated five times as fast."""
+    return scores.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def compared(labels: np.ndarray) -> tuple[torch.Tensor, float]:
