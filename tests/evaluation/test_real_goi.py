@@ -120,7 +120,7 @@ def instances(root: Path, seeds, file_names, categories, *, masks=True) -> dict:
             annotations.append(annotation)
         crowd = dict(annotation, id=9000 + number, iscrowd=1)
         if masks:
-            crowd["segmentation"] = {"size": [64, 96], "counts": [64 * 96]}
+            crowd["segmentation"] = {"size": [64, 96], "counts": [0, 64 * 96]}
         annotations.append(crowd)
     return {"images": images, "annotations": annotations, "categories": categories}
 
