@@ -64,6 +64,17 @@ def test_tower_loads_without_visft(demo, tmp_path):
 
 def test_last_lines_say_what_happened_and_where(demo):
     folder, printed = demo
-    tail = printed[-1500:]
+    tail = printed[-2500:]
     for words in ("boxes, AP50", "masks, AP50", "zero-shot top-1", str(folder / "report.md")):
         assert words in tail
+
+
+def test_short_suite_compares_the_tower_with_its_base(demo):
+    folder, printed = demo
+    families = json.loads((folder / "out_of_domain" / "results.json").read_text())["families"]
+    found = {row["name"]: row for row in families}
+    assert set(found) == {"zero-shot", "few-shot", "retrieval", "goi", "dense"}
+    # What the shipped tower reaches, and two iterations hardly change.
+    assert found["zero-shot"]["base"] > 40 and abs(found["zero-shot"]["difference"]) < 5
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in families)
+    assert "few-shot" in printed[-2500:] and "report.html" in printed[-2500:]

@@ -8,17 +8,26 @@ from pathlib import Path
 
 import torch
 
+from visft.backbone import open_clip_zoo
 from visft.checkpoint import files
 from visft.checkpoint.run import newest_checkpoint
 from visft.data.demo_world import dataset
 from visft.engine import cli, launch, settings
 from visft.errors import CheckpointError, TrainingError
+from visft.evaluation.benchmarks import Context, report, resolve, suite
 from visft.model_zoo import get_config_file
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(dataset.__file__).with_name("weights")
 """Where the demo's shipped weights are: the tower, and `heads_demo_<head>.safetensors`."""
+
+EXPORTED = Path("export") / "visft_backbone.safetensors"
+OUT_OF_DOMAIN = "out_of_domain"
+"""Folder of the suite's short form in a run's."""
+
+_SUITE = ("zero-shot emoji", "few-shot digits", "retrieval scenes", "goi zero-shot", "dense text")
+"""The benchmarks that need a minute for both towers; the whole suite takes six."""
 
 _FIGURES = {
     "detection/bbox/AP50": "boxes, AP50 on unseen scenes",
@@ -43,7 +52,24 @@ def _demo(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _make_data(dataset.default_root(), args.num_train, args.num_val)
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
+    if (folder / EXPORTED).is_file():  # VISFT.EXPORT may say otherwise
+        evaluate_out_of_domain(folder)
     print(summary(folder), flush=True)
+
+
+def evaluate_out_of_domain(folder: str | os.PathLike) -> dict:
+    """The short form of tools/evaluate_backbone.py on the exported tower; returns what is in its results.json.
+
+    Args:
+        folder: OUTPUT_DIR of a finished run of the demo's tower.
+    """
+    folder = Path(folder)
+    logger.info("out of domain: %s", ", ".join(_SUITE))
+    name, tag = open_clip_zoo.TINY, open_clip_zoo.TINY_TAG
+    entries = [suite.Entry("base", tag), suite.Entry("tuned", str(folder / EXPORTED))]
+    found = suite.run(name, entries, resolve(_SUITE), Context(), seeds=1, output=folder / OUT_OF_DOMAIN)
+    report.write(found, folder / OUT_OF_DOMAIN)
+    return found
 
 
 def summary(folder: str | os.PathLike) -> str:
@@ -71,11 +97,22 @@ def summary(folder: str | os.PathLike) -> str:
     lines += rows
     if fell:
         lines.append(f"What fell: {', '.join(fell)}. It is reported as it is.")
+    elsewhere = folder / OUT_OF_DOMAIN / "results.json"
+    if elsewhere.is_file():
+        lines.append(
+            "Of things that no training scene showed (short form; 95 % intervals of the difference):"
+        )
+        for row in files.read_json(elsewhere)["families"]:
+            lines.append(
+                f"  {row['name']:36}{row['base']:8.1f}{row['tuned']:8.1f}   {row['difference']:+.1f} "
+                f"({row['low']:+.1f} to {row['high']:+.1f}), {row['verdict']}"
+            )
     lines += [
         f"Report    {folder / 'report.md'}",
+        *([f"          {elsewhere.with_name('report.html')}"] if elsewhere.is_file() else []),
         f"Pictures  {folder / 'predictions'}",
-        f"Tower     {folder / 'export' / 'visft_backbone.safetensors'}",
-        f"          open_clip.create_model('local-dir:{folder / 'export'}')",
+        f"Tower     {folder / EXPORTED}",
+        f"          open_clip.create_model('local-dir:{folder / EXPORTED.parent}')",
     ]
     return "\n".join(lines)
 

@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-
-from visft.errors import DataError
 
 from ..features import FeatureStore, Pictures
 from ..readout import chosen_on_validation
@@ -78,12 +77,14 @@ class FewShotDigits(Benchmark):
 
     name, family, metric = "few-shot digits", "few-shot", "accuracy on digits, mean over 1 to 16 shots"
 
+    @classmethod
+    def missing(cls, context: Context) -> str | None:
+        return None if find_spec("sklearn") else "needs scikit-learn: pip install 'visft[eval]'"
+
     def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the pictures to train on and to test on, all pictures `[N, 8, 8]`, all labels."""
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError("few-shot digits needs scikit-learn: pip install 'visft[eval]'") from error
+        from sklearn.datasets import load_digits
+
         digits = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.target))
         first, second = order[: len(order) // 2], order[len(order) // 2 :]
