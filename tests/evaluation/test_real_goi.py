@@ -79,6 +79,8 @@ def ade20k(root: Path, counts=(("training", 15), ("validation", 6)), classes=ran
             coded = np.array([[d % 256, d // 256 % 256, d // 65536] for d in ids], np.uint8)[which]
             coded[:1] = 0  # no segment
             save(root / ADE / f"ade20k_panoptic_{short}" / f"{name}.png", coded)
+            labels = np.array([(*THINGS, *STUFF)[kind] + 1 for kind, _ in objects], np.uint8)[which]
+            save(root / ADE / "annotations" / split / f"{name}.png", labels)
             infos = [
                 {
                     "id": ids[number],
@@ -362,13 +364,14 @@ def test_more_regions_than_a_probe_takes_are_left(data):
     assert counts.tolist() == [2, 2, 2]
 
 
-def test_one_set_of_pictures_for_all_kinds(data):
+def test_one_set_of_pictures_for_all_kinds_and_for_segmentation(data):
     sets = [
         registered()[f"goi {method} ade20k {kind}"](Context(data=data)).pictures(0)
         for method in ("zero-shot", "probe")
         for kind in regions.KINDS
     ]
-    assert len({found["test"].identity for found in sets}) == 1
+    segmented = registered()["dense text ade20k"](Context(data=data)).pictures(0)
+    assert {found["test"].identity for found in sets} == {segmented["test"].identity}
     assert sets[0]["test annotations"].count == 0
 
 

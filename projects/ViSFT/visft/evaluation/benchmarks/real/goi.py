@@ -117,6 +117,7 @@ DATA_SETS = {
         trains_on={},
         load=_objects365,
         kinds=("boxes",),
+        item_set="objects365 val",
     ),
     "coco": DataSet(
         needs={
