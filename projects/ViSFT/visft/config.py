@@ -68,6 +68,34 @@ def _add_heads(cfg: CN) -> None:
     # Weight files (or `visft://NAME`) that the heads start from, ours or the authors'; (): fresh heads.
     visft.HEAD_FILES = ()
 
+    # Objectives of the tower itself in stage `lora`, beside the heads, by the names of their nodes below (lower case).
+    # Without heads (HEADS (), HEAD_FILES (), VISFT.STAGES ("lora",)) they are all that trains. They see the pictures
+    # that the heads are given; without heads, those that they can learn from. BALANCE_GRADIENTS leaves them alone.
+    visft.OBJECTIVES = ()
+
+    # 1 - cosine between the CLIP embedding of a picture and that of the tower before tuning.
+    visft.ANCHOR = anchor = CN()
+    anchor.OBJECTIVE = "Anchor"  # in VISFT_OBJECTIVES_REGISTRY
+    anchor.WEIGHT = 1.0
+    # Side of the picture in pixels, both sides being resized to it; 0: the size that the tower was pretrained at.
+    anchor.SIZE = 0
+
+    # CLIP's own loss on pictures and captions; text tower and logit scale are the base's, and frozen.
+    visft.CONTRASTIVE = contrastive = CN()
+    contrastive.OBJECTIVE = "Contrastive"
+    contrastive.WEIGHT = 1.0
+    contrastive.SIZE = 0  # as ANCHOR's
+
+    # 1 - cosine between the mean dense feature of a region and the embedding that the tower before tuning has of the
+    # region, cut out (CLIPSelf's idea).
+    visft.SELF_DISTILLATION = distillation = CN()
+    distillation.OBJECTIVE = "SelfDistillation"
+    distillation.WEIGHT = 1.0
+    # `boxes`: the annotated ones. `grid`: m x n parts of the picture, which needs no labels.
+    distillation.REGIONS = "grid"
+    distillation.GRID = 6  # m and n are drawn from 1 to this
+    distillation.MAX_REGIONS = 16  # of a picture, drawn where there are more; 0: all
+
     visft.DETECTION = det = CN()
     # Class in VISFT_HEADS_REGISTRY: DETRHead, or RCNNHead (which reads detectron2's own MODEL.RPN, MODEL.ROI_* keys).
     det.HEAD = "DETRHead"

@@ -1,7 +1,8 @@
 """The meta-architecture of ViSFT: one pass through the tower feeds every head that has labels."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -11,11 +12,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
 from .gradient_balance import balanced_copies
-from .heads import Caption, build_head, rcnn  # noqa: F401  (registers RCNNHead)
+from .heads import Caption, build_head, head_names, rcnn  # noqa: F401  (registers RCNNHead)
+from .objectives import Batch, ObjectiveGroup, build_objectives
+from .objectives.group import draw_number
+from .zero_gradient import zero_for
 
 STAGES = ("heads", "lora")
 TUNES = ("lora", "full")
@@ -35,6 +38,7 @@ class ViSFT(nn.Module):
     Attributes:
         backbone: the tower.
         heads: the heads by name; a ModuleDict.
+        objectives: the objectives of the tower itself, which act in stage `lora`; no module.
         stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the tower trains, as
             `tune` says; the heads are frozen (evaluation mode, so without dropout) unless `freeze_heads` is False.
     """
@@ -49,6 +53,7 @@ class ViSFT(nn.Module):
         balance_gradients: bool = False,
         tune: str = "lora",
         freeze_heads: bool = True,
+        objectives: ObjectiveGroup | None = None,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         stage: str = "heads",
@@ -62,6 +67,7 @@ class ViSFT(nn.Module):
                 loss weights (see `balanced_copies`).
             tune: what trains in the tower in stage `lora`: its adapters (`lora`), or all its weights (`full`).
             freeze_heads: False: the heads train in stage `lora` too.
+            objectives: losses on the tower without a head, in stage `lora`; made for this backbone before its tuning.
             pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
             stage: `heads` or `lora`.
 
@@ -84,6 +90,7 @@ class ViSFT(nn.Module):
                 "full: all its weights)"
             )
         self.tune, self.freeze_heads = tune, freeze_heads
+        self.objectives = ObjectiveGroup({}) if objectives is None else objectives
         self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
         for name, given in (("mean", pixel_mean), ("std", pixel_std)):
             value = self._pixel_values(name, given)
@@ -93,12 +100,14 @@ class ViSFT(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """Heads by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
+        """Heads and objectives by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
         node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
-        known = [key.lower() for key, value in node.items() if isinstance(value, CfgNode)]
-        if not names or len(set(names)) != len(names):
+        known = head_names(cfg)
+        alone = tuple(cfg.VISFT.STAGES) == ("lora",) and node.OBJECTIVES
+        if not (names or alone) or len(set(names)) != len(names):
             raise ConfigError(
-                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(known)}, each once"
+                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(known)}, each once (none only with "
+                "MODEL.VISFT.OBJECTIVES and VISFT.STAGES ('lora',))"
             )
         for name in names:
             if name not in known:
@@ -126,6 +135,7 @@ class ViSFT(nn.Module):
             "balance_gradients": node.BALANCE_GRADIENTS,
             "tune": node.TUNE,
             "freeze_heads": node.FREEZE_HEADS,
+            "objectives": build_objectives(cfg, backbone),
             "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
             "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
             "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
@@ -186,11 +196,30 @@ class ViSFT(nn.Module):
         return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
 
     def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """Weighted losses, `head/loss`, of every head that has labels in the batch.
+        """Weighted losses, `head/loss`, of every head that has labels in the batch, and of every objective.
 
-        Pictures without labels for any head are not computed. With several processes, a head divides by the mean of
+        Pictures without labels for any of them are not computed. With several processes, a head divides by the mean of
         its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
         """
+
+        @functools.cache
+        def extract(rows: tuple[int, ...]) -> tuple:
+            return self.extract([batched_inputs[i] for i in rows])
+
+        # Drawn first: heads with dropout leave the processes' generators in different states.
+        active = self.stage == "lora" and len(self.objectives) > 0
+        batch = Batch(self.backbone, batched_inputs, extract, draw_number(), self.device) if active else None
+        losses, labelled = self._head_losses(batched_inputs, extract) if self.heads else ({}, {})
+        if batch is not None:
+            losses |= self.objectives.losses(batch)
+        # A leaf of its own: `backward` can be called and leads nowhere.
+        losses = losses or {UNLABELLED: self.pixel_mean.new_zeros((), requires_grad=True)}
+        return self._complete(losses, labelled, tower=any(labelled.values()) or bool(batch and batch.ran))
+
+    def _head_losses(
+        self, batched_inputs: list[dict], extract: Callable[[tuple[int, ...]], tuple]
+    ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """The heads' losses, the same names in every process, and the indices of each head's pictures."""
         labelled = {
             name: [
                 i
@@ -206,7 +235,7 @@ class ViSFT(nn.Module):
         balance = self.balance_gradients and self.stage == "lora" and len(balanced) > 1
         if union:
             images = [batched_inputs[i] for i in union]
-            features, padding_mask, image_sizes, padded_size = self.extract(images)
+            features, padding_mask, image_sizes, padded_size = extract(tuple(union))
             maps = balanced_copies(features, balanced) if balance else dict.fromkeys(self.heads, features)
             for name, head in self.heads.items():
                 rows = [union.index(i) for i in labelled[name]]
@@ -224,13 +253,19 @@ class ViSFT(nn.Module):
                 losses.update(
                     {f"{name}/{key}": self.loss_weights[name] * value for key, value in own.items()}
                 )
-        losses = self._complete(losses, labelled, holders)
+        # detectron2's trainer averages rank 0's losses by name over all processes.
+        nothing = self.pixel_mean.new_zeros
+        if any(0 < count < comm.get_world_size() for count in holders.values()):
+            names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
+            losses = {
+                name: losses[name] if name in losses else nothing((), requires_grad=True) for name in names
+            }
         if balance and not union:
             # The other processes wait for this one's norms, in their backward pass.
-            idle = balanced_copies(self.pixel_mean.new_zeros((), requires_grad=True), balanced)
+            idle = balanced_copies(zero_for(self.backbone.parameters(), self.device), balanced)
             first = next(iter(losses))
             losses[first] = losses[first] + 0 * sum(idle.values())
-        return losses
+        return losses, labelled
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """What each head predicts, in coordinates of the original pictures, under its name.
@@ -313,30 +348,19 @@ class ViSFT(nn.Module):
         return means, {name: int(number) for name, number in zip(counts, held.tolist(), strict=True)}
 
     def _complete(
-        self, losses: dict[str, Tensor], labelled: dict[str, list[int]], holders: dict[str, int]
+        self, losses: dict[str, Tensor], labelled: dict[str, list[int]], *, tower: bool
     ) -> dict[str, Tensor]:
-        """Give every process the same losses, and DistributedDataParallel a gradient for all that trains.
+        """Give DistributedDataParallel a gradient for all that trains.
 
-        detectron2's trainer averages rank 0's losses by name over all processes; DistributedDataParallel without
-        `find_unused_parameters` waits for every parameter. Where a head has no labels both get zeros, without its
-        forward being run.
+        Without `find_unused_parameters` it waits for every parameter. Where a head has no labels, or the `tower` did
+        not run, it gets zeros, without its forward being run.
         """
-        # Leaves of their own: `backward` can be called and leads nowhere.
-        nothing = self.pixel_mean.new_zeros
-        if any(0 < count < comm.get_world_size() for count in holders.values()):
-            names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
-            losses = {
-                name: losses[name] if name in losses else nothing((), requires_grad=True) for name in names
-            }
-        losses = losses or {UNLABELLED: nothing((), requires_grad=True)}
-        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
-            untouched = [] if any(labelled.values()) else list(self.backbone.parameters())
-            for name, rows in labelled.items():
-                untouched += [] if rows else list(self.heads[name].parameters())
-            untouched = [parameter for parameter in untouched if parameter.requires_grad]
-            if untouched:
-                first = next(iter(losses))
-                losses[first] = losses[first] + _ZeroGradient.apply(*untouched)
+        untouched = [] if tower else list(self.backbone.parameters())
+        for name, rows in labelled.items():
+            untouched += [] if rows else list(self.heads[name].parameters())
+        if untouched:
+            first = next(iter(losses))
+            losses[first] = losses[first] + zero_for(untouched, self.device)
         return losses
 
 
@@ -353,19 +377,6 @@ def map_name(backbone: Backbone) -> str:
             "build_clip_vit_backbone"
         )
     return names[0]
-
-
-class _ZeroGradient(torch.autograd.Function):
-    """Zero, with a zero gradient for each parameter given; no arithmetic on them."""
-
-    @staticmethod
-    def forward(ctx, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return torch.zeros((), device=parameters[0].device)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros((), dtype=t, device=d).expand(shape) for shape, t, d in ctx.like)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

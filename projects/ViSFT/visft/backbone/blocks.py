@@ -85,9 +85,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _adapted(block: nn.Module, key: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A projection's output `y` of `x`, plus its adapter's when there is one that is not merged."""
+    """A projection's output `y` of `x`, plus its adapter's when there is one that acts."""
     lora = getattr(block, "lora", None)
-    if lora is None or lora.merged or key not in lora:
+    if lora is None or lora.merged or lora.off or key not in lora:
         return y
     return y + lora[key](x)
 

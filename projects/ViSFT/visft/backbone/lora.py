@@ -3,6 +3,7 @@
 Adapters live at `block.lora.<projection>.lora_A / lora_B`; the tower's own parameters keep their names and places.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -59,9 +60,11 @@ class Adapter(nn.Module):
 
 
 class BlockLora(nn.ModuleDict):
-    """The adapters of one block, by projection key. While `merged` they are part of the weights and do not act."""
+    """The adapters of one block, by projection key. While `merged` they are part of the weights and do not act; while
+    `off` they do not act either (see `switched_off`)."""
 
     merged = False
+    off = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,28 @@ def unmerge(backbone: nn.Module) -> nn.Module:
         site.adapter.base = None
     _set_merged(backbone, False)
     return backbone
+
+
+@contextlib.contextmanager
+def switched_off(backbone: nn.Module) -> Iterator[None]:
+    """Within the block the adapters do not act: the backbone computes what it did before `inject`.
+
+    A graph that was built outside must not recompute activations within (ACTIVATION_CHECKPOINTING), so no backward pass
+    belongs into the block.
+
+    Raises:
+        ConfigError: there are no adapters, or they are merged.
+    """
+    _require(backbone, merged=False)
+    adapters = [block.lora for block in backbone.blocks if hasattr(block, "lora")]
+    before = [lora.off for lora in adapters]
+    for lora in adapters:
+        lora.off = True
+    try:
+        yield
+    finally:
+        for lora, off in zip(adapters, before, strict=True):
+            lora.off = off
 
 
 def merged_tensors(backbone: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

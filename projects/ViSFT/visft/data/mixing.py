@@ -75,10 +75,11 @@ def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]
     Args:
         cfg: reads DATASETS.TRAIN, DATALOADER.{FILTER_EMPTY_ANNOTATIONS, SAMPLER_TRAIN, REPEAT_THRESHOLD,
             REPEAT_SQRT} and VISFT.TASK_MIXING.
-        has_labels: each head's `has_labels`, by the head's name.
+        has_labels: the `has_labels` of each head, and of each objective of the tower, by its name.
 
     Raises:
-        DataError: a data set is broken, or there is no picture for any head (mixing by ratio: for one of them).
+        DataError: a data set is broken, or there is no picture for any head (mixing by ratio: for one of them), or none
+            for an objective among those that the heads are given.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     records = load_records(names, train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
@@ -87,18 +88,29 @@ def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]
         head: np.flatnonzero([labelled(outline) for outline in outlines])
         for head, labelled in has_labels.items()
     }
-    missing = [head for head, found in rows.items() if not len(found)]
-    if len(missing) == len(rows) or (missing and cfg.VISFT.TASK_MIXING == "ratio"):
+    objectives = [name for name in rows if name in cfg.MODEL.VISFT.OBJECTIVES]
+    heads = [name for name in rows if name not in objectives]
+    missing = [head for head in heads if not len(rows[head])]
+    if missing and (len(missing) == len(heads) or cfg.VISFT.TASK_MIXING == "ratio"):
         raise DataError(
             f"DATASETS.TRAIN ({', '.join(names)}): none of its {len(records)} pictures has labels for the head "
             f"`{missing[0]}`; add a data set that has, or leave the head out of MODEL.VISFT.HEADS"
         )
     for head in missing:
         logger.warning("no picture of %s has labels for the head %s: it learns nothing", names, head)
-    useful = len(functools.reduce(np.union1d, rows.values()))
+    drawn = functools.reduce(np.union1d, [rows[name] for name in heads or objectives])
+    for name in objectives:
+        if not len(np.intersect1d(rows[name], drawn)):
+            raise DataError(
+                f"DATASETS.TRAIN ({', '.join(names)}): the objective `{name}` can learn from none of its {len(drawn)} "
+                "pictures that are shown; add a data set that it can, or leave it out of MODEL.VISFT.OBJECTIVES"
+            )
+    useful = len(drawn)
     if useful < len(records):
         logger.info(
-            "%d of %d pictures have labels for no head, and are left out", len(records) - useful, len(records)
+            "%d of %d pictures have no labels that are learned, and are left out",
+            len(records) - useful,
+            len(records),
         )
     return LabelledPictures(DatasetFromList(records, copy=False), rows, build_repeats(cfg, records))
 
@@ -109,7 +121,8 @@ def build_stage_loader(
     """The endless batches of a stage, mixed as `VISFT.TASK_MIXING` says, from an iteration of the trainer on.
 
     Args:
-        cfg: reads VISFT.{TASK_MIXING, TASK_RATIOS, TASKS, INPUT, SOLVER}, MODEL.VISFT.HEADS, INPUT and DATALOADER.
+        cfg: reads VISFT.{TASK_MIXING, TASK_RATIOS, TASKS, INPUT, SOLVER}, MODEL.VISFT.{HEADS, OBJECTIVES}, INPUT and
+            DATALOADER.
         stage: `heads` or `lora`; each has its own order of pictures and tasks.
         start_iteration: the trainer's iteration to go on from; each takes ACCUMULATE batches.
         seed: of the run; the same in all processes, and after a restart.
@@ -118,7 +131,7 @@ def build_stage_loader(
         ConfigError: the processes cannot share a batch evenly.
     """
     solver = cfg.VISFT.SOLVER[stage.upper()]
-    heads = tuple(cfg.MODEL.VISFT.HEADS)
+    heads = tuple(cfg.MODEL.VISFT.HEADS or cfg.MODEL.VISFT.OBJECTIVES)
     seed = derived_seed(seed, stage)
     if cfg.VISFT.TASK_MIXING == "joint":
         return build_train_loader(

@@ -16,12 +16,13 @@ from visft.data.repeat_factor import check_sampler
 from visft.engine import vocabulary
 from visft.engine.settings import unknown
 from visft.engine.task_checks import RECIPES, check_tasks
-from visft.engine.tuning_checks import check_tuning
+from visft.engine.tuning_checks import check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
-from visft.heads import VISFT_HEADS_REGISTRY
+from visft.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.heads.classification import CLASS_LOSSES
 from visft.heads.federated import class_image_counts
+from visft.objectives import objective_class
 
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -48,6 +49,9 @@ def check(
     _data_sets(cfg, train, test)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         vocabulary.check(cfg, train=train)
+        if train and "lora" in cfg.VISFT.STAGES:
+            for name in cfg.MODEL.VISFT.OBJECTIVES:
+                objective_class(cfg, name).check_data(cfg, name)
         _class_losses(cfg)
     _weight_files(cfg)
 
@@ -135,8 +139,8 @@ def _lora(cfg: CfgNode) -> None:
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:
     node = cfg.MODEL.VISFT
-    known = [name.lower() for name, value in node.items() if isinstance(value, CfgNode)]
-    if not node.HEADS:
+    known = head_names(cfg)
+    if not node.HEADS and not node.OBJECTIVES:
         raise ConfigError(f"MODEL.VISFT.HEADS is empty; expected some of {', '.join(known)}")
     classes = [name for name, _ in VISFT_HEADS_REGISTRY]
     for head in node.HEADS:
@@ -160,6 +164,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
         raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
     check_tuning(cfg)
+    check_objectives(cfg)
     check_tasks(cfg, processes)
     _exports(cfg)
     is_fast(cfg.VISFT.COCO_METRIC)

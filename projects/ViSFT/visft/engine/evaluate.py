@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Flat figures, `detection/bbox/AP50` and so on, in per cent; empty on all but the main process.
+    """Flat figures, `detection/bbox/AP50` and so on, in per cent; empty on all but the main process, and without heads.
 
     With several data sets in DATASETS.TEST each figure's name begins with its data set's.
     """
     figures: dict[str, float] = {}
-    for name in cfg.DATASETS.TEST:
+    for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name))
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
@@ -31,6 +31,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
-    """Pictures of the first data set in DATASETS.TEST: ground truth beside each head's prediction."""
+    """Draw pictures of the first of DATASETS.TEST: ground truth beside each head's prediction; none without heads."""
+    if not cfg.MODEL.VISFT.HEADS:
+        return
     mapper = build_test_mapper(cfg)
     draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=cfg.MODEL.VISFT.HEADS)

@@ -58,7 +58,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     state = _start(cfg, folder, resume=args.resume)
     cfg = with_vocabulary(cfg, folder)
     model = initial_model(cfg, state.seed)
-    has_labels = {name: head.has_labels for name, head in model.heads.items()}
+    parts = [*model.heads.items(), *model.objectives.items()]
+    has_labels = {name: part.has_labels for name, part in parts}
     pictures = functools.cache(lambda: load_labelled(cfg, has_labels))
     if not state.evaluations:
         pictures()  # data without labels for a head stops the run before anything is computed
@@ -309,7 +310,7 @@ def _require_heads(cfg: CfgNode, folder: Path) -> None:
     """Said when the tower was trained through frozen heads that nobody has trained."""
     node, stages = cfg.MODEL.VISFT, cfg.VISFT.STAGES
     trained = "heads" in stages or node.HEAD_FILES or cfg.MODEL.WEIGHTS
-    if node.FREEZE_HEADS and not trained:
+    if node.HEADS and node.FREEZE_HEADS and not trained:
         logger.warning("stage lora ran through fresh heads: set MODEL.VISFT.HEAD_FILES, or add stage heads")
 
 

@@ -34,7 +34,16 @@ _TASK_KEYS = (
 """What a run says of tasks, and of the heads it starts from, acts in its stage lora: all heads are trained in stage 1,
 and measured."""
 
-_LORA_KEYS = ("MODEL.LORA.", "MODEL.VISFT.TUNE", "MODEL.VISFT.FREEZE_HEADS", "VISFT.SOLVER.LORA.")
+_LORA_KEYS = (
+    "MODEL.LORA.",
+    "MODEL.VISFT.TUNE",
+    "MODEL.VISFT.FREEZE_HEADS",
+    "MODEL.VISFT.OBJECTIVES",
+    "MODEL.VISFT.ANCHOR.",
+    "MODEL.VISFT.CONTRASTIVE.",
+    "MODEL.VISFT.SELF_DISTILLATION.",
+    "VISFT.SOLVER.LORA.",
+)
 
 MEASURES = {
     "detection": "detection/bbox/AP50",

@@ -1,10 +1,11 @@
-"""What is checked of what stage `lora` trains, before anything is built."""
+"""What is checked of what stage `lora` trains and by what, before anything is built."""
 
 from detectron2.config import CfgNode
 
 from visft.engine.settings import unknown
 from visft.errors import ConfigError
 from visft.meta_arch import TUNES
+from visft.objectives import objective_class
 
 
 def check_tuning(cfg: CfgNode) -> None:
@@ -31,3 +32,33 @@ def check_tuning(cfg: CfgNode) -> None:
             f"VISFT.SOLVER.LORA.BASE_LR is {cfg.VISFT.SOLVER.LORA.BASE_LR} and MODEL.VISFT.FREEZE_HEADS is False: the "
             "heads' rate is a multiple of it; set it above 0, or train the heads alone in stage heads"
         )
+
+
+def check_objectives(cfg: CfgNode) -> None:
+    """Check MODEL.VISFT.OBJECTIVES and their keys, and what cannot be without heads.
+
+    Raises:
+        ConfigError: the first that is wrong.
+    """
+    node, run = cfg.MODEL.VISFT, cfg.VISFT
+    for name in node.OBJECTIVES:
+        objective_class(cfg, name).check(cfg, name)
+    if len(set(node.OBJECTIVES)) != len(node.OBJECTIVES):
+        raise ConfigError(f"MODEL.VISFT.OBJECTIVES names an objective twice: {', '.join(node.OBJECTIVES)}")
+    if node.HEADS:
+        return
+    if tuple(run.STAGES) != ("lora",):
+        raise ConfigError(
+            f"MODEL.VISFT.HEADS is empty and VISFT.STAGES is {tuple(run.STAGES)}: without heads there is the tower's "
+            "stage alone; set STAGES to ('lora',)"
+        )
+    for key, wrong, expected in (
+        ("MODEL.VISFT.HEAD_FILES", node.HEAD_FILES, "()"),
+        ("MODEL.VISFT.FREEZE_HEADS", not node.FREEZE_HEADS, "True"),
+        ("MODEL.VISFT.BALANCE_GRADIENTS", node.BALANCE_GRADIENTS, "False"),
+        ("VISFT.TASK_MIXING", run.TASK_MIXING == "ratio", "joint"),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"MODEL.VISFT.HEADS is empty, so {key} has no head to act on; set it to {expected}"
+            )

@@ -7,7 +7,7 @@ from visft.heads.captioning import Caption, CaptioningHead
 from visft.heads.detr import DETRHead
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.mask2former import Mask2FormerHead
-from visft.heads.registry import VISFT_HEADS_REGISTRY, build_head
+from visft.heads.registry import VISFT_HEADS_REGISTRY, build_head, head_names
 from visft.heads.vocabulary import Vocabulary
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "VisftHead",
     "Vocabulary",
     "build_head",
+    "head_names",
     "label_space",
 ]

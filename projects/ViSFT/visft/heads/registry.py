@@ -16,6 +16,12 @@ the head's name in MODEL.VISFT.HEADS, whose node MODEL.VISFT.<NAME> holds its ke
 """
 
 
+def head_names(cfg: CfgNode) -> list[str]:
+    """The names that MODEL.VISFT.HEADS may have: those of the nodes with a key HEAD."""
+    nodes = cfg.MODEL.VISFT.items()
+    return [key.lower() for key, value in nodes if isinstance(value, CfgNode) and "HEAD" in value]
+
+
 def build_head(cfg: CfgNode, name: str, input_shape: ShapeSpec | Mapping[str, ShapeSpec]) -> VisftHead:
     """Build the head `name` of MODEL.VISFT.HEADS.
 
@@ -27,9 +33,8 @@ def build_head(cfg: CfgNode, name: str, input_shape: ShapeSpec | Mapping[str, Sh
     """
     node = cfg.MODEL.VISFT.get(name.upper())
     if not isinstance(node, CfgNode) or "HEAD" not in node:
-        known = [key.lower() for key, value in cfg.MODEL.VISFT.items() if isinstance(value, CfgNode)]
         raise ConfigError(
-            f"MODEL.VISFT.HEADS names {name!r}, which has no config node: known are {', '.join(known)}"
+            f"MODEL.VISFT.HEADS names {name!r}, which has no config node: known are {', '.join(head_names(cfg))}"
         )
     if node.HEAD not in VISFT_HEADS_REGISTRY:
         known = [key for key, _ in VISFT_HEADS_REGISTRY]

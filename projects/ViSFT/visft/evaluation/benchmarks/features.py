@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from visft.backbone.patch_text import patch_embeddings
 from visft.errors import ConfigError
 
-from .patch_text import patch_embeddings
 from .towers import Tower
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,10 @@ class FeatureStore:
         total = sum(self.text([template.format(name) for name in names]) for template in templates)
         return torch.nn.functional.normalize(total, dim=-1)
 
+    @torch.no_grad()
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
-        return patch_embeddings(self.tower.clip.visual, features)
+        return patch_embeddings(self.tower.clip.visual, features).cpu()
 
     def release(self, pictures: Pictures) -> None:
         """Forget a set's features."""

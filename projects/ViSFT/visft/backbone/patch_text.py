@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 
-@torch.no_grad()
 def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, section 3.2).
 
@@ -13,10 +12,10 @@ def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
 
     Args:
         visual: open_clip's vision tower.
-        features: after the tower's last norm (`FeatureStore.dense`), `[..., C]`.
+        features: after the tower's last norm (`last_feat` of a CLIPViT), `[..., C]`.
 
     Returns:
-        `[..., D]` of unit length, float32 on the CPU.
+        `[..., D]` of unit length, float32 on the tower's device.
     """
     parameter = next(visual.parameters())
     shape, rows = features.shape[:-1], features.reshape(-1, features.shape[-1])
@@ -33,7 +32,7 @@ def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
         if visual.attn_pool is not None:
             rows = visual.ln_post(_value(visual.attn_pool, rows))
         rows = rows if visual.proj is None else rows @ visual.proj
-    return nn.functional.normalize(rows.float(), dim=-1).cpu().view(*shape, -1)
+    return nn.functional.normalize(rows.float(), dim=-1).view(*shape, -1)
 
 
 def _value(pool: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""CLIP's own training, continued on the pictures and captions of the fine-tuning."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import Tensor
+
+from visft.backbone import CLIPViT
+from visft.backbone.text_tower import TextTower
+from visft.data.captions import check_captions
+from visft.errors import DataError
+from visft.heads.vocabulary import split_words
+from visft.objectives.base import Objective, check_size
+from visft.objectives.batch import Batch
+from visft.objectives.gather import gather_rows, row_counts
+from visft.objectives.registry import VISFT_OBJECTIVES_REGISTRY
+from visft.zero_gradient import zero_for
+
+
+@VISFT_OBJECTIVES_REGISTRY.register()
+class Contrastive(Objective):
+    """Symmetric cross-entropy of pictures and captions (CLIP, arXiv 2103.00020, figure 3), all processes' together.
+
+    The text tower and the logit scale are the base's and frozen. One caption of a picture is drawn for a pass. Pictures
+    whose captions are the same to the text tower are no negatives of each other: such a pair is left out of both
+    softmaxes, and each picture's target stays its own caption.
+    """
+
+    collective = True
+
+    def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
+        super().__init__(cfg, name, backbone)
+        self.size = cfg.MODEL.VISFT[name.upper()].SIZE
+        self.text = TextTower(backbone)
+
+    @classmethod
+    def check(cls, cfg: CfgNode, name: str) -> None:
+        super().check(cfg, name)
+        check_size(cfg, f"MODEL.VISFT.{name.upper()}.SIZE", cfg.MODEL.VISFT[name.upper()].SIZE)
+
+    @classmethod
+    def check_data(cls, cfg: CfgNode, name: str) -> None:
+        if not sum(check_captions(data_set) for data_set in cfg.DATASETS.TRAIN):
+            raise DataError(
+                f"MODEL.VISFT.OBJECTIVES has {name}, which learns from captions, and no picture of DATASETS.TRAIN "
+                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: give some by VISFT.DATA.TRAIN_CAPTIONS, or leave it out"
+            )
+
+    def has_labels(self, image: dict) -> bool:
+        return any(split_words(caption) for caption in image.get("captions", ()))
+
+    def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
+        tokens = self.text.tokens([self.caption(batch, row) for row in rows] or [""], batch.device)
+        texts = self.text(tokens)
+        if rows:
+            images = F.normalize(batch.embeddings(rows, self.size).float(), dim=-1)
+        else:  # only its shape is needed, to take part
+            tokens, texts = tokens[:0], texts[:0]
+            images = texts + zero_for(batch.backbone.parameters(), batch.device)
+        counts = row_counts(len(rows), batch.device)
+        everyone = [gather_rows(part, counts) for part in (images, texts, tokens)]
+        first = sum(counts[: comm.get_rank()])
+        return symmetric_loss((images, texts, tokens), everyone, first, self.text.logit_scale) / normalizer
+
+    def caption(self, batch: Batch, row: int) -> str:
+        """The caption of a picture that this pass learns."""
+        captions = [caption for caption in batch.images[row]["captions"] if split_words(caption)]
+        return captions[int(torch.randint(len(captions), (1,), generator=batch.generator(row)))]
+
+
+def symmetric_loss(
+    own: tuple[Tensor, Tensor, Tensor], everyone: list[Tensor], first: int, scale: float
+) -> Tensor:
+    """The sum over own pairs of the mean of both cross-entropies.
+
+    Args:
+        own: picture embeddings and text embeddings `[n, D]` of unit length, and tokens `[n, L]`.
+        everyone: the same of all processes `[N, ...]`.
+        first: where the own rows begin in them.
+        scale: of the cosines.
+    """
+    (images, texts, tokens), (all_images, all_texts, all_tokens) = own, everyone
+    target = torch.arange(first, first + len(images), device=images.device)
+    same = (tokens[:, None] == all_tokens[None]).all(-1)
+    same[torch.arange(len(images), device=images.device), target] = False
+    total = images.new_zeros(())
+    with torch.autocast(images.device.type, enabled=False):
+        for rows, columns in ((images, all_texts), (texts, all_images)):
+            logits = (scale * rows @ columns.T).masked_fill(same, float("-inf"))
+            total = total + F.cross_entropy(logits, target, reduction="sum") / 2
+    return total

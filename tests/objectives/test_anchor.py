@@ -1,0 +1,102 @@
+"""The anchor: nothing at first, then the cosine distance to what open_clip's own base says."""
+
+import numpy as np
+import pytest
+import torch
+from objective_models import assert_close, base_of, captioned, gradients, normalised, with_objectives
+from PIL import Image
+from test_meta_arch import losses_of, picture
+
+from visft.backbone import lora
+from visft.errors import ConfigError
+from visft.objectives.batch import resized
+
+FULL = ("MODEL.VISFT.TUNE", "full")
+
+
+@pytest.mark.parametrize("options", [(), FULL])
+def test_exactly_zero_before_the_tower_has_changed(options):
+    model = with_objectives("anchor", options=("MODEL.LORA.DROPOUT", 0.5, *options), tuned=False)
+    losses = losses_of(model, [picture(), picture((40, 70), number=2)])
+    assert float(losses["anchor/loss"].detach()) == 0
+    assert all(not g.any() for g in gradients(model, losses["anchor/loss"]).values())
+
+
+def test_loss_and_gradient_are_those_of_one_minus_the_cosine():
+    model, base, images = with_objectives("anchor"), base_of(), captioned()
+    loss = losses_of(model, images)["anchor/loss"]
+    pixels = torch.stack([normalised(image["image"]) for image in images])
+    tuned = model.backbone.image_embedding(pixels)
+    expected = 1 - torch.nn.functional.cosine_similarity(tuned, base.encode_image(pixels).detach()).mean()
+    assert float(expected.detach()) > 1e-3
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert_close(gradients(model, loss), gradients(model, expected))
+
+
+def test_full_is_anchored_to_the_weights_that_the_model_was_built_with():
+    model, base, images = with_objectives("anchor", options=FULL), base_of(), captioned()
+    with torch.no_grad():
+        for block in model.backbone.blocks:
+            block.mlp.c_fc.weight.mul_(1.5)
+    pixels = torch.stack([normalised(image["image"]) for image in images])
+    with torch.no_grad():
+        tuned, before = model.backbone.image_embedding(pixels), base.encode_image(pixels)
+        expected = 1 - torch.nn.functional.cosine_similarity(tuned, before).mean()
+    assert float(expected) > 1e-3
+    torch.testing.assert_close(
+        losses_of(model, images)["anchor/loss"].detach(), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("options", [(), FULL])
+def test_the_original_is_no_part_of_the_model(options):
+    plain, anchored = (with_objectives(*names, options=options) for names in ((), ("anchor",)))
+    assert list(plain.state_dict()) == list(anchored.state_dict())
+    assert len(list(plain.modules())) == len(list(anchored.modules()))
+
+
+def test_weight_and_size():
+    images = captioned()
+    once, more = (
+        losses_of(with_objectives("anchor", options=("MODEL.VISFT.ANCHOR.WEIGHT", factor)), images)
+        for factor in (1.0, 2.5)
+    )
+    torch.testing.assert_close(more["anchor/loss"], 2.5 * once["anchor/loss"])
+    model = with_objectives("anchor", options=("MODEL.VISFT.ANCHOR.SIZE", 32))
+    pixels = torch.stack([normalised(resized(image["image"], (32, 32))) for image in images])
+    with torch.no_grad():
+        tuned = model.backbone.image_embedding(pixels)
+        with lora.switched_off(model.backbone):
+            before = model.backbone.image_embedding(pixels)
+        expected = 1 - torch.nn.functional.cosine_similarity(tuned, before).mean()
+    found = losses_of(model, images)["anchor/loss"].detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.isclose(found, once["anchor/loss"].detach())
+
+
+@torch.no_grad()
+def test_adapters_that_are_switched_off_do_not_act():
+    model, base = with_objectives("anchor"), base_of()
+    pixels = torch.stack([normalised(image["image"]) for image in captioned()])
+    on = model.backbone.image_embedding(pixels)
+    with lora.switched_off(model.backbone):
+        off = model.backbone.image_embedding(pixels)
+        with lora.switched_off(model.backbone):
+            pass
+        assert torch.equal(model.backbone.image_embedding(pixels), off)
+    torch.testing.assert_close(off, base.encode_image(pixels), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(on, off, atol=1e-3)
+    with pytest.raises(ZeroDivisionError), lora.switched_off(model.backbone):
+        raise ZeroDivisionError
+    assert torch.equal(model.backbone.image_embedding(pixels), on)
+    lora.merge(model.backbone)
+    with pytest.raises(ConfigError, match="merged"), lora.switched_off(model.backbone):
+        pass
+
+
+def test_pictures_are_resized_as_pil_does():
+    generator = np.random.default_rng(0)
+    smooth = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((160, 90), 3)
+    expected = np.asarray(smooth.resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
+    found = resized(torch.from_numpy(np.array(smooth)).permute(2, 0, 1), (64, 64)).permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() <= 1.5  # PIL rounds twice
