@@ -111,3 +111,10 @@ def test_boxes_that_are_not_there_are_refused_before_training(shapes_train, capt
     status, log = processes.run("train_net.py", arguments, tmp_path / "log")
     assert status == 1 and "the objective `self_distillation` can learn from none of its" in log, log
     assert not (tmp_path / "run" / "lora").exists()
+
+
+@pytest.mark.parametrize("tool", ["benchmark.py", "predict.py"])
+def test_what_needs_heads_says_so(tool, tiny, tmp_path):
+    own = ["--input", "/nowhere.jpg", "--output", str(tmp_path / "drawn")] if tool == "predict.py" else []
+    status, log = processes.run(tool, [*tiny[:2], *own, *tiny[2:], *ALONE], tmp_path / "log")
+    assert status == 1 and "MODEL.VISFT.HEADS is empty" in log and "Traceback" not in log, log

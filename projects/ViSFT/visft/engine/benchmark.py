@@ -61,6 +61,8 @@ def _benchmark(args: argparse.Namespace) -> None:
             f"MODEL.META_ARCHITECTURE is `{cfg.MODEL.META_ARCHITECTURE}`; the benchmark is of ViSFT, whose heads share "
             "a tower"
         )
+    if not cfg.MODEL.VISFT.HEADS:
+        raise ConfigError("MODEL.VISFT.HEADS is empty; the benchmark compares heads, so name some")
     if args.rounds < 1 or args.images < 0:
         raise ConfigError("--rounds is a number of rounds, at least 1, and --images of pictures, at least 0")
     cfg.VISFT.STAGES = (args.stage,)

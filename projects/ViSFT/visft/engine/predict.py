@@ -231,6 +231,8 @@ def run(args: argparse.Namespace) -> list[Path]:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; predict.py draws ViSFT's heads"
         )
+    if not cfg.MODEL.VISFT.HEADS:
+        raise ConfigError("MODEL.VISFT.HEADS is empty; predict.py draws what heads find, so name some")
     if not weights and not cfg.MODEL.VISFT.HEAD_FILES:
         raise ConfigError(
             f"no trained heads: {cfg.OUTPUT_DIR} holds no run and MODEL.VISFT.HEAD_FILES is empty; give --weights"
