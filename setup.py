@@ -83,6 +83,7 @@ setup(
         ],
         "eval": [
             "faster-coco-eval>=1.6",
+            "lmdb>=1.4,<4",  # sets of word pictures
             "lvis>=0.5.3",
             "opencv-python>=4.6",
             "pycocoevalcap>=1.2",  # its BLEU, ROUGE-L and CIDEr, which need no Java
