@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 PAIRS = 135
 """Of nine visual patterns, 15 each; one pair is 0.74 points."""
 
-COLUMNS = ("Question ID", "Type", "Statement")
 TEMPLATE = "a photo of {}"
 """The authors' script puts it before each statement."""
 
@@ -48,8 +47,11 @@ def pairs(folder: Path) -> tuple[Pair, ...]:
             header, *lines = [row for row in csv.reader(handle) if row] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: is no readable CSV file ({error}); get it again") from error
-    if tuple(name.strip() for name in header) != COLUMNS:
-        raise DataError(f"{file}: its columns are {header}; {list(COLUMNS)} were expected; get it again")
+    if len(header) != 3 or header[0].strip().isdigit():
+        raise DataError(
+            f"{file}: its first line is {header}; the names of three columns (number, type, statement) were expected; "
+            "get it again"
+        )
     rows = []
     for row in lines:
         if len(row) != 3 or not row[0].strip().isdigit() or not row[2].strip():
@@ -60,12 +62,14 @@ def pairs(folder: Path) -> tuple[Pair, ...]:
     found = []
     for place in range(0, len(rows), 2):
         first, *other = rows[place : place + 2]
-        if first[0] % 2 == 0 or not other or other[0][:2] != (first[0] + 1, first[1]):
+        if first[0] % 2 == 0 or not other or other[0][0] != first[0] + 1:
             raise DataError(
                 f"{file}: question {first[0]} ({first[1]}) is followed by {other[0][:2] if other else 'nothing'}; "
-                f"pairs of an odd number and the next, of one type, were expected; get it again"
+                "pairs of an odd number and the next were expected; get it again"
             )
-        files = [folder / "MLLM_VLM Images" / kind / f"{number}.jpg" for number, kind, _ in (first, other[0])]
+        files = [
+            folder / "MLLM_VLM Images" / first[1] / f"{number}.jpg" for number in (first[0], other[0][0])
+        ]
         found.append(Pair((files[0], files[1]), (first[2], other[0][2])))
     if not found:
         raise DataError(f"{file}: has no question; get it again")
