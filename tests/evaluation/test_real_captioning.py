@@ -152,6 +152,8 @@ def test_the_readout_is_trained_once_and_does_not_depend_on_who_asks_first(store
         each = of(name, data)
         assert (each.items(other, each.pictures(0), 0) == first[name]).all()
     assert len(count) == 2
+    forth["in"].items(store, forth["in"].pictures(1), 1)  # another seed is another readout
+    assert len(count) == 3
     other.close()
 
 
@@ -170,17 +172,22 @@ def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(data, monkeypa
     assert {pictures.fit for pictures in sets.values()} == {"squash"}
 
 
-def test_features_are_standardised_by_those_that_are_trained_on(store, data):
+def test_features_are_standardised_by_those_that_are_trained_on(store, data, monkeypatch):
     benchmark = of("in", data)
     pictures = benchmark.pictures(0)
-    captioning_readout = captioning.Readout(
-        store, pictures, {part: each.captions for part, each in benchmark.readout.items()}, 0
-    )
+    told = {part: each.captions for part, each in benchmark.readout.items()}
+    readout = captioning.Readout(store, pictures, told, 0)
     maps = store.dense(pictures["train"])
     pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 8).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(captioning_readout.mean, pooled.mean((0, 1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.mean, pooled.mean((0, 1)), rtol=1e-4, atol=1e-4)
     deviation = pooled.flatten(0, 1).std(0, correction=0)
-    torch.testing.assert_close(captioning_readout.deviation, deviation, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(readout.deviation, deviation, rtol=1e-3, atol=1e-4)
+    seen = []
+    monkeypatch.setattr(caption_readout, "said", lambda head, cells: seen.append(cells) or [])
+    readout.told(store, pictures["train"])
+    torch.testing.assert_close(
+        torch.cat(seen), (pooled - pooled.mean((0, 1))) / deviation, rtol=1e-2, atol=1e-3
+    )
 
 
 def test_what_is_missing_says_what_to_put_where(data, tmp_path, monkeypatch):
