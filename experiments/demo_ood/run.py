@@ -6,12 +6,14 @@
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
 checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world`, `base`, and `runs/ARM-SEED-ID`,
-where ID is a hash of the settings. The report goes to `results/` beside this file; `--redraw` makes it again from its
-results.json alone.
+where ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file, so that they
+outlive --output; such a run is not repeated, and the report needs nothing else. `--redraw` makes the report again from
+its results.json alone.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
+from visft.backbone.open_clip_zoo import TINY_WEIGHTS
 from visft.checkpoint import files
 from visft.data.demo_world import dataset
 from visft.engine import cli, launch, sweep_plan
@@ -40,7 +44,7 @@ logger = logging.getLogger("visft.experiment")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TOWER, TAG = "visft-tiny", "demo"
+TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 EXPORT = "export/visft_backbone.safetensors"
 _ENTRIES = {"label", "seeds", "set", "of", "interpolate", "iteration", "suite"}
 
@@ -66,6 +70,17 @@ class Plan:
     config: str
     demo_world: dict[str, int]
     arms: dict[str, Arm]
+    against: list[str]
+
+    @property
+    def seeds(self) -> int:
+        """The most that an arm has."""
+        return max(arm.seeds for arm in self.arms.values())
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Arms that are compared with each other."""
+        return [(first, second) for first in self.against for second in self.arms if second != first]
 
 
 def read(path: Path) -> Plan:
@@ -93,75 +108,95 @@ def read(path: Path) -> Plan:
             arms[name] = Arm(name, own.pop("label"), own.pop("seeds"), opts, **own)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is no readable list of arms ({error!r}); see its comment") from error
-    return Plan(content["config"], content["demo_world"], arms)
+    against = content.get("against", [])
+    if not set(against) <= set(arms):
+        raise ConfigError(f"{path}: against: {against} are not all arms; there are {', '.join(arms)}")
+    return Plan(content["config"], content["demo_world"], arms, against)
 
 
 class Runs:
-    """Where the runs of a plan are, and what each has to do."""
+    """Where the runs of a plan are, what each has to do, and what is kept of those that are finished."""
 
-    def __init__(self, plan: Plan, output: Path, split: str) -> None:
-        self.plan, self.output, self.split = plan, output, split
+    def __init__(self, plan: Plan, output: Path, results: Path, split: str) -> None:
+        self.plan, self.output, self.results, self.split = plan, output, results, split
         self.context = Context(split=split)
 
-    def folder(self, arm: Arm, seed: int) -> Path:
-        """Of an arm's run with a seed. Arms of another arm's weights have one of their own for the evaluation."""
-        identity = [arm.opts, arm.interpolate, arm.iteration, files.sha256(self._tower())]
-        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-        return self.output / "runs" / f"{arm.name.replace(' ', '-')}-{seed}-{name}"
+    def name(self, arm: Arm | None, seed: int) -> str:
+        """Of an arm's run with a seed, with a hash of all that decides it; None: the tower as it is."""
+        if arm is None:
+            return f"{BASE}-{seed}-{self.tower_sha256[:10]}"
+        identity = [arm.opts, arm.interpolate, arm.iteration, self.tower_sha256]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
+        return f"{arm.name.replace(' ', '-')}-{seed}-{digest}"
 
-    def tasks(self, names: str, seeds: list[int]) -> list[suite.Task]:
-        """The benchmarks that can be run here."""
-        classes = [cls for cls in resolve(names) if cls.missing(self.context) is None]
-        return [suite.Task(cls(self.context), seeds) for cls in classes]
+    def folder(self, arm: Arm | None, seed: int) -> Path:
+        """Of a run. Arms of another arm's weights have one of their own for the evaluation."""
+        return self.output / BASE if arm is None else self.output / "runs" / self.name(arm, seed)
 
-    def evaluate_base(self, seeds: int) -> dict[str, np.ndarray]:
-        """Scores `[seeds, items, k]` of the tower as it is."""
-        tower = Tower(TOWER, TAG)
-        return suite.evaluate(
-            tower, self.tasks("demo", list(range(seeds))), self._scores(self.output / "base")
-        )
+    def tasks(self, arm: Arm | None, seed: int) -> list[suite.Task]:
+        """The benchmarks that can be run here; of the tower as it is those where the seed makes a difference."""
+        classes = [cls for cls in resolve(arm.suite if arm else "demo") if cls.missing(self.context) is None]
+        if arm is None:
+            classes = [cls for cls in classes if cls.max_seeds is None or seed < cls.max_seeds]
+        return [suite.Task(cls(self.context), [seed]) for cls in classes]
 
-    def job(self, arm: Arm, seed: int) -> None:
+    def job(self, arm: Arm | None, seed: int) -> None:
         """Train and evaluate one run, as far as it is not done."""
+        if self.kept(arm, seed) is not None:
+            return
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "trained.json").is_file():
+        record = {"arm": arm.name if arm else BASE, "seed": seed, "tower": self.tower_sha256}
+        if arm is None:
+            tower = Tower(TOWER, TAG)
+        else:
+            record |= self._trained(arm, seed, folder)
+            tower = Tower(TOWER, str(folder / EXPORT), label=f"{arm.name}, seed {seed}")
+        tasks = self.tasks(arm, seed)
+        start = time.monotonic()
+        (folder / self.split).mkdir(exist_ok=True)
+        scores = suite.evaluate(tower, tasks, folder / self.split)
+        record["evaluation_seconds"] = round(time.monotonic() - start)
+        tensors = {name: torch.from_numpy(rows[0]).float() for name, rows in scores.items()}
+        record["fingerprints"] = {task.benchmark.name: task.fingerprint() for task in tasks}
+        file = self._kept_file(arm, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_safetensors(file, tensors, {"record": json.dumps(record)})
+
+    def kept(self, arm: Arm | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Scores `[items, k]` by benchmark, and the record, of a finished run; None: it is not, or benchmarks have
+        changed since."""
+        file = self._kept_file(arm, seed)
+        if not file.is_file():
+            return None
+        record = json.loads(files.read_metadata(file)["record"])
+        tasks = self.tasks(arm, seed)
+        if record["fingerprints"] != {task.benchmark.name: task.fingerprint() for task in tasks}:
+            return None
+        tensors = files.read_tensors(file)
+        return {name: rows.double().numpy() for name, rows in tensors.items()}, record
+
+    def all_kept(self, arm: Arm | None, seeds: int) -> tuple[dict[str, np.ndarray], list[dict]] | None:
+        """Scores `[seeds, items, k]` by benchmark, and the records, of an arm's runs; None: one is not finished."""
+        runs = [self.kept(arm, seed) for seed in range(seeds)]
+        if None in runs:
+            return None
+        scores = {name: np.stack([found[name] for found, _ in runs if name in found]) for name in runs[0][0]}
+        return scores, [record for _, record in runs]
+
+    def _kept_file(self, arm: Arm | None, seed: int) -> Path:
+        return self.results / "scores" / self.split / f"{self.name(arm, seed)}.safetensors"
+
+    def _trained(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+        file = folder / "trained.json"
+        if not file.is_file():
             start = time.monotonic()
             (self._derive if arm.of else self._train)(arm, seed, folder)
-            record = {
-                "arm": arm.name,
-                "seed": seed,
-                "opts": arm.opts,
-                "seconds": round(time.monotonic() - start),
-            }
+            record = {"opts": arm.opts, "train_seconds": round(time.monotonic() - start)}
             record["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-            files.write_json(folder / "trained.json", record)
-        tower = Tower(TOWER, str(folder / EXPORT), label=f"{arm.name}, seed {seed}")
-        suite.evaluate(tower, self.tasks(arm.suite, [seed]), self._scores(folder))
-
-    def scores(self, arm: Arm) -> dict[str, np.ndarray] | None:
-        """Scores `[seeds, items, k]` of all runs of an arm that are finished, by benchmark; None: not all are."""
-        found: dict[str, list[np.ndarray]] = {}
-        for seed in range(arm.seeds):
-            folder = self.folder(arm, seed)
-            if not (folder / "trained.json").is_file():
-                return None
-            sha256 = files.sha256(folder / EXPORT)
-            for task in self.tasks(arm.suite, [seed]):
-                scores = suite.stored(self._scores(folder), sha256, task)
-                if scores is None:
-                    return None
-                found.setdefault(task.benchmark.name, []).append(scores[0])
-        return {name: np.stack(rows) for name, rows in found.items()}
-
-    def records(self, arm: Arm) -> list[dict[str, Any]]:
-        """What each run of an arm took."""
-        return [files.read_json(self.folder(arm, seed) / "trained.json") for seed in range(arm.seeds)]
-
-    def _scores(self, folder: Path) -> Path:
-        folder = folder / self.split
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+            record["weights"] = files.sha256(folder / EXPORT)
+            files.write_json(file, record)
+        return files.read_json(file)
 
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
         words = [*sweep_plan.words(arm.opts), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -175,9 +210,7 @@ class Runs:
         """Export weights that another arm's run has kept."""
         source = self.folder(self.plan.arms[arm.of], seed)
         if not (source / "trained.json").is_file():
-            raise ConfigError(
-                f"arm `{arm.name}` is of `{arm.of}`, whose run {source} is not finished; run it first"
-            )
+            self._trained(self.plan.arms[arm.of], seed, source)
         weights = source / "lora"
         if arm.iteration is not None:
             weights = weights / f"model_{arm.iteration:07d}.safetensors"
@@ -193,58 +226,72 @@ class Runs:
         if done.returncode:
             raise TrainingError(f"arm `{arm.name}`, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
 
-    @staticmethod
-    def _tower() -> Path:
-        from visft.backbone.open_clip_zoo import TINY_WEIGHTS
-
-        return Path(TINY_WEIGHTS)
+    @functools.cached_property
+    def tower_sha256(self) -> str:
+        """Of the shipped tower: what was tuned from another one is another run."""
+        return files.sha256(TINY_WEIGHTS)
 
 
 def _of_tower(opts: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in opts.items() if key.startswith("MODEL.LORA")}
 
 
-def results(runs: Runs, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Every finished arm against the tower as it is, in the schema of evaluate_backbone's results.json, and `pairs` of
-    arms against each other; seeds are those of the training, drawn anew in the bootstrap as items are."""
-    finished = {name: runs.scores(arm) for name, arm in runs.plan.arms.items()}
-    finished = {name: scores for name, scores in finished.items() if scores is not None}
-    most = max(runs.plan.arms[name].seeds for name in finished)
-    base = runs.evaluate_base(most)
-    benchmarks = {task.benchmark.name: task.benchmark for task in runs.tasks("demo", [0])}
+def results(runs: Runs) -> dict[str, Any]:
+    """Every finished arm against the tower as it is, in the schema of evaluate_backbone's results.json, and the plan's
+    `pairs` of arms against each other; seeds are those of the training, drawn anew in the bootstrap as items are.
+
+    Raises:
+        ConfigError: no arm is finished, or the tower as it is was not evaluated.
+    """
+    finished = {name: runs.all_kept(arm, arm.seeds) for name, arm in runs.plan.arms.items()}
+    finished = {name: kept for name, kept in finished.items() if kept is not None}
+    base = runs.all_kept(None, runs.plan.seeds)
+    if base is None or not finished:
+        raise ConfigError(
+            f"{runs.results}/scores: no arm is finished, or the tower as it is was not evaluated; run.py does both"
+        )
+    benchmarks = {task.benchmark.name: task.benchmark for task in runs.tasks(None, 0)}
 
     def against(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, Any]:
         names = [name for name in benchmarks if name in first and name in second]
-        parts = {}
-        for name in names:
-            count = min(len(second[name]), max(len(first[name]), len(second[name])))
-            before = first[name][np.arange(count) % len(first[name])]
-            benchmark = benchmarks[name]
-            parts[name] = statistics.compare(
-                name, before, second[name][:count], benchmark.figure, item_set=benchmark.item_set
+        parts = {
+            name: statistics.compare(
+                name, first[name], second[name], benchmarks[name].figure, item_set=benchmarks[name].item_set
             )
+            for name in names
+        }
         return suite.compared([benchmarks[name] for name in names], parts)
 
-    tables = {name: against(base, scores) for name, scores in finished.items()}
+    def against_base(scores: dict[str, np.ndarray]) -> dict[str, Any]:
+        rows = {name: base[0][name][np.arange(len(of)) % len(base[0][name])] for name, of in scores.items()}
+        return against(rows, scores)
+
+    def against_each_other(first: str, second: str) -> dict[str, Any]:
+        seeds = min(runs.plan.arms[name].seeds for name in (first, second))
+        cut = [{n: rows[:seeds] for n, rows in finished[name][0].items()} for name in (second, first)]
+        return against(*cut)
+
+    tables = {name: against_base(scores) for name, (scores, _) in finished.items()}
     found: dict[str, Any] = {
         "schema": suite.SCHEMA,
         "model": TOWER,
-        "towers": [{"label": "base", "weights": TAG, "sha256": files.sha256(runs._tower())}],
+        "towers": [{"label": "base", "weights": TAG, "sha256": runs.tower_sha256}],
         "split": runs.split,
-        "seeds": most,
+        "seeds": max(runs.plan.arms[name].seeds for name in finished),
         "rule": statistics.RULE,
         "left_out": {},
     }
-    for name in finished:
-        arm, records = runs.plan.arms[name], runs.records(runs.plan.arms[name])
+    for name, (_, records) in finished.items():
+        arm = runs.plan.arms[name]
         found["towers"].append(
             {
                 "label": name,
                 "weights": arm.label,
-                "sha256": files.sha256(runs.folder(arm, 0) / EXPORT),
+                "sha256": records[0]["weights"],
                 "seeds": arm.seeds,
                 "opts": arm.opts,
-                "train_seconds": float(np.median([record["seconds"] for record in records])),
+                "train_seconds": float(np.median([record["train_seconds"] for record in records])),
+                "evaluation_seconds": float(np.median([record["evaluation_seconds"] for record in records])),
                 "peak_gb": max(record["peak_gb"] for record in records),
             }
         )
@@ -252,8 +299,8 @@ def results(runs: Runs, pairs: list[tuple[str, str]]) -> dict[str, Any]:
         several = {name: table[key] for name, table in tables.items()}
         found[key] = several if len(several) > 1 else next(iter(several.values()))
     found["pairs"] = [
-        {"first": first, "second": second, **against(finished[second], finished[first])}
-        for first, second in pairs
+        {"first": first, "second": second, **against_each_other(first, second)}
+        for first, second in runs.plan.pairs
         if first in finished and second in finished
     ]
     return found
@@ -305,50 +352,52 @@ def _run(args: argparse.Namespace) -> None:
         write(files.read_json(Path(args.results) / "results.json"), Path(args.results))
         return
     output = Path(args.output).resolve()
-    runs = Runs(plan, output, args.split)
+    runs = Runs(plan, output, Path(args.results), args.split)
     for name in args.arms:
         if name not in plan.arms:
             raise ConfigError(f"--arms: there is no arm `{name}`; there are {', '.join(plan.arms)}")
+    if args.report:
+        found = results(runs)
+        write(found, Path(args.results))
+        logger.info("%s", overview(found))
+        return
     dataset.make(output / "demo_world", num_train=plan.demo_world["train"], num_val=plan.demo_world["val"])
     dataset.register(output / "demo_world")
     os.environ["VISFT_DEMO_DATA"] = str(output / "demo_world")
     if args.job:
         name, seed = args.job
-        runs.job(plan.arms[name], int(seed))
-        return
-    if args.report:
-        found = results(runs, [("recipe", name) for name in plan.arms if name != "recipe"])
-        write(found, Path(args.results))
-        logger.info("%s", overview(found))
+        runs.job(plan.arms.get(name), int(seed))
         return
     arms = [plan.arms[name] for name in args.arms or plan.arms]
     # Trainings first: others are of their weights. The first seeds of all arms come before the second ones.
-    jobs = sorted(
+    jobs: list[tuple[Arm | None, int]] = sorted(
         ((arm, seed) for arm in arms for seed in range(arm.seeds)), key=lambda job: (bool(job[0].of), job[1])
     )
+    jobs = [(None, seed) for seed in range(plan.seeds)] + jobs
+    jobs = [job for job in jobs if runs.kept(*job) is None]
     failed = []
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        for (arm, seed), status in zip(jobs, pool.map(lambda job: _process(args, *job), jobs), strict=True):
+        statuses = pool.map(lambda job: _process(args, *job), jobs)
+        for (arm, seed), status in zip(jobs, statuses, strict=True):
             if status:
-                failed.append(f"{arm.name}, seed {seed}")
+                failed.append(f"{arm.name if arm else BASE}, seed {seed}")
     if failed:
         raise TrainingError(f"failed: {'; '.join(failed)}; the same command tries them again")
 
 
-def _process(args: argparse.Namespace, arm: Arm, seed: int) -> int:
+def _process(args: argparse.Namespace, arm: Arm | None, seed: int) -> int:
     """A job in a process of its own, with one thread: two of them beside each other do more than one with two."""
-    command = [sys.executable, __file__, "--plan", args.plan, "--output", args.output, "--split", args.split]
-    log = Path(args.output) / "logs" / f"{arm.name.replace(' ', '-')}-{seed}-{args.split}.log"
+    name = arm.name if arm else BASE
+    command = [sys.executable, __file__, "--job", name, str(seed), "--plan", args.plan, "--split", args.split]
+    command += ["--output", args.output, "--results", args.results]
+    log = Path(args.output) / "logs" / f"{name.replace(' ', '-')}-{seed}-{args.split}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with open(log, "w") as file:
         done = subprocess.run(
-            [*command, "--job", arm.name, str(seed)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-    logger.info("%s, seed %d: status %d, %.0f s", arm.name, seed, done.returncode, time.monotonic() - start)
+    logger.info("%s, seed %d: status %d, %.0f s", name, seed, done.returncode, time.monotonic() - start)
     return done.returncode
 
 
