@@ -60,9 +60,10 @@ def test_columns_are_those_of_the_lines():
     class Three:
         count = 3
 
-    found = ctc_readout.columns(Tower(), Three(), 12)
+    [found] = ctc_readout.columns(Tower(), Three(), 12)
     assert found.shape == (12, 4, 12)  # two rows of two channels
     # Line 1 of picture 2 is the rows 4 to 7 of 16, halved: their means are 4.5 and 6.5.
     assert found[2 * 4 + 1, 0].tolist() == [204.5] * 12 and found[2 * 4 + 1, 2].tolist() == [206.5] * 12
     assert found[0, 1].tolist() == list(range(12))
-    assert ctc_readout.columns(Tower(), Three(), 24, 1, 9).shape == (8, 4, 24)
+    [wider] = ctc_readout.columns(Tower(), Three(), 24)
+    assert wider.shape == (12, 4, 24)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -9,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from visft.heads.caption_search import beam_search
 from visft.heads.caption_transformer import TransformerCaptionHead
 from visft.heads.vocabulary import Vocabulary
+
+from . import readout_training
 
 Captioned = tuple[torch.Tensor, Sequence[Sequence[str]]]
 """Cells `[N, P, C]` of pictures, and the captions of each."""
@@ -55,30 +58,26 @@ def new_head(channels: int, vocabulary: Vocabulary, recipe: Recipe, seed: int) -
 
 
 def trained(train: Captioned, validation: Captioned, recipe: Recipe, seed: int) -> TransformerCaptionHead:
-    """The head after the epoch whose loss on the validation split is lowest: when to stop is what regularises it."""
+    """The head after the epoch whose loss on the validation split is lowest."""
     vocabulary = Vocabulary.build((text for texts in train[1] for text in texts), recipe.min_count)
     head = new_head(train[0].shape[2], vocabulary, recipe, seed)
-    optimizer = torch.optim.AdamW(head.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
-    steps = recipe.epochs * -(-len(train[0]) // recipe.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps, pct_start=0.1)
     every = torch.arange(len(validation[0]))
-    best, lowest = None, float("inf")
-    for epoch in range(recipe.epochs):
-        head.train()
-        for rows in torch.randperm(len(train[0])).split(recipe.batch):
-            loss = _loss(head, train, rows, epoch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        head.eval()
-        with torch.no_grad():
-            parts = [_loss(head, validation, rows, 0) * len(rows) for rows in every.split(100)]
-        found = float(sum(parts)) / len(every)
-        if found < lowest:
-            best, lowest = {name: value.clone() for name, value in head.state_dict().items()}, found
-    head.load_state_dict(best)
+
+    def quality() -> float:
+        parts = [_loss(head, validation, rows, 0) * len(rows) for rows in every.split(100)]
+        return -float(sum(parts)) / len(every)
+
+    readout_training.train(
+        head,
+        partial(_loss, head, train),
+        len(train[0]),
+        epochs=recipe.epochs,
+        batch=recipe.batch,
+        rate=recipe.rate,
+        weight_decay=recipe.weight_decay,
+        clip=1.0,
+        quality=quality,
+    )
     return head
 
 

@@ -1,12 +1,15 @@
 """Words read from maps of features by CTC: what the ocr benchmarks of both suites share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import readout_training
+from .dense_maps import in_chunks
 from .features import FeatureStore, Pictures
 
 LINES = 4
@@ -15,8 +18,6 @@ LINES = 4
 BATCH, RATE = 32, 3e-3
 WEIGHT_DECAYS = (0.01, 0.1)
 HIDDEN = 128
-CHUNK = 64
-"""Pictures whose maps are in memory at a time."""
 
 Words = tuple[torch.Tensor, Sequence[str]]
 """Columns `[N, C, w]` of lines, and the word of each."""
@@ -89,20 +90,17 @@ def trained(train: Words, validation: Words, alphabet: str, seed: int, epochs: i
     for decay in WEIGHT_DECAYS:
         torch.manual_seed(seed)
         reader = Reader(train[0].shape[1], alphabet)
-        optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=decay)
-        steps = epochs * -(-len(train[0]) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(train[0])).split(BATCH):
-                letters, lengths = encoded([train[1][i] for i in rows], alphabet)
-                scores = reader(train[0][rows].float())  # columns of many words are kept in half precision
-                widths = torch.full((len(rows),), len(scores))
-                loss = F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
+        readout_training.train(
+            reader,
+            partial(_loss, reader, train),
+            len(train[0]),
+            epochs=epochs,
+            batch=BATCH,
+            rate=RATE,
+            weight_decay=decay,
+            rise=0.15,
+            clip=1.0,
+        )
         read = [word for part in validation[0].split(1024) for word in reader.read(part.float())]
         found = accuracies(read, validation[1])[:, 1].mean()
         if found > accuracy:
@@ -110,19 +108,20 @@ def trained(train: Words, validation: Words, alphabet: str, seed: int, epochs: i
     return best
 
 
-def columns(
-    tower: FeatureStore, pictures: Pictures, least: int, start: int = 0, stop: int | None = None
-) -> torch.Tensor:
-    """The columns of each line `[(stop - start) * LINES, rows * C, w]`, whose rows are averaged to two.
+def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.Tensor:
+    letters, lengths = encoded([side[1][i] for i in rows], reader.alphabet)
+    scores = reader(side[0][rows].float())  # columns of many words are kept in half precision
+    widths = torch.full((len(rows),), len(scores))
+    return F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)
+
+
+def columns(tower: FeatureStore, pictures: Pictures, least: int) -> Iterator[torch.Tensor]:
+    """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some pictures at a time.
 
     Args:
         pictures: of `LINES` lines of equal height, squashed, `dense`.
         least: columns that are made where the map has fewer: enough for the longest word, whatever the tower's patch.
-        start, stop: which of the pictures.
     """
-    found, stop = [], pictures.count if stop is None else min(stop, pictures.count)
-    for first in range(start, stop, CHUNK):
-        maps = tower.dense(pictures, first, min(first + CHUNK, stop))
+    for _, maps in in_chunks(tower, pictures):
         maps = F.interpolate(maps, (2 * LINES, max(least, maps.shape[3])), mode="area")
-        found.append(maps.unflatten(2, (LINES, 2)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1))
-    return torch.cat(found)
+        yield maps.unflatten(2, (LINES, 2)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)

@@ -7,9 +7,6 @@ import torch.nn.functional as F
 AT = (1, 5)
 """A region is named right at once, or within five guesses."""
 
-CHUNK = 64
-"""Pictures whose maps are in memory at a time."""
-
 
 def coverage(mask: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
     """The share of each cell `[h, w]` that a mask `[H, W]` covers."""

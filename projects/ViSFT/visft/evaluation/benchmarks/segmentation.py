@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .dense_maps import in_chunks
 from .features import FeatureStore, Pictures
-from .region_pooling import CHUNK
 
 
 def sampled(labels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -49,8 +49,7 @@ def segmented(
         truth: from a picture's number to its labels `[H, W]`, of any size, and how much each of these counts.
     """
     found = []
-    for start in range(0, pictures.count, CHUNK):
-        maps = tower.dense(pictures, start, min(start + CHUNK, pictures.count))
+    for start, maps in in_chunks(tower, pictures):
         told = scores(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for number, score in enumerate(told, start):
             labels, weight = truth(number)
@@ -72,8 +71,7 @@ def training_cells(
         chosen: from a picture's number and these labels, flat, to the places of the cells that are taken.
     """
     features, found = [], []
-    for start in range(0, pictures.count, CHUNK):
-        maps = tower.dense(pictures, start, min(start + CHUNK, pictures.count))
+    for start, maps in in_chunks(tower, pictures):
         for number, cells in enumerate(maps, start):
             label = labels(number, tuple(cells.shape[1:])).flatten()
             places = torch.from_numpy(chosen(number, label))

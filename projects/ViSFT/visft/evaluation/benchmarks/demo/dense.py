@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
+from ..dense_maps import in_chunks
 from ..features import FeatureStore, Pictures, fitted
 from ..readout import chosen_on_validation
 from ..registry import Benchmark, register
@@ -120,10 +121,9 @@ class DenseCorrespondence(Benchmark):
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         count = pictures["warped"].count
         rows = []
-        for start in range(0, count, regions.CHUNK):
-            stop = min(start + regions.CHUNK, count)
-            sides = (tower.dense(pictures[name], start, stop) for name in ("scenes", "warped"))
-            for number, before, after in zip(range(start, stop), *sides, strict=True):
+        sides = (in_chunks(tower, pictures[name], stop=count) for name in ("scenes", "warped"))
+        for (start, scenes), (_, turned) in zip(*sides, strict=True):
+            for number, (before, after) in enumerate(zip(scenes, turned, strict=True), start):
                 scene = unseen.scenes(self.context.split)[number]
                 rows.append(self._found(scene, warped(scene.image, number)[1], before, after))
         return np.array(rows, np.float64)

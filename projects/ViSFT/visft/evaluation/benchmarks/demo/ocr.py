@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from visft.data.demo_world import catalogue
@@ -18,6 +19,7 @@ from ..ctc_readout import LINES
 from ..features import FeatureStore, Pictures
 from ..readout import one_thread
 from ..registry import Benchmark, Context, register
+from ..standardise import Standardiser
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -144,10 +146,9 @@ class OcrWords(Benchmark):
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
         least = SIDE // 8  # enough for seven letters
-        columns = {name: ctc_readout.columns(tower, pictures[name], least) for name in parts}
-        mean = columns["train"].mean((0, 2), keepdim=True)
-        deviation = columns["train"].std((0, 2), keepdim=True) + 1e-6
-        columns = {name: (found - mean) / deviation for name, found in columns.items()}
+        columns = {name: torch.cat(list(ctc_readout.columns(tower, pictures[name], least))) for name in parts}
+        standardised = Standardiser.of(columns["train"], channels=1)
+        columns = {name: standardised(found) for name, found in columns.items()}
         truth = {name: [word for rows in lines(part) for word, _ in rows] for name, part in parts.items()}
         with one_thread():
             sides = ((columns[name], truth[name]) for name in ("train", "validation"))

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from ..dense_maps import grid_cells, in_chunks
 from ..features import FeatureStore, Pictures
-from ..region_pooling import CHUNK, coverage, mean_features
+from ..region_pooling import coverage, mean_features
+from ..standardise import Standardiser
 from . import unseen
 
 KINDS = ("mask", "box")
@@ -40,9 +41,8 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
         kind: `mask` or `box`: what is given of the object.
     """
     scenes, found = unseen.scenes(part), []
-    for start in range(0, len(scenes), CHUNK):
-        maps = tower.dense(pictures, start, start + CHUNK)
-        for scene, cells in zip(scenes[start : start + CHUNK], maps, strict=True):
+    for start, maps in in_chunks(tower, pictures):
+        for scene, cells in zip(scenes[start : start + len(maps)], maps, strict=True):
             shapes = [
                 item.mask if kind == "mask" else box_mask(item.box, item.mask.shape) for item in scene.objects
             ]
@@ -53,18 +53,14 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
 
 def cells(tower: FeatureStore, pictures: Pictures) -> torch.Tensor:
     """Maps averaged to `[N, GRID * GRID, C]`."""
-    found = []
-    for start in range(0, pictures.count, CHUNK):
-        maps = tower.dense(pictures, start, min(start + CHUNK, pictures.count))
-        found.append(F.adaptive_avg_pool2d(maps, GRID).flatten(2).transpose(1, 2))
-    return torch.cat(found)
+    return torch.cat(list(grid_cells(tower, pictures, GRID)))
 
 
 def standardised_cells(tower: FeatureStore, pictures: Mapping[str, Pictures]) -> dict[str, torch.Tensor]:
-    """`cells` of each set, less the mean of `train` and divided by its standard deviation, channel by channel."""
+    """`cells` of each set, standardised as those of `train` are."""
     found = {name: cells(tower, each) for name, each in pictures.items()}
-    mean, deviation = found["train"].mean((0, 1)), found["train"].std((0, 1)) + 1e-6
-    return {name: (each - mean) / deviation for name, each in found.items()}
+    standardised = Standardiser.of(found["train"], channels=2)
+    return {name: standardised(each) for name, each in found.items()}
 
 
 def cell_labels(scene, grid: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import readout_training
 from ..features import FeatureStore, Pictures
 from ..registry import Benchmark, register
 from . import regions, unseen
@@ -172,24 +173,19 @@ class Asked:
 
 
 def trained(train: Asked, validation: Asked, seed: int) -> Answerer:
-    """The model after the epoch that answers the validation split best: how long to train is what regularises it."""
+    """The model after the epoch that answers the validation split best."""
     torch.manual_seed(seed)
     model = Answerer(train.cells.shape[2], train.words.shape[2])
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * -(-len(train.cells) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    best, accuracy = None, -1.0
-    for _ in range(EPOCHS):
-        for scenes in torch.randperm(len(train.cells)).split(BATCH):
-            loss = train.loss(model, scenes)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        found = by_kind(validation.right(model).double(), validation.kind)
-        if found > accuracy:
-            best, accuracy = {name: value.clone() for name, value in model.state_dict().items()}, found
-    model.load_state_dict(best)
+    readout_training.train(
+        model,
+        lambda scenes, epoch: train.loss(model, scenes),
+        len(train.cells),
+        epochs=EPOCHS,
+        batch=BATCH,
+        rate=RATE,
+        weight_decay=WEIGHT_DECAY,
+        quality=lambda: by_kind(validation.right(model).double(), validation.kind),
+    )
     return model
 
 

@@ -1,21 +1,22 @@
 """A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' pictures: scored by CIDEr-D."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from visft.errors import DataError
 from visft.evaluation import captions
 from visft.heads.caption_transformer import TransformerCaptionHead
 
 from .. import caption_readout
+from ..dense_maps import grid_cells
 from ..features import FeatureStore, Pictures
 from ..registry import Context, register
+from ..standardise import Standardiser
 from . import captioned, sources
 from .captioned import CaptionedSet
 
@@ -26,9 +27,6 @@ PICTURES = 9000
 
 HELD = 9
 """One in so many of them is the validation split."""
-
-CHUNK = 64
-"""Pictures whose maps are in memory at a time."""
 
 COCO_CAPTIONS, COCO_PICTURES = "coco/annotations/captions_train2017.json", "coco/train2017"
 NOCAPS = "nocaps/nocaps_val_4500_captions.json|nocaps/annotations/nocaps_val_4500_captions.json"
@@ -107,46 +105,38 @@ class Readout:
 
     Args:
         pictures: `train` and `held`.
-        texts: the captions of these pictures.
+        texts: the captions of each of these pictures.
     """
 
     def __init__(
-        self, tower: FeatureStore, pictures: Mapping[str, Pictures], texts: Mapping, seed: int
+        self,
+        tower: FeatureStore,
+        pictures: Mapping[str, Pictures],
+        texts: Mapping[str, Sequence[Sequence[str]]],
+        seed: int,
     ) -> None:
-        count, total, squares = 0, 0.0, 0.0
-        for part in cells(tower, pictures["train"]):
-            values = part.flatten(0, 1).double()
-            count, total, squares = count + len(values), total + values.sum(0), squares + (values**2).sum(0)
-        self.mean = (total / count).float()
-        self.deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt().float() + 1e-6
-        sides = [
+        self.standardised = Standardiser.streamed(
+            grid_cells(tower, pictures["train"], RECIPE.grid), channels=2
+        )
+        sides = (
             # Half precision: thousands of pictures are kept.
-            (
-                torch.cat([self.standard(part).half() for part in cells(tower, pictures[name])]),
-                texts[name],
-            )
+            (torch.cat([part.half() for part in self._seen(tower, pictures[name])]), texts[name])
             for name in ("train", "held")
-        ]
+        )
         self.head: TransformerCaptionHead = caption_readout.trained(*sides, RECIPE, seed)
 
-    def standard(self, values: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, P, C]` as the head sees them."""
-        return (values - self.mean) / self.deviation
-
     def told(self, tower: FeatureStore, pictures: Pictures) -> list[str]:
-        """Captions of pictures."""
-        parts = (self.standard(part) for part in cells(tower, pictures))
-        return [text for part in parts for text in caption_readout.said(self.head, part)]
+        """What the head says of each picture."""
+        return [
+            text for part in self._seen(tower, pictures) for text in caption_readout.said(self.head, part)
+        ]
+
+    def _seen(self, tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
+        """Cells `[n, P, C]` as the head sees them, of some pictures at a time."""
+        return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
 
 
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
-
-
-def cells(tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
-    """Maps averaged to grids, `[n, grid * grid, C]` of some pictures at a time."""
-    for start in range(0, pictures.count, CHUNK):
-        maps = tower.dense(pictures, start, start + CHUNK)
-        yield F.adaptive_avg_pool2d(maps, RECIPE.grid).flatten(2).transpose(1, 2)
 
 
 # The in-domain pictures show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).

@@ -16,6 +16,7 @@ from visft.data import objects365
 from visft.errors import DataError
 
 from .. import region_pooling
+from ..dense_maps import in_chunks
 from ..features import FeatureStore, Pictures
 from ..readout import chosen_on_validation
 from ..registry import Context, register
@@ -217,8 +218,7 @@ def pooled(
     kind: str,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """By picture: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
-    for start in range(0, pictures.count, region_pooling.CHUNK):
-        cells = tower.dense(pictures, start, min(start + region_pooling.CHUNK, pictures.count))
+    for start, cells in in_chunks(tower, pictures):
         for number, each in enumerate(cells, start):
             if taken[number]:
                 weights = found.pictures[number].coverage(taken[number], kind, tuple(each.shape[1:]))

@@ -1,7 +1,7 @@
 """Word pictures read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from ..ctc_readout import LINES
 from ..demo import ocr as rendered
 from ..features import FeatureStore, Pictures
 from ..registry import Context, register
+from ..standardise import Standardiser
 from . import sources, words
 from .words import WordSet
 
@@ -91,20 +92,19 @@ class Readout:
 
     Args:
         pictures: `train` and `held`.
-        labels: the words of these pictures.
+        labels: the words in these pictures, `LINES` a picture; the last may have fewer.
     """
 
     def __init__(
-        self, tower: FeatureStore, pictures: Mapping[str, Pictures], labels: Mapping, seed: int
+        self,
+        tower: FeatureStore,
+        pictures: Mapping[str, Pictures],
+        labels: Mapping[str, Sequence[str]],
+        seed: int,
     ) -> None:
-        count, total, squares = 0, 0.0, 0.0
-        for part in _columns(tower, pictures["train"], len(labels["train"])):
-            count += part.shape[0] * part.shape[2]
-            total = total + part.double().sum((0, 2))
-            squares = squares + part.double().square().sum((0, 2))
-        mean = total / count
-        self.mean = mean.float()[:, None]
-        self.deviation = (squares / count - mean**2).clamp(min=0).sqrt().float()[:, None] + 1e-6
+        self.standardised = Standardiser.streamed(
+            _columns(tower, pictures["train"], len(labels["train"])), channels=1
+        )
         # Half precision: thousands of words are kept.
         sides = (
             (torch.cat([part.half() for part in self._seen(tower, pictures[name], len(texts))]), texts)
@@ -117,8 +117,8 @@ class Readout:
         return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
 
     def _seen(self, tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
-        for part in _columns(tower, pictures, count):
-            yield (part - self.mean) / self.deviation
+        """Columns `[n, C, w]` as the reader sees them, of some words at a time."""
+        return map(self.standardised, _columns(tower, pictures, count))
 
 
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
@@ -126,9 +126,9 @@ _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictio
 
 def _columns(tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
     """Columns `[n, C, w]` of the first `count` words, some at a time."""
-    step = ctc_readout.CHUNK
-    for start in range(0, pictures.count, step):
-        yield ctc_readout.columns(tower, pictures, LEAST, start, start + step)[: count - start * LINES]
+    for part in ctc_readout.columns(tower, pictures, LEAST):
+        yield part[:count]
+        count -= len(part)
 
 
 def tallied(scores: np.ndarray) -> np.ndarray:

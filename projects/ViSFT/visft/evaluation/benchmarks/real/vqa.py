@@ -1,7 +1,7 @@
 """VQAv2 and OK-VQA: one of the frequent answers is chosen, by a readout on the map and the text tower's embedding."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from torch import nn
 
 from visft.errors import DataError
 
+from .. import readout_training
+from ..dense_maps import grid_cells
 from ..features import FeatureStore, Pictures
 from ..registry import register
+from ..standardise import Standardiser
 from . import questions, sources
 from .questions import Asked
 
@@ -33,8 +36,6 @@ GRID = 8
 EPOCHS, BATCH, RATE, WIDTH = 12, 64, 1e-3, 256
 WEIGHT_DECAY = 0.05
 GLIMPSES = 2
-CHUNK = 64
-"""Pictures whose maps are in memory at a time."""
 
 
 class Answerer(nn.Module):
@@ -96,35 +97,34 @@ class Side:
     def accuracy(self, model: Answerer) -> float:
         """The mean worth of the answers that are chosen."""
         total = 0.0
-        for pictures in torch.arange(len(self.cells)).split(CHUNK):
+        for pictures in torch.arange(len(self.cells)).split(BATCH):
             found, worth = self.scores(model, pictures)
             total += float(worth.gather(1, found.argmax(1, keepdim=True)).double().sum())
         return total / len(self.words)
 
 
 def trained(train: Side, held: Side, answers: int, seed: int) -> Answerer:
-    """The model after the epoch that answers the validation split best: how long to train is what regularises it.
+    """The model after the epoch that answers the validation split best.
 
     The loss is the binary cross-entropy with what answers are worth, summed over them (arXiv:1708.02711, section 3.5).
     """
     torch.manual_seed(seed)
     model = Answerer(train.cells.shape[2], train.words.shape[1], answers)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * -(-len(train.cells) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    best, accuracy = None, -1.0
-    for _ in range(EPOCHS):
-        for pictures in torch.randperm(len(train.cells)).split(BATCH):
-            found, worth = train.scores(model, pictures)
-            loss = F.binary_cross_entropy_with_logits(found, worth, reduction="sum") / len(found)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        reached = held.accuracy(model)
-        if reached > accuracy:
-            best, accuracy = {name: value.clone() for name, value in model.state_dict().items()}, reached
-    model.load_state_dict(best)
+
+    def loss(pictures: torch.Tensor, epoch: int) -> torch.Tensor:
+        found, worth = train.scores(model, pictures)
+        return F.binary_cross_entropy_with_logits(found, worth, reduction="sum") / len(found)
+
+    readout_training.train(
+        model,
+        loss,
+        len(train.cells),
+        epochs=EPOCHS,
+        batch=BATCH,
+        rate=RATE,
+        weight_decay=WEIGHT_DECAY,
+        quality=lambda: held.accuracy(model),
+    )
     return model
 
 
@@ -182,17 +182,13 @@ class Vqa(sources.RealBenchmark):
 
     def sides(self, tower: FeatureStore, pictures: Mapping[str, Pictures], answers: list[str]) -> list[Side]:
         """`train`, `held` and `test`, whose features are standardised channel by channel as `train`'s are."""
-        count, total, squares = 0, 0.0, 0.0
-        for part in cells(tower, pictures["train"]):
-            values = part.flatten(0, 1).double()
-            count, total, squares = count + len(values), total + values.sum(0), squares + (values**2).sum(0)
-        mean = (total / count).float()
-        deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt().float() + 1e-6
+        standardised = Standardiser.streamed(grid_cells(tower, pictures["train"], GRID), channels=2)
         centre = tower.text([q.text for q in self.asked["train"].every]).mean(0)
         place = {answer: number for number, answer in enumerate(answers)}
         found = []
         for name, asked in self.asked.items():
-            seen = torch.cat([((part - mean) / deviation).half() for part in cells(tower, pictures[name])])
+            parts = grid_cells(tower, pictures[name], GRID)
+            seen = torch.cat([standardised(part).half() for part in parts])
             every = asked.every
             words = tower.text([question.text for question in every]) - centre
             words = F.normalize(words, dim=1) * words.shape[1] ** 0.5
@@ -215,13 +211,6 @@ class Vqa(sources.RealBenchmark):
             "most frequent answer": questions.worth(test, best * len(test)),
             "question alone": questions.worth(test, questions.guessed(train, test)),
         }
-
-
-def cells(tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
-    """Maps averaged to grids, `[n, GRID * GRID, C]` of some pictures at a time."""
-    for start in range(0, pictures.count, CHUNK):
-        maps = tower.dense(pictures, start, start + CHUNK)
-        yield F.adaptive_avg_pool2d(maps, GRID).flatten(2).transpose(1, 2)
 
 
 def coco_picture(folder: Path, number: int) -> Path:
