@@ -1,6 +1,7 @@
 """What the documents say about keys, files and commands is what the tree has."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from visft import add_visft_config, model_zoo
+from visft.engine import evaluate_backbone
+from visft.evaluation.benchmarks import registered, resolve
 
-DOCUMENTS = ["README.md", "projects/ViSFT/README.md", "MODEL_ZOO.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "projects/ViSFT/README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "docs/evaluation.md"]
 
 
 def leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:
@@ -106,3 +109,36 @@ def test_python_of_the_readme_runs(root, tmp_path):
         assert done.returncode == 0, done.stderr
         shown = re.search(r"# \[(.*)\]", block)
         assert done.stdout.strip() == (f"({shown.group(1)})" if shown else "ViT-B-16")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_evaluations_are_commands(document, root, monkeypatch):
+    text = (root / document).read_text().replace("\\\n", "")
+    found = []
+    monkeypatch.setattr(evaluate_backbone.cli, "guard", lambda run, args: found.append(args) or 0)
+    commands = re.findall(r"^ {4}(?:python )?tools/evaluate_backbone\.py (.*)", text, re.M)
+    for command in commands:
+        evaluate_backbone.main(shlex.split(command))
+    assert len(found) == len(commands)
+    for args in found:
+        assert resolve(args.suite)
+    if document == "docs/evaluation.md":
+        assert len(found) == 4
+
+
+def test_the_page_on_evaluation_says_where_every_data_set_lies(root):
+    text = (root / "docs/evaluation.md").read_text()
+    tasks = text[text.index("VTAB's NAMEs") :]
+    for cls in registered().values():
+        if cls.suite == "real" and "vtab/" in cls.name:
+            assert f"`{cls.name.partition('vtab/')[2]}`" in tasks, cls.name
+        elif cls.suite == "real":
+            missing = [path for paths in cls.needs for path in paths.split("|") if path not in text]
+            assert missing == [], cls.name
+
+
+def test_python_of_the_page_on_evaluation_runs(root, tmp_path):
+    [block] = re.findall(r"^```python\n(.*?)^```", (root / "docs/evaluation.md").read_text(), re.M | re.S)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "zero-shot imagenet: not found in data: imagenet/val" in done.stdout
