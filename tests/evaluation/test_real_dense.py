@@ -268,7 +268,7 @@ def test_broken_lists_and_pictures_are_refused(tmp_path):
     with pytest.raises(DataError, match="val.txt: names no pictures"):
         cls(Context(data=tmp_path))
     (lists / "val.txt").unlink()
-    with pytest.raises(DataError, match="val.txt: cannot be read"):
+    with pytest.raises(DataError, match="val.txt: is no readable text"):
         cls(Context(data=tmp_path))
     (lists / "val.txt").write_text("2007_val000")
     (lists / "train.txt").write_text("2007_train000")

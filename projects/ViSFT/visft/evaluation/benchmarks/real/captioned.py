@@ -158,10 +158,7 @@ def urban1k(folder: Path) -> CaptionedSet:
         raise DataError(f"{folder / 'caption'}: holds no .txt; unpack Urban1k.zip again")
 
     def first_line(file: Path) -> str:
-        try:
-            return next(iter(file.read_text(encoding="utf-8").splitlines()), "")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: is no readable text ({error}); unpack Urban1k.zip again") from error
+        return next(iter(sources.read_text(file, "unpack Urban1k.zip again").splitlines()), "")
 
     rows = ((folder / "image" / f"{file.stem}.jpg", [first_line(file)]) for file in files)
     return collected("urban-1k", rows, files)

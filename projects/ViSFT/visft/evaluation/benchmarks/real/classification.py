@@ -56,7 +56,7 @@ class LabelledSet:
         labels: indices into `names`.
         names: of the classes, in words. templates: of prompts, with `{}` for the name.
         imagenet: by class the indices of ImageNet's classes that stand for it; None: it is no relative of ImageNet.
-        border: pixels to be cut off on every side.
+        border: pixels to be cut off each picture on every side.
     """
 
     sources: Sequence[Source]
@@ -156,12 +156,9 @@ def objectnet(folder: Path) -> LabelledSet:
         line: int(key)
         for key, line in sources.read_json(mappings / "pytorch_to_imagenet_2012_id.json").items()
     }
-    try:
-        lines = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{mappings / 'imagenet_to_label_2012_v2'}: cannot be read ({error.strerror})"
-        ) from error
+    lines = sources.read_text(
+        mappings / "imagenet_to_label_2012_v2", "unpack ObjectNet's archive again"
+    ).splitlines()
     index_of = {line.strip(): number_of[i] for i, line in enumerate(lines) if i in number_of}
     names, imagenet, rows = [], [], []
     for name, label in sorted(label_of.items()):
@@ -233,7 +230,7 @@ def webdataset(folder: Path, split: str) -> LabelledSet:
 def _check_count(folder: Path, found: int) -> None:
     """Compare with nshards.txt: a download may have ended early."""
     file = folder / "nshards.txt"
-    said = re.fullmatch(r"\s*(\d+)\s*", file.read_text()) if file.is_file() else None
+    said = re.fullmatch(r"\s*(\d+)\s*", sources.read_text(file)) if file.is_file() else None
     if said is None or int(said[1]) != found:
         raise DataError(
             f"{file}: says {said[1] if said else 'no number'}, and there are {found} files .tar; get the split again"
@@ -241,9 +238,5 @@ def _check_count(folder: Path, found: int) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}); clip-benchmark's export writes it"
-        ) from error
+    text = sources.read_text(file, "clip-benchmark's export writes it; get it again")
+    return [line.strip() for line in text.splitlines() if line.strip()]

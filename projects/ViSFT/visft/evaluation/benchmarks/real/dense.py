@@ -157,12 +157,9 @@ def _ade20k_names() -> list[tuple[str, ...]]:
 def _listed(folder: str, lists: str, labels: str, data: Path, train: bool) -> list[tuple[Path, Path]]:
     """As the VOC devkit has them: names in a list."""
     file = data / folder / "ImageSets" / lists / f"{'train' if train else 'val'}.txt"
-    try:
-        names = file.read_text(encoding="utf-8").split()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: cannot be read ({error}); one name of a picture a line was expected"
-        ) from error
+    names = sources.read_text(
+        file, "one name of a picture a line was expected; get the data set again"
+    ).split()
     if not names:
         raise DataError(f"{file}: names no pictures; one a line was expected; get the data set again")
     root = data / folder
@@ -238,11 +235,8 @@ class _Dense(sources.RealBenchmark):
 
     def shown(self, part: str, found: Labelled) -> Mapping[str, Pictures]:
         """A part's pictures, and what stands for its label maps."""
-        name = (
-            "ade20k validation" if (self.data_set, part) == ("ade20k", "test") else f"{self.data_set} {part}"
-        )
         return {
-            part: maps.pictures(found.pictures, name),
+            part: maps.pictures(found.pictures, self.data_set, part),
             f"{part} label maps": maps.annotated(found.maps, f"{self.data_set} {part} label maps"),
         }
 
@@ -287,13 +281,12 @@ class DenseProbe(_Dense):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         whole = self.read(train=True, most=maps.TRAIN)
-        held = [i for i in range(len(whole.pictures)) if i % maps.HELD_OF == maps.HELD_OF - 1]
+        train, held = maps.train_and_held(len(whole.pictures))
         if not held:
             raise DataError(
                 f"{whole.pictures[0].file.parent}: {len(whole.pictures)} pictures are to train on; at least "
                 f"{maps.HELD_OF} are needed, of which one is to choose by"
             )
-        train = sorted(set(range(len(whole.pictures))) - set(held))
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:

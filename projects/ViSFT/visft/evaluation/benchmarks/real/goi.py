@@ -24,7 +24,7 @@ from . import maps, regions, sources
 from .regions import RegionSet
 
 PROBE_REGIONS = 10_000
-"""Of these at most, as many of each class, a probe trains on, and on a quarter its penalty is chosen."""
+"""Regions that a probe trains on at most, as many of each class; its penalty is chosen on at most a quarter as many."""
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,8 @@ class _Goi(sources.RealBenchmark):
 
     def shown(self, part: str, found: RegionSet) -> Mapping[str, Pictures]:
         """A part's pictures, and what stands for its annotations."""
-        name = (
-            "ade20k validation" if (self.data_set, part) == ("ade20k", "test") else f"{self.data_set} {part}"
-        )
         return {
-            part: maps.pictures([shown.source for shown in found.pictures], name),
+            part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
             f"{part} annotations": maps.annotated(found.files, f"{self.data_set} {part} annotations"),
         }
 
@@ -247,8 +244,7 @@ class GoiProbe(_Goi):
             raise DataError(
                 f"{whole.files[0]}: its categories are not those of {self.test.files[0]}; get both again"
             )
-        held = [i for i in range(len(whole.pictures)) if i % maps.HELD_OF == maps.HELD_OF - 1]
-        train = sorted(set(range(len(whole.pictures))) - set(held))
+        train, held = maps.train_and_held(len(whole.pictures))
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}
         each = PROBE_REGIONS // len(whole.names)
         self.taken = {

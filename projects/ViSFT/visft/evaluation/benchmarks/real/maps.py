@@ -28,12 +28,19 @@ TEMPLATES = (
 """Four of CLIP's 80: thousands of names are told apart, and parts of pictures are seen."""
 
 L2 = (1e-2, 1e-3, 1e-4)
+"""Strengths of a probe's penalty that are tried."""
 
 
-def pictures(shown: Sequence[sources.Source], name: str) -> Pictures:
-    """A set for maps. One name and the same files are one set, whatever annotations go with them: ADE20K's pictures
-    pass a tower once for regions and for segmentation."""
-    return sources.pictures(shown, name, fit="squash", scale=SCALE, dense=True)
+def pictures(shown: Sequence[sources.Source], data_set: str, part: str) -> Pictures:
+    """A part of a data set, for maps. The same files of one part are one set, whatever annotations go with them:
+    ADE20K's validation pictures pass a tower once for regions and for segmentation."""
+    return sources.pictures(shown, f"{data_set} {part}", fit="squash", scale=SCALE, dense=True)
+
+
+def train_and_held(count: int) -> tuple[list[int], list[int]]:
+    """So many pictures parted, by number: to train on, and to choose the penalty by (see `HELD_OF`)."""
+    held = list(range(HELD_OF - 1, count, HELD_OF))
+    return [number for number in range(count) if (number + 1) % HELD_OF], held
 
 
 def annotated(files: Iterable[Path], name: str) -> Pictures:

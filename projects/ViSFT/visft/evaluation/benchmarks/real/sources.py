@@ -148,6 +148,21 @@ def listed(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
 
 
+def read_text(file: Path, advice: str = "get it again") -> str:
+    """A text file's content, UTF-8 with or without a byte order mark.
+
+    Args:
+        advice: what to do where it cannot be read, the end of the error's sentence.
+
+    Raises:
+        DataError: it is no UTF-8, or is not there.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: is no readable text ({error}); {advice}") from error
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's content.
 

@@ -161,10 +161,7 @@ def listed_words(folder: Path) -> Labelled:
             f"{folder}: holds neither data.mdb nor a list of labels ({', '.join(LABEL_FILES)}); add one of them"
         )
     file = found[0]
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: is no readable text ({error}); get it again") from error
+    lines = sources.read_text(file).splitlines()
     files, texts = [], []
     for number, row in enumerate(lines, 1):
         if not row.strip():
