@@ -131,7 +131,7 @@ def test_objectnet_maps_onto_imagenet(data):
     )
     assert list(found.labels) == [0] * 3 + [1] * 3
     assert next(zero_shot.without_border(np.zeros((40, 60, 3)), 2)).shape == (36, 56, 3)
-    first = next(iter(zero_shot.of(found, "o").make()))
+    first = next(iter(zero_shot.pictures_of(found, "o").make()))
     assert first.shape == (36, 56, 3)
 
 
@@ -224,6 +224,9 @@ def test_broken_data_are_refused(data, tmp_path):
     (tmp_path / "w" / "test" / "nshards.txt").write_text("2")
     (tmp_path / "w" / "classnames.txt").write_text("red\n")
     with pytest.raises(DataError, match="classnames.txt has 1 lines"):
+        classification.webdataset(tmp_path / "w", "test")
+    (tmp_path / "w" / "classnames.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="classnames.txt: is no readable text"):
         classification.webdataset(tmp_path / "w", "test")
 
 

@@ -9,7 +9,7 @@ from visft.errors import DataError
 
 from ..features import FeatureStore, Pictures
 from ..readout import chosen_on_validation
-from ..registry import register
+from ..registry import Context, register
 from . import sources, zero_shot
 from .classification import (
     IMAGENET_VARIANTS,
@@ -31,6 +31,9 @@ NEIGHBOURS = (1, 5, 10, 20)
 TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / TEMPERATURE) (arXiv:1805.01978, section 3.4)."""
 
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Features `[M, D]` of unit length, and labels `[M]`."""
+
 
 class _FewShot(sources.RealBenchmark):
     """Items are pictures of the test set. Each seed draws other pictures to train on."""
@@ -41,7 +44,7 @@ class _FewShot(sources.RealBenchmark):
     tested: type[zero_shot.ZeroShot]
     """Has the same test set, whose pictures pass a tower once for both."""
 
-    def __init__(self, context) -> None:
+    def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.test = self.tested(context)
 
@@ -54,8 +57,8 @@ class _FewShot(sources.RealBenchmark):
         label = self.name.removeprefix(f"{self.method} ")
         source = "imagenet" if self.test.set.imagenet else label
         return {
-            "train": zero_shot.of(train, f"{source} to train on"),
-            "held": zero_shot.of(held, f"{source} to choose by"),
+            "train": zero_shot.pictures_of(train, f"{source} to train on"),
+            "held": zero_shot.pictures_of(held, f"{source} to choose by"),
             **self.test.pictures(seed),
         }
 
@@ -71,8 +74,8 @@ class _FewShot(sources.RealBenchmark):
             scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
         return (scores.argmax(1) == labels).numpy()
 
-    def scores(self, train: tuple, held: tuple, classes: int, features: torch.Tensor) -> torch.Tensor:
-        """Scores `[N, classes]` of what is tested."""
+    def scores(self, train: Rows, held: Rows, classes: int, features: torch.Tensor) -> torch.Tensor:
+        """Features `[N, D]` of what is tested -> scores of the trained classes `[N, classes]`."""
         if self.method == "kNN":
             found = [
                 (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean()

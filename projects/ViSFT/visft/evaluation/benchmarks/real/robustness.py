@@ -7,7 +7,7 @@ import torch
 
 from ..demo import robustness
 from ..features import FeatureStore, Pictures, fitted
-from ..registry import register
+from ..registry import Context, register
 from . import sources, zero_shot
 
 COUNT = 500
@@ -23,7 +23,7 @@ class _Robustness(sources.RealBenchmark):
     family, metric = "robustness", "top-1 accuracy, mean over 20 corruptions"
     tested: type[zero_shot.ZeroShot]
 
-    def __init__(self, context) -> None:
+    def __init__(self, context: Context) -> None:
         super().__init__(context)
         whole = self.tested(context).set
         self.set = whole.part(sources.spread(len(whole.labels), COUNT))

@@ -1,7 +1,7 @@
 """Zero-shot classification: ImageNet and its relatives with CLIP's 80 templates, VTAB with clip-benchmark's."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class ZeroShot(sources.RealBenchmark):
         return self.load()
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return {"test": of(self.set, self.name.removeprefix("zero-shot "))}
+        return {"test": pictures_of(self.set, self.name.removeprefix("zero-shot "))}
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         classes = self.set.classifier(tower)
@@ -45,7 +45,7 @@ class ZeroShot(sources.RealBenchmark):
         ).numpy()
 
 
-def of(labelled: LabelledSet, name: str) -> Pictures:
+def pictures_of(labelled: LabelledSet, name: str) -> Pictures:
     """A set's pictures as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
     if not labelled.border:
         return sources.pictures(labelled.sources, name)
@@ -64,7 +64,7 @@ BY_NAME: dict[str, type[ZeroShot]] = {}
 """The benchmarks of this file by their sets, which others show too."""
 
 
-def _declare(name: str, needs: Mapping[str, str], load) -> None:
+def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], LabelledSet]) -> None:
     kind = "".join(part.capitalize() for part in name.replace("/", "-").replace("_", "-").split("-"))
     members = {
         "name": f"zero-shot {name}",
