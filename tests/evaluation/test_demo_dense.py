@@ -10,10 +10,10 @@ from oracle import Oracle
 from timm.models.vision_transformer import VisionTransformer
 
 from visft.backbone import open_clip_zoo
+from visft.backbone.patch_text import patch_embeddings
 from visft.backbone.towers import TimmTower, adapt
 from visft.evaluation.benchmarks import Context, suite
 from visft.evaluation.benchmarks.demo import dense, goi, regions, unseen
-from visft.backbone.patch_text import patch_embeddings
 from visft.evaluation.benchmarks.segmentation import overlaps
 
 EVERY = (goi.GoiZeroShot, goi.GoiProbe, dense.DenseProbe, dense.DenseText, dense.DenseCorrespondence)
