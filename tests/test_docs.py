@@ -115,7 +115,7 @@ def test_python_of_the_readme_runs(root, tmp_path):
 def test_documented_evaluations_are_commands(document, root, monkeypatch):
     text = (root / document).read_text().replace("\\\n", "")
     found = []
-    monkeypatch.setattr(evaluate_backbone.cli, "guard", lambda run, args: found.append(args) or 0)
+    monkeypatch.setattr(evaluate_backbone.cli, "guard", lambda run, args, **_: found.append(args) or 0)
     commands = re.findall(r"^ {4}(?:python )?tools/evaluate_backbone\.py (.*)", text, re.M)
     for command in commands:
         evaluate_backbone.main(shlex.split(command))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +116,33 @@ def test_a_picture_passes_once_for_whoever_asks(tower, monkeypatch):
     store.embeddings(plain)
     assert passed.count == 15
     store.close()
+
+
+def test_maps_stay_what_they_are_when_others_are_released(tower):
+    one, two, three = (Pictures(f"{seed}", 3, noise(3, seed=seed), dense=True) for seed in range(3))
+    store = FeatureStore(tower)
+    store.dense(one)
+    expected = store.dense(two)
+    store.release(one)
+    assert not torch.equal(store.dense(three), expected)
+    torch.testing.assert_close(store.dense(two), expected, rtol=0, atol=0)
+    store.close()
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path):
+    code = "import sys, pathlib; from visft.evaluation.benchmarks import FeatureStore; "
+    code += "store = FeatureStore(None, folder=pathlib.Path(sys.argv[1])); print('made', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "made\n"
+        [theirs] = tmp_path.glob(".features-*")
+        elsewhere = theirs.with_name(".features-another.machine-1-abc")
+        elsewhere.mkdir()
+        FeatureStore(None, folder=tmp_path).close()
+        assert theirs.is_dir()
+        other.kill()
+    FeatureStore(None, folder=tmp_path).close()
+    assert list(tmp_path.iterdir()) == [elsewhere]
 
 
 def test_scale_and_fit(tower):
@@ -282,6 +310,35 @@ def test_bad_arguments_are_one_sentence(change, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert re.search(message, error) and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def main(*changes, output):
+    return evaluate_backbone.main(
+        ["--model", TINY, "--pretrained", "demo", "--output", str(output), *map(str, changes)]
+    )
+
+
+def test_what_is_left_out_is_said_at_the_start(tmp_path, caplog, capsys):
+    assert main("--suite", "quarters,zero-shot vendor", "--seeds", 1, output=tmp_path / "out") == 0
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "not run: zero-shot vendor: needs --pictures"
+    assert not any("not run: quarters" in line for line in lines)
+    caplog.clear()
+    names = "few-shot vendor,retrieval urban-1k"
+    assert main("--suite", names, output=tmp_path / "no") == 1
+    few_shot, retrieval = [record.getMessage() for record in caplog.records]
+    assert few_shot == "not run: few-shot vendor: needs --pictures"
+    assert retrieval.startswith("not run: retrieval urban-1k: needs --data DIR with Urban1k")
+    assert "nothing can be run, for the 2 reasons above" in capsys.readouterr().err
+
+
+def test_stopped_from_the_keyboard(tmp_path, capsys, monkeypatch):
+    def items(benchmark, tower, pictures, seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(my_benchmark.Quarters, "items", items)
+    assert main("--suite", "quarters", output=tmp_path) == 130
+    assert "stopped from the keyboard (the same command continues)" in capsys.readouterr().err
 
 
 def test_heads_file_is_no_tower(tmp_path):

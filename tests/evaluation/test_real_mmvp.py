@@ -114,6 +114,18 @@ def test_the_whole_suite(tmp_path):
     assert row["n"] == 4 and row["base"] == 25 * right and not row["in_domain"]
 
 
+def test_a_relative_folder_is_the_same_data(tmp_path, monkeypatch):
+    write(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--suite", "vqa mmvp-vlm"]
+    for folder in ("data", str(tmp_path / "data")):
+        assert evaluate_backbone.main([*arguments, "--data", folder, "--output", "out"]) == 0
+        [scores] = (tmp_path / "out" / "scores").glob("*/*.safetensors")
+        if folder == "data":
+            written = scores.stat().st_mtime_ns
+    assert scores.stat().st_mtime_ns == written
+
+
 def test_broken_files_are_refused(tmp_path, caplog):
     rows = [[1, "Text", "a"], [2, "Text", "b"], [3, "Text", "c"], [4, "Text", "d"]]
 

@@ -7,8 +7,13 @@ from collections.abc import Callable
 from visft.errors import VisftError
 
 
-def guard(function: Callable[..., object], *args, **kwargs) -> int:
+def guard(
+    function: Callable[..., object], *args, again: str = "a training goes on with --resume", **kwargs
+) -> int:
     """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
+
+    Args:
+        again: how to go on after Ctrl-C.
 
     The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
     Errors that are nobody's input but a defect of ours keep their traceback.
@@ -21,7 +26,7 @@ def guard(function: Callable[..., object], *args, **kwargs) -> int:
     except VisftError as error:
         return _say(str(error))
     except KeyboardInterrupt:
-        _say("stopped from the keyboard (a training goes on with --resume)")
+        _say(f"stopped from the keyboard ({again})")
         return 130
     except OSError as error:
         if error.filename is None and error.errno is None:

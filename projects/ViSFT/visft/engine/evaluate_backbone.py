@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("visft").setLevel(
         logging.INFO
     )  # open_clip tells much of every model it builds, at the root
-    return cli.guard(run, args)
+    return cli.guard(run, args, again="the same command continues")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,13 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     towers.check(args.model, args.pretrained, args.compare)
     context = Context(
         pictures=Path(args.pictures) if args.pictures else None,
-        data=Path(args.data) if args.data else None,
+        # In full: hashes of scores contain the paths of pictures.
+        data=Path(args.data).resolve() if args.data else None,
         split=args.split,
     )
-    reasons = {cls.name: cls.missing(context) for cls in benchmarks}
-    if all(reasons.values()):
-        first = next(iter(reasons))
-        raise ConfigError(f"--suite {args.suite}: nothing can be run, `{first}` {reasons[first]}")
+    _check_something_runs(args.suite, {cls.name: cls.missing(context) for cls in benchmarks})
     entries = [suite.Entry("base", args.pretrained)]
     entries += [suite.Entry(*pair) for pair in zip(towers.labels(args.compare), args.compare, strict=True)]
     output = Path(args.output)
@@ -78,6 +76,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report.write(results, output)
     logger.info("%s\n%s", report.text_table(results), output / "report.html")
     return results
+
+
+def _check_something_runs(names: str, reasons: Mapping[str, str | None]) -> None:
+    """Tell what is left out and why, before hours pass.
+
+    Args:
+        reasons: by benchmark; None: it can be run.
+
+    Raises:
+        ConfigError: none can be.
+    """
+    if len(reasons) == 1 and all(reasons.values()):
+        [(name, reason)] = reasons.items()
+        raise ConfigError(f"--suite {names}: nothing can be run, `{name}` {reason}")
+    for name, reason in reasons.items():
+        if reason:
+            logger.info("not run: %s: %s", name, reason)
+    if all(reasons.values()):
+        raise ConfigError(f"--suite {names}: nothing can be run, for the {len(reasons)} reasons above")
 
 
 if __name__ == "__main__":

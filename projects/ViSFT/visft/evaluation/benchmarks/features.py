@@ -1,6 +1,11 @@
 """Sets of pictures, and a tower's features of them: each picture passes a tower once, whoever asks for it."""
 
+import itertools
 import logging
+import os
+import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +26,9 @@ BATCH_PIXELS = 64 * 128 * 128
 """Pixels that pass a tower at once."""
 
 FITS = ("squash", "crop")
+
+FOLDER = ".features-"
+"""A store's temporary folder is named by this, its machine and its process."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class FeatureStore:
         tower: what computes them.
         announced: all sets that will be asked for: where one of several with the same identity is `dense`, the pictures
             pass the tower once for both kinds of features.
-        folder: for the temporary file; None: the system's.
+        folder: for the temporary file; None: the system's. What a killed process left in it is removed.
         texts: embeddings of lines by this tower's text tower, which are added to; towers that share it may share them.
         progress: called with the number of pictures after each batch.
     """
@@ -76,7 +84,13 @@ class FeatureStore:
     ) -> None:
         self.tower, self.progress = tower, progress
         self._dense_wanted = {pictures.identity for pictures in announced if pictures.dense}
-        self._folder = tempfile.TemporaryDirectory(prefix=".features-", dir=folder)
+        if folder is not None:
+            remove_leftovers(folder)
+        prefix = f"{FOLDER}{socket.gethostname()}-{os.getpid()}-"
+        self._folder, self._numbers = (
+            tempfile.TemporaryDirectory(prefix=prefix, dir=folder),
+            itertools.count(),
+        )
         self._embeddings: dict[tuple, torch.Tensor] = {}
         self._maps: dict[tuple, np.memmap] = {}
         self._texts = {} if texts is None else texts
@@ -141,7 +155,7 @@ class FeatureStore:
             embeddings.append(embedding)
             if maps is not None:
                 if identity not in self._maps:
-                    file = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.bin"
+                    file = Path(self._folder.name) / f"{next(self._numbers)}.bin"
                     shape = (pictures.count, *maps.shape[1:])
                     self._maps[identity] = np.memmap(file, np.float16, mode="w+", shape=shape)
                 self._maps[identity][done : done + len(batch)] = maps.to(torch.float16).numpy()
@@ -162,6 +176,21 @@ class FeatureStore:
                 rows = []
         if rows:
             yield torch.stack(rows)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders in `folder` whose processes, of this machine, are no more."""
+    for path in folder.glob(f"{FOLDER}*"):
+        owner = re.fullmatch(f"{re.escape(FOLDER + socket.gethostname())}-(\\d+)-[^-]*", path.name)
+        if owner is None:
+            continue
+        try:
+            os.kill(int(owner[1]), 0)  # sends nothing
+        except ProcessLookupError:
+            logger.info("%s: left by a run that was killed, removed", path)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # another user's process
 
 
 def fitted(picture: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
