@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Compare CLIP towers on tasks that they were not tuned on.
 
-tools/evaluate_backbone.py --model NAME --pretrained TAG_OR_FILE [--compare FILE ...] --suite demo|real|NAME[,NAME]
-    [--pictures DIR] [--data DIR] [--seeds N] --output DIR     (again: continues)
+tools/evaluate_backbone.py --model NAME --pretrained TAG_OR_FILE [--compare FILE ...]
+    --suite demo|real|demo/FAMILY|real/FAMILY|NAME[,NAME] [--pictures DIR] [--data DIR] [--seeds N]
+    --output DIR     (again: continues)
 """
 
 import sys

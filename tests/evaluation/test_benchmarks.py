@@ -275,6 +275,9 @@ def test_suites_families_and_names():
     named = [cls.name for cls in registry.resolve("quarters, retrieval")]
     assert named == ["quarters", *sorted(name for name in every if every[name].family == "retrieval")]
     assert "retrieval scenes" in named
+    for suite_name in registry.SUITES:
+        of_suite = registry.resolve(f"{suite_name}/retrieval")
+        assert of_suite == [cls for cls in registry.resolve("retrieval") if cls.suite == suite_name] != []
     for cls in every.values():
         assert cls.metric and cls.__doc__ or cls.__module__ in (__name__, "my_benchmark")
 
@@ -294,6 +297,9 @@ def test_labels():
             ["--suite", "retreival"],
             "--suite: `retreival` is no suite, family or benchmark; the nearest is `retrieval`",
         ),
+        (["--suite", "real/retreival"], "the nearest is `real/retrieval`"),
+        (["--suite", "retrieval", "--data", "."], "--suite retrieval: names benchmarks of .*demo/FAMILY or real/"),
+        (["--suite", "demo,real", "--data", "."], "--suite demo,real: names benchmarks of .* one suite a run"),
         (["--suite", "zero-shot vendor"], "nothing can be run, `zero-shot vendor` needs --pictures"),
         (["--model", "visft-tinny"], "the nearest name is 'visft-tiny'"),
         (["--pretrained", "laion2b"], "--pretrained laion2b: .*its tags are: demo"),
@@ -330,6 +336,14 @@ def test_what_is_left_out_is_said_at_the_start(tmp_path, caplog, capsys):
     assert few_shot == "not run: few-shot vendor: needs --pictures"
     assert retrieval.startswith("not run: retrieval urban-1k: needs --data DIR with Urban1k")
     assert "nothing can be run, for the 2 reasons above" in capsys.readouterr().err
+
+
+def test_a_family_of_one_suite_beside_data(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    assert main("--suite", "real/retrieval", "--data", data, output=tmp_path / "no") == 1
+    assert "nothing can be run" in capsys.readouterr().err
+    assert main("--suite", "quarters", "--data", data, "--seeds", 1, output=tmp_path / "out") == 0
 
 
 def test_stopped_from_the_keyboard(tmp_path, capsys, monkeypatch):

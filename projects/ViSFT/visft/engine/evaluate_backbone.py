@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--compare", nargs="+", default=[], metavar="FILE", help="tuned CLIPs of the same architecture"
     )
     parser.add_argument(
-        "--suite", default="demo", help="demo, real, or names of families or benchmarks, by commas"
+        "--suite",
+        default="demo",
+        help="demo; real; a family of one of them, as demo/retrieval or real/retrieval; or benchmarks; by commas. A "
+        "family alone is of both suites: where --data is given, name one, since no figure is a mean over both",
     )
     parser.add_argument(
         "--pictures", help="folder of another vendor's emoji, named by code points (1f415.svg)"
@@ -61,6 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if folder and not Path(folder).is_dir():
             raise DataError(f"{option} {folder}: there is no such folder")
     benchmarks = resolve(args.suite)
+    if args.data and len({cls.suite for cls in benchmarks}) > 1:
+        raise ConfigError(
+            f"--suite {args.suite}: names benchmarks of the demo suite and of the real one, whose mean would be a "
+            "figure of neither; give demo/FAMILY or real/FAMILY for a family, and one suite a run"
+        )
     towers.check(args.model, args.pretrained, args.compare)
     context = Context(
         pictures=Path(args.pictures) if args.pictures else None,

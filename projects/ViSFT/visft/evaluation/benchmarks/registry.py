@@ -146,7 +146,7 @@ def registered() -> dict[str, type[Benchmark]]:
 
 
 def resolve(suite: str | Sequence[str]) -> list[type[Benchmark]]:
-    """The benchmarks that `--suite` names: `demo`, `real`, families, benchmarks, separated by commas.
+    """The benchmarks that `--suite` names: suites, families (of both suites, or `demo/FAMILY`), benchmarks, by commas.
 
     Raises:
         ConfigError: a name is none of these.
@@ -154,11 +154,16 @@ def resolve(suite: str | Sequence[str]) -> list[type[Benchmark]]:
     names = [name.strip() for name in (suite.split(",") if isinstance(suite, str) else suite)]
     known, found = registered(), []
     for name in names:
-        matching = [cls for cls in known.values() if name in (cls.name, cls.family, cls.suite)]
+        matching = [
+            cls
+            for cls in known.values()
+            if name in (cls.name, cls.family, cls.suite, f"{cls.suite}/{cls.family}")
+        ]
         if not matching:
             from difflib import get_close_matches
 
-            every = [*SUITES, *dict.fromkeys(cls.family for cls in known.values()), *known]
+            families = dict.fromkeys(cls.family for cls in known.values())
+            every = [*SUITES, *families, *(f"{suite}/{family}" for suite in SUITES for family in families), *known]
             near = get_close_matches(name, every, n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"--suite: `{name}` is no suite, family or benchmark; the nearest is `{near}` ({', '.join(every)})"
