@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from visft.backbone import open_clip_zoo
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered
+from visft.evaluation.benchmarks.readout import chosen_on_validation
 from visft.evaluation.benchmarks.real import classification, few_shot, robustness, sources, zero_shot
 
 COLOURS = {"n01440764": (200, 30, 30), "n01443537": (30, 200, 30), "n01484850": (30, 30, 200)}
@@ -171,13 +173,11 @@ def test_few_shot_on_classes_that_stand_for_several(store, data, monkeypatch):
     benchmark = registered()["kNN objectnet"](Context(data=data))
     asked = []
 
-    def scores(train, held, classes, features):
+    def scores(tower, pictures, train, held, classes):
         asked.append(classes)
         found = np.zeros((6, classes), np.float32)
         found[:3, 3] = found[3:, 2] = 1
         found[:, 7] = 2  # a class that the set does not have
-        import torch
-
         return torch.from_numpy(found)
 
     monkeypatch.setattr(benchmark, "scores", scores)
@@ -192,9 +192,74 @@ def test_draws_depend_on_seed_alone(data):
     assert not set(train.sources) & set(held.sources) and set(train.labels) == set(held.labels) == {0, 1, 2}
 
 
-def test_neighbours_by_hand():
-    import torch
+def test_a_probe_is_trained_once_for_imagenet_and_its_relatives(store, data, monkeypatch):
+    fresh, trained = FeatureStore(store.tower), []
 
+    def counting(*arguments):
+        trained.append(chosen_on_validation(*arguments))
+        return trained[-1]
+
+    monkeypatch.setattr(few_shot, "chosen_on_validation", counting)
+    for name in ("imagenet", "imagenet-v2", "imagenet-sketch"):
+        benchmark, hits = run(f"linear probe {name}", fresh, data)
+        pictures = benchmark.pictures(0)
+        rows = [
+            (store.embeddings(pictures[part]), torch.tensor(drawn.labels))
+            for part, drawn in zip(("train", "held"), benchmark.drawn(0), strict=True)
+        ]
+        alone = chosen_on_validation(*rows, 1000).predict(store.embeddings(pictures["test"]))
+        assert hits.tolist() == (alone == torch.tensor(benchmark.test.set.labels)).tolist()
+    assert len(trained) == 1
+    run("linear probe imagenet", fresh, data, seed=1)
+    run("linear probe vtab/svhn", fresh, data)
+    assert len(trained) == 3
+    fresh.close()
+
+
+def test_what_is_drawn_is_looked_up_once(tmp_path, monkeypatch):
+    folders(tmp_path / "imagenet" / "train", COLOURS)
+    folders(tmp_path / "imagenet" / "val", COLOURS)
+    webdataset(tmp_path / "wds_vtab-dtd")
+    read = []
+    for module, name in ((few_shot, "imagenet_folders"), (few_shot, "webdataset")):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, function=function: read.append(args) or function(*args)
+        )
+    for method in ("linear probe", "kNN"):
+        for name in ("imagenet", "vtab/dtd"):
+            benchmark = registered()[f"{method} {name}"](Context(data=tmp_path))
+            assert benchmark.drawn(0) == benchmark.drawn(0)
+    assert len(read) == 2
+    registered()["kNN vtab/dtd"](Context(data=tmp_path)).drawn(1)  # the tars were just read
+    assert len(read) == 2
+
+
+def test_benchmarks_on_the_same_pictures_draw_the_same_items(data):
+    context = Context(data=data)
+    for name, tested in zero_shot.BY_NAME.items():
+        if tested.missing(context):
+            continue
+        same = [registered()[f"{what} {name}"] for what in ("zero-shot", "linear probe", "kNN")]
+        assert {cls.item_set for cls in same} == {name}
+        assert len({cls(context).pictures(0)["test"].identity for cls in same}) == 1
+        # Some of the pictures alone.
+        assert registered()[f"robustness {name}"].item_set == ""
+
+
+def test_a_task_of_vtab_without_pictures_to_train_on(tmp_path):
+    webdataset(tmp_path / "wds_vtab-svhn", ("test",))
+    context = Context(data=tmp_path)
+    assert registered()["zero-shot vtab/svhn"].missing(context) is None
+    assert registered()["robustness vtab/svhn"].missing(context) is None
+    for method in ("linear probe", "kNN"):
+        reason = registered()[f"{method} vtab/svhn"].missing(context)
+        assert "wds_vtab-svhn/train or " in reason and "svhn/test" not in reason
+    webdataset(tmp_path / "wds_vtab-dtd", ("train",))
+    assert "wds_vtab-dtd/test" in registered()["zero-shot vtab/dtd"].missing(context)
+
+
+def test_neighbours_by_hand():
     train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     votes = few_shot.neighbours(train, torch.tensor([0, 1, 1]), 2, torch.tensor([[1.0, 0.0]]), 2)
     np.testing.assert_allclose(votes.numpy(), [[1, np.exp(-0.2 / 0.07)]], rtol=1e-5)

@@ -182,10 +182,12 @@ def objectnet(folder: Path) -> LabelledSet:
     return LabelledSet(*zip(*rows, strict=True), names, imagenet_templates(), imagenet, border=2)
 
 
-def webdataset_paths(name: str) -> str:
-    """Where a set in clip-benchmark's format may lie below --data: as it is cloned, or exported."""
+def webdataset_paths(name: str, split: str) -> str:
+    """Where a split of a set in clip-benchmark's format may lie below --data: as it is cloned, or exported."""
     plain = ("wds_sun397", "wds-sun397") if name == "sun397" else ()
-    return "|".join((*plain, f"wds_vtab-{name}", f"wds-vtab-{name}", f"vtab/{name}"))
+    return "|".join(
+        f"{folder}/{split}" for folder in (*plain, f"wds_vtab-{name}", f"wds-vtab-{name}", f"vtab/{name}")
+    )
 
 
 def webdataset(folder: Path, split: str) -> LabelledSet:

@@ -1,6 +1,9 @@
 """Linear probe and nearest neighbours on few labelled pictures: ImageNet's 16 a class, VTAB's 1000 a task."""
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -8,7 +11,7 @@ import torch
 from visft.errors import DataError
 
 from ..features import FeatureStore, Pictures
-from ..readout import chosen_on_validation
+from ..readout import LogisticRegression, chosen_on_validation
 from ..registry import Context, register
 from . import sources, zero_shot
 from .classification import (
@@ -69,20 +72,31 @@ class _FewShot(sources.RealBenchmark):
             (tower.embeddings(pictures["train"]), torch.tensor(train.labels)),
             (tower.embeddings(pictures["held"]), torch.tensor(held.labels)),
         )
-        scores = self.scores(*rows, len(train.names), tower.embeddings(pictures["test"]))
+        scores = self.scores(tower, pictures, *rows, len(train.names))
         if groups is not None:  # the classes of the test set are some of those trained, or several together
             scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
         return (scores.argmax(1) == labels).numpy()
 
-    def scores(self, train: Rows, held: Rows, classes: int, features: torch.Tensor) -> torch.Tensor:
-        """Features `[N, D]` of what is tested -> scores of the trained classes `[N, classes]`."""
+    def scores(
+        self, tower: FeatureStore, pictures: Mapping[str, Pictures], train: Rows, held: Rows, classes: int
+    ) -> torch.Tensor:
+        """Scores of the trained classes `[N, classes]` for the N pictures that are tested."""
+        features = tower.embeddings(pictures["test"])
         if self.method == "kNN":
             found = [
                 (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean()
                 for k in NEIGHBOURS
             ]
             return neighbours(*train, classes, features, NEIGHBOURS[int(torch.stack(found).argmax())])
-        return chosen_on_validation(train, held, classes).logits(features)
+        # ImageNet and its relatives share it: it depends on the tower and the pictures it is trained on alone.
+        known = _probes.setdefault(tower, {})
+        key = pictures["train"].identity, pictures["held"].identity
+        if key not in known:
+            known[key] = chosen_on_validation(train, held, classes)
+        return known[key].logits(features)
+
+
+_probes: WeakKeyDictionary[FeatureStore, dict[tuple, LogisticRegression]] = WeakKeyDictionary()
 
 
 def neighbours(
@@ -105,33 +119,49 @@ class _FromImageNet(_FewShot):
     """Trained on ImageNet's own pictures, whichever relative is tested."""
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
-        folders = imagenet_folders(self.path("imagenet/train"))
-        parts: tuple[list, list] = ([], [])
-        for index, folder in sorted(folders.items()):
-            files = sources.listed(folder)
-            if len(files) < 2:
-                raise DataError(
-                    f"{folder}: holds {len(files)} pictures; at least 2 are needed to train and to choose"
-                )
-            order = np.random.default_rng([seed, index]).permutation(len(files))[: SHOTS + HELD]
-            shots = min(SHOTS, len(order) - 1)
-            for rows, numbers in zip(parts, (order[:shots], order[shots:]), strict=True):
-                rows += [(sources.Source(files[i]), index) for i in numbers]
-        return tuple(LabelledSet(*zip(*rows, strict=True), range(1000), ()) for rows in parts)
+        return _of_imagenet(self.path("imagenet/train"), seed)
+
+
+@functools.cache
+def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
+    """Pictures of each class to train on, and to choose by; the folders are listed once a process and seed."""
+    parts: tuple[list, list] = ([], [])
+    for index, of_class in sorted(imagenet_folders(folder).items()):
+        files = sources.listed(of_class)
+        if len(files) < 2:
+            raise DataError(
+                f"{of_class}: holds {len(files)} pictures; at least 2 are needed to train and to choose"
+            )
+        order = np.random.default_rng([seed, index]).permutation(len(files))[: SHOTS + HELD]
+        shots = min(SHOTS, len(order) - 1)
+        for rows, numbers in zip(parts, (order[:shots], order[shots:]), strict=True):
+            rows += [(sources.Source(files[i]), index) for i in numbers]
+    return tuple(LabelledSet(*zip(*rows, strict=True), range(1000), ()) for rows in parts)
 
 
 class _FromVtab(_FewShot):
     """Trained on pictures of the task's own train split."""
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
-        whole = webdataset(self.path(next(iter(self.needs))), "train")
-        order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
-        cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
-        if not cut:
-            raise DataError(
-                f"{self.path(next(iter(self.needs)))}: its train split holds {len(order)} pictures; more are needed"
-            )
-        return whole.part(order[:cut]), whole.part(order[cut:])
+        _, train = self.needs
+        return _of_vtab(self.path(train), seed)
+
+
+@functools.cache
+def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
+    """Pictures of a train split to train on, and to choose by."""
+    whole = _read(folder)
+    order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
+    cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
+    if not cut:
+        raise DataError(f"{folder}: this train split holds {len(order)} pictures; more are needed")
+    return whole.part(order[:cut]), whole.part(order[cut:])
+
+
+@functools.lru_cache(maxsize=1)
+def _read(folder: Path) -> LabelledSet:
+    """A split, for one seed after the other."""
+    return webdataset(folder.parent, folder.name)
 
 
 def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
@@ -143,6 +173,7 @@ def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
             if method == "linear probe"
             else "accuracy of nearest neighbours",
             "needs": needs,
+            "item_set": zero_shot.BY_NAME[name].item_set,
             "tested": zero_shot.BY_NAME[name],
             "__doc__": f"{method} on {name}.",
             "__module__": __name__,
@@ -158,5 +189,8 @@ for _name in VTAB:
     _declare(
         f"vtab/{_name}",
         _FromVtab,
-        {webdataset_paths(_name): "clip-benchmark's webdataset, with train and test"},
+        {
+            webdataset_paths(_name, "test"): "of clip-benchmark's webdataset, to be tested",
+            webdataset_paths(_name, "train"): "of clip-benchmark's webdataset, to train on",
+        },
     )

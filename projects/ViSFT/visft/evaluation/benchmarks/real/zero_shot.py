@@ -70,6 +70,7 @@ def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], Lab
         "name": f"zero-shot {name}",
         "needs": needs,
         "load": load,
+        "item_set": name,
         "__doc__": f"{name}, all its pictures.",
     }
     BY_NAME[name] = register(type(f"ZeroShot{kind}", (ZeroShot,), members | {"__module__": __name__}))
@@ -89,6 +90,6 @@ _declare(
 for _name in VTAB:
     _declare(
         f"vtab/{_name}",
-        {webdataset_paths(_name): "clip-benchmark's webdataset, with test/0.tar"},
-        lambda self, name=_name: webdataset(self.path(webdataset_paths(name)), "test"),
+        {webdataset_paths(_name, "test"): "of clip-benchmark's webdataset, to be tested"},
+        lambda self, name=_name: webdataset(self.path(webdataset_paths(name, "test")).parent, "test"),
     )
