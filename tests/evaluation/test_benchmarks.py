@@ -298,8 +298,14 @@ def test_labels():
             "--suite: `retreival` is no suite, family or benchmark; the nearest is `retrieval`",
         ),
         (["--suite", "real/retreival"], "the nearest is `real/retrieval`"),
-        (["--suite", "retrieval", "--data", "."], "--suite retrieval: names benchmarks of .*demo/FAMILY or real/"),
-        (["--suite", "demo,real", "--data", "."], "--suite demo,real: names benchmarks of .* one suite a run"),
+        (
+            ["--suite", "retrieval", "--data", "."],
+            "--suite retrieval: names benchmarks of .*demo/FAMILY or real/",
+        ),
+        (
+            ["--suite", "demo,real", "--data", "."],
+            "--suite demo,real: names benchmarks of .* one suite a run",
+        ),
         (["--suite", "zero-shot vendor"], "nothing can be run, `zero-shot vendor` needs --pictures"),
         (["--model", "visft-tinny"], "the nearest name is 'visft-tiny'"),
         (["--pretrained", "laion2b"], "--pretrained laion2b: .*its tags are: demo"),
@@ -344,6 +350,21 @@ def test_a_family_of_one_suite_beside_data(tmp_path, capsys):
     assert main("--suite", "real/retrieval", "--data", data, output=tmp_path / "no") == 1
     assert "nothing can be run" in capsys.readouterr().err
     assert main("--suite", "quarters", "--data", data, "--seeds", 1, output=tmp_path / "out") == 0
+
+
+def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monkeypatch):
+    class OnMaps(my_benchmark.Quarters):
+        name, family = "on maps", "dense"
+
+        def pictures(self, seed):
+            return {"test": Pictures("on maps", 1, noise(1), dense=True)}
+
+    monkeypatch.setattr(Tower, "has_map", False)
+    with caplog.at_level("INFO"):
+        results = run(tmp_path, benchmarks=(my_benchmark.Quarters, OnMaps), seeds=1)
+    assert [row["name"] for row in results["benchmarks"]] == ["quarters"]
+    assert results["left_out"] == {"on maps": f"{TINY} is no plain vision transformer"}
+    assert f"not run: on maps: {TINY} is no plain" in caplog.text
 
 
 def test_stopped_from_the_keyboard(tmp_path, capsys, monkeypatch):

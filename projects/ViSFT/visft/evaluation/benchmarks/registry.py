@@ -57,7 +57,7 @@ class Benchmark:
         family: one of `FAMILIES`. A family's figure is the mean over its benchmarks.
         metric: what the figure is, for people.
         suite: `demo` or `real`.
-        in_domain: whether the fine-tuning's pictures or classes are in it; then it is reported, but counted in no mean.
+        in_domain: whether it is tested on the fine-tuning's data set of pictures; reported, but counted in no mean.
         max_seeds: how many seeds make a difference; None: as many as are asked for.
         item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
         version: raised when the same pictures give other figures than before, so that old results are not taken up.
@@ -163,7 +163,12 @@ def resolve(suite: str | Sequence[str]) -> list[type[Benchmark]]:
             from difflib import get_close_matches
 
             families = dict.fromkeys(cls.family for cls in known.values())
-            every = [*SUITES, *families, *(f"{suite}/{family}" for suite in SUITES for family in families), *known]
+            every = [
+                *SUITES,
+                *families,
+                *(f"{suite}/{family}" for suite in SUITES for family in families),
+                *known,
+            ]
             near = get_close_matches(name, every, n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"--suite: `{name}` is no suite, family or benchmark; the nearest is `{near}` ({', '.join(every)})"

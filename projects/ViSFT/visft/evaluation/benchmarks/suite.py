@@ -74,6 +74,7 @@ def run(
         if not tower.has_map:
             for task in [task for task in ready if task.needs_map]:
                 left_out[task.benchmark.name] = f"{name} is no plain vision transformer"
+                logger.info("not run: %s: %s", task.benchmark.name, left_out[task.benchmark.name])
                 ready.remove(task)
         shared = texts.setdefault(tower.text_sha256, {})
         scores[entry.label] = evaluate(tower, ready, output, shared, progress)
