@@ -5,8 +5,8 @@
     run.py --report [--split development] [--output DIR] [--results DIR]           table and plot of what is finished
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
-checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world`, `base`, and `runs/ARM-SEED-ID`,
-where ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file, so that they
+checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world` and `runs/ARM-SEED-ID`, where
+ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file, so that they
 outlive --output; such a run is not repeated, and the report needs nothing else. `--redraw` makes the report again from
 its results.json alone.
 """
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from visft.backbone.open_clip_zoo import TINY_WEIGHTS
@@ -45,6 +44,7 @@ logger = logging.getLogger("visft.experiment")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
+RECORD = "record"
 EXPORT = "export/visft_backbone.safetensors"
 _ENTRIES = {"label", "seeds", "set", "of", "interpolate", "iteration", "suite"}
 
@@ -60,7 +60,7 @@ class Arm:
     of: str = ""
     interpolate: float | None = None
     iteration: int | None = None
-    suite: str = "demo"
+    suite: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Plan:
     """What arms.yaml says."""
 
     config: str
+    suite: str
     demo_world: dict[str, int]
     arms: dict[str, Arm]
     against: list[str]
@@ -111,7 +112,7 @@ def read(path: Path) -> Plan:
     against = content.get("against", [])
     if not set(against) <= set(arms):
         raise ConfigError(f"{path}: against: {against} are not all arms; there are {', '.join(arms)}")
-    return Plan(content["config"], content["demo_world"], arms, against)
+    return Plan(content["config"], content.get("suite", "demo"), content["demo_world"], arms, against)
 
 
 class Runs:
@@ -131,14 +132,15 @@ class Runs:
 
     def folder(self, arm: Arm | None, seed: int) -> Path:
         """Of a run. Arms of another arm's weights have one of their own for the evaluation."""
-        return self.output / BASE if arm is None else self.output / "runs" / self.name(arm, seed)
+        return self.output / "runs" / self.name(arm, seed)
 
     def tasks(self, arm: Arm | None, seed: int) -> list[suite.Task]:
         """The benchmarks that can be run here; of the tower as it is those where the seed makes a difference."""
-        classes = [cls for cls in resolve(arm.suite if arm else "demo") if cls.missing(self.context) is None]
+        names = arm.suite if arm and arm.suite else self.plan.suite
+        classes = [cls for cls in resolve(names) if cls.missing(self.context) is None]
         if arm is None:
             classes = [cls for cls in classes if cls.max_seeds is None or seed < cls.max_seeds]
-        return [suite.Task(cls(self.context), [seed]) for cls in classes]
+        return [suite.Task(cls(self.context), [seed], every_seed=True) for cls in classes]
 
     def job(self, arm: Arm | None, seed: int) -> None:
         """Train and evaluate one run, as far as it is not done."""
@@ -157,11 +159,12 @@ class Runs:
         (folder / self.split).mkdir(exist_ok=True)
         scores = suite.evaluate(tower, tasks, folder / self.split)
         record["evaluation_seconds"] = round(time.monotonic() - start)
-        tensors = {name: torch.from_numpy(rows[0]).float() for name, rows in scores.items()}
         record["fingerprints"] = {task.benchmark.name: task.fingerprint() for task in tasks}
         file = self._kept_file(arm, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_safetensors(file, tensors, {"record": json.dumps(record)})
+        with files.write_aside(file) as partial, open(partial, "wb") as stream:
+            arrays = {name: rows[0].astype(np.float32) for name, rows in scores.items()}
+            np.savez_compressed(stream, **{RECORD: np.array(json.dumps(record))}, **arrays)
 
     def kept(self, arm: Arm | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Scores `[items, k]` by benchmark, and the record, of a finished run; None: it is not, or benchmarks have
@@ -169,12 +172,14 @@ class Runs:
         file = self._kept_file(arm, seed)
         if not file.is_file():
             return None
-        record = json.loads(files.read_metadata(file)["record"])
-        tasks = self.tasks(arm, seed)
-        if record["fingerprints"] != {task.benchmark.name: task.fingerprint() for task in tasks}:
+        with np.load(file, allow_pickle=False) as content:
+            scores = {name: content[name].astype(np.float64) for name in content.files if name != RECORD}
+            record = json.loads(str(content[RECORD]))
+        if record["fingerprints"] != {
+            task.benchmark.name: task.fingerprint() for task in self.tasks(arm, seed)
+        }:
             return None
-        tensors = files.read_tensors(file)
-        return {name: rows.double().numpy() for name, rows in tensors.items()}, record
+        return scores, record
 
     def all_kept(self, arm: Arm | None, seeds: int) -> tuple[dict[str, np.ndarray], list[dict]] | None:
         """Scores `[seeds, items, k]` by benchmark, and the records, of an arm's runs; None: one is not finished."""
@@ -185,7 +190,7 @@ class Runs:
         return scores, [record for _, record in runs]
 
     def _kept_file(self, arm: Arm | None, seed: int) -> Path:
-        return self.results / "scores" / self.split / f"{self.name(arm, seed)}.safetensors"
+        return self.results / "scores" / self.split / f"{self.name(arm, seed)}.npz"
 
     def _trained(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
         file = folder / "trained.json"

@@ -59,6 +59,7 @@ class Benchmark:
         suite: `demo` or `real`.
         in_domain: whether it is tested on the fine-tuning's data set of pictures; reported, but counted in no mean.
         max_seeds: how many seeds make a difference; None: as many as are asked for.
+        quick_seeds: how many of these a suite takes, where a readout is expensive; None: all.
         item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
         version: raised when the same pictures give other figures than before, so that old results are not taken up.
     """
@@ -67,6 +68,7 @@ class Benchmark:
     suite = "demo"
     in_domain = False
     max_seeds: int | None = None
+    quick_seeds: int | None = None
     item_set = ""
     version = 1
 

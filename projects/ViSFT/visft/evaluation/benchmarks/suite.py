@@ -88,11 +88,13 @@ class Task:
 
     Args:
         seeds: those that are asked for; a benchmark that knows fewer takes them modulo its number.
+        every_seed: readouts too are trained once a seed, however long it takes (`quick_seeds` is not asked).
     """
 
-    def __init__(self, benchmark: Benchmark, seeds: Sequence[int]) -> None:
+    def __init__(self, benchmark: Benchmark, seeds: Sequence[int], *, every_seed: bool = False) -> None:
         self.benchmark = benchmark
-        most = benchmark.max_seeds
+        limits = [benchmark.max_seeds, None if every_seed else benchmark.quick_seeds]
+        most = min((limit for limit in limits if limit is not None), default=None)
         self.seeds = sorted({seed if most is None else seed % most for seed in seeds})
         self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
 
@@ -108,7 +110,7 @@ class Task:
         """Hash of what decides the scores besides the tower."""
         cls = type(self.benchmark)
         sets = [[(n, *p.identity, p.count, p.dense) for n, p in named.items()] for named in self.sets]
-        parts = [cls.name, cls.version, self.benchmark.context.split, sets]
+        parts = [cls.name, cls.version, self.benchmark.context.split, self.seeds, sets]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

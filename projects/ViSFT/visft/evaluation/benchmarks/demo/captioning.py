@@ -19,7 +19,7 @@ class CaptioningScenes(Benchmark):
     """Items are scenes, scores their CIDEr-D; it can be above 1."""
 
     name, family, metric = "captioning scenes", "captioning", "CIDEr-D"
-    max_seeds = 1
+    quick_seeds = 1
     item_set = unseen.ITEMS
 
     @classmethod

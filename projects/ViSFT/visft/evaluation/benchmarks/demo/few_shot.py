@@ -22,7 +22,7 @@ class FewShotEmoji(Benchmark):
     """Trained on 1 to 16 views of each of 64 emoji, tested on other views. Items are emoji, k the numbers of shots."""
 
     name, family, metric = "few-shot emoji", "few-shot", "accuracy, mean over 1 to 16 shots"
-    max_seeds = 2
+    quick_seeds = 2
     """Each has 1,536 views, which take a fifth of a tower's time in the suite."""
     vendor: Path | None = None
     """Whose drawings are tested; None: the base vendor's."""

@@ -131,7 +131,7 @@ class OcrWords(Benchmark):
     """Four words a picture. Items are pictures, columns word and character accuracy."""
 
     name, family, metric = "ocr words", "ocr", "mean of word and character accuracy"
-    max_seeds = 1
+    quick_seeds = 1
 
     @classmethod
     def missing(cls, context: Context) -> str | None:

@@ -200,7 +200,7 @@ class VqaScenes(Benchmark):
 
     name, family = "vqa scenes", "vqa"
     metric = "accuracy, mean over presence, count, colour, relation"
-    max_seeds = 1
+    quick_seeds = 1
     item_set = unseen.ITEMS
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:

@@ -1,0 +1,247 @@
+"""The experiment's script: finished runs outlive their folder, derived towers are what their arm says, broken plans."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from visft.backbone.open_clip_zoo import TINY_WEIGHTS
+from visft.errors import ConfigError
+from visft.evaluation.benchmarks import Benchmark, Pictures, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "experiments" / "demo_ood" / "run.py"
+
+BOXES = {
+    "MODEL.VISFT.HEADS": ["detection"],
+    "MODEL.VISFT.HEAD_FILES": ["visft://heads_demo_detection.safetensors"],
+}
+PLAN = {
+    "config": "visft_demo",
+    "suite": "agreement, norm",
+    "demo_world": {"train": 24, "val": 4},
+    "settings": {
+        "VISFT.STAGES": ["lora"],
+        "DATASETS.TEST": [],
+        "DATALOADER.NUM_WORKERS": 0,
+        "VISFT.SOLVER.LORA.IMS_PER_BATCH": 2,
+        "VISFT.SOLVER.LORA.MAX_ITER": 2,
+        "VISFT.SOLVER.LORA.WARMUP_ITERS": 0,
+        "VISFT.SOLVER.LORA.CHECKPOINT_PERIOD": 1,
+    },
+    "against": ["boxes"],
+    "arms": {
+        "boxes": {"label": "boxes alone", "seeds": 2, "set": BOXES},
+        "half": {"label": "half way", "seeds": 1, "of": "boxes", "interpolate": 0.5},
+        "first": {"label": "after one iteration", "seeds": 1, "of": "boxes", "iteration": 1},
+    },
+}
+
+
+def module():
+    spec = importlib.util.spec_from_file_location("demo_ood_run", SCRIPT)
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+class Agreement(Benchmark):
+    """How near a picture's embedding is to that of its mirror picture: cheap, and another for every tower."""
+
+    name, family, metric = "agreement", "few-shot", "cosine"
+
+    def pictures(self, seed):
+        rng = np.random.default_rng(seed)
+        views = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(12)]
+        return {
+            "views": Pictures(f"agreement/{seed}", 12, lambda: views),
+            "mirrored": Pictures(f"agreement/{seed}/m", 12, lambda: [view[:, ::-1].copy() for view in views]),
+        }
+
+    def items(self, tower, pictures, seed):
+        first, second = (F.normalize(tower.embeddings(each), dim=1) for each in pictures.values())
+        return (first * second).sum(1).numpy()
+
+
+class Norm(Agreement):
+    """The same of another family."""
+
+    name, family, max_seeds = "norm", "dense", 1
+
+    def items(self, tower, pictures, seed):
+        return tower.embeddings(pictures["views"]).norm(dim=1).numpy() / 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """The suite of the plan, for this module alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_registry", dict(registry._registry))
+        registry.register(Agreement)
+        registry.register(Norm)
+        yield
+
+
+def write(folder: Path, plan: dict) -> Path:
+    file = folder / "arms.yaml"
+    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return file
+
+
+def run(folder: Path, *words: str) -> int:
+    """The command, in this process: its jobs too, so that they know the benchmarks above."""
+    script = module()
+    arguments = [
+        "--plan",
+        str(folder / "arms.yaml"),
+        "--output",
+        str(folder / "out"),
+        "--results",
+        str(folder / "kept"),
+    ]
+
+    def process(args, arm, seed):
+        (folder / "jobs.txt").open("a").write(f"{arm.name if arm else 'base'} {seed}\n")
+        return main("--job", arm.name if arm else "base", str(seed))
+
+    def main(*words):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--workers", "1", *words])
+            return script.main()
+
+    script._process = process
+    return main(*words)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    write(folder, PLAN)
+    assert run(folder) == 0
+    return folder
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    files = (folder / "kept" / "scores").rglob("*.npz")
+    return {file.name.rsplit("-", 1)[0]: file.read_bytes() for file in files}
+
+
+def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "out" / "runs").glob(f"{name}-*/export/visft_backbone.safetensors")
+    return load_file(file)
+
+
+def test_every_run_is_kept_and_none_is_repeated(finished):
+    before = kept(finished)
+    assert set(before) == {"base-0", "base-1", "boxes-0", "boxes-1", "half-0", "first-0"}
+    jobs = (finished / "jobs.txt").read_text()
+    assert jobs.split("\n")[:4] == ["base 0", "base 1", "boxes 0", "boxes 1"]
+    assert run(finished) == 0
+    assert (finished / "jobs.txt").read_text() == jobs
+    assert kept(finished) == before
+
+
+def test_derived_towers_are_what_their_arm_says(finished):
+    base, tuned, half = load_file(TINY_WEIGHTS), exported(finished, "boxes-0"), exported(finished, "half-0")
+    moved = [name for name in tuned if not torch.equal(tuned[name], base[name].float())]
+    assert moved and all(name.startswith("visual.") for name in moved)
+    for name in moved:
+        torch.testing.assert_close(half[name], (base[name].float() + tuned[name]) / 2, rtol=1e-5, atol=1e-7)
+    first = exported(finished, "first-0")
+    assert not all(torch.equal(first[name], tuned[name]) for name in moved)
+
+
+def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_results(finished, tmp_path):
+    shutil.copytree(finished / "kept", tmp_path / "kept")
+    write(tmp_path, PLAN)
+    assert run(tmp_path, "--report") == 0
+    results = json.loads((tmp_path / "kept" / "results.json").read_text())
+    assert [tower["label"] for tower in results["towers"]] == ["base", "boxes", "half", "first"]
+    assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [
+        ("boxes", "half"),
+        ("boxes", "first"),
+    ]
+    assert {row["name"] for row in results["families"]["boxes"]} == {"few-shot", "dense"}
+    # The differences in the table are those of the scores' means, computed here anew; a benchmark without seeds has one
+    # row of the base for all.
+    scores = {
+        name: np.load(next((tmp_path / "kept").rglob(f"{name}-*.npz")))
+        for name in ("base-0", "base-1", "boxes-0", "boxes-1")
+    }
+    rows = {row["name"]: row for row in results["benchmarks"]["boxes"]}
+    for name, bases in (("agreement", ("base-0", "base-1")), ("norm", ("base-0", "base-0"))):
+        pairs = zip(bases, ("boxes-0", "boxes-1"), strict=True)
+        change = np.mean([scores[tuned][name].mean() - scores[base][name].mean() for base, tuned in pairs])
+        assert rows[name]["difference"] == pytest.approx(100 * change, abs=0.006)
+    files = ["report.md", "report.html", "overview.md"]
+    drawn = {name: (tmp_path / "kept" / name).read_bytes() for name in files}
+    for name in files:
+        (tmp_path / "kept" / name).unlink()
+    shutil.rmtree(tmp_path / "kept" / "scores")
+    assert run(tmp_path, "--redraw") == 0
+    assert {name: (tmp_path / "kept" / name).read_bytes() for name in files} == drawn
+    assert all(f"| {arm} |" in drawn["overview.md"].decode() for arm in PLAN["arms"])
+
+
+def test_a_failed_run_is_named_and_what_is_finished_is_kept(tmp_path, caplog):
+    broken = {"label": "broken", "seeds": 1, "set": BOXES | {"VISFT.SOLVER.LORA.BASE_LR": 1e30}}
+    write(tmp_path, PLAN | {"arms": {"broken": broken}, "against": []})
+    assert run(tmp_path) != 0
+    assert set(kept(tmp_path)) == {"base-0"}
+
+
+def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path):
+    write(
+        tmp_path,
+        PLAN
+        | {
+            "suite": "dense text",
+            "arms": {"a": {"label": "a", "seeds": 1, "set": {"NO.SUCH": 1}}},
+            "against": [],
+        },
+    )
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--plan",
+        str(tmp_path / "arms.yaml"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path / "kept"), "--workers", "1"], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "failed: a, seed 0; the same command tries them again" in done.stderr
+    assert "NO.SUCH" in (tmp_path / "out" / "logs" / "a-0-test.log").read_text()
+    assert set(kept(tmp_path)) == {"base-0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {"a": {"label": "a", "seeds": 1, "sett": {}}}}, "arm `a` has an entry `sett`"),
+        ({"arms": {"a": {"label": "a", "seeds": 1, "of": "b"}}}, "arm `a` is of `b`, which no arm before it"),
+        ({"arms": {"a": {"seeds": 1}}}, "is no readable list of arms"),
+        ({"against": ["nobody"]}, "nobody"),
+    ],
+)
+def test_broken_plans(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        module().read(write(tmp_path, PLAN | change))
+
+
+def test_report_without_finished_arms_says_what_to_do(tmp_path):
+    plan = module().read(write(tmp_path, PLAN))
+    with pytest.raises(ConfigError, match="no arm is finished"):
+        module().results(module().Runs(plan, tmp_path / "out", tmp_path / "kept", "test"))
