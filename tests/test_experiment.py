@@ -193,6 +193,20 @@ def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_resu
     assert all(f"| {arm} |" in drawn["overview.md"].decode() for arm in PLAN["arms"])
 
 
+def test_an_arm_is_reported_with_the_seeds_that_are_finished(finished, tmp_path):
+    shutil.copytree(finished / "kept" / "scores", tmp_path / "kept" / "scores")
+    write(tmp_path, PLAN)
+    next((tmp_path / "kept").rglob("boxes-1-*.npz")).unlink()
+    next((tmp_path / "kept").rglob("first-0-*.npz")).unlink()
+    assert run(tmp_path, "--report") == 0
+    results = json.loads((tmp_path / "kept" / "results.json").read_text())
+    assert [(tower["label"], tower.get("seeds")) for tower in results["towers"][1:]] == [
+        ("boxes", 1),
+        ("half", 1),
+    ]
+    assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [("boxes", "half")]
+
+
 def test_a_failed_run_is_named_and_what_is_finished_is_kept(tmp_path, caplog):
     broken = {"label": "broken", "seeds": 1, "set": BOXES | {"VISFT.SOLVER.LORA.BASE_LR": 1e30}}
     write(tmp_path, PLAN | {"arms": {"broken": broken}, "against": []})

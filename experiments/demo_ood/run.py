@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -182,9 +183,11 @@ class Runs:
         return scores, record
 
     def all_kept(self, arm: Arm | None, seeds: int) -> tuple[dict[str, np.ndarray], list[dict]] | None:
-        """Scores `[seeds, items, k]` by benchmark, and the records, of an arm's runs; None: one is not finished."""
-        runs = [self.kept(arm, seed) for seed in range(seeds)]
-        if None in runs:
+        """Scores `[seeds, items, k]` by benchmark, and the records, of the first of an arm's seeds as far as they are
+        finished; None: the first is not."""
+        every = (self.kept(arm, seed) for seed in range(seeds))
+        runs = list(itertools.takewhile(lambda run: run is not None, every))
+        if not runs:
             return None
         scores = {name: np.stack([found[name] for found, _ in runs if name in found]) for name in runs[0][0]}
         return scores, [record for _, record in runs]
@@ -242,8 +245,9 @@ def _of_tower(opts: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(runs: Runs) -> dict[str, Any]:
-    """Every finished arm against the tower as it is, in the schema of evaluate_backbone's results.json, and the plan's
-    `pairs` of arms against each other; seeds are those of the training, drawn anew in the bootstrap as items are.
+    """Every arm, with the seeds that are finished, against the tower as it is, in the schema of evaluate_backbone's
+    results.json, and the plan's `pairs` of arms against each other; seeds are those of the training, drawn anew in the
+    bootstrap as items are.
 
     Raises:
         ConfigError: no arm is finished, or the tower as it is was not evaluated.
@@ -261,7 +265,12 @@ def results(runs: Runs) -> dict[str, Any]:
         names = [name for name in benchmarks if name in first and name in second]
         parts = {
             name: statistics.compare(
-                name, first[name], second[name], benchmarks[name].figure, item_set=benchmarks[name].item_set
+                name,
+                first[name],
+                second[name],
+                benchmarks[name].figure,
+                item_set=benchmarks[name].item_set,
+                seed_set="training",
             )
             for name in names
         }
@@ -272,7 +281,7 @@ def results(runs: Runs) -> dict[str, Any]:
         return against(rows, scores)
 
     def against_each_other(first: str, second: str) -> dict[str, Any]:
-        seeds = min(runs.plan.arms[name].seeds for name in (first, second))
+        seeds = min(len(finished[name][1]) for name in (first, second))
         cut = [{n: rows[:seeds] for n, rows in finished[name][0].items()} for name in (second, first)]
         return against(*cut)
 
@@ -282,7 +291,7 @@ def results(runs: Runs) -> dict[str, Any]:
         "model": TOWER,
         "towers": [{"label": "base", "weights": TAG, "sha256": runs.tower_sha256}],
         "split": runs.split,
-        "seeds": max(runs.plan.arms[name].seeds for name in finished),
+        "seeds": max(len(records) for _, records in finished.values()),
         "rule": statistics.RULE,
         "left_out": {},
     }
@@ -293,7 +302,7 @@ def results(runs: Runs) -> dict[str, Any]:
                 "label": name,
                 "weights": arm.label,
                 "sha256": records[0]["weights"],
-                "seeds": arm.seeds,
+                "seeds": len(records),
                 "opts": arm.opts,
                 "train_seconds": float(np.median([record["train_seconds"] for record in records])),
                 "evaluation_seconds": float(np.median([record["evaluation_seconds"] for record in records])),
@@ -312,35 +321,48 @@ def results(runs: Runs) -> dict[str, Any]:
 
 
 def overview(found: dict[str, Any]) -> str:
-    """One row an arm: its difference from the tower as it is in every family, and their mean with its interval."""
-    rows = report.comparisons(found)
+    """One row an arm: its difference from the tower as it is in every family, their mean with its interval, and what it
+    took; then the first arms against the others."""
+    rows, towers = report.comparisons(found), {tower["label"]: tower for tower in found["towers"]}
     names = [row["name"] for row in rows[0][1]["families"]]
     lines = [
-        f"| arm | {' | '.join(names)} | mean | 95 % interval | verdict |",
-        f"|---|{'---:|' * (len(names) + 2)}---|",
+        f"| arm | seeds | {' | '.join(names)} | mean | 95 % interval | | training, s | GB |",
+        f"|---|{'---:|' * (len(names) + 2)}---|---|---:|---:|",
     ]
-    marks = {"better": " +", "worse": " -"}
     for label, tables in rows:
+        tower, mean = towers[label], tables["mean"]
         by_name = {row["name"]: row for row in tables["families"]}
-        cells = [
-            f"{by_name[n]['difference']:+.2f}{marks.get(by_name[n]['verdict'], '')}" if n in by_name else ""
-            for n in names
-        ]
-        mean = tables["mean"]
+        cells = [label, str(tower["seeds"]), *(_difference(by_name.get(name)) for name in names)]
+        cells.append(
+            f"{mean['difference']:+.2f}" + ("" if len(by_name) == len(names) else f" of {len(by_name)}")
+        )
         cells += [
-            f"{mean['difference']:+.2f}",
-            f"{mean['low']:+.2f} to {mean['high']:+.2f}",
+            _interval(mean),
             mean["verdict"] or "",
+            f"{tower['train_seconds']:.0f}",
+            f"{tower['peak_gb']:.1f}",
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    base = ", ".join(f"{row['name']} {row['base']:.1f}" for row in rows[0][1]["families"])
+    lines += ["", f"The tower as it is: {base}."]
+    if found.get("pairs"):
+        lines += ["", "| | mean over families | 95 % interval | |", "|---|---:|---|---|"]
     for pair in found.get("pairs", []):
         mean = pair["mean"]
-        lines += [
-            "",
-            f"{pair['first']} less {pair['second']}, mean over families: {mean['difference']:+.2f} ",
-        ]
-        lines[-1] += f"({mean['low']:+.2f} to {mean['high']:+.2f}): {mean['verdict'] or 'not shown'}."
+        cells = [f"{pair['first']} less {pair['second']}", f"{mean['difference']:+.2f}", _interval(mean)]
+        lines.append(f"| {' | '.join(cells)} | {mean['verdict'] or ''} |")
     return "\n".join(lines) + "\n"
+
+
+def _difference(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    mark = {"better": "**", "worse": "_"}.get(row["verdict"], "")
+    return f"{mark}{row['difference']:+.2f}{mark}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['low']:+.2f} to {row['high']:+.2f}"
 
 
 def write(found: dict[str, Any], folder: Path) -> None:

@@ -39,6 +39,16 @@ def test_benchmarks_on_the_same_items_do_not_narrow_the_interval_of_their_mean()
     assert np.ptp(apart.interval()) == pytest.approx(np.ptp(one.interval()) / 2**0.5, rel=0.1)
 
 
+def test_benchmarks_of_the_same_training_do_not_narrow_what_its_seeds_spread():
+    effects = np.array([0.0, 0.1, 0.2, 0.3, 0.4])
+    base = np.zeros((5, 50, 1))
+    tuned = base + effects[:, None, None]
+    same = [statistics.compare(name, base, tuned, mean, seed_set="training") for name in "ab"]
+    apart = [statistics.compare(name, base, tuned, mean) for name in "ab"]
+    assert statistics.mean(same).interval() == same[0].interval()
+    assert np.ptp(statistics.mean(apart).interval()) < 0.85 * np.ptp(same[0].interval())
+
+
 def test_pairing_uses_that_both_towers_saw_the_same_items():
     rng = np.random.default_rng(0)
     base = rng.random((1, 300, 1))

@@ -57,21 +57,23 @@ def compare(
     figure: Callable[[np.ndarray], np.ndarray],
     replicates: int = REPLICATES,
     item_set: str = "",
+    seed_set: str = "",
 ) -> Comparison:
     """Compare two towers on one benchmark.
 
     Args:
-        name: the benchmark's; the draws of seeds depend on it alone, those of items on `item_set`.
+        name: the benchmark's; draws depend on it alone where it shares no set.
         base, tuned: scores `[seeds, items, k]` of the same seeds and items.
         figure: maps means `[..., k]` to figures `[...]` in 0..1.
         item_set: a name that benchmarks on the same items share, so that each replicate draws the same of them for all
             and `mean` counts their common luck once, not as several independent ones; "": the benchmark's own.
+        seed_set: the same for seeds: those of a training, whose luck all benchmarks share.
     """
     n = base.shape[1]
     value = 100 * float(figure(base.mean((0, 1))))
     if tuned is None:
         return Comparison(value, None, None, n)
-    of_seeds, of_items = _generator(f"seeds/{name}"), _generator(f"items/{item_set or name}")
+    of_seeds, of_items = _generator(f"seeds/{seed_set or name}"), _generator(f"items/{item_set or name}")
     differences = []
     size = max(1, 20_000_000 // max(1, n))
     for start in range(0, replicates, size):
