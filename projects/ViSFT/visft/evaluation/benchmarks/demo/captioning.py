@@ -12,14 +12,21 @@ from ..registry import Benchmark, Context, register
 from . import regions, unseen
 
 RECIPE = Recipe(grid=regions.GRID)
+STARTS = 3
+"""Heads that are trained; scores are their mean. The start alone moves CIDEr-D by some 7 points."""
 
 
 @register
 class CaptioningScenes(Benchmark):
-    """Items are scenes, scores their CIDEr-D; it can be above 1."""
+    """Items are scenes, scores their CIDEr-D; it can be above 1.
+
+    The heads learn the last of a scene's captions, which names the things and the background, and are scored against
+    all. Were they to learn all kinds, the score would say which kind a head happens to prefer.
+    """
 
     name, family, metric = "captioning scenes", "captioning", "CIDEr-D"
     quick_seeds = 1
+    version = 2
     item_set = unseen.ITEMS
 
     @classmethod
@@ -31,11 +38,13 @@ class CaptioningScenes(Benchmark):
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         cells = regions.standardised_cells(tower, pictures)
-        texts = {
-            part: [scene.captions for scene in unseen.scenes(part)]
-            for part in ("train", "validation", self.context.split)
-        }
-        sides = ((cells[part], texts[part]) for part in ("train", "validation"))
-        candidates = dict(enumerate(said(trained(*sides, RECIPE, seed), cells["test"])))
-        scores = captions.cider_by_picture(dict(enumerate(texts[self.context.split])), candidates)
-        return np.array([scores[i] for i in candidates])
+        parts = ("train", "validation", self.context.split)
+        texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in parts}
+        sides = [(cells[part], [each[-1:] for each in texts[part]]) for part in ("train", "validation")]
+        references = dict(enumerate(texts[self.context.split]))
+        found = []
+        for start in range(STARTS):
+            head = trained(*sides, RECIPE, STARTS * seed + start)
+            scores = captions.cider_by_picture(references, dict(enumerate(said(head, cells["test"]))))
+            found.append([scores[i] for i in references])
+        return np.mean(found, axis=0)

@@ -132,6 +132,7 @@ class OcrWords(Benchmark):
 
     name, family, metric = "ocr words", "ocr", "mean of word and character accuracy"
     quick_seeds = 1
+    version = 2
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
