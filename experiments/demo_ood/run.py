@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -44,6 +45,8 @@ logger = logging.getLogger("visft.experiment")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+RESULTS, DOCUMENT = HERE / "results", ROOT / "MODEL_ZOO.md"
+_PLACE = re.compile(r"(<!-- experiment -->\n).*?(<!-- /experiment -->)", re.S)
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD = "record"
 EXPORT = "export/visft_backbone.safetensors"
@@ -366,11 +369,20 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """results.json, report.md, report.html, forest.png, and overview.md."""
+    """results.json, report.md, report.html, forest.png, overview.md, and, of RESULTS, MODEL_ZOO.md's table."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(found, folder)
     with files.write_aside(folder / "overview.md") as partial:
         partial.write_text(overview(found), encoding="utf-8")
+    if folder.resolve() == RESULTS:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        with files.write_aside(DOCUMENT) as partial:
+            partial.write_text(filled(text, found), encoding="utf-8")
+
+
+def filled(document: str, found: dict[str, Any]) -> str:
+    """A document with the overview between its comments made anew."""
+    return _PLACE.sub(lambda place: f"{place[1]}{overview(found)}{place[2]}", document)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -437,7 +449,7 @@ def main() -> int:
     parser.add_argument("--output", default="output/demo_ood", help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other, of one thread each")
     parser.add_argument("--report", action="store_true", help="write the report of what is finished")
-    parser.add_argument("--results", default=str(HERE / "results"), help="folder of the report")
+    parser.add_argument("--results", default=str(RESULTS), help="folder of the report")
     parser.add_argument("--redraw", action="store_true", help="write the report again from its results.json")
     parser.add_argument("--job", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
