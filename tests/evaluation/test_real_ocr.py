@@ -163,7 +163,7 @@ def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypa
     database(tmp_path / "ocr/train/synth/MJ", texts)
     database(tmp_path / "ocr/test/SVT", ["STOP", "bank", "exit", "Taxi", "exit", "STOP"])
     monkeypatch.setattr(ocr, "COUNTS", {"train": 180, "held": 20})
-    monkeypatch.setattr(ocr, "EPOCHS", 30)
+    monkeypatch.setattr(ocr, "EPOCHS", 60)
     monkeypatch.setattr(ctc_readout, "WEIGHT_DECAYS", (0.01,))
     ocr.readout_sets.cache_clear()
     benchmark = registered()["ocr svt"](Context(data=tmp_path))
