@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 
 from visft import model_zoo
 from visft.errors import ConfigError
-from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator
+from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator, captions
 from visft.evaluation.caption_tokens import ptb_words
 from visft.evaluation.captions import METRICS, caption_scores, check_metrics
 from visft.heads import Caption
@@ -50,12 +51,29 @@ def test_which_metrics_there_are(monkeypatch):
     references = {image["image_id"]: image["references"] for image in IMAGES}
     said = {image["image_id"]: image["caption"] for image in IMAGES}
     assert list(caption_scores(references, said, ("CIDEr",))) == ["CIDEr"]
-    with pytest.raises(ConfigError, match="`SPICE`; expected some of BLEU, ROUGE_L, CIDEr, METEOR"):
-        check_metrics(("CIDEr", "SPICE"))
+    with pytest.raises(ConfigError, match="`SPICY`; expected some of BLEU, ROUGE_L, CIDEr, METEOR, SPICE"):
+        check_metrics(("CIDEr", "SPICY"))
     monkeypatch.setenv("PATH", "")
     check_metrics(METRICS)
-    with pytest.raises(ConfigError, match="METEOR.*no `java`"):
-        check_metrics(("METEOR",))
+    for name in ("METEOR", "SPICE"):
+        with pytest.raises(ConfigError, match=f"{name}.*no `java`"):
+            check_metrics((name,))
+
+
+def test_spice_is_asked_for_its_parser_before_anything_is_run(tmp_path, monkeypatch):
+    """pycocoevalcap would download it by HTTP, at the first evaluation, after the training."""
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(captions, "find_spec", lambda name: package)
+    with pytest.raises(ConfigError, match="SPICE, and .*spice/lib/stanford-corenlp-3.6.0.jar is not there"):
+        check_metrics(("SPICE",))
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in captions.CORENLP:
+        (tmp_path / "spice" / "lib" / name).touch()
+    check_metrics(("SPICE",))
 
 
 @pytest.mark.slow

@@ -203,7 +203,8 @@ def _add_run(cfg: CN) -> None:
     # What computes the heads' average precision: `faster-coco-eval`, `pycocotools` (on LVIS: the lvis package), or
     # `auto`: the former where it is installed. The figures are the same.
     run.COCO_METRIC = "auto"
-    # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR (a Java program).
+    # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR, SPICE (Java programs; SPICE
+    # also needs Stanford CoreNLP 3.6.0 in pycocoevalcap's spice/lib).
     run.CAPTION_METRICS = ("BLEU", "ROUGE_L", "CIDEr")
     # Formats written to OUTPUT_DIR/export after the last stage, of open_clip, timm, hf, onnx, safetensors, lora,
     # authors, peft; (): none.

@@ -1,7 +1,7 @@
 """Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
 
 Words are cut by `caption_tokens`, so that a figure does not depend on a Java being there. METEOR is a Java program that
-comes with pycocoevalcap, and is run where it is asked for. SPICE is not: it needs models that its authors' site serves.
+comes with pycocoevalcap, and is run where it is asked for; so is SPICE, where Stanford CoreNLP was put beside it.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 METRICS = ("BLEU", "ROUGE_L", "CIDEr")
 """Computed by default."""
 
-KNOWN = (*METRICS, "METEOR")
+KNOWN = (*METRICS, "METEOR", "SPICE")
 """Values of VISFT.CAPTION_METRICS."""
+
+CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+"""What SPICE reads in `pycocoevalcap/spice/lib`. pycocoevalcap would download it, by HTTP and unchecked."""
 
 
 def installed() -> bool:
@@ -38,16 +42,27 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Check VISFT.CAPTION_METRICS.
 
     Raises:
-        ConfigError: a metric is unknown, or METEOR is asked for where there is no Java.
+        ConfigError: a metric is unknown, or METEOR or SPICE is asked for where there is no Java, or SPICE without
+            Stanford CoreNLP.
     """
     for name in metrics:
         if name not in KNOWN:
             raise ConfigError(f"VISFT.CAPTION_METRICS names `{name}`; expected some of {', '.join(KNOWN)}")
-    if "METEOR" in metrics and shutil.which("java") is None:
-        raise ConfigError(
-            "VISFT.CAPTION_METRICS names METEOR, a Java program, and no `java` is found here: install a Java runtime, "
-            "or leave METEOR out"
-        )
+    for name in ("METEOR", "SPICE"):
+        if name in metrics and shutil.which("java") is None:
+            raise ConfigError(
+                f"VISFT.CAPTION_METRICS names {name}, a Java program, and no `java` is found here: install a Java "
+                f"runtime, or leave {name} out"
+            )
+    if "SPICE" in metrics and installed():
+        folder = Path(find_spec("pycocoevalcap").submodule_search_locations[0]) / "spice" / "lib"
+        for name in CORENLP:
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"VISFT.CAPTION_METRICS names SPICE, and {folder / name} is not there: put the two jars "
+                    f"{' and '.join(CORENLP)} of Stanford CoreNLP (stanford-corenlp-full-2015-12-09.zip, from "
+                    "nlp.stanford.edu/software) into that folder, or leave SPICE out"
+                )
 
 
 def caption_scores(
@@ -110,7 +125,13 @@ def _meteor(truth: dict, said: dict) -> float:
     return Meteor().compute_score(truth, said)[0]
 
 
-_SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor}
+def _spice(truth: dict, said: dict) -> float:
+    from pycocoevalcap.spice.spice import Spice
+
+    return Spice().compute_score(truth, said)[0]
+
+
+_SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor, "SPICE": _spice}
 
 
 class CaptionEvaluator(DatasetEvaluator):
