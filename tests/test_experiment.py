@@ -193,6 +193,15 @@ def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_resu
     assert all(f"| {arm} |" in drawn["overview.md"].decode() for arm in PLAN["arms"])
 
 
+def test_the_table_of_the_model_zoo_is_that_of_the_results():
+    script = module()
+    found = json.loads((script.RESULTS / "results.json").read_text())
+    text = script.DOCUMENT.read_text()
+    assert script.filled(text, found) == text and script.overview(found) in text
+    (row,) = [row for row in found["families"]["recipe"] if row["name"] == "goi"]
+    assert f"{row['difference']:+.2f}" in script.overview(found)
+
+
 def test_an_arm_is_reported_with_the_seeds_that_are_finished(finished, tmp_path):
     shutil.copytree(finished / "kept" / "scores", tmp_path / "kept" / "scores")
     write(tmp_path, PLAN)
