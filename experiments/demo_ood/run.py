@@ -2,7 +2,7 @@
 """Does stage 2 help where the tower was never tuned? The recipe, and the controls without which a gain means nothing.
 
     run.py [--arms NAME ...] [--split development] [--output DIR] [--workers N]    train and evaluate what is not
-    run.py --report [--split development] [--output DIR] [--results DIR]           table and plot of what is finished
+    run.py --report [--split development] [--results DIR]                          table and plot of what is finished
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
 checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world` and `runs/ARM-SEED-ID`, where
@@ -24,6 +24,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ ROOT = HERE.parents[1]
 RESULTS, DOCUMENT = HERE / "results", ROOT / "MODEL_ZOO.md"
 _PLACE = re.compile(r"(<!-- experiment -->\n).*?(<!-- /experiment -->)", re.S)
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
-RECORD = "record"
+RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
 _ENTRIES = {"label", "seeds", "set", "of", "interpolate", "iteration", "suite"}
 
@@ -147,16 +148,18 @@ class Runs:
         return [suite.Task(cls(self.context), [seed], every_seed=True) for cls in classes]
 
     def job(self, arm: Arm | None, seed: int) -> None:
-        """Train and evaluate one run, as far as it is not done."""
-        if self.kept(arm, seed) is not None:
-            return
+        """Train and evaluate one run, as far as it is not done. One whose scores are kept is trained again where its
+        weights are gone: other arms are of them."""
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"arm": arm.name if arm else BASE, "seed": seed, "tower": self.tower_sha256}
+        if arm is not None:
+            record |= self._trained(arm, seed, folder)
+        if self.kept(arm, seed) is not None:
+            return
         if arm is None:
             tower = Tower(TOWER, TAG)
         else:
-            record |= self._trained(arm, seed, folder)
             tower = Tower(TOWER, str(folder / EXPORT), label=f"{arm.name}, seed {seed}")
         tasks = self.tasks(arm, seed)
         start = time.monotonic()
@@ -198,8 +201,24 @@ class Runs:
     def _kept_file(self, arm: Arm | None, seed: int) -> Path:
         return self.results / "scores" / self.split / f"{self.name(arm, seed)}.npz"
 
+    def phases(
+        self, arms: Sequence[Arm]
+    ) -> tuple[list[tuple[Arm | None, int]], list[tuple[Arm | None, int]]]:
+        """What is left to do for arms: first runs that train and the tower as it is, then those that are of other runs'
+        weights. The first seeds of all arms come before the second ones."""
+        left = [(arm, seed) for seed in range(self.plan.seeds) for arm in arms if seed < arm.seeds]
+        left = [job for job in left if self.kept(*job) is None]
+        derived = [job for job in left if job[0].of]
+        own = [job for job in left if not job[0].of]
+        for arm, seed in derived:
+            source = self.plan.arms[arm.of], seed
+            if source not in own and not (self.folder(*source) / TRAINED).is_file():
+                own.append(source)
+        bases = [(None, seed) for seed in range(self.plan.seeds) if self.kept(None, seed) is None]
+        return bases + own, derived
+
     def _trained(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
-        file = folder / "trained.json"
+        file = folder / TRAINED
         if not file.is_file():
             start = time.monotonic()
             (self._derive if arm.of else self._train)(arm, seed, folder)
@@ -220,8 +239,10 @@ class Runs:
     def _derive(self, arm: Arm, seed: int, folder: Path) -> None:
         """Export weights that another arm's run has kept."""
         source = self.folder(self.plan.arms[arm.of], seed)
-        if not (source / "trained.json").is_file():
-            self._trained(self.plan.arms[arm.of], seed, source)
+        if not (source / TRAINED).is_file():
+            raise ConfigError(
+                f"arm `{arm.name}` is of `{arm.of}`, whose run {source} is not finished; run it first"
+            )
         weights = source / "lora"
         if arm.iteration is not None:
             weights = weights / f"model_{arm.iteration:07d}.safetensors"
@@ -405,21 +426,15 @@ def _run(args: argparse.Namespace) -> None:
     os.environ["VISFT_DEMO_DATA"] = str(output / "demo_world")
     if args.job:
         name, seed = args.job
-        runs.job(plan.arms.get(name), int(seed))
+        runs.job(None if name == BASE else plan.arms[name], int(seed))
         return
-    arms = [plan.arms[name] for name in args.arms or plan.arms]
-    # Trainings first: others are of their weights. The first seeds of all arms come before the second ones.
-    jobs: list[tuple[Arm | None, int]] = sorted(
-        ((arm, seed) for arm in arms for seed in range(arm.seeds)), key=lambda job: (bool(job[0].of), job[1])
-    )
-    jobs = [(None, seed) for seed in range(plan.seeds)] + jobs
-    jobs = [job for job in jobs if runs.kept(*job) is None]
     failed = []
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        statuses = pool.map(lambda job: _process(args, *job), jobs)
-        for (arm, seed), status in zip(jobs, statuses, strict=True):
-            if status:
-                failed.append(f"{arm.name if arm else BASE}, seed {seed}")
+    for jobs in runs.phases([plan.arms[name] for name in args.arms or plan.arms]):
+        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+            statuses = pool.map(lambda job: _process(args, *job), jobs)
+            for (arm, seed), status in zip(jobs, statuses, strict=True):
+                if status:
+                    failed.append(f"{arm.name if arm else BASE}, seed {seed}")
     if failed:
         raise TrainingError(f"failed: {'; '.join(failed)}; the same command tries them again")
 
