@@ -19,8 +19,8 @@ BATCH, RATE = 32, 3e-3
 WEIGHT_DECAYS = (0.01, 0.1)
 HIDDEN = 128
 BLANK = 3.0
-"""What every column leans to at the start. Without it, half of all starts learn letters at wrong columns, from their
-neighbours: the words of training are then known by heart, and others are not read."""
+"""What every column leans to at the start. Without it, most of the starts that were tried learned letters at wrong
+columns, from their neighbours: words of training were then known by heart, and others not read."""
 
 Words = tuple[torch.Tensor, Sequence[str]]
 """Columns `[N, C, w]` of lines, and the word of each."""

@@ -87,10 +87,8 @@ class FeatureStore:
         if folder is not None:
             remove_leftovers(folder)
         prefix = f"{FOLDER}{socket.gethostname()}-{os.getpid()}-"
-        self._folder, self._numbers = (
-            tempfile.TemporaryDirectory(prefix=prefix, dir=folder),
-            itertools.count(),
-        )
+        self._folder = tempfile.TemporaryDirectory(prefix=prefix, dir=folder)
+        self._numbers = itertools.count()
         self._embeddings: dict[tuple, torch.Tensor] = {}
         self._maps: dict[tuple, np.memmap] = {}
         self._texts = {} if texts is None else texts

@@ -166,11 +166,6 @@ def evaluate(
     return found
 
 
-def stored(output: Path, sha256: str, task: Task) -> np.ndarray | None:
-    """Scores `[seeds, items, k]` that `evaluate` left in `output`, of the tower with this hash; None: it has not."""
-    return _read(output / SCORES / sha256[:16], task)
-
-
 def _file(folder: Path, task: Task) -> Path:
     return folder / f"{task.benchmark.name.replace('/', '-')}.safetensors"
 
