@@ -1,5 +1,6 @@
 """The experiment's script: finished runs outlive their folder, derived towers are what their arm says, broken plans."""
 
+import csv
 import importlib.util
 import json
 import shutil
@@ -34,7 +35,7 @@ PLAN = {
         "DATASETS.TEST": [],
         "DATALOADER.NUM_WORKERS": 0,
         "VISFT.SOLVER.LORA.IMS_PER_BATCH": 2,
-        "VISFT.SOLVER.LORA.MAX_ITER": 2,
+        "VISFT.SOLVER.LORA.MAX_ITER": 3,
         "VISFT.SOLVER.LORA.WARMUP_ITERS": 0,
         "VISFT.SOLVER.LORA.CHECKPOINT_PERIOD": 1,
     },
@@ -167,6 +168,17 @@ def test_weights_that_are_gone_are_trained_again_once_before_what_is_of_them(fin
         torch.equal(value, exported(finished, "half-0")[name])
         for name, value in exported(tmp_path, "half-0").items()
     )
+
+
+def test_logs_of_trainings_are_kept(finished):
+    """A head's losses add up to the total, as nearly as medians do."""
+    files = sorted((finished / "kept" / "logs").glob("*.csv"))
+    assert [file.name.rsplit("-", 1)[0] for file in files] == ["boxes-0", "boxes-1"]
+    for file in files:
+        rows = list(csv.DictReader(file.open()))
+        assert rows[-1]["iteration"] == "3"
+        assert float(rows[-1]["detection"]) == pytest.approx(float(rows[-1]["total_loss"]), rel=0.1) != 0
+        assert float(rows[-1]["grad_norm"]) > 0
 
 
 def test_derived_towers_are_what_their_arm_says(finished):

@@ -6,13 +6,14 @@
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
 checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world` and `runs/ARM-SEED-ID`, where
-ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file, so that they
-outlive --output; such a run is not repeated, and the report needs nothing else. `--redraw` makes the report again from
-its results.json alone.
+ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file and its losses to
+`results/logs/`, so that they outlive --output; such a run is not repeated, and the report needs nothing else.
+`--redraw` makes the report again from its results.json alone.
 """
 
 import argparse
 import concurrent.futures
+import csv
 import functools
 import hashlib
 import itertools
@@ -155,6 +156,8 @@ class Runs:
         record = {"arm": arm.name if arm else BASE, "seed": seed, "tower": self.tower_sha256}
         if arm is not None:
             record |= self._trained(arm, seed, folder)
+        if arm is not None and not arm.of:
+            self._keep_log(arm, seed, folder)
         if self.kept(arm, seed) is not None:
             return
         if arm is None:
@@ -229,12 +232,32 @@ class Runs:
         return files.read_json(file)
 
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
-        words = [*sweep_plan.words(arm.opts), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        # Every checkpoint stays, for arms that are of one on the way.
+        words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
+        words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
         status = launch.main(["--config-file", get_config_file(self.plan.config), "--resume", *words])
         if status:
             raise TrainingError(
                 f"arm `{arm.name}`, seed {seed}: ended with status {status}; see {folder}/log.txt"
             )
+
+    def _keep_log(self, arm: Arm, seed: int, folder: Path) -> None:
+        """Write results/logs/NAME.csv: medians of 20 iterations, losses added up by head."""
+        lines = (folder / "lora" / "metrics.json").read_text(encoding="utf-8").splitlines()
+        # By iteration: where a training was continued, some come twice.
+        rows = {row["iteration"]: row for row in map(json.loads, lines) if "total_loss" in row}
+        file = self.results / "logs" / f"{self.name(arm, seed)}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.write_aside(file) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+            heads = sorted({key.split("/")[0] for row in rows.values() for key in row if "/" in key})
+            table = csv.writer(stream, lineterminator="\n")
+            table.writerow(["iteration", "lr", "grad_norm", "total_loss", *heads])
+            for iteration, row in sorted(rows.items()):
+                sums = [
+                    sum(value for key, value in row.items() if key.startswith(f"{head}/")) for head in heads
+                ]
+                figures = [row["lr"], row["grad_norm"], row["total_loss"], *sums]
+                table.writerow([iteration + 1, *(f"{figure:.5g}" for figure in figures)])
 
     def _derive(self, arm: Arm, seed: int, folder: Path) -> None:
         """Export weights that another arm's run has kept."""

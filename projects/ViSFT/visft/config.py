@@ -266,6 +266,7 @@ def _solver(base_lr: float, max_iter: int) -> CN:
     solver.CLIP_NORM = 0.1  # L2 norm of the gradient over all that trains; 0: no clipping
     solver.ACCUMULATE = 1  # batches a step: gradients are averaged over them
     solver.CHECKPOINT_PERIOD = 5000
+    solver.KEEP_CHECKPOINTS = 2  # the latest stay; 0: all, as for a curve over iterations
     solver.EVAL_PERIOD = 0  # 0: after the stage's last iteration only
     solver.AMP = ""  # "" (float32), "bfloat16" (CPU and CUDA) or "float16" (CUDA, with loss scaling)
     return solver

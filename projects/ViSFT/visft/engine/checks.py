@@ -202,7 +202,8 @@ def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):
         if solver[name] < least:
             raise ConfigError(f"{key}.{name} is {solver[name]}; expected at least {least}")
-    for name in ("BASE_LR", "WEIGHT_DECAY", "CLIP_NORM", "CHECKPOINT_PERIOD", "EVAL_PERIOD"):
+    checkpoints = ("CHECKPOINT_PERIOD", "KEEP_CHECKPOINTS")
+    for name in ("BASE_LR", "WEIGHT_DECAY", "CLIP_NORM", "EVAL_PERIOD", *checkpoints):
         if not solver[name] >= 0:
             raise ConfigError(f"{key}.{name} is {solver[name]}; expected a number not below 0")
     if solver.IMS_PER_BATCH % processes:

@@ -229,6 +229,7 @@ def _run_stage(
         stage=stage,
         base=model.backbone.base,
         settings=_settings(cfg, stage),
+        keep=solver.KEEP_CHECKPOINTS,
     )
     start = checkpointer.resume()
     _share_weights(model)
