@@ -29,7 +29,7 @@ BOXES = {
 PLAN = {
     "config": "visft_demo",
     "suite": "agreement, norm",
-    "demo_world": {"train": 24, "val": 4},
+    "demo_world": {"train": 24, "val": 4, "first": 3},
     "settings": {
         "VISFT.STAGES": ["lora"],
         "DATASETS.TEST": [],

@@ -16,11 +16,18 @@ def main() -> int:
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-val", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--first-train",
+        type=int,
+        default=1,
+        help="number of the first training scene; the shipped heads know 1..5000",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         root = args.output or dataset.default_root()
-        data = dataset.make(root, num_train=args.num_train, num_val=args.num_val, seed=args.seed)
+        numbers = {"num_train": args.num_train, "num_val": args.num_val, "first_train": args.first_train}
+        data = dataset.make(root, **numbers, seed=args.seed)
     except VisftError as error:
         if os.environ.get("VISFT_DEBUG"):
             raise

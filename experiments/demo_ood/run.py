@@ -5,10 +5,10 @@
     run.py --report [--split development] [--results DIR]                          table and plot of what is finished
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
-checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world` and `runs/ARM-SEED-ID`, where
-ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this file and its losses to
-`results/logs/`, so that they outlive --output; such a run is not repeated, and the report needs nothing else.
-`--redraw` makes the report again from its results.json alone.
+checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world_FIRST-SCENE` and
+`runs/ARM-SEED-ID`, where ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this
+file and its losses to `results/logs/`, so that they outlive --output; such a run is not repeated, and the report needs
+nothing else. `--redraw` makes the report again from its results.json alone.
 """
 
 import argparse
@@ -52,7 +52,7 @@ _PLACE = re.compile(r"(<!-- experiment -->\n).*?(<!-- /experiment -->)", re.S)
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
-_ENTRIES = {"label", "seeds", "set", "of", "interpolate", "iteration", "suite"}
+_ENTRIES = {"label", "seeds", "set", "first_scene", "of", "interpolate", "iteration", "suite"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Arm:
     label: str
     seeds: int
     opts: dict[str, Any] = field(default_factory=dict)
+    first_scene: int = 1
     of: str = ""
     interpolate: float | None = None
     iteration: int | None = None
@@ -111,8 +112,12 @@ def read(path: Path) -> Plan:
                 raise ConfigError(
                     f"{path}: arm `{name}` is of `{own['of']}`, which no arm before it is called"
                 )
-            opts = {**common, **own.pop("set", {})} if parent is None else parent.opts
-            arms[name] = Arm(name, own.pop("label"), own.pop("seeds"), opts, **own)
+            if parent is None:
+                opts = {**common, **own.pop("set", {})}
+                first_scene = own.pop("first_scene", content["demo_world"]["first"])
+            else:
+                opts, first_scene = parent.opts, parent.first_scene
+            arms[name] = Arm(name, own.pop("label"), own.pop("seeds"), opts, first_scene, **own)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is no readable list of arms ({error!r}); see its comment") from error
     against = content.get("against", [])
@@ -133,6 +138,8 @@ class Runs:
         if arm is None:
             return f"{BASE}-{seed}-{self.tower_sha256[:10]}"
         identity = [arm.opts, arm.interpolate, arm.iteration, self.tower_sha256]
+        if arm.first_scene != 1:
+            identity.append(arm.first_scene)
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return f"{arm.name.replace(' ', '-')}-{seed}-{digest}"
 
@@ -231,7 +238,17 @@ class Runs:
             files.write_json(file, record)
         return files.read_json(file)
 
+    def scenes(self, arm: Arm) -> Path:
+        """The demo world that an arm trains on, made if need be."""
+        numbers = self.plan.demo_world
+        folder = self.output / f"demo_world_{arm.first_scene}"
+        dataset.make(folder, num_train=numbers["train"], num_val=numbers["val"], first_train=arm.first_scene)
+        return folder
+
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
+        scenes = self.scenes(arm)
+        dataset.register(scenes)
+        os.environ["VISFT_DEMO_DATA"] = str(scenes)
         # Every checkpoint stays, for arms that are of one on the way.
         words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
         words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -351,6 +368,7 @@ def results(runs: Runs) -> dict[str, Any]:
                 "sha256": records[0]["weights"],
                 "seeds": len(records),
                 "opts": arm.opts,
+                "first_scene": arm.first_scene,
                 "train_seconds": float(np.median([record["train_seconds"] for record in records])),
                 "evaluation_seconds": float(np.median([record["evaluation_seconds"] for record in records])),
                 "peak_gb": max(record["peak_gb"] for record in records),
@@ -444,15 +462,14 @@ def _run(args: argparse.Namespace) -> None:
         write(found, Path(args.results))
         logger.info("%s", overview(found))
         return
-    dataset.make(output / "demo_world", num_train=plan.demo_world["train"], num_val=plan.demo_world["val"])
-    dataset.register(output / "demo_world")
-    os.environ["VISFT_DEMO_DATA"] = str(output / "demo_world")
     if args.job:
         name, seed = args.job
         runs.job(None if name == BASE else plan.arms[name], int(seed))
         return
     failed = []
     for jobs in runs.phases([plan.arms[name] for name in args.arms or plan.arms]):
+        for arm in {arm.first_scene: arm for arm, _ in jobs if arm and not arm.of}.values():
+            runs.scenes(arm)  # here, so that no two jobs make the same
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             statuses = pool.map(lambda job: _process(args, *job), jobs)
             for (arm, seed), status in zip(jobs, statuses, strict=True):

@@ -53,10 +53,18 @@ def default_root() -> Path:
     return Path(own) if own else Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "visft_demo"
 
 
-def make(root: str | Path, *, num_train: int = 4000, num_val: int = 500, seed: int = 0) -> DemoData:
+def make(
+    root: str | Path, *, num_train: int = 4000, num_val: int = 500, seed: int = 0, first_train: int = 1
+) -> DemoData:
     """Make the demo world, unless `root` already holds the one of these parameters.
 
     The same parameters give the same bytes. Files are made in a folder beside `root`, renamed when complete.
+
+    Args:
+        root: the folder.
+        num_train, num_val: how many scenes.
+        seed: of the scenes; a scene depends on it, its split and its number alone.
+        first_train: number of the first training scene. The shipped heads were trained on 1 to 5,000 of seed 0.
 
     Raises:
         DataError: if `root` holds files that were not made here, or numbers are out of range.
@@ -64,7 +72,10 @@ def make(root: str | Path, *, num_train: int = 4000, num_val: int = 500, seed: i
     root = Path(root)
     if num_train < 1 or num_val < 1:
         raise DataError(f"a demo world needs scenes in both splits, not {num_train} and {num_val}")
+    if first_train < 1:
+        raise DataError(f"training scenes are numbered from 1, not from {first_train}")
     parameters = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
+    parameters["first_train"] = first_train
     parameters["sizes"] = [list(size) for size in scenes.SIZES]
     if _made_with(root) == parameters:
         return DemoData(root)
@@ -78,8 +89,8 @@ def make(root: str | Path, *, num_train: int = 4000, num_val: int = 500, seed: i
     try:
         data = DemoData(aside)
         data.instances("train").parent.mkdir(parents=True)
-        for split, count in (("train", num_train), ("val", num_val)):
-            _write_split(data, split, count, seed)
+        for split, first, count in (("train", first_train, num_train), ("val", 1, num_val)):
+            _write_split(data, split, range(first, first + count), seed)
         (aside / MARKER).write_text(json.dumps(parameters, indent=1), encoding="utf-8")
         if root.exists():
             shutil.rmtree(root)
@@ -122,7 +133,7 @@ def coco_categories() -> list[dict]:
     return [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in catalogue.COCO_CATEGORIES]
 
 
-def _write_split(data: DemoData, split: str, count: int, seed: int) -> None:
+def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     from pycocotools import mask as mask_api
 
     head = {
@@ -133,7 +144,7 @@ def _write_split(data: DemoData, split: str, count: int, seed: int) -> None:
     emoji = catalogue.catalogue()
     images, instances, captions = [], [], []
     data.images(split).mkdir()
-    for image_id in range(1, count + 1):
+    for image_id in numbers:
         # A scene depends on seed, split and number alone: a longer data set starts with the shorter one.
         rng = np.random.default_rng([seed, split == "val", image_id])
         scene = scenes.compose(rng, held_out=split == "val")
