@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from objective_models import assert_close, base_of, captioned, gradients, normalised, with_objectives
+from objective_models import NATIVE, assert_close, base_of, captioned, gradients, normalised, with_objectives
 from PIL import Image
 from test_meta_arch import losses_of, picture
 
 from visft.backbone import lora
 from visft.errors import ConfigError
-from visft.objectives.batch import resized
+from visft.objectives import anchor
+from visft.objectives.batch import crop, resized
 
 FULL = ("MODEL.VISFT.TUNE", "full")
 
@@ -72,6 +73,40 @@ def test_weight_and_size():
     found = losses_of(model, images)["anchor/loss"].detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert not torch.isclose(found, once["anchor/loss"].detach())
+
+
+def test_parts_of_a_picture_are_anchored_beside_the_whole(monkeypatch):
+    """Parts are cut here anew, from where the objective says that it cuts."""
+    taken = []
+
+    def noted(picture, box):
+        taken.append((picture, box))
+        return crop(picture, box)
+
+    monkeypatch.setattr(anchor, "crop", noted)
+    images = captioned(size=(NATIVE, 96))
+    model = with_objectives("anchor", options=("MODEL.VISFT.ANCHOR.CROPS", 3))
+    loss = losses_of(model, images)["anchor/loss"]
+    assert len(taken) == 9 and len({tuple(box) for _, box in taken}) == 9
+    for x0, y0, x1, y1 in (box for _, box in taken):
+        assert 0 <= x0 < x1 <= 96 and 0 <= y0 < y1 <= NATIVE
+        assert (x1 - x0) / 96 == pytest.approx((y1 - y0) / NATIVE) and (x1 - x0) / 96 >= 0.2
+    views = [image["image"] for image in images]
+    for shown, box in taken:
+        x0, y0, x1, y1 = (int(edge) for edge in (box[0], box[1], np.ceil(box[2]), np.ceil(box[3])))
+        views.append(shown[:, y0:y1, x0:x1])
+    pixels = torch.stack([normalised(resized(view, (NATIVE, NATIVE))) for view in views])
+    before = base_of().encode_image(pixels).detach()
+    expected = (
+        1 - torch.nn.functional.cosine_similarity(model.backbone.image_embedding(pixels), before).mean()
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert_close(gradients(model, loss), gradients(model, expected))
+
+
+def test_a_negative_number_of_parts():
+    with pytest.raises(ConfigError, match="CROPS is -1"):
+        with_objectives("anchor", options=("MODEL.VISFT.ANCHOR.CROPS", -1))
 
 
 @torch.no_grad()

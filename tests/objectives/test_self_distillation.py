@@ -6,8 +6,8 @@ from objective_models import assert_close, base_of, gradients, normalised, with_
 from test_meta_arch import losses_of, picture
 
 from visft.objectives import Batch
-from visft.objectives.batch import resized
-from visft.objectives.self_distillation import crop, region_means
+from visft.objectives.batch import crop, resized
+from visft.objectives.self_distillation import region_means
 
 BOXES = ("MODEL.VISFT.SELF_DISTILLATION.REGIONS", "boxes")
 

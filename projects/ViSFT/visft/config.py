@@ -79,6 +79,8 @@ def _add_heads(cfg: CN) -> None:
     anchor.WEIGHT = 1.0
     # Side of the picture in pixels, both sides being resized to it; 0: the size that the tower was pretrained at.
     anchor.SIZE = 0
+    # The same for this many parts of each picture, drawn at random; 0: whole pictures alone.
+    anchor.CROPS = 0
 
     # CLIP's own loss on pictures and captions; text tower and logit scale are the base's, and frozen.
     visft.CONTRASTIVE = contrastive = CN()

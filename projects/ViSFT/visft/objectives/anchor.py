@@ -1,32 +1,66 @@
 """An anchor: the tuned tower's embedding of a picture stays near that of the tower before tuning."""
 
+import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from visft.backbone import CLIPViT
+from visft.errors import ConfigError
 from visft.objectives.base import Objective, check_size, cosine_distance
-from visft.objectives.batch import Batch
+from visft.objectives.batch import Batch, crop
 from visft.objectives.registry import VISFT_OBJECTIVES_REGISTRY
+
+SMALLEST = 0.2
+"""The least share of a picture's sides that a part of it has."""
 
 
 @VISFT_OBJECTIVES_REGISTRY.register()
 class Anchor(Objective):
-    """1 - cosine of the two CLIP embeddings of a whole picture; the mean over pictures, with or without labels."""
+    """1 - cosine of the two CLIP embeddings of a picture, whole and, with CROPS, in parts: the mean over all of them,
+    with or without labels.
+
+    Parts show single things, large: pictures of another kind than the training's, where the embedding shall stay, too.
+    """
 
     needs_original = True
 
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         super().__init__(cfg, name, backbone)
-        self.size = cfg.MODEL.VISFT[name.upper()].SIZE
+        node = cfg.MODEL.VISFT[name.upper()]
+        self.size, self.crops = node.SIZE, node.CROPS
 
     @classmethod
     def check(cls, cfg: CfgNode, name: str) -> None:
         super().check(cfg, name)
-        check_size(cfg, f"MODEL.VISFT.{name.upper()}.SIZE", cfg.MODEL.VISFT[name.upper()].SIZE)
+        key, node = f"MODEL.VISFT.{name.upper()}", cfg.MODEL.VISFT[name.upper()]
+        check_size(cfg, f"{key}.SIZE", node.SIZE)
+        if node.CROPS < 0:
+            raise ConfigError(
+                f"{key}.CROPS is {node.CROPS}; expected 0 (none) or a number of parts of a picture"
+            )
 
     def has_labels(self, image: dict) -> bool:
         return True
 
+    def count(self, batch: Batch, rows: list[int]) -> int:
+        return len(rows) * (1 + self.crops)
+
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         original = batch.original_embeddings(rows, self.size)
-        return cosine_distance(batch.embeddings(rows, self.size), original).sum() / normalizer
+        total = cosine_distance(batch.embeddings(rows, self.size), original).sum()
+        if self.crops:
+            parts = batch.prepared([part for row in rows for part in self.parts(batch, row)], self.size)
+            found, expected = (tower.image_embedding(parts) for tower in (batch.backbone, batch.original))
+            total = total + cosine_distance(found, expected).sum()
+        return total / normalizer
+
+    def parts(self, batch: Batch, row: int) -> list[Tensor]:
+        """CROPS parts of a picture, of its shape, with sides of SMALLEST to 1 of its own, anywhere in it."""
+        picture = batch.images[row]["image"]
+        height, width = picture.shape[1:]
+        found = []
+        for share, x, y in torch.rand(self.crops, 3, generator=batch.generator(row, "anchor")).tolist():
+            share = SMALLEST + (1 - SMALLEST) * share
+            x, y = x * (1 - share), y * (1 - share)
+            found.append(crop(picture, [x * width, y * height, (x + share) * width, (y + share) * height]))
+        return found

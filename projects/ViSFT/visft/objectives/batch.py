@@ -99,3 +99,11 @@ def resized(picture: Tensor, shape: tuple[int, int]) -> Tensor:
         return picture
     found = F.interpolate(picture[None], shape, mode="bicubic", antialias=True, align_corners=False)[0]
     return found.clamp(0, 255)
+
+
+def crop(picture: Tensor, box: list[float]) -> Tensor:
+    """The pixels `[3, h, w]` of a picture `[3, H, W]` that a box touches, at least one each way."""
+    height, width = picture.shape[1:]
+    x0, y0 = (min(int(v), side - 1) for v, side in ((box[0], width), (box[1], height)))
+    x1, y1 = (int(-(-v // 1)) for v in box[2:])
+    return picture[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]

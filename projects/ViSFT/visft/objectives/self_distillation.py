@@ -9,7 +9,7 @@ from visft.backbone.patch_text import patch_embeddings
 from visft.errors import ConfigError
 from visft.heads.base import has_targets, num_targets
 from visft.objectives.base import Objective, cosine_distance
-from visft.objectives.batch import Batch
+from visft.objectives.batch import Batch, crop
 from visft.objectives.registry import VISFT_OBJECTIVES_REGISTRY
 
 REGIONS = ("boxes", "grid")
@@ -106,11 +106,3 @@ def _coverage(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
     inside = torch.minimum(high[:, None], edges + side) - torch.maximum(low[:, None], edges)
     inside = inside.clamp(min=0)
     return inside / inside.sum(1, keepdim=True).clamp(min=1e-6)
-
-
-def crop(picture: Tensor, box: list[float]) -> Tensor:
-    """The pixels `[3, h, w]` of a picture `[3, H, W]` that a box touches, at least one each way."""
-    height, width = picture.shape[1:]
-    x0, y0 = (min(int(v), side - 1) for v, side in ((box[0], width), (box[1], height)))
-    x1, y1 = (int(-(-v // 1)) for v in box[2:])
-    return picture[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
