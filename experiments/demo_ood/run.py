@@ -123,7 +123,10 @@ def read(path: Path) -> Plan:
     against = content.get("against", [])
     if not set(against) <= set(arms):
         raise ConfigError(f"{path}: against: {against} are not all arms; there are {', '.join(arms)}")
-    return Plan(content["config"], content.get("suite", "demo"), content["demo_world"], arms, against)
+    # A file beside the plan, or a config of the model zoo.
+    own = path.parent / content["config"]
+    config = str(own) if own.is_file() else get_config_file(content["config"])
+    return Plan(config, content.get("suite", "demo"), content["demo_world"], arms, against)
 
 
 class Runs:
@@ -252,7 +255,7 @@ class Runs:
         # Every checkpoint stays, for arms that are of one on the way.
         words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
         words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        status = launch.main(["--config-file", get_config_file(self.plan.config), "--resume", *words])
+        status = launch.main(["--config-file", self.plan.config, "--resume", *words])
         if status:
             raise TrainingError(
                 f"arm `{arm.name}`, seed {seed}: ended with status {status}; see {folder}/log.txt"
@@ -286,7 +289,7 @@ class Runs:
         weights = source / "lora"
         if arm.iteration is not None:
             weights = weights / f"model_{arm.iteration:07d}.safetensors"
-        words = ["--config-file", get_config_file(self.plan.config), "--format", "open_clip"]
+        words = ["--config-file", self.plan.config, "--format", "open_clip"]
         words += ["--weights", str(weights), "--output", str(folder / EXPORT)]
         if arm.interpolate is not None:
             words += ["--interpolate", str(arm.interpolate)]
