@@ -87,8 +87,13 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Arms that are compared with each other."""
-        return [(first, second) for first in self.against for second in self.arms if second != first]
+        """Arms that are compared with each other, each pair once."""
+        return [
+            (first, second)
+            for number, first in enumerate(self.against)
+            for second in self.arms
+            if second != first and second not in self.against[:number]
+        ]
 
 
 def read(path: Path) -> Plan:
