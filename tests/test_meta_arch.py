@@ -24,9 +24,12 @@ STRIDE = 8  # of visft-tiny
 
 
 def config(*options):
-    """The demo's config, its tower with random weights, heads as small as they get, three classes."""
+    """The demo's config without its objective, its tower with random weights, LoRA in q and v, heads as small as they
+    get, three classes."""
     cfg = model_zoo.get_config("visft_demo")
+    cfg.MODEL.LORA.TARGETS = ("q", "v")
     node = cfg.MODEL.VISFT
+    node.OBJECTIVES = ()
     node.HEADS, node.HEAD_FILES = ("detection", "segmentation"), ()
     node.DETECTION.NUM_CLASSES = node.SEGMENTATION.NUM_CLASSES = 3
     node.DETECTION.NUM_QUERIES = node.SEGMENTATION.NUM_QUERIES = 6

@@ -19,8 +19,8 @@ def main() -> int:
     parser.add_argument(
         "--first-train",
         type=int,
-        default=1,
-        help="number of the first training scene; the shipped heads know 1..5000",
+        default=dataset.SCENES_OF_HEADS + 1,
+        help=f"number of the first training scene; the shipped heads were trained on 1 to {dataset.SCENES_OF_HEADS}",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

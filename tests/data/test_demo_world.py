@@ -140,15 +140,15 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     _, different, errors = filecmp.cmpfiles(world.root, again.root, names, shallow=False)
     assert not different and not errors
     other = dataset.make(tmp_path / "other", num_train=2, num_val=1, seed=4)
-    assert (other.images("train") / f"{1:012d}.jpg").read_bytes() != (
-        world.images("train") / f"{1:012d}.jpg"
-    ).read_bytes()
+    name = f"{dataset.SCENES_OF_HEADS + 1:012d}.jpg"
+    assert (other.images("train") / name).read_bytes() != (world.images("train") / name).read_bytes()
 
 
 def test_later_scenes_are_those_of_a_longer_world(world, tmp_path):
     """Scenes that a head was not trained on: the same numbers, pictures and masks, none of the earlier ones."""
-    later = dataset.make(tmp_path / "later", num_train=2, num_val=NUM_VAL, seed=3, first_train=NUM_TRAIN - 1)
-    names = [f"{number:012d}.jpg" for number in (NUM_TRAIN - 1, NUM_TRAIN)]
+    first = dataset.SCENES_OF_HEADS + NUM_TRAIN - 1
+    later = dataset.make(tmp_path / "later", num_train=2, num_val=NUM_VAL, seed=3, first_train=first)
+    names = [f"{number:012d}.jpg" for number in (first, first + 1)]
     assert sorted(path.name for path in later.images("train").iterdir()) == names
     for name in names:
         assert (later.images("train") / name).read_bytes() == (world.images("train") / name).read_bytes()
@@ -156,7 +156,7 @@ def test_later_scenes_are_those_of_a_longer_world(world, tmp_path):
     masks = {}
     for data in (world, later):
         content = json.loads(data.instances("train").read_text())
-        masks[data] = [a["segmentation"] for a in content["annotations"] if a["image_id"] >= NUM_TRAIN - 1]
+        masks[data] = [a["segmentation"] for a in content["annotations"] if a["image_id"] >= first]
     assert masks[world] == masks[later] and masks[later]
     with pytest.raises(DataError, match="numbered from 1"):
         dataset.make(tmp_path / "none", num_train=1, num_val=1, first_train=0)

@@ -22,6 +22,8 @@ def tiny_arguments(train: tuple[Path, Path], test: tuple[Path, Path] | None, out
         "MODEL.CLIP_VIT.PRETRAINED": "",
         "MODEL.LORA.RANK": 2,
         "MODEL.LORA.DROPOUT": 0.1,
+        "MODEL.LORA.TARGETS": "('q', 'v')",
+        "MODEL.VISFT.OBJECTIVES": "()",
         "MODEL.VISFT.HEADS": "('detection', 'segmentation')",
         "MODEL.VISFT.HEAD_FILES": "()",
         "MODEL.VISFT.DETECTION.DROPOUT": 0.1,

@@ -124,7 +124,9 @@ def train_heads(argv: list[str] | None = None) -> int:
         "--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones"
     )
     parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
-    parser.add_argument("--num-train", type=int, default=5000, help="training scenes to make")
+    parser.add_argument(
+        "--num-train", type=int, default=dataset.SCENES_OF_HEADS, help="training scenes to make"
+    )
     parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")
     parser.add_argument("--runs", default="output/demo_heads", help="folder of the runs, one a head")
     parser.add_argument("--output", default=str(WEIGHTS), help="folder for heads_demo_<head>.safetensors")
@@ -136,7 +138,7 @@ def train_heads(argv: list[str] | None = None) -> int:
 
 def _train_heads(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _make_data(Path(args.data), args.num_train, args.num_val)
+    _make_data(Path(args.data), args.num_train, args.num_val, first_train=1)
     for head in args.heads:
         opts = [*args.opts, "MODEL.VISFT.HEADS", f"('{head}',)", "OUTPUT_DIR", os.path.join(args.runs, head)]
         folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
@@ -172,9 +174,11 @@ def ship_heads(folder: str | os.PathLike, output: str | os.PathLike) -> Path:
     return output
 
 
-def _make_data(root: Path, num_train: int, num_val: int) -> None:
+def _make_data(
+    root: Path, num_train: int, num_val: int, first_train: int = dataset.SCENES_OF_HEADS + 1
+) -> None:
     logger.info("the demo world: %d + %d scenes in %s", num_train, num_val, root)
-    dataset.make(root, num_train=num_train, num_val=num_val)
+    dataset.make(root, num_train=num_train, num_val=num_val, first_train=first_train)
     dataset.register(root)
     os.environ["VISFT_DEMO_DATA"] = str(root)  # for the processes that are started from here
 
