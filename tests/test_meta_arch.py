@@ -29,7 +29,7 @@ def config(*options):
     cfg = model_zoo.get_config("visft_demo")
     cfg.MODEL.LORA.TARGETS = ("q", "v")
     node = cfg.MODEL.VISFT
-    node.OBJECTIVES = ()
+    node.OBJECTIVES, node.ANCHOR.WEIGHT = (), 1.0
     node.HEADS, node.HEAD_FILES = ("detection", "segmentation"), ()
     node.DETECTION.NUM_CLASSES = node.SEGMENTATION.NUM_CLASSES = 3
     node.DETECTION.NUM_QUERIES = node.SEGMENTATION.NUM_QUERIES = 6
