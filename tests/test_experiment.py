@@ -15,7 +15,10 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
+from visft import model_zoo
 from visft.backbone.open_clip_zoo import TINY_WEIGHTS
+from visft.data.demo_world import dataset
+from visft.engine import settings, sweep_plan
 from visft.errors import ConfigError
 from visft.evaluation.benchmarks import Benchmark, Pictures, registry
 
@@ -168,6 +171,18 @@ def test_weights_that_are_gone_are_trained_again_once_before_what_is_of_them(fin
         torch.equal(value, exported(finished, "half-0")[name])
         for name, value in exported(tmp_path, "half-0").items()
     )
+
+
+def test_the_chosen_arm_is_the_demos_recipe():
+    """What it trains with is visft_demo.yaml, word for word but for what every arm sets."""
+    plan = module().read(SCRIPT.with_name("arms.yaml"))
+    arm = plan.arms["chosen"]
+    chosen = settings.load_config(plan.config, sweep_plan.words(arm.opts))
+    demo = model_zoo.get_config("visft_demo")
+    assert arm.first_scene == dataset.SCENES_OF_HEADS + 1
+    for cfg in (chosen, demo):
+        cfg.VISFT.STAGES, cfg.DATASETS.TEST, cfg.VISFT.SOLVER.LORA.CHECKPOINT_PERIOD = (), (), 0
+    assert chosen == demo
 
 
 def test_logs_of_trainings_are_kept(finished):

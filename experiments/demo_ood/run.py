@@ -146,7 +146,7 @@ class Runs:
         if arm is None:
             return f"{BASE}-{seed}-{self.tower_sha256[:10]}"
         identity = [arm.opts, arm.interpolate, arm.iteration, self.tower_sha256]
-        if arm.first_scene != 1:
+        if arm.first_scene != 1:  # runs of before there was this entry keep their names
             identity.append(arm.first_scene)
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return f"{arm.name.replace(' ', '-')}-{seed}-{digest}"

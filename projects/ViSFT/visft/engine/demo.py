@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _make_data(dataset.default_root(), args.num_train, args.num_val)
+    _make_data(dataset.default_root(), num_train=args.num_train, num_val=args.num_val)
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
     if (folder / EXPORTED).is_file():  # VISFT.EXPORT may say otherwise
         evaluate_out_of_domain(folder)
@@ -138,7 +138,7 @@ def train_heads(argv: list[str] | None = None) -> int:
 
 def _train_heads(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _make_data(Path(args.data), args.num_train, args.num_val, first_train=1)
+    _make_data(Path(args.data), num_train=args.num_train, num_val=args.num_val, first_train=1)
     for head in args.heads:
         opts = [*args.opts, "MODEL.VISFT.HEADS", f"('{head}',)", "OUTPUT_DIR", os.path.join(args.runs, head)]
         folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
@@ -174,11 +174,9 @@ def ship_heads(folder: str | os.PathLike, output: str | os.PathLike) -> Path:
     return output
 
 
-def _make_data(
-    root: Path, num_train: int, num_val: int, first_train: int = dataset.SCENES_OF_HEADS + 1
-) -> None:
-    logger.info("the demo world: %d + %d scenes in %s", num_train, num_val, root)
-    dataset.make(root, num_train=num_train, num_val=num_val, first_train=first_train)
+def _make_data(root: Path, **numbers: int) -> None:
+    logger.info("the demo world: %d + %d scenes in %s", numbers["num_train"], numbers["num_val"], root)
+    dataset.make(root, **numbers)
     dataset.register(root)
     os.environ["VISFT_DEMO_DATA"] = str(root)  # for the processes that are started from here
 

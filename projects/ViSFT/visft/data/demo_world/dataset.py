@@ -29,7 +29,7 @@ VERSION = 2
 """Raised when the same parameters give other files than before, so that old folders are made anew."""
 
 SCENES_OF_HEADS = 5000
-"""The shipped heads were trained on training scenes 1 to this and know them: their loss is an eighth lower there than
+"""The shipped heads were trained on training scenes 1 to this and know them: their loss is a tenth lower there than
 on later ones. What heads send back from pictures that they know by heart says little about a tower's features."""
 
 _QUALITY = 92
