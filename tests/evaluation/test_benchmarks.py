@@ -205,6 +205,28 @@ def test_a_tower_against_itself_and_several_towers(broken_file, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().count("<h2>broken</h2>") == 1
 
 
+@pytest.mark.parametrize("far", [-3.0, -60.0])
+def test_the_plot_has_every_figure_in_its_own_familys_row(far):
+    """Also of a tower that was evaluated on some of the families."""
+
+    def row(name, difference):
+        return {"name": name, "difference": difference, "low": difference - 1, "high": difference + 1}
+
+    whole = {"families": [row("ocr", 1.0), row("goi", 2.0), row("vqa", far)], "mean": row("mean", 4.0)}
+    part = {"families": [row("goi", 5.0)], "mean": row("mean", 6.0)}
+    axes = report._forest([("part", part), ("whole", whole)]).axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert sorted(names) == ["goi", "mean", "ocr", "vqa"] and names[-1] == "mean"
+    found = {
+        (names[round(float(line.get_ydata()[0]))], float(line.get_xdata()[0]))
+        for line in axes.lines
+        if line.get_marker() in ("o", "D")
+    }
+    expected = {("ocr", 1.0), ("goi", 2.0), ("vqa", far), ("mean", 4.0), ("goi", 5.0), ("mean", 6.0)}
+    assert found == expected
+    assert (axes.get_xscale() == "symlog") == (far == -60.0)
+
+
 def test_base_alone(tmp_path):
     results = run(tmp_path)
     [family] = results["families"]
