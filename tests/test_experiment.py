@@ -49,6 +49,7 @@ PLAN = {
         "first": {"label": "after one iteration", "seeds": 1, "of": "boxes", "iteration": 1},
     },
 }
+SOME_FAMILIES = {"label": "a quarter", "seeds": 1, "of": "boxes", "interpolate": 0.25, "suite": "norm"}
 
 
 def module():
@@ -293,6 +294,11 @@ def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path):
     assert "failed: a, seed 0; the same command tries them again" in done.stderr
     assert "NO.SUCH" in (tmp_path / "out" / "logs" / "a-0-test.log").read_text()
     assert set(kept(tmp_path)) == {"base-0"}
+
+
+def test_arms_of_some_families_are_in_no_pair(tmp_path):
+    plan = module().read(write(tmp_path, PLAN | {"arms": PLAN["arms"] | {"quarter": SOME_FAMILIES}}))
+    assert plan.pairs == [("boxes", "half"), ("boxes", "first")]
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,13 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Arms that are compared with each other, each pair once."""
+        """Arms that are compared with each other, each pair once; none that is evaluated on some families alone, whose
+        means over families are of other things."""
+        whole = [arm.name for arm in self.arms.values() if not arm.suite]
         return [
             (first, second)
             for number, first in enumerate(self.against)
-            for second in self.arms
+            for second in whole
             if second != first and second not in self.against[:number]
         ]
 
