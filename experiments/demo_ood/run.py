@@ -519,7 +519,7 @@ def main() -> int:
     parser.add_argument("--job", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return cli.guard(_run, args)
+    return cli.guard(_run, args, again=cli.SAME)
 
 
 if __name__ == "__main__":

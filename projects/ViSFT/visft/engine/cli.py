@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 from visft.errors import VisftError
 
+RESUME = "a training goes on with --resume"
+SAME = "the same command continues"
+"""How to go on after Ctrl-C, for `guard`."""
 
-def guard(
-    function: Callable[..., object], *args, again: str = "a training goes on with --resume", **kwargs
-) -> int:
+
+def guard(function: Callable[..., object], *args, again: str = "", **kwargs) -> int:
     """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
 
     Args:
-        again: how to go on after Ctrl-C.
+        again: how to go on after Ctrl-C; empty: from the beginning, of which nothing need be said.
 
     The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
     Errors that are nobody's input but a defect of ours keep their traceback.
@@ -26,7 +28,7 @@ def guard(
     except VisftError as error:
         return _say(str(error))
     except KeyboardInterrupt:
-        _say(f"stopped from the keyboard ({again})")
+        _say(f"stopped from the keyboard{f' ({again})' if again else ''}")
         return 130
     except OSError as error:
         if error.filename is None and error.errno is None:

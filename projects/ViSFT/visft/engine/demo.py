@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
     args = parser.parse_args(argv)
-    return cli.guard(_demo, args)
+    return cli.guard(_demo, args, again=cli.RESUME)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ def train_heads(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
     args = parser.parse_args(argv)
-    return cli.guard(_train_heads, args)
+    return cli.guard(_train_heads, args, again=cli.RESUME)
 
 
 def _train_heads(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("visft").setLevel(
         logging.INFO
     )  # open_clip tells much of every model it builds, at the root
-    return cli.guard(run, args, again="the same command continues")
+    return cli.guard(run, args, again=cli.SAME)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

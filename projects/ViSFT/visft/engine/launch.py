@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = default_argument_parser()
     parser.description = "Supervised fine-tuning of a CLIP vision tower: stages heads and lora, then export."
     args = parser.parse_args(argv)
-    return cli.guard(train, args)
+    return cli.guard(train, args, again=cli.RESUME)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -
 def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
     register_own_data(cfg)  # a spawned process starts with empty catalogs
     os.environ.setdefault("RANK", str(args.machine_rank * args.num_gpus + local_rank))
-    status = cli.guard(_worker, local_rank, args, cfg, url)
+    status = cli.guard(_worker, local_rank, args, cfg, url, again=cli.RESUME)
     if status:
         os._exit(status)  # at once: the other processes are waiting for this one
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return cli.guard(run, args.config, args.output)
+    return cli.guard(run, args.config, args.output, again=cli.SAME)
 
 
 def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft import model_zoo
-from visft.engine.cli import guard
+from visft.engine.cli import SAME, guard
 from visft.errors import CheckpointError
 from visft.model_zoo import cache, tables
 from visft.model_zoo.entries import entries, find
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return guard(arguments.run, arguments)
+    return guard(arguments.run, arguments, again=SAME if arguments.run is _download else "")
 
 
 def _list(arguments: argparse.Namespace) -> None:
