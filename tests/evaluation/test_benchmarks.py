@@ -19,6 +19,7 @@ from visft.evaluation.benchmarks import (
     FeatureStore,
     Pictures,
     Tower,
+    forest_plot,
     registry,
     report,
     suite,
@@ -212,9 +213,9 @@ def test_the_plot_has_every_figure_in_its_own_familys_row(far):
     def row(name, difference):
         return {"name": name, "difference": difference, "low": difference - 1, "high": difference + 1}
 
-    whole = {"families": [row("ocr", 1.0), row("goi", 2.0), row("vqa", far)], "mean": row("mean", 4.0)}
-    part = {"families": [row("goi", 5.0)], "mean": row("mean", 6.0)}
-    axes = report._forest([("part", part), ("whole", whole)]).axes[0]
+    whole = [row("ocr", 1.0), row("goi", 2.0), row("vqa", far), row("mean", 4.0)]
+    part = [row("goi", 5.0), row("mean", 6.0)]
+    axes = forest_plot.draw([("part", part), ("whole", whole)]).axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert sorted(names) == ["goi", "mean", "ocr", "vqa"] and names[-1] == "mean"
     found = {
@@ -225,6 +226,31 @@ def test_the_plot_has_every_figure_in_its_own_familys_row(far):
     expected = {("ocr", 1.0), ("goi", 2.0), ("vqa", far), ("mean", 4.0), ("goi", 5.0), ("mean", 6.0)}
     assert found == expected
     assert (axes.get_xscale() == "symlog") == (far == -60.0)
+
+
+def test_a_plot_of_many_towers_has_a_panel_a_family_and_a_line_a_tower():
+    def row(name, tower, verdict):
+        figure = float(tower + (100 if name == "goi" else 0))
+        return {"name": name, "difference": figure, "low": figure - 1, "high": figure + 1, "verdict": verdict}
+
+    towers = [
+        (f"tower {n}", [row("ocr", n, "not shown"), row("goi", n, "better"), row("mean", n, "worse")])
+        for n in range(forest_plot.FEW + 1)
+    ]
+    towers[3] = ("tower 3", towers[3][1][1:])  # it has no ocr
+    panels = {axes.get_title(): axes for axes in forest_plot.draw(towers).axes}
+    assert list(panels) == ["ocr", "goi", "mean"]
+    labels = [text.get_text() for text in panels["ocr"].get_yticklabels()]
+    assert labels == [label for label, _ in towers]
+    for name, axes in panels.items():
+        points = [line for line in axes.lines if line.get_marker() in ("o", "D")]
+        found = {labels[round(float(line.get_ydata()[0]))]: float(line.get_xdata()[0]) for line in points}
+        assert found == {
+            label: row["difference"] for label, rows in towers for row in rows if row["name"] == name
+        }
+        assert (axes.get_xscale() == "symlog") == (name == "goi")
+    colours = {name: {line.get_color() for line in axes.lines[:2]} for name, axes in panels.items()}
+    assert len({*colours["ocr"], *colours["goi"], *colours["mean"]}) == 3
 
 
 def test_base_alone(tmp_path):

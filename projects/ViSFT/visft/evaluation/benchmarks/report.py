@@ -9,6 +9,8 @@ from typing import Any
 
 from visft.checkpoint import files
 
+from .forest_plot import draw
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -21,9 +23,6 @@ th:first-child, td:first-child, td.words { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; }
 p.small { font-size: .9rem; opacity: .8; }
 """
-
-_LINEAR = 5
-"""Points up to which the plot's axis is linear, where differences go far beyond."""
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -94,50 +93,9 @@ def forest_plot(results: dict[str, Any]) -> bytes | None:
     if not shown or not any(_rows(tables) for _, tables in shown):
         return None
     buffer = io.BytesIO()
-    _forest(shown).savefig(buffer, dpi=130, format="png", metadata={"Software": None})
+    figure = draw([(label, _rows(tables)) for label, tables in shown])
+    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _forest(shown: Sequence[tuple[str, dict[str, Any]]]) -> Any:
-    """The plot, a matplotlib Figure. A tower may lack families that others have."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [row for _, tables in shown for row in _rows(tables)]
-    ticks = {
-        row["name"]: f"{row['name']} (in-domain)" if row.get("in_domain") else row["name"] for row in rows
-    }
-    names = sorted(ticks, key="mean".__eq__)  # in the order that they come, the mean last
-    figure = Figure(figsize=(7, 1.4 + 0.3 * len(names) * max(1, 0.7 * len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    step = 0.7 / len(shown)
-    colours = colormaps["tab10" if len(shown) <= 10 else "tab20"].colors
-    for place, (label, tables) in enumerate(shown):
-        offset = (place - (len(shown) - 1) / 2) * step
-        colour = colours[place % len(colours)]
-        for number, row in enumerate(_rows(tables)):
-            y, hollow = names.index(row["name"]) + offset, row.get("in_domain")
-            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.5)
-            marker = "D" if row["name"] == "mean" else "o"
-            axes.plot(
-                row["difference"], y, marker, color=colour, markersize=6, markerfacecolor="white" if hollow else colour,
-                label=label if number == 0 else None,
-            )  # fmt: skip
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [ticks[name] for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    words = "difference from the base tower, percentage points, 95 % interval"
-    if max(abs(row[end]) for row in rows for end in ("low", "high")) > _LINEAR * 5:
-        # One tower that lost much would squeeze all others into a line.
-        axes.set_xscale("symlog", linthresh=_LINEAR)
-        axes.xaxis.set_major_formatter("{x:g}")
-        words += f"; logarithmic beyond {_LINEAR}"
-    axes.set_xlabel(words)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
-    return figure
 
 
 def text_table(results: dict[str, Any]) -> str:
