@@ -15,7 +15,7 @@ def guard(function: Callable[..., object], *args, again: str = "", **kwargs) -> 
     """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
 
     Args:
-        again: how to go on after Ctrl-C; empty: from the beginning, of which nothing need be said.
+        again: how to go on after Ctrl-C; empty: nothing is said of it.
 
     The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
     Errors that are nobody's input but a defect of ours keep their traceback.
