@@ -246,6 +246,15 @@ def test_the_table_of_the_model_zoo_is_that_of_the_results():
     assert script.filled(text, found) == text and script.overview(found) in text
     (row,) = [row for row in found["families"]["recipe"] if row["name"] == "goi"]
     assert f"{row['difference']:+.2f}" in script.overview(found)
+    # Every pair is in the row of its second arm, below the first one's name.
+    head, _, *table = script.overview(found).split("of an arm less another:\n\n")[1].splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in table}
+    assert found["pairs"]
+    for pair in found["pairs"]:
+        place = columns.index(f"{pair['first']} less it")
+        assert cells[pair["second"]][place] == f"{pair['mean']['difference']:+.2f}"
+        assert cells[pair["second"]][place + 2] == (pair["mean"]["verdict"] or "")
 
 
 def test_an_arm_is_reported_with_the_seeds_that_are_finished(finished, tmp_path):

@@ -421,12 +421,29 @@ def overview(found: dict[str, Any]) -> str:
     base = ", ".join(f"{row['name']} {row['base']:.1f}" for row in rows[0][1]["families"])
     lines += ["", f"The tower as it is: {base}."]
     if found.get("pairs"):
-        lines += ["", "| | mean over families | 95 % interval | |", "|---|---:|---|---|"]
-    for pair in found.get("pairs", []):
-        mean = pair["mean"]
-        cells = [f"{pair['first']} less {pair['second']}", f"{mean['difference']:+.2f}", _interval(mean)]
-        lines.append(f"| {' | '.join(cells)} | {mean['verdict'] or ''} |")
+        lines += ["", *_pairs(found["pairs"])]
     return "\n".join(lines) + "\n"
+
+
+def _pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """One row an arm: the means of those in `against` less its own."""
+    means = {(pair["first"], pair["second"]): pair["mean"] for pair in pairs}
+    firsts = dict.fromkeys(pair["first"] for pair in pairs)
+    lines = [
+        "Means over families, of an arm less another:",
+        "",
+        f"| | {' | '.join(f'{first} less it | 95 % interval | ' for first in firsts)} |",
+        f"|---|{'---:|---|---|' * len(firsts)}",
+    ]
+    for second in dict.fromkeys(pair["second"] for pair in pairs):
+        cells = [second]
+        for first in firsts:
+            mean = means.get((first, second))
+            cells += (
+                [f"{mean['difference']:+.2f}", _interval(mean), mean["verdict"] or ""] if mean else [""] * 3
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _difference(row: dict[str, Any] | None) -> str:
