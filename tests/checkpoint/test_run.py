@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from visft.checkpoint import files
-from visft.checkpoint.run import RunCheckpointer, describe, newest_checkpoint, pack, unpack
+from visft.checkpoint.run import RunCheckpointer, pack, unpack
+from visft.checkpoint.run_folder import describe, newest_checkpoint
 from visft.errors import CheckpointError
 
 # Here and in the children, which are killed or not: runs with other thread counts differ in their last bits.

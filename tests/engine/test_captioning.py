@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_run import tiny_arguments
 
 from visft.checkpoint import files
-from visft.checkpoint.run import describe, newest_checkpoint
+from visft.checkpoint.run_folder import describe, newest_checkpoint
 from visft.data.vocabulary import build_vocabulary
 from visft.engine import checks, launch, predict, settings, stages, vocabulary
 from visft.errors import ConfigError, DataError

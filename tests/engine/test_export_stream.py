@@ -20,7 +20,7 @@ import open_clip  # noqa: E402
 import small_eva  # noqa: E402
 
 from visft.backbone import CLIPViT, lora  # noqa: E402
-from visft.checkpoint import export, load  # noqa: E402
+from visft.checkpoint import export, load, run_folder  # noqa: E402
 from visft.checkpoint import files as files_module  # noqa: E402
 from visft.engine import export_backbone, export_stream  # noqa: E402
 
@@ -222,7 +222,7 @@ def test_other_formats_over_a_base_with_eva_clips_names(tmp_path, name, base, ad
     found = load_file(tmp_path / "out" / "f.safetensors")
     a = adapters["visual.blocks.1.attn.qkv.lora_A"]
     assert torch.equal(found["backbone.tower.trunk.blocks.1.lora.v.lora_A"], a[4:])
-    about = load.describe(tmp_path / "out" / "f.safetensors")
+    about = run_folder.describe(tmp_path / "out" / "f.safetensors")
     assert about["base"]["name"] == name and about["base"]["pretrained"] == str(tmp_path / "eva.pt")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from . import authors
 from .files import local_path, read_shapes, read_tensors
-from .run import STAGES, describe, newest_checkpoint
+from .run_folder import STAGES, describe, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

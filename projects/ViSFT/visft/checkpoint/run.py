@@ -1,22 +1,14 @@
-"""Checkpoints of a stage: what trained, the trainer's state beside it, and a way back from a kill at any
-point.
+"""Checkpoints of a stage: what trained, the trainer's state beside it, and a way back from a kill at any point.
 
-A checkpoint of iteration i is three files, written in this order, each aside and renamed:
-
-    trainer_i.safetensors   optimizer, scheduler, gradient scaler and random generators
-    model_i.safetensors     the tensors that trained
-    model_i.json            what they are, on which base, and the sizes of both files: with it the checkpoint
-    is whole
-
-`last_checkpoint` is written after them. An older checkpoint is removed in the opposite order. A kill in
-between leaves files without their JSON, which are no checkpoint.
+The files of a checkpoint (see `run_folder`) are written in their order, each aside and renamed, and `last_checkpoint`
+after them. An older checkpoint is removed in the opposite order. A kill in between leaves files without their JSON,
+which are no checkpoint.
 """
 
 import json
 import logging
 import os
 import random
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,22 +20,18 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .files import (
-    read_json,
     read_metadata,
-    read_shapes,
     read_tensors,
     remove_leftovers,
-    require_file,
     sync_folder,
     write_aside,
     write_json,
     write_safetensors,
 )
+from .load import check_base, load_into
+from .run_folder import describe, describe_base, iteration_of, marks, newest_checkpoint, trainer_file
 
 logger = logging.getLogger(__name__)
-
-STAGES = ("heads", "lora")
-_NAME = re.compile(r"model_(\d{7,})\.json")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -52,31 +40,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = {n for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n for n, _ in model.named_buffers() if n.rpartition(".")[0] in owners}
     return {n: t for n, t in model.state_dict().items() if n in parameters or n in buffers}
-
-
-def describe_base(base: Any) -> dict[str, Any] | None:
-    """What names a base (`BaseTower`) in a file: architecture, tag or file, SHA-256; None for an unknown base."""
-    if base is None:
-        return None
-    return {"name": base.name, "pretrained": base.pretrained, "sha256": base.sha256}
-
-
-def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint says of itself (stage, iteration, base, settings); `{}` for files not ours."""
-    try:
-        return json.loads(read_metadata(path).get("visft", "{}"))
-    except ValueError:
-        return {}
-
-
-def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint's model file in a stage's folder, or None; broken ones are logged."""
-    for mark in _marks(folder):
-        fault = _fault(mark)
-        if fault is None:
-            return mark.with_suffix(".safetensors")
-        logger.warning("passed over the checkpoint %s: %s", mark, fault)
-    return None
 
 
 class RunCheckpointer:
@@ -128,9 +91,6 @@ class RunCheckpointer:
         Raises:
             CheckpointError: it is of another stage, tower or base, or does not fit the model.
         """
-        # Not at the top: loading reads this module's names.
-        from .load import check_base, load_into
-
         if comm.is_main_process() and self.folder.is_dir():
             for name in remove_leftovers(self.folder):
                 logger.info("removed %s, which a killed process left half-written", self.folder / name)
@@ -152,7 +112,7 @@ class RunCheckpointer:
             names=trained_tensors(self.model),
             hint="Resume with the config that the run was started with.",
         )
-        self._load_trainer(_trainer_file(path))
+        self._load_trainer(trainer_file(path))
         self._current = int(about["iteration"])
         logger.info("resumed stage `%s` after iteration %d from %s", self.stage, self._current, path)
         return self._current
@@ -176,7 +136,7 @@ class RunCheckpointer:
         comm.synchronize()
 
     def _write(self, path: Path, iteration: int, generators: list[Any]) -> None:
-        mark, trainer = path.with_suffix(".json"), _trainer_file(path)
+        mark, trainer = path.with_suffix(".json"), trainer_file(path)
         if mark.exists():
             # Written again with other values, the files must not pass for the old checkpoint half-way.
             mark.unlink()
@@ -200,9 +160,9 @@ class RunCheckpointer:
         with write_aside(self.folder / "last_checkpoint") as partial:
             partial.write_text(path.name)
         if self.keep:
-            for old in [m for m in _marks(self.folder) if _iteration(m) <= iteration][self.keep :]:
+            for old in [m for m in marks(self.folder) if iteration_of(m) <= iteration][self.keep :]:
                 model_file = old.with_suffix(".safetensors")
-                for file in (old, model_file, _trainer_file(model_file)):
+                for file in (old, model_file, trainer_file(model_file)):
                     file.unlink(missing_ok=True)
         logger.info("saved %s", path)
 
@@ -288,34 +248,3 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(unpack(value, tensors) for value in tree["tuple"])
         return {unpack(key, tensors): unpack(value, tensors) for key, value in tree["items"]}
     return tree
-
-
-def _marks(folder: str | os.PathLike) -> list[Path]:
-    """The JSON files of a folder's checkpoints, newest first."""
-    return sorted((m for m in Path(folder).glob("model_*.json") if _NAME.fullmatch(m.name)), key=_iteration)[
-        ::-1
-    ]
-
-
-def _iteration(mark: Path) -> int:
-    return int(_NAME.fullmatch(mark.name).group(1))
-
-
-def _trainer_file(path: Path) -> Path:
-    return path.with_name("trainer_" + path.name.removeprefix("model_"))
-
-
-def _fault(mark: Path) -> str | None:
-    """Why a checkpoint is not whole; None: it is."""
-    try:
-        about = read_json(mark)
-        for name, size in about["files"].items():
-            file = require_file(mark.with_name(name))
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, {size} were written"
-            read_shapes(file)
-    except CheckpointError as error:
-        return str(error)
-    except (KeyError, TypeError, AttributeError):
-        return "its JSON does not name its files"
-    return None

@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from visft.backbone import open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import export, files, load
-from visft.checkpoint.run import STAGES
+from visft.checkpoint.run_folder import STAGES
 from visft.data import check_data_set, register_own_data
 from visft.data.repeat_factor import check_sampler
 from visft.engine import vocabulary

@@ -10,7 +10,7 @@ import torch
 
 from visft.backbone import open_clip_zoo
 from visft.checkpoint import files
-from visft.checkpoint.run import newest_checkpoint
+from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data.demo_world import dataset
 from visft.engine import cli, launch, settings
 from visft.errors import CheckpointError, TrainingError

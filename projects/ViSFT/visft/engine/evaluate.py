@@ -9,7 +9,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
 from visft.data import build_test_loader, build_test_mapper
-from visft.engine.predict import draw_predictions
+from visft.engine.drawing import draw_predictions
 from visft.evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)

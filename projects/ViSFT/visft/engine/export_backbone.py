@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 from visft.backbone import CLIPViT, lora, open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import authors, export, files, load, stream_load, stream_names
-from visft.checkpoint.run import describe
+from visft.checkpoint.run_folder import describe
 from visft.engine import export_stream, exporting
 from visft.engine.cli import guard
 from visft.engine.settings import load_config

@@ -1,37 +1,25 @@
-"""Pictures of what the heads see, drawn by detectron2's Visualizer."""
+"""`tools/predict.py`: draws what the heads of a run see on pictures of the user's own."""
 
 import argparse
 import logging
-import os
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Instances
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
-from PIL import Image, ImageDraw
 from torch import nn
 
-from visft.checkpoint.run import newest_checkpoint
+from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
-from visft.data.captions import captions_of
-from visft.engine import checks, cli, settings
-from visft.engine.report import WORDS
+from visft.engine import checks, cli, settings, stages
+from visft.engine.drawing import THRESHOLD, beside, captions_in, draw, save_picture, save_word_maps
 from visft.engine.vocabulary import with_vocabulary
-from visft.engine.word_maps import draw_word_maps, plain
 from visft.errors import ConfigError, DataError
-from visft.heads import Caption
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-THRESHOLD = 0.3
-_SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
-_CAPTION_HEIGHT = 22
-_LETTER_WIDTH = 7
 
 
 def find_pictures(paths: Iterable[str]) -> list[Path]:
@@ -51,72 +39,6 @@ def find_pictures(paths: Iterable[str]) -> list[Path]:
     if not found:
         raise DataError(f"--input {' '.join(map(str, paths))}: no pictures there ({', '.join(SUFFIXES)})")
     return found
-
-
-def draw(
-    image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
-) -> list[tuple[str, np.ndarray]]:
-    """One panel for each head: its name, and the picture with the instances that score at least `threshold`.
-
-    Where no head gives instances, the picture as it is.
-
-    Args:
-        image: `[H, W, 3]` uint8 RGB.
-        output: what the model says about it, `{"detection": Instances, ...}` in the picture's own coordinates.
-        heads: names of the heads to draw, those that give instances.
-        metadata: of the data set, for the class names.
-    """
-    panels = []
-    for head in heads:
-        found = output.get(head)
-        if isinstance(found, Instances):
-            found = found.to("cpu")
-            found = found[found.scores >= threshold]
-            panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
-    return panels or [("picture", _visualizer(image, metadata).get_output().get_image())]
-
-
-def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
-    """What the caption heads say, by head."""
-    return {head: output[head] for head in heads if isinstance(output.get(head), Caption)}
-
-
-def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
-    """A picture `[H, W, 3]` with the annotations of its detectron2 data set record."""
-    return _visualizer(image, metadata).draw_dataset_dict(record).get_image()
-
-
-def _visualizer(image: np.ndarray, metadata):
-    from detectron2.utils.visualizer import Visualizer
-
-    return Visualizer(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
-
-
-def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
-    """Panels of one height side by side, each under its name; below them captions, each after whose it is."""
-    width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
-    height = max(panel.shape[0] for _, panel in panels)
-    rows = [
-        row
-        for name, text in captions
-        for row in textwrap.wrap(f"{name}: {text}", max(20, width // _LETTER_WIDTH), subsequent_indent="    ")
-    ]
-    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT * (1 + len(rows))), "white")
-    pen, x = ImageDraw.Draw(sheet), 0
-    for number, row in enumerate(rows):
-        pen.text((4, height + _CAPTION_HEIGHT * (1 + number) + 5), plain(row), fill="black")
-    for name, panel in panels:
-        pen.text((x + 4, 5), name, fill="black")
-        sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
-        x += panel.shape[1] + 4
-    return sheet
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG aside and rename it."""
-    aside = path.with_name(f".{path.name}.tmp.png")
-    picture.save(aside)
-    os.replace(aside, path)
 
 
 @torch.no_grad()
@@ -150,47 +72,11 @@ def predict_files(
         captions = captions_in(output, heads)
         save_picture(beside(panels, list(captions.items())), path)
         written.append(path)
-        written += _save_word_maps(image, captions, path)
+        written += save_word_maps(image, captions, path)
         said = [f"{len(output[head])} from {head}" for head, _ in panels if head in output]
         said += [f'{head} "{caption}"' for head, caption in captions.items()]
         logger.info("%s: %s", path, ", ".join(said))
     return written
-
-
-def _save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) -> list[Path]:
-    """Beside `path`, the word maps of each head that says something; returns the files."""
-    files = []
-    for number, caption in enumerate(caption for caption in captions.values() if caption.words):
-        files.append(path.with_name(f"{path.stem}{WORDS}{number or ''}.png"))
-        save_picture(draw_word_maps(image, caption), files[-1])
-    return files
-
-
-@torch.no_grad()
-def draw_predictions(
-    model: nn.Module, mapper, data_set: str, folder: Path, *, heads: Sequence[str], count: int = 8
-) -> None:
-    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction; with
-    a caption head also `folder/<picture>_words.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    truth = captions_of(data_set)
-    records = DatasetCatalog.get(data_set)
-    metadata = MetadataCatalog.get(data_set)
-    was_training = model.training
-    model.eval()
-    # Evenly over the data set, which may be sorted.
-    step = max(1, len(records) // count)
-    for record in records[::step][:count]:
-        image = read_rgb(record["file_name"])
-        output = model([mapper(dict(record))])[0]
-        panels = [("ground truth", draw_ground_truth(image, record, metadata))]
-        panels += draw(image, output, heads, metadata)
-        captions = captions_in(output, heads)
-        path = folder / f"{Path(record['file_name']).stem}.png"
-        known = [("ground truth", text) for text in truth.get(record.get("image_id"), ())] if captions else []
-        save_picture(beside(panels, [*captions.items(), *known]), path)
-        _save_word_maps(image, captions, path)
-    model.train(was_training)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,8 +104,6 @@ def run(args: argparse.Namespace) -> list[Path]:
     Raises:
         ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
     """
-    from visft.engine import stages
-
     cfg = settings.load_config(args.config_file, args.opts)
     weights = args.weights or cfg.MODEL.WEIGHTS
     if not weights and newest_checkpoint(Path(cfg.OUTPUT_DIR) / "heads"):

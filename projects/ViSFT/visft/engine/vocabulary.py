@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.checkpoint import load
-from visft.checkpoint.run import STAGES
+from visft.checkpoint.run_folder import STAGES
 from visft.data.captions import check_captions
 from visft.data.vocabulary import build_vocabulary
 from visft.errors import CheckpointError, ConfigError, DataError

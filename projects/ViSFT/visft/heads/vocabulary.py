@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from visft.checkpoint import files, load, run
+from visft.checkpoint import files, load, run_folder
 from visft.errors import CheckpointError, ConfigError, DataError
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
@@ -65,7 +65,7 @@ class Vocabulary:
         try:
             if os.fspath(path).endswith(".safetensors"):
                 content = {
-                    "words": run.describe(files.local_path(path)).get("settings", {}).get("vocabulary")
+                    "words": run_folder.describe(files.local_path(path)).get("settings", {}).get("vocabulary")
                 }
             else:
                 content = files.read_json(files.local_path(path))
@@ -158,7 +158,7 @@ def configured_vocabulary(cfg, name: str) -> Vocabulary:
 def carries_vocabulary(file: str | os.PathLike) -> bool:
     """Whether a weight file holds, in its description, the words that its caption head says."""
     try:
-        return bool(run.describe(file).get("settings", {}).get("vocabulary"))
+        return bool(run_folder.describe(file).get("settings", {}).get("vocabulary"))
     except CheckpointError:  # named, with its key, by the check of weight files
         return False
 

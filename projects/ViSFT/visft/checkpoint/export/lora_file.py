@@ -14,7 +14,7 @@ from ...backbone import lora as adapters
 from ...errors import ExportError
 from .. import authors, export_check
 from ..files import folder_aside, write_safetensors
-from ..run import describe_base
+from ..run_folder import describe_base
 from . import card, peft_folder, place
 from .source import untouched
 

@@ -1,0 +1,80 @@
+"""What lies in a run's folder: which checkpoints of a stage are whole, and what a file says of itself.
+
+A checkpoint of iteration i is three files in the stage's folder:
+
+    trainer_i.safetensors   optimizer, scheduler, gradient scaler and random generators
+    model_i.safetensors     the tensors that trained
+    model_i.json            what they are, on which base, and the sizes of both files: with it the checkpoint is whole
+"""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .files import read_json, read_metadata, read_shapes, require_file
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("heads", "lora")
+_NAME = re.compile(r"model_(\d{7,})\.json")
+
+
+def describe_base(base: Any) -> dict[str, Any] | None:
+    """What names a base (`BaseTower`) in a file: architecture, tag or file, SHA-256; None for an unknown base."""
+    if base is None:
+        return None
+    return {"name": base.name, "pretrained": base.pretrained, "sha256": base.sha256}
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself (stage, iteration, base, settings); `{}` for files not ours."""
+    try:
+        return json.loads(read_metadata(path).get("visft", "{}"))
+    except ValueError:
+        return {}
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint's model file in a stage's folder, or None; broken ones are logged."""
+    for mark in marks(folder):
+        fault = _fault(mark)
+        if fault is None:
+            return mark.with_suffix(".safetensors")
+        logger.warning("passed over the checkpoint %s: %s", mark, fault)
+    return None
+
+
+def marks(folder: str | os.PathLike) -> list[Path]:
+    """The JSON files of a folder's checkpoints, newest first."""
+    found = [mark for mark in Path(folder).glob("model_*.json") if _NAME.fullmatch(mark.name)]
+    return sorted(found, key=iteration_of, reverse=True)
+
+
+def iteration_of(mark: Path) -> int:
+    """How many iterations a checkpoint had completed, from the name of its JSON file."""
+    return int(_NAME.fullmatch(mark.name).group(1))
+
+
+def trainer_file(path: Path) -> Path:
+    """The trainer's state beside a model file."""
+    return path.with_name("trainer_" + path.name.removeprefix("model_"))
+
+
+def _fault(mark: Path) -> str | None:
+    """Why a checkpoint is not whole; None: it is."""
+    try:
+        about = read_json(mark)
+        for name, size in about["files"].items():
+            file = require_file(mark.with_name(name))
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            read_shapes(file)
+    except CheckpointError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "its JSON does not name its files"
+    return None
