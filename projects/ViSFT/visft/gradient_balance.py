@@ -28,7 +28,7 @@ def balanced_copies(features: Tensor, heads: Mapping[str, float]) -> dict[str, T
 class _EqualNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, weights: Sequence[float]) -> tuple[Tensor, ...]:
-        ctx.weights = weights
+        ctx.weights = features.new_tensor(weights, dtype=torch.float64)
         return tuple(features.view_as(features) for _ in weights)
 
     @staticmethod
@@ -39,7 +39,7 @@ class _EqualNorms(torch.autograd.Function):
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(squares)
         there = squares > 0
-        norms = squares.sqrt() / squares.new_tensor(ctx.weights)
+        norms = squares.sqrt() / ctx.weights
         mean = norms[there].sum() / there.sum().clamp(min=1)
         factors = torch.where(there, mean / norms, torch.ones_like(norms))
         return sum(f.to(g.dtype) * g for f, g in zip(factors, gradients, strict=True)), None

@@ -1,0 +1,174 @@
+"""Training and inference on another device than the CPU: nothing is forgotten on it, and the result is the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from other_device import DEVICE, Elsewhere, other_device
+from tiny_run import tiny_arguments
+
+from visft.checkpoint.run import RunCheckpointer, trained_tensors
+from visft.data import build_stage_loader, build_test_mapper, load_labelled, register_own_data
+from visft.data.coco import OWN_TRAIN
+from visft.engine import settings, stages
+from visft.engine.optim import build_optimizer
+from visft.engine.trainer import StageTrainer
+from visft.engine.vocabulary import with_vocabulary
+
+ALL = "('detection', 'segmentation', 'captioning')"
+OBJECTIVES = "('anchor', 'contrastive', 'self_distillation')"
+WITHOUT_HEADS = {"MODEL.VISFT.HEADS": "()", "VISFT.STAGES": "('lora',)"}
+SIGMOID = {
+    f"MODEL.VISFT.{head}.{key}": value
+    for head in ("DETECTION", "SEGMENTATION")
+    for key, value in {"CLASS_LOSS": "sigmoid", "FED_LOSS_CLASSES": 2}.items()
+}
+RCNN = {
+    "MODEL.VISFT.HEADS": "('detection',)",
+    "MODEL.VISFT.DETECTION.HEAD": "RCNNHead",
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 3,
+}
+WINDOWS = {
+    "MODEL.CLIP_VIT.WINDOW_SIZE": 3,
+    "MODEL.CLIP_VIT.CLASS_TOKEN": "drop",
+    "MODEL.CLIP_VIT.ACTIVATION_CHECKPOINTING": True,
+    "MODEL.CLIP_VIT.LAYER_DECAY": 0.8,
+}
+CASES = {
+    "heads": ("heads", {"MODEL.VISFT.HEADS": ALL}),
+    "heads, federated": ("heads", SIGMOID),
+    "heads, transformer": (
+        "heads",
+        {"MODEL.VISFT.HEADS": "('captioning',)", "MODEL.VISFT.CAPTIONING.HEAD": "TransformerCaptionHead"},
+    ),
+    "heads, R-CNN": ("heads", RCNN),
+    "lora": (
+        "lora",
+        {"MODEL.VISFT.HEADS": ALL, "MODEL.LORA.TARGETS": "('q', 'k', 'v', 'proj', 'fc1', 'fc2')"},
+    ),
+    "lora, balanced": ("lora", {"MODEL.VISFT.BALANCE_GRADIENTS": True}),
+    "lora, in turn": ("lora", {"MODEL.VISFT.HEADS": ALL, "VISFT.TASK_MIXING": "ratio"}),
+    "lora, windows": ("lora", WINDOWS),
+    "lora, frozen bfloat16": ("lora", {"MODEL.CLIP_VIT.FROZEN_DTYPE": "bfloat16"}),
+    "lora, objectives": ("lora", WITHOUT_HEADS | {"MODEL.VISFT.OBJECTIVES": OBJECTIVES}),
+    "lora, regions": (
+        "lora",
+        WITHOUT_HEADS
+        | {
+            "MODEL.VISFT.OBJECTIVES": "('anchor', 'self_distillation')",
+            "MODEL.VISFT.SELF_DISTILLATION.REGIONS": "boxes",
+            "MODEL.VISFT.ANCHOR.CROPS": 1,
+        },
+    ),
+    "full": ("lora", {"MODEL.VISFT.TUNE": "full"}),
+    "one stage": ("lora", {"MODEL.VISFT.FREEZE_HEADS": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def captions(shapes_train, tmp_path_factory) -> Path:
+    pictures = json.loads(shapes_train[0].read_text())["images"]
+    rows = [
+        {"id": i, "image_id": picture["id"], "caption": f"a picture with number {i % 3}"}
+        for i, picture in enumerate(pictures)
+    ]
+    file = tmp_path_factory.mktemp("captions") / "captions.json"
+    file.write_text(json.dumps({"images": pictures, "annotations": rows}))
+    return file
+
+
+def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
+    """Two iterations: the losses by iteration, what was trained, and what the heads find in two pictures."""
+    words = tiny_arguments(train, None, folder)
+    keys = {"VISFT.DATA.TRAIN_CAPTIONS": captions, "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1} | keys
+    words += [str(word) for pair in keys.items() for word in pair]
+    cfg = settings.load_config(words[1], words[2:])
+    register_own_data(cfg)
+    cfg = with_vocabulary(cfg, folder)
+    DatasetCatalog.get(OWN_TRAIN)  # fills its metadata
+    meta = MetadataCatalog.get(OWN_TRAIN)
+    meta.class_image_count = [{"id": i, "image_count": 2 + i} for i in meta.thing_dataset_id_to_contiguous_id]
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    model = stages.initial_model(cfg, seed=3)
+    model.set_stage(stage)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):  # off zero, or A would have no gradient
+            with torch.no_grad():
+                parameter.copy_(torch.full(parameter.shape, 0.01))
+    solver = cfg.VISFT.SOLVER[stage.upper()]
+    optimizer = build_optimizer(
+        model, solver, layer_decay=cfg.MODEL.CLIP_VIT.LAYER_DECAY, heads=cfg.VISFT.SOLVER.HEADS
+    )
+    parts = [*model.heads.items(), *model.objectives.items()]
+    pictures = load_labelled(cfg, {name: part.has_labels for name, part in parts})
+    batches = build_stage_loader(cfg, stage, pictures, seed=1)
+    trainer = StageTrainer(model, iter(batches), optimizer, stage=stage, clip_norm=solver.CLIP_NORM, seed=1)
+    trainer.train(0, 2)
+    history = trainer.storage.history("total_loss").values()
+    model.eval()
+    found = []
+    if cfg.MODEL.VISFT.HEADS:
+        mapper = build_test_mapper(cfg)
+        found = model([mapper(dict(record)) for record in DatasetCatalog.get(OWN_TRAIN)[:2]])
+    return [value for value, _ in history], model, optimizer, found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path):
+    stage, keys = CASES[case]
+    losses, model, _, found = trained("cpu", stage, keys, shapes_train, captions, tmp_path)
+    expected = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+    with other_device():
+        there, model, _, found_there = trained(DEVICE.type, stage, keys, shapes_train, captions, tmp_path)
+        tensors = [*model.parameters(), *model.buffers()]
+        assert all(isinstance(tensor, Elsewhere) for tensor in tensors)
+        moved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
+        assert [set(output) for output in found_there] == [set(output) for output in found]
+    assert there == pytest.approx(losses, rel=1e-4)
+    assert moved.keys() == expected.keys() and expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):
+    with other_device():
+        _, model, optimizer, _ = trained(DEVICE.type, "lora", {}, shapes_train, captions, tmp_path / "run")
+        saved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
+        moments = [state["exp_avg"].cpu() for state in optimizer.state.values()]
+        RunCheckpointer(tmp_path, model, optimizer, stage="lora").save(2)
+        with torch.no_grad():
+            for tensor in trained_tensors(model).values():
+                tensor.zero_()
+        assert RunCheckpointer(tmp_path, model, optimizer, stage="lora").resume() == 2
+        for name, tensor in trained_tensors(model).items():
+            assert isinstance(tensor, Elsewhere) and torch.equal(tensor.cpu(), saved[name])
+        for state, moment in zip(optimizer.state.values(), moments, strict=True):
+            assert isinstance(state["exp_avg"], Elsewhere) and torch.equal(state["exp_avg"].cpu(), moment)
+
+
+def test_what_a_gpu_refuses_is_refused():
+    """Else the tests above would show nothing."""
+    with other_device() as device:
+        there, here = torch.ones(2, 3, device=device), torch.ones(2, 3)
+        for mixed in (
+            lambda: there + here,
+            lambda: torch.cat((there, here)),
+            lambda: torch.nn.functional.linear(there, here),
+            lambda: torch.stack((there.sum(), here.sum())),
+            lambda: here[torch.zeros(2, dtype=torch.int64, device=device)],
+        ):
+            with pytest.raises(RuntimeError, match="on one device"):
+                mixed()
+        with pytest.raises((TypeError, RuntimeError)):
+            there.numpy()
+        # Numbers and indices may come from the CPU.
+        assert (there * torch.tensor(2.0))[torch.tensor([1])].sum().item() == 6
+        there[:, 0] = 5
+        assert there.cpu().tolist() == [[5, 1, 1], [5, 1, 1]]
