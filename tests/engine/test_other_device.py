@@ -1,5 +1,6 @@
 """Training and inference on another device than the CPU: nothing is forgotten on it, and the result is the same."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from other_device import DEVICE, Elsewhere, other_device
+from safetensors.torch import load_file
 from tiny_run import tiny_arguments
 
 from visft.checkpoint.run import RunCheckpointer, trained_tensors
@@ -151,6 +153,40 @@ def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):
             assert isinstance(tensor, Elsewhere) and torch.equal(tensor.cpu(), saved[name])
         for state, moment in zip(optimizer.state.values(), moments, strict=True):
             assert isinstance(state["exp_avg"], Elsewhere) and torch.equal(state["exp_avg"].cpu(), moment)
+
+
+def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path):
+    """With cached features, evaluations, pictures and export."""
+    keys = {
+        "VISFT.EXPORT": "('open_clip',)",
+        "VISFT.FEATURE_CACHE": 0.1,
+        "VISFT.SOLVER.LORA.EVAL_PERIOD": 2,
+        "SEED": 3,
+    }
+
+    def run(device: str) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
+        folder = tmp_path / device
+        words = tiny_arguments(shapes_train, shapes_test, folder)
+        words += [str(word) for pair in keys.items() for word in pair]
+        cfg = settings.load_config(words[1], words[2:])
+        register_own_data(cfg)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = device
+        figures = stages.run(cfg, argparse.Namespace(resume=False))
+        assert len(list((folder / "predictions").glob("*.png"))) == 4
+        return figures, load_file(folder / "export" / "visft_backbone.safetensors")
+
+    expected, tower = run("cpu")
+    with other_device() as device:
+        found, tower_there = run(device.type)
+    assert found.keys() == expected.keys() == {"heads", "lora"}
+    for step, figures in expected.items():
+        assert "detection/bbox/AP" in figures and "segmentation/segm/AP" in figures
+        assert found[step] == pytest.approx(figures, abs=0.1, nan_ok=True)
+    assert tower.keys() == tower_there.keys()
+    for name, tensor in tower.items():
+        torch.testing.assert_close(tower_there[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_what_a_gpu_refuses_is_refused():
