@@ -1,5 +1,6 @@
 """The experiment's script: finished runs outlive their folder, derived towers are what their arm says, broken plans."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 
 from visft import model_zoo
 from visft.backbone.open_clip_zoo import TINY_WEIGHTS
+from visft.checkpoint import load
 from visft.data.demo_world import dataset
-from visft.engine import settings, sweep_plan
+from visft.engine import evaluate, settings, stages, sweep_plan
+from visft.engine.vocabulary import with_vocabulary
 from visft.errors import ConfigError
 from visft.evaluation.benchmarks import Benchmark, Pictures, registry
 
@@ -52,8 +55,8 @@ PLAN = {
 SOME_FAMILIES = {"label": "a quarter", "seeds": 1, "of": "boxes", "interpolate": 0.25, "suite": "norm"}
 
 
-def module():
-    spec = importlib.util.spec_from_file_location("demo_ood_run", SCRIPT)
+def module(name: str = "run"):
+    spec = importlib.util.spec_from_file_location(f"demo_ood_{name}", SCRIPT.with_name(f"{name}.py"))
     found = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = found
     spec.loader.exec_module(found)
@@ -255,6 +258,22 @@ def test_the_table_of_the_model_zoo_is_that_of_the_results():
         place = columns.index(f"{pair['first']} less it")
         assert cells[pair["second"]][place] == f"{pair['mean']['difference']:+.2f}"
         assert cells[pair["second"]][place + 2] == (pair["mean"]["verdict"] or "")
+
+
+def test_captions_are_scored_as_evaluation_scores_them(finished, tmp_path):
+    (folder,) = (finished / "out" / "runs").glob("boxes-0-*")
+    script = module("captions")
+    lines = script.run(argparse.Namespace(runs=[str(folder)], scenes=8, output=str(tmp_path / "scenes")))
+    words = ["MODEL.VISFT.HEADS", "('captioning',)", "DATALOADER.NUM_WORKERS", "0"]
+    words += ["MODEL.VISFT.HEAD_FILES", "('visft://heads_demo_captioning',)"]
+    for line, run in zip(lines, (None, folder), strict=True):
+        config = str(run / "config.yaml") if run else model_zoo.get_config_file("visft_demo")
+        cfg = with_vocabulary(settings.load_config(config, [*words, "DATASETS.TEST", "('visft_demo_val',)"]))
+        model = stages.initial_model(cfg, 0).eval()
+        if run:
+            load.load_tower(model.backbone, run / "lora")
+        figures = evaluate.evaluate(cfg, model)
+        assert f": CIDEr-D {figures['captioning/CIDEr']:.1f}, loss " in line
 
 
 def test_an_arm_is_reported_with_the_seeds_that_are_finished(finished, tmp_path):

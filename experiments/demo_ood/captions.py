@@ -1,0 +1,125 @@
+#!/usr/bin/env python
+"""Do captions of the demo's own scenes fall, or does a small validation set make it seem so?
+
+    captions.py RUN [RUN ...] [--scenes N] [--output DIR]
+
+Compares the shipped caption head on the tower as it is with the same head on the tower of each run, an OUTPUT_DIR such
+as run.py's runs/ARM-SEED-ID, on N validation scenes: CIDEr-D with a paired interval over scenes, and the loss of a word
+after the right ones before it, which no search for a caption comes into.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from torch import nn
+
+from visft.checkpoint import load
+from visft.data import build_test_mapper
+from visft.data.captions import captions_of
+from visft.data.demo_world import dataset
+from visft.engine import cli, settings, stages
+from visft.engine.vocabulary import with_vocabulary
+from visft.evaluation.benchmarks import statistics
+from visft.evaluation.captions import cider_by_picture
+from visft.model_zoo import get_config_file
+
+logger = logging.getLogger("visft.captions")
+
+HEAD, DATA = "captioning", "visft_demo_val"
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a head says of each scene, and its loss a word of each scene's captions, by image id."""
+
+    captions: dict[int, str]
+    losses: dict[int, float]
+
+
+def build(run: str | None) -> tuple[nn.Module, Callable[[dict], dict]]:
+    """The shipped head on the demo tower with what a run has trained of it (None: nothing), and its mapper."""
+    words = ["MODEL.VISFT.HEADS", f"('{HEAD}',)", "MODEL.VISFT.HEAD_FILES", f"('visft://heads_demo_{HEAD}',)"]
+    config = get_config_file("visft_demo")
+    if run:
+        config = str(Path(run) / "config.yaml")  # its LoRA
+        words += ["MODEL.WEIGHTS", ""]
+    cfg = with_vocabulary(settings.load_config(config, words))
+    model = stages.initial_model(cfg, 0).eval()
+    if run:
+        load.load_tower(model.backbone, Path(run) / "lora")
+    return model, build_test_mapper(cfg)
+
+
+@torch.no_grad()
+def said(
+    model: nn.Module, mapper: Callable[[dict], dict], records: list[dict], truth: dict[int, list[str]]
+) -> Said:
+    """As evaluation does it: scene by scene, without padding."""
+    head, captions, losses = model.heads[HEAD], {}, {}
+    for record in records:
+        image, key = mapper(dict(record)), record["image_id"]
+        features, mask, sizes, size = model.extract([image])
+        captions[key] = str(head.inference(features, mask, [image], sizes, size)[0])
+        cells, sums, count = head.cells(features), 0.0, 0
+        for caption in truth[key]:
+            tokens = torch.tensor(head.vocabulary.encode(caption, head.max_length))[None]
+            length = torch.tensor([tokens.shape[1] - 1])
+            normalizers = torch.tensor([1.0, 1.0])  # the sum over words
+            sums += float(head.caption_losses(cells, tokens, length, normalizers)["loss_words"])
+            count += int(length)
+        losses[key] = sums / count
+    return Said(captions, losses)
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """One line for the tower as it is, and one for each run."""
+    folder = Path(args.output)
+    dataset.make(folder, num_train=20, num_val=args.scenes)
+    dataset.register(folder)
+    records, truth = DatasetCatalog.get(DATA), captions_of(DATA)
+    base, lines = None, []
+    for name in (None, *args.runs):
+        found = said(*build(name), records, truth)
+        by_scene = cider_by_picture(truth, found.captions)
+        scores = np.array([[by_scene[key], found.losses[key]] for key in sorted(by_scene)])
+        base = scores if base is None else base
+        means = f"CIDEr-D {100 * scores[:, 0].mean():.1f}, loss {scores[:, 1].mean():.3f}"
+        line = f"{name or 'the tower as it is'}: {means}"
+        if name:
+            cider, loss = (
+                statistics.compare(DATA, base[None, :, [k]], scores[None, :, [k]], _mean) for k in (0, 1)
+            )
+            (low, high), (down, up) = cider.interval(), loss.interval()
+            line += f"; CIDEr-D {cider.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+            line += f", loss {loss.difference / 100:+.3f} ({down / 100:+.3f} to {up / 100:+.3f})"
+        logger.info("%s", line)
+        lines.append(line)
+    return lines
+
+
+def _mean(means: np.ndarray) -> np.ndarray:
+    return means[..., 0]
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="OUTPUT_DIR of a run on the demo tower")
+    parser.add_argument(
+        "--scenes", type=int, default=1000, help="validation scenes, of which make demo has 300"
+    )
+    parser.add_argument("--output", default="output/demo_captions", help="folder of the scenes")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    return cli.guard(run, parser.parse_args(), again=cli.SAME)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
