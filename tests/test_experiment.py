@@ -177,6 +177,20 @@ def test_weights_that_are_gone_are_trained_again_once_before_what_is_of_them(fin
     )
 
 
+def test_weights_that_are_gone_are_trained_again_when_asked_for(finished, tmp_path):
+    shutil.copytree(finished / "kept", tmp_path / "kept")
+    write(tmp_path, PLAN)
+    before = kept(tmp_path)
+    assert run(tmp_path, "--arms", "boxes") == 0 and not (tmp_path / "jobs.txt").exists()
+    assert run(tmp_path, "--arms", "boxes", "--weights") == 0
+    assert (tmp_path / "jobs.txt").read_text().split("\n") == ["boxes 0", "boxes 1", ""]
+    assert kept(tmp_path) == before
+    there, again = exported(finished, "boxes-1"), exported(tmp_path, "boxes-1")
+    assert all(torch.equal(value, again[name]) for name, value in there.items())
+    assert run(tmp_path, "--arms", "boxes", "--weights") == 0
+    assert (tmp_path / "jobs.txt").read_text().split("\n") == ["boxes 0", "boxes 1", ""]
+
+
 def test_the_chosen_arm_is_the_demos_recipe():
     """What it trains with is visft_demo.yaml, word for word but for what every arm sets."""
     plan = module().read(SCRIPT.with_name("arms.yaml"))

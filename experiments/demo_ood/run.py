@@ -2,13 +2,14 @@
 """Does stage 2 help where the tower was never tuned? The recipe, and the controls without which a gain means nothing.
 
     run.py [--arms NAME ...] [--split development] [--output DIR] [--workers N]    train and evaluate what is not
+    run.py --arms NAME ... --weights                                               train it again, for its weights
     run.py --report [--split development] [--results DIR]                          table and plot of what is finished
 
 arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
 checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world_FIRST-SCENE` and
 `runs/ARM-SEED-ID`, where ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this
-file and its losses to `results/logs/`, so that they outlive --output; such a run is not repeated, and the report needs
-nothing else. `--redraw` makes the report again from its results.json alone.
+file and its losses to `results/logs/`, so that they outlive --output; such a run is not repeated unless its weights are
+asked for, and the report needs nothing else. `--redraw` makes the report again from its results.json alone.
 """
 
 import argparse
@@ -222,17 +223,21 @@ class Runs:
         return self.results / "scores" / self.split / f"{self.name(arm, seed)}.npz"
 
     def phases(
-        self, arms: Sequence[Arm]
+        self, arms: Sequence[Arm], *, weights: bool = False
     ) -> tuple[list[tuple[Arm | None, int]], list[tuple[Arm | None, int]]]:
         """What is left to do for arms: first runs that train and the tower as it is, then those that are of other runs'
-        weights. The first seeds of all arms come before the second ones."""
+        weights. The first seeds of all arms come before the second ones.
+
+        Args:
+            weights: runs whose scores are kept and whose weights are gone count as left.
+        """
         left = [(arm, seed) for seed in range(self.plan.seeds) for arm in arms if seed < arm.seeds]
-        left = [job for job in left if self.kept(*job) is None]
+        left = [job for job in left if self.kept(*job) is None or (weights and not self.is_trained(*job))]
         derived = [job for job in left if job[0].of]
         own = [job for job in left if not job[0].of]
         for arm, seed in derived:
             source = self.plan.arms[arm.of], seed
-            if source not in own and not (self.folder(*source) / TRAINED).is_file():
+            if source not in own and not self.is_trained(*source):
                 own.append(source)
         bases = [(None, seed) for seed in range(self.plan.seeds) if self.kept(None, seed) is None]
         return bases + own, derived
@@ -247,6 +252,10 @@ class Runs:
             record["weights"] = files.sha256(folder / EXPORT)
             files.write_json(file, record)
         return files.read_json(file)
+
+    def is_trained(self, arm: Arm, seed: int) -> bool:
+        """Whether the weights of a run are here."""
+        return (self.folder(arm, seed) / TRAINED).is_file()
 
     def scenes(self, arm: Arm) -> Path:
         """The demo world that an arm trains on, made if need be."""
@@ -289,7 +298,7 @@ class Runs:
     def _derive(self, arm: Arm, seed: int, folder: Path) -> None:
         """Export weights that another arm's run has kept."""
         source = self.folder(self.plan.arms[arm.of], seed)
-        if not (source / TRAINED).is_file():
+        if not self.is_trained(self.plan.arms[arm.of], seed):
             raise ConfigError(
                 f"arm `{arm.name}` is of `{arm.of}`, whose run {source} is not finished; run it first"
             )
@@ -494,7 +503,7 @@ def _run(args: argparse.Namespace) -> None:
         runs.job(None if name == BASE else plan.arms[name], int(seed))
         return
     failed = []
-    for jobs in runs.phases([plan.arms[name] for name in args.arms or plan.arms]):
+    for jobs in runs.phases([plan.arms[name] for name in args.arms or plan.arms], weights=args.weights):
         for arm in {arm.first_scene: arm for arm, _ in jobs if arm and not arm.of}.values():
             runs.scenes(arm)  # here, so that no two jobs make the same
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
@@ -530,6 +539,9 @@ def main() -> int:
     parser.add_argument("--split", choices=SPLITS, default="test", help="development: to choose a recipe by")
     parser.add_argument("--output", default="output/demo_ood", help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other, of one thread each")
+    parser.add_argument(
+        "--weights", action="store_true", help="train again where scores are kept and weights are gone"
+    )
     parser.add_argument("--report", action="store_true", help="write the report of what is finished")
     parser.add_argument("--results", default=str(RESULTS), help="folder of the report")
     parser.add_argument("--redraw", action="store_true", help="write the report again from its results.json")
