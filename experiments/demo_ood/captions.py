@@ -80,13 +80,13 @@ def said(
 
 def run(args: argparse.Namespace) -> list[str]:
     """One line for the tower as it is, and one for each run."""
-    folder = Path(args.output)
-    dataset.make(folder, num_train=20, num_val=args.scenes)
-    dataset.register(folder)
+    dataset.make(args.output, num_train=20, num_val=args.scenes)
+    dataset.register(Path(args.output))
     records, truth = DatasetCatalog.get(DATA), captions_of(DATA)
+    built = {name: build(name) for name in (None, *args.runs)}  # all first: a wrong one is told at once
     base, lines = None, []
-    for name in (None, *args.runs):
-        found = said(*build(name), records, truth)
+    for name, (model, mapper) in built.items():
+        found = said(model, mapper, records, truth)
         by_scene = cider_by_picture(truth, found.captions)
         scores = np.array([[by_scene[key], found.losses[key]] for key in sorted(by_scene)])
         base = scores if base is None else base

@@ -88,6 +88,7 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
     """Two iterations: the losses by iteration, what was trained, and what the heads find in two pictures."""
     words = tiny_arguments(train, None, folder)
     keys = {"VISFT.DATA.TRAIN_CAPTIONS": captions, "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1} | keys
+    keys |= {"MODEL.DEVICE": device}
     words += [str(word) for pair in keys.items() for word in pair]
     cfg = settings.load_config(words[1], words[2:])
     register_own_data(cfg)
@@ -95,9 +96,6 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
     DatasetCatalog.get(OWN_TRAIN)  # fills its metadata
     meta = MetadataCatalog.get(OWN_TRAIN)
     meta.class_image_count = [{"id": i, "image_count": 2 + i} for i in meta.thing_dataset_id_to_contiguous_id]
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = device
     model = stages.initial_model(cfg, seed=3)
     model.set_stage(stage)
     for name, parameter in model.named_parameters():
@@ -168,11 +166,8 @@ def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path):
         folder = tmp_path / device
         words = tiny_arguments(shapes_train, shapes_test, folder)
         words += [str(word) for pair in keys.items() for word in pair]
-        cfg = settings.load_config(words[1], words[2:])
+        cfg = settings.load_config(words[1], [*words[2:], "MODEL.DEVICE", device])
         register_own_data(cfg)
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = device
         figures = stages.run(cfg, argparse.Namespace(resume=False))
         assert len(list((folder / "predictions").glob("*.png"))) == 4
         return figures, load_file(folder / "export" / "visft_backbone.safetensors")
