@@ -102,7 +102,8 @@ def summary(folder: str | os.PathLike) -> str:
         lines.append(
             "Of things that no training scene showed (short form; 95 % intervals of the difference):"
         )
-        for row in files.read_json(elsewhere)["families"]:
+        found = files.read_json(elsewhere)
+        for row in [*found["families"], found["mean"]]:
             lines.append(
                 f"  {row['name']:36}{row['base']:8.1f}{row['tuned']:8.1f}   {row['difference']:+.1f} "
                 f"({row['low']:+.1f} to {row['high']:+.1f}), {row['verdict']}"
