@@ -7,28 +7,8 @@ from test_meta_arch import losses_of, picture
 
 from visft.objectives import Batch
 from visft.objectives.batch import crop, resized
-from visft.objectives.self_distillation import region_means
 
 BOXES = ("MODEL.VISFT.SELF_DISTILLATION.REGIONS", "boxes")
-
-
-def test_the_feature_of_the_whole_picture_is_the_mean_of_its_map():
-    features = torch.randn(5, 6, 8)
-    whole = region_means(features, torch.tensor([[0.0, 0, 64, 48]]), (48, 64))
-    torch.testing.assert_close(whole[0], features.mean((1, 2)))
-    # Padding at the bottom and the right is no part of a picture.
-    part = region_means(features, torch.tensor([[0.0, 0, 40, 24]]), (48, 64))
-    torch.testing.assert_close(part[0], features[:, :3, :5].mean((1, 2)))
-
-
-def test_cells_count_by_what_a_box_covers_of_them():
-    """Against the mean over the pixels of the map drawn large."""
-    features = torch.randn(5, 6, 8)
-    large = features.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    boxes = torch.tensor([[3, 5, 30, 41], [9, 9, 10, 10], [0, 0, 64, 1], [17, 0, 63, 48]])
-    found = region_means(features, boxes.float(), (48, 64))
-    for row, (x0, y0, x1, y1) in zip(found, boxes.tolist(), strict=True):
-        torch.testing.assert_close(row, large[:, y0:y1, x0:x1].mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_loss_and_gradient_are_those_of_regions_and_crops():

@@ -188,6 +188,31 @@ def _add_heads(cfg: CN) -> None:
     cap.NUM_ATTENTION_HEADS = 8
     cap.FEEDFORWARD_DIM = 1024
 
+    # The frozen text encoder as a head: regions against the names of their classes. It has no weights.
+    visft.REGION_TEXT = text = CN()
+    text.HEAD = "RegionTextHead"
+    text.WEIGHT = 1.0
+    # `masks`: a region is its mask, or its box where there is none. `boxes`: its box.
+    text.REGIONS = "masks"
+    # What a name is put into. The default is the seven that OpenAI found best for photographs.
+    text.PROMPTS = (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    )
+    # What cosines are multiplied by; 0: the base's own (about 100).
+    text.LOGIT_SCALE = 0.0
+    # `softmax` over the names, `sigmoid` for each name, `auto`: as the base was trained (SigLIP: sigmoid, its bias
+    # added).
+    text.LOSS = "auto"
+    # As DETECTION's: names that do not take part in an iteration are no negatives (LVIS).
+    text.FED_LOSS_CLASSES = 0
+    text.FED_LOSS_POWER = 0.5
+
 
 def _add_run(cfg: CN) -> None:
     cfg.VISFT = run = CN()

@@ -83,6 +83,8 @@ class ViSFT(nn.Module):
         self.backbone = backbone
         self.feature = map_name(backbone)
         self.heads = nn.ModuleDict(heads)
+        for head in self.heads.values():
+            head.bind(backbone)
         self.balance_gradients = balance_gradients
         if tune not in TUNES:
             raise ConfigError(
@@ -226,6 +228,8 @@ class ViSFT(nn.Module):
                 for i, image in enumerate(batched_inputs)
                 if image.get("task", name) == name and head.has_labels(image)
             ]
+            if head.trainable or self.stage == "lora"
+            else []  # nothing could learn from it
             for name, head in self.heads.items()
         }
         normalizers, holders = self._count(batched_inputs, labelled)

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
 from visft.backbone import open_clip_zoo
+from visft.backbone.class_text import check_prompts
 from visft.backbone.towers import adapt
 from visft.checkpoint import export, files, load
 from visft.checkpoint.run_folder import STAGES
@@ -22,6 +23,7 @@ from visft.evaluation.average_precision import is_fast
 from visft.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.heads.classification import CLASS_LOSSES
 from visft.heads.federated import class_image_counts
+from visft.heads.region_text import LOSSES, REGIONS
 from visft.objectives import objective_class
 
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -230,9 +232,14 @@ def _class_losses(cfg: CfgNode) -> None:
     """After the data sets: the federated loss asks how frequent their classes are."""
     for head in cfg.MODEL.VISFT.HEADS:
         key, node = f"MODEL.VISFT.{head.upper()}", cfg.MODEL.VISFT[head.upper()]
-        if "CLASS_LOSS" not in node:
+        if "PROMPTS" in node:
+            check_prompts(f"{key}.PROMPTS", node.PROMPTS)
+            _one_of(f"{key}.REGIONS", node.REGIONS, REGIONS)
+            _one_of(f"{key}.LOSS", node.LOSS, LOSSES)
+        if "CLASS_LOSS" in node:
+            _one_of(f"{key}.CLASS_LOSS", node.CLASS_LOSS, CLASS_LOSSES)
+        if "FED_LOSS_CLASSES" not in node:
             continue
-        _one_of(f"{key}.CLASS_LOSS", node.CLASS_LOSS, CLASS_LOSSES)
         if node.FED_LOSS_CLASSES < 0:
             raise ConfigError(
                 f"{key}.FED_LOSS_CLASSES is {node.FED_LOSS_CLASSES}; expected 0 (all) or a number of classes"

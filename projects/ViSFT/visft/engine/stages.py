@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -66,10 +66,20 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:
         state.evaluate("start", cfg, model)
     for stage in cfg.VISFT.STAGES:
+        if stage == "heads" and not any(head.trainable for head in model.heads.values()):
+            logger.info(
+                "stage heads is skipped: %s without weights, there is nothing to train", _are(model.heads)
+            )
+            continue
         _run_stage(cfg, model, stage, state, pictures)
     _require_heads(cfg, folder)
     _finish(cfg, model, folder, state)
     return state.evaluations
+
+
+def _are(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{names[0]} is" if len(names) == 1 else f"{' and '.join(names)} are"
 
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
@@ -311,7 +321,8 @@ def _require_heads(cfg: CfgNode, folder: Path) -> None:
     """Said when the tower was trained through frozen heads that nobody has trained."""
     node, stages = cfg.MODEL.VISFT, cfg.VISFT.STAGES
     trained = "heads" in stages or node.HEAD_FILES or cfg.MODEL.WEIGHTS
-    if node.HEADS and node.FREEZE_HEADS and not trained:
+    weighty = [head for head in node.HEADS if node[head.upper()].HEAD != "RegionTextHead"]
+    if weighty and node.FREEZE_HEADS and not trained:
         logger.warning("stage lora ran through fresh heads: set MODEL.VISFT.HEAD_FILES, or add stage heads")
 
 

@@ -7,6 +7,7 @@ from visft.heads.captioning import Caption, CaptioningHead
 from visft.heads.detr import DETRHead
 from visft.heads.labels import LabelSpace, label_space
 from visft.heads.mask2former import Mask2FormerHead
+from visft.heads.region_text import RegionText, RegionTextHead
 from visft.heads.registry import VISFT_HEADS_REGISTRY, build_head, head_names
 from visft.heads.vocabulary import Vocabulary
 
@@ -18,6 +19,8 @@ __all__ = [
     "DETRHead",
     "LabelSpace",
     "Mask2FormerHead",
+    "RegionText",
+    "RegionTextHead",
     "TransformerCaptionHead",
     "VisftHead",
     "Vocabulary",

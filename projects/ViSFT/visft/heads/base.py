@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from detectron2.modeling import Backbone
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -17,6 +18,21 @@ class VisftHead(nn.Module):
 
     class_layers: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules and parameters whose shape follows the number of classes (or words)."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it has weights of its own. One that has none is passed over in stage `heads`."""
+        return any(True for _ in self.parameters())
+
+    def bind(self, backbone: Backbone) -> None:
+        """Take what the head uses of the tower besides its features; called once, when the model is built.
+
+        Nothing by default: a head sees features alone. One that does take something holds it by reference, not as a
+        submodule.
+
+        Raises:
+            ConfigError: the tower does not have it.
+        """
 
     def has_labels(self, image: dict) -> bool:
         """Whether this picture is annotated for this task (perhaps with nothing to find)."""

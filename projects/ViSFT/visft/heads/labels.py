@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from torch import Tensor
 
 from visft.errors import ConfigError, DataError
@@ -77,20 +77,32 @@ def label_space(cfg: CfgNode, name: str) -> LabelSpace:
 
 
 def _metadata(cfg: CfgNode, key: str, field: str):
+    otherwise = f"{key}.NUM_CLASSES with LABEL_SPACE `contiguous`"
+    purpose = "which says how many classes the head has"
+    return train_metadata(cfg, field, purpose, otherwise=otherwise).get(field)
+
+
+def train_metadata(cfg: CfgNode, field: str, purpose: str, *, otherwise: str = "") -> Metadata:
+    """The metadata of DATASETS.TRAIN[0], which is loaded to fill them where they lack a field.
+
+    Args:
+        field: what they must have.
+        purpose: for the message, what it is for.
+        otherwise: for the message, the key that does without; "": there is none.
+
+    Raises:
+        ConfigError: there is no such data set, or it does not have the field.
+    """
+    instead = f", or set {otherwise}" if otherwise else ""
     if not cfg.DATASETS.TRAIN:
-        raise ConfigError(
-            f"DATASETS.TRAIN is empty, so nothing says how many classes the head has: set it, or {key}.NUM_CLASSES "
-            "with LABEL_SPACE `contiguous`"
-        )
+        raise ConfigError(f"DATASETS.TRAIN is empty, so there is no {field}, {purpose}: set it{instead}")
     dataset = cfg.DATASETS.TRAIN[0]
     if dataset not in DatasetCatalog.list():
         raise ConfigError(f"DATASETS.TRAIN names {dataset!r}, which is not a registered data set: correct it")
     if not MetadataCatalog.get(dataset).get(field):
         DatasetCatalog.get(dataset)
-    value = MetadataCatalog.get(dataset).get(field)
-    if not value:
+    if not MetadataCatalog.get(dataset).get(field):
         raise ConfigError(
-            f"the metadata of {dataset} has no {field}: fill it when registering the data set, or set "
-            f"{key}.NUM_CLASSES with LABEL_SPACE `contiguous`"
+            f"the metadata of {dataset} has no {field}, {purpose}: fill it when registering the data set{instead}"
         )
-    return value
+    return MetadataCatalog.get(dataset)

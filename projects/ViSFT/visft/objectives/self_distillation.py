@@ -7,6 +7,7 @@ from torch import Tensor
 from visft.backbone import CLIPViT
 from visft.backbone.patch_text import patch_embeddings
 from visft.errors import ConfigError
+from visft.heads import region_pooling
 from visft.heads.base import has_targets, num_targets
 from visft.objectives.base import Objective, cosine_distance
 from visft.objectives.batch import Batch, crop
@@ -58,8 +59,12 @@ class SelfDistillation(Objective):
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         boxes = [self.regions(batch, row) for row in rows]
         features, _, _, padded_size = batch.features(rows)
-        means = torch.cat([region_means(*pair, padded_size) for pair in zip(features, boxes, strict=True)])
-        found = patch_embeddings(batch.backbone.tower, means)
+        grid = tuple(features.shape[-2:])
+        means = [
+            region_pooling.pool(map_, region_pooling.box_coverage(own.to(features.device), padded_size, grid))
+            for map_, own in zip(features, boxes, strict=True)
+        ]
+        found = patch_embeddings(batch.backbone.tower, torch.cat(means))
         crops = [
             crop(batch.images[row]["image"], box)
             for row, own in zip(rows, boxes, strict=True)
@@ -82,27 +87,3 @@ class SelfDistillation(Objective):
         if self.most and len(boxes) > self.most:
             boxes = boxes[torch.randperm(len(boxes), generator=generator)[: self.most].sort().values]
         return boxes
-
-
-def region_means(features: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means of a map over boxes `[R, C]`: each cell counts by the part of it that is in the box.
-
-    Args:
-        features: `[C, h, w]`.
-        boxes: `[R, 4]` x0, y0, x1, y1 in pixels.
-        size: `(H, W)` in pixels that the map covers.
-    """
-    boxes = boxes.to(features.device)
-    columns = _coverage(boxes[:, 0], boxes[:, 2], features.shape[2], size[1])
-    rows = _coverage(boxes[:, 1], boxes[:, 3], features.shape[1], size[0])
-    return torch.einsum("chw,rh,rw->rc", features.float(), rows, columns)
-
-
-def _coverage(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
-    """The share of each of `cells` equal parts of `length` in intervals from `low` to `high`: `[R, cells]`, rows sum
-    to 1."""
-    side = length / cells
-    edges = side * torch.arange(cells, device=low.device)
-    inside = torch.minimum(high[:, None], edges + side) - torch.maximum(low[:, None], edges)
-    inside = inside.clamp(min=0)
-    return inside / inside.sum(1, keepdim=True).clamp(min=1e-6)

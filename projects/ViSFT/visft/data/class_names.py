@@ -1,0 +1,47 @@
+"""Class names of data sets as words that a text encoder understands."""
+
+import re
+from collections.abc import Sequence
+
+from detectron2.data import Metadata
+
+_PANOPTIC_SUFFIX = re.compile(r"-(?:merged|other|stuff)\b")
+
+
+def words(name: str) -> tuple[str, ...]:
+    """What a class is called in plain words; several where the name lists alternatives.
+
+    `wine_glass` -> `wine glass`; LVIS's `bow_(weapon)` -> `bow weapon`; Objects365's `Cabinet/shelf` -> `Cabinet`,
+    `shelf`; COCO's panoptic `wall-other-merged` -> `wall`.
+    """
+    plain = _PANOPTIC_SUFFIX.sub("", name)
+    found = []
+    for part in plain.split("/"):
+        part = " ".join(re.sub(r"[_()]", " ", part).split())
+        if part and part not in found:
+            found.append(part)
+    return tuple(found) or (name,)
+
+
+def stuff_words(name: str) -> tuple[str, ...]:
+    """As `words`, of COCO's stuff classes, whose names join words by hyphens: `floor-wood` -> `floor wood`."""
+    return words(_PANOPTIC_SUFFIX.sub("", name).replace("-", " "))
+
+
+def synonyms(metadata: Metadata) -> list[tuple[str, ...]]:
+    """Every class's names in words, in the order of `thing_classes`.
+
+    Taken from the metadata's own `class_synonyms` (a list of names for each class) where there is one; of LVIS v1 from
+    detectron2's table of its synonyms; else from `thing_classes` alone.
+    """
+    classes: Sequence[str] = metadata.get("thing_classes") or ()
+    names = metadata.get("class_synonyms")
+    if names is None and metadata.get("evaluator_type") == "lvis":
+        from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
+
+        table = [row["synonyms"] for row in sorted(LVIS_CATEGORIES, key=lambda row: row["id"])]
+        if [row[0] for row in table] == list(classes):
+            names = table
+    if names is None:
+        names = [(name,) for name in classes]
+    return [tuple(dict.fromkeys(word for name in row for word in words(name))) for row in names]
