@@ -22,8 +22,8 @@ from .towers import Tower
 
 logger = logging.getLogger(__name__)
 
-BATCH_PIXELS = 64 * 128 * 128
-"""Pixels that pass a tower at once."""
+BATCH_PIXELS, BATCH_PIXELS_CPU = 64 * 128 * 128, 8 * 128 * 128
+"""Pixels that pass a tower at once: a GPU wants much work at a time, a CPU no more than its caches hold."""
 
 FITS = ("squash", "crop")
 
@@ -166,7 +166,8 @@ class FeatureStore:
     def _batches(self, pictures: Pictures) -> Iterator[torch.Tensor]:
         """`[N, 3, H, W]` uint8 of the size that the tower sees."""
         height, width = self.tower.input_size(pictures.scale)
-        size, rows = max(1, BATCH_PIXELS // (height * width)), []
+        pixels = BATCH_PIXELS_CPU if torch.device(self.tower.device).type == "cpu" else BATCH_PIXELS
+        size, rows = max(1, pixels // (height * width)), []
         for picture in pictures.make():
             rows.append(torch.from_numpy(fitted(picture, height, width, pictures.fit)).permute(2, 0, 1))
             if len(rows) == size:
