@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from visft.backbone import CLIPViT, lora
 from visft.engine.optim import average_gradients
-from visft.heads import DETRHead, LabelSpace, Mask2FormerHead
+from visft.heads import DETRHead, LabelSpace, Mask2FormerHead, RegionTextHead
 from visft.meta_arch import UNLABELLED, ViSFT
 
 SIZE = (48, 64)
@@ -66,6 +66,14 @@ def batches(name: str) -> list[list[dict]]:
     return [[picture(s, 10 * rank + i) | task for i, s in enumerate(part)] for rank, part in enumerate(specs)]
 
 
+class NamedHead(RegionTextHead):
+    """With embeddings of its names that need no text encoder."""
+
+    def bind(self, backbone: CLIPViT) -> None:
+        self.embeddings = nn.functional.normalize(torch.randn(4, 16), dim=-1)
+        self.rows, self.sigmoid, self._backbone = torch.arange(4), False, (backbone,)
+
+
 def build(stage: str) -> ViSFT:
     """A small model with the same weights in every process, LoRA away from zero, no dropout.
 
@@ -106,11 +114,12 @@ def build(stage: str) -> ViSFT:
         feedforward_dim=16,
         num_points=40,
     )
-    heads = {"detection": detector, "segmentation": segmenter}
+    named = NamedHead(names=[("a",), ("b",), ("c",), ("d",)], logit_scale=5.0)
+    heads = {"detection": detector, "segmentation": segmenter, "region_text": named}
     return ViSFT(
         backbone=backbone,
         heads=heads,
-        loss_weights=(1.0, 0.5),
+        loss_weights=(1.0, 0.5, 2.0),
         balance_gradients=stage.endswith("balanced"),
         stage=stage.split()[0],
     ).train()

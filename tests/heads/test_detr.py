@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import annotated  # tests/heads/conftest.py
+from annotated_images import annotated
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch.nn import functional as F
 

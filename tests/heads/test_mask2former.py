@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import annotated, rectangles  # tests/heads/conftest.py
+from annotated_images import annotated, rectangles
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes

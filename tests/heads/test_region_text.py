@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
-from conftest import annotated
+from annotated_images import annotated
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from torch.nn import functional as F
 
