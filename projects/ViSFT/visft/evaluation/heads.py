@@ -22,6 +22,7 @@ from ..errors import DataError
 from .average_precision import COCOMetric, is_fast
 from .captions import CaptionEvaluator
 from .lvis import LVISMetric
+from .region_text import RegionTextEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class InstancesEvaluator(HeadsEvaluator):
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
 
-    Caption heads are told by their vocabulary; the others are scored by what they find.
+    Caption heads are told by their vocabulary, heads that name regions by their HEAD; the others are scored by what
+    they find.
 
     Raises:
         ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
@@ -175,10 +177,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """
     heads = cfg.MODEL.VISFT.HEADS
     captions = [name for name in heads if "VOCABULARY" in cfg.MODEL.VISFT[name.upper()]]
-    others = [name for name in heads if name not in captions]
+    namers = [name for name in heads if cfg.MODEL.VISFT[name.upper()].HEAD == "RegionTextHead"]
+    others = [name for name in heads if name not in (*captions, *namers)]
     evaluators: list[DatasetEvaluator] = []
     if others:
         evaluators.append(HeadsEvaluator(dataset_name, others, fast=is_fast(cfg.VISFT.COCO_METRIC)))
     if captions:
         evaluators.append(CaptionEvaluator(dataset_name, captions, metrics=cfg.VISFT.CAPTION_METRICS))
+    if namers:
+        evaluators.append(RegionTextEvaluator(dataset_name, namers))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
