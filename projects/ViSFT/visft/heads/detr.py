@@ -17,6 +17,7 @@ from visft.heads.labels import LabelSpace
 from visft.heads.layers import MLP, check_divisible
 from visft.heads.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from visft.heads.matcher import Matching, match
+from visft.heads.objectness import objectness
 from visft.heads.position import sine_position_encoding
 from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
@@ -154,21 +155,35 @@ class DETRHead(VisftHead):
         return self.criterion(output, targets, self.match(output, targets), normalizers)
 
     def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
-        hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
-        output = self._predict(hidden[-1:])
+        output = self._last(features, padding_mask, image_sizes, padded_size)
         probability = self.labels.decode(self.classification.probabilities(output.logits[0]))
         scores, queries, classes = self._best(probability)
         results = []
         for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
-            height, width = original_size(image, size)
-            boxes = cxcywh_to_xyxy(output.boxes[0, index, queries[index]].float())
-            result = Instances((height, width))
-            result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
-            result.pred_boxes.clip((height, width))
+            result = _boxed(output.boxes[0, index, queries[index]], original_size(image, size))
             result.scores = scores[index]
             result.pred_classes = classes[index]
             results.append(result)
         return results
+
+    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        """What each query has found, whatever its class: `pred_boxes` and `objectness`, in the queries' order.
+
+        Arguments and coordinates as for `inference`.
+        """
+        output = self._last(features, padding_mask, image_sizes, padded_size)
+        scores = objectness(self.classification, self.labels, output.logits[0])
+        results = []
+        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
+            result = _boxed(output.boxes[0, index], original_size(image, size))
+            result.objectness = scores[index]
+            results.append(result)
+        return results
+
+    def _last(self, features, padding_mask, image_sizes, padded_size) -> DETROutput:
+        """The last layer's predictions."""
+        hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
+        return self._predict(hidden[-1:])
 
     def _best(self, probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities [N, Q, classes] -> scores, queries and classes [N, K] of the best detections."""
@@ -248,6 +263,16 @@ class DETRHead(VisftHead):
             boxes=pad_sequence(boxes, batch_first=True),
             counts=tuple(map(len, labels)),
         )
+
+
+def _boxed(boxes: Tensor, size: tuple[int, int]) -> Instances:
+    """Instances with relative boxes [K, 4] (cxcywh) in pixels of an image of (height, width), clipped to it."""
+    height, width = size
+    boxes = cxcywh_to_xyxy(boxes.float())
+    result = Instances(size)
+    result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
+    result.pred_boxes.clip(size)
+    return result
 
 
 def _unless_full(

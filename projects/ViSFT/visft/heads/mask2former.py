@@ -19,6 +19,7 @@ from visft.heads.labels import LabelSpace
 from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
 from visft.heads.mask_decoder import MaskDecoder, MaskOutput
 from visft.heads.matcher import Matching, match
+from visft.heads.objectness import objectness
 from visft.heads.pixel_decoder import PixelDecoder
 from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
@@ -168,6 +169,25 @@ class Mask2FormerHead(VisftHead):
             _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
             for i, (image, size) in enumerate(zip(images, image_sizes, strict=True))
         ]
+
+    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        """What each query has found, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries'
+        order without those whose mask is empty. As a score, objectness has the mask's quality as a factor.
+
+        Arguments and coordinates as for `inference`.
+        """
+        output = self(features)
+        scores = objectness(self.classification, self.labels, output.logits[-1])
+        queries = torch.arange(self.num_queries, device=features.device)
+        results = []
+        for i, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
+            masks, classes = output.masks[-1, i], torch.zeros_like(queries)
+            found = _detections(masks, scores[i], queries, classes, size, padded_size, image)
+            found.objectness = found.scores
+            found.remove("scores")
+            found.remove("pred_classes")
+            results.append(found)
+        return results
 
     @torch.no_grad()
     def match(
