@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from oracle import Oracle
 
 from visft.backbone import open_clip_zoo
@@ -72,6 +73,24 @@ def test_exact_features_answer_and_those_of_other_scenes_do_not(monkeypatch):
     test.cells = test.cells.roll(7, 0)
     other = shares()
     assert other["presence"] < 0.65 and other["relation"] < 0.5, other
+
+
+def test_a_question_is_answered_as_alone_however_many_its_scene_has():
+    benchmark = vqa.VqaScenes(Context())
+    _, _, test = benchmark.asked(Oracle(), benchmark.pictures(0))
+    torch.manual_seed(0)
+    model = vqa.Answerer(test.cells.shape[2], test.words.shape[3]).eval()
+    counts = test.there.sum(1)
+    assert counts.min() < counts.max() == test.there.shape[1]
+    assert test.kinds.tolist() == [q.kind for q in vqa.questions("test")]
+    together, alone = test.right(model), []
+    for scene, place in test.there.nonzero().tolist():
+        asked = test.kind[scene, place].view(1, 1), test.words[scene, place].view(1, 1, 2, -1)
+        alone.append(model(test.cells[scene : scene + 1], *asked).argmax() == test.answer[scene, place])
+    assert torch.stack(alone).float().mean() > 0 and torch.equal(torch.stack(alone), together)
+    loss = test.loss(model, torch.arange(9))
+    test.words[~test.there] = 7.0
+    assert test.loss(model, torch.arange(9)) == loss
 
 
 def test_what_can_be_answered_without_a_picture():

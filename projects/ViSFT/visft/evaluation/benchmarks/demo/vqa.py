@@ -115,69 +115,79 @@ class Answerer(nn.Module):
             allowed[kind, start:stop] = True
         self.register_buffer("allowed", allowed)
 
-    def forward(
-        self, cells: torch.Tensor, scene: torch.Tensor, kind: torch.Tensor, words: torch.Tensor
-    ) -> torch.Tensor:
-        """Cells `[S, P, C]`, and of each question its scene `[Q]`, kind `[Q]` and embeddings of the things `[Q, 2, W]`
-        (0 where there is none) -> scores `[Q, answers]`, -inf where the answer is none to the question."""
+    def forward(self, cells: torch.Tensor, kind: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """Cells `[S, P, C]`, and of each scene's questions the kind `[S, Q]` and the embeddings of the things
+        `[S, Q, 2, W]` (0 where there is none) -> scores `[S, Q, answers]`, -inf where the answer is none to the
+        question."""
         keys, values = self.keys(cells), F.relu(self.values(cells)) + self.place
-        looked = torch.einsum("qtw,qpw->qtp", self.query(words), keys[scene]) / WIDTH**0.5
+        looked = self.query(words).flatten(1, 2) @ keys.mT / WIDTH**0.5
         weights = looked.softmax(-1)
-        found = torch.einsum("qtp,qpw->qtw", weights, values[scene])
-        where = (weights @ self.places).flatten(1)
-        amounts = torch.cat((looked.sigmoid().mean(-1), looked.amax(-1)), 1)
-        seen = torch.cat((found.flatten(1), values.mean(1)[scene], self.kind(kind), where, amounts), 1)
+        by_question = (
+            weights @ values,
+            weights @ self.places,
+            looked.sigmoid().mean(-1, keepdim=True),
+            looked.amax(-1, keepdim=True),
+        )
+        found, where, amount, most = (each.unflatten(1, (-1, 2)).flatten(2) for each in by_question)
+        whole = values.mean(1, keepdim=True).expand(-1, kind.shape[1], -1)
+        seen = torch.cat((found, whole, self.kind(kind), where, amount, most), 2)
         scores = self.answers(F.relu(self.hidden(seen)))
         return scores.masked_fill(~self.allowed[kind], -torch.inf)
 
 
 class Asked:
-    """The questions of a part in tensors, on the scenes' cells `[N, P, C]`, with embeddings of the categories."""
+    """The questions of a part in tensors, on the scenes' cells `[N, P, C]`, with embeddings of the categories.
+
+    A scene's questions `[N, Q]` are filled up to the most that one has; `there` says which are questions.
+    """
 
     def __init__(self, part: str, cells: torch.Tensor, names: torch.Tensor, starts: torch.Tensor) -> None:
-        every = questions(part)
+        by_scene: list[list[Question]] = [[] for _ in range(len(cells))]
+        for question in questions(part):
+            by_scene[question.scene].append(question)
         self.cells = cells
-        self.scene, self.kind, answer = torch.tensor(
-            [(q.scene, q.kind, q.answer) for q in every]
-        ).T.contiguous()
+        self.there = _filled([[True] * len(each) for each in by_scene], False)
+        self.kind = _filled([[q.kind for q in each] for each in by_scene], 0)
+        answer = _filled([[q.answer for q in each] for each in by_scene], 0)
         self.answer = answer + starts[self.kind]
         table = torch.cat((names, torch.zeros(1, names.shape[1])))
-        self.words = table[
-            torch.tensor([[-1 if c is None else c for c in (q.first, q.second)] for q in every])
-        ]
-        self.first = torch.searchsorted(self.scene, torch.arange(len(cells) + 1))
+        things = [[[-1 if c is None else c for c in (q.first, q.second)] for q in each] for each in by_scene]
+        self.words = table[_filled(things, [-1, -1])]
 
     def loss(self, model: Answerer, scenes: torch.Tensor) -> torch.Tensor:
         """Cross-entropy, every kind of question with the same weight, as it has in the figure."""
-        scores, answer, kind = self.scores(model, scenes)
-        weights = 1 / torch.bincount(kind, minlength=len(KINDS)).clamp(min=1)
-        losses = F.cross_entropy(scores, answer, reduction="none")
-        return (weights[kind] * losses).sum() / len(kind.unique())
-
-    def scores(
-        self, model: Answerer, scenes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, right answers and kinds of all questions on some scenes."""
-        rows = [torch.arange(self.first[s], self.first[s + 1]) for s in scenes.tolist()]
-        within = torch.cat([torch.full((len(r),), place) for place, r in enumerate(rows)])
-        row = torch.cat(rows)
-        scores = model(self.cells[scenes], within, self.kind[row], self.words[row])
-        return scores, self.answer[row], self.kind[row]
+        there, kind = self.there[scenes], self.kind[scenes]
+        scores = model(self.cells[scenes], kind, self.words[scenes])
+        losses = F.cross_entropy(scores.flatten(0, 1), self.answer[scenes].flatten(), reduction="none")
+        asked = torch.bincount(kind[there], minlength=len(KINDS))
+        weights = there / asked.clamp(min=1)[kind]
+        return (weights.flatten() * losses).sum() / (asked > 0).sum()
 
     @torch.no_grad()
     def right(self, model: Answerer) -> torch.Tensor:
-        """Whether each question is answered right `[Q]`, in order."""
+        """Whether each question is answered right `[questions]`, in order."""
         found = []
-        for scenes in torch.arange(len(self.cells)).split(100):
-            scores, answer, _ = self.scores(model, scenes)
-            found.append(scores.argmax(1) == answer)
+        for scenes in torch.arange(len(self.cells)).split(BATCH):
+            scores = model(self.cells[scenes], self.kind[scenes], self.words[scenes])
+            found.append((scores.argmax(2) == self.answer[scenes])[self.there[scenes]])
         return torch.cat(found)
+
+    @property
+    def kinds(self) -> torch.Tensor:
+        """The kind of each question `[questions]`, in order."""
+        return self.kind[self.there]
+
+
+def _filled(rows: list[list], empty) -> torch.Tensor:
+    """Rows of different lengths, filled up with `empty` to the longest."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [empty] * (longest - len(row)) for row in rows])
 
 
 def trained(train: Asked, validation: Asked, seed: int) -> Answerer:
     """The model after the epoch that answers the validation split best."""
     torch.manual_seed(seed)
-    model = Answerer(train.cells.shape[2], train.words.shape[2])
+    model = Answerer(train.cells.shape[2], train.words.shape[3])
     readout_training.train(
         model,
         lambda scenes, epoch: train.loss(model, scenes),
@@ -186,7 +196,7 @@ def trained(train: Asked, validation: Asked, seed: int) -> Answerer:
         batch=BATCH,
         rate=RATE,
         weight_decay=WEIGHT_DECAY,
-        quality=lambda: by_kind(validation.right(model).double(), validation.kind),
+        quality=lambda: by_kind(validation.right(model).double(), validation.kinds),
     )
     return model
 
