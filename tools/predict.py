@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Draw what the heads see on pictures.
 
-tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE] [KEY VALUE ...]
+tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE]
+                 [--names "red panda, wok" | FILE.txt | coco | lvis | objects365] [KEY VALUE ...]
 """
 
 import sys

@@ -213,6 +213,20 @@ def _add_heads(cfg: CN) -> None:
     text.FED_LOSS_CLASSES = 0
     text.FED_LOSS_POWER = 0.5
 
+    # Inference and evaluation with any names: what heads with queries find is named by the text encoder, with
+    # REGION_TEXT's PROMPTS and LOSS, and takes the place of their own output.
+    visft.OPEN_VOCABULARY = names = CN()
+    # Names; or one entry: `coco`, `lvis`, `objects365`, a .txt file with a name a line, or `test`: the classes of the
+    # data set that is evaluated. (): off.
+    names.NAMES = ()
+    # The score is objectness^OBJECTNESS_POWER x probability^TEXT_POWER (FC-CLIP's for classes not trained on).
+    names.OBJECTNESS_POWER = 1.0
+    names.TEXT_POWER = 0.8
+    # What cosines are multiplied by; 0: the base's own.
+    names.LOGIT_SCALE = 0.0
+    # Names that compete with NAMES and are not reported.
+    names.OTHERS = ("background",)
+
 
 def _add_run(cfg: CN) -> None:
     cfg.VISFT = run = CN()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .gradient_balance import balanced_copies
 from .heads import Caption, build_head, head_names, rcnn  # noqa: F401  (registers RCNNHead)
+from .heads.open_vocabulary import OpenVocabulary, build_open_vocabulary
 from .objectives import Batch, ObjectiveGroup, build_objectives
 from .objectives.group import draw_number
 from .zero_gradient import zero_for
@@ -57,6 +58,7 @@ class ViSFT(nn.Module):
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         stage: str = "heads",
+        open_vocabulary: OpenVocabulary | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +72,7 @@ class ViSFT(nn.Module):
             objectives: losses on the tower without a head, in stage `lora`; made for this backbone before its tuning.
             pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
             stage: `heads` or `lora`.
+            open_vocabulary: in inference, names what the heads propose; None: they use the classes they learnt.
 
         Raises:
             ConfigError: more or fewer loss weights than heads, several maps, an unknown stage or `tune`.
@@ -85,6 +88,9 @@ class ViSFT(nn.Module):
         self.heads = nn.ModuleDict(heads)
         for head in self.heads.values():
             head.bind(backbone)
+        self.open_vocabulary = open_vocabulary
+        if open_vocabulary is not None:
+            open_vocabulary.bind(backbone)
         self.balance_gradients = balance_gradients
         if tune not in TUNES:
             raise ConfigError(
@@ -141,6 +147,7 @@ class ViSFT(nn.Module):
             "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
             "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
             "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
+            "open_vocabulary": build_open_vocabulary(cfg, heads),
         }
 
     @property
@@ -276,15 +283,21 @@ class ViSFT(nn.Module):
 
         `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
         else of the first that predicts boxes. `caption` is what the first caption head says.
+
+        With an open vocabulary, heads that propose masks or boxes give these under its names. What others find under
+        the classes they learnt is left out.
         """
         features, padding_mask, image_sizes, padded_size = self.extract(batched_inputs)
         sizes = zip(batched_inputs, image_sizes, strict=True)
         images = [{"height": size[0], "width": size[1], **image} for image, size in sizes]
         results: list[dict] = [{} for _ in images]
         for name, head in self.heads.items():
-            outputs = head.inference(features, padding_mask, images, image_sizes, padded_size)
+            given = (features, padding_mask, images, image_sizes, padded_size)
+            named = self.open_vocabulary is not None and hasattr(head, "proposals")
+            outputs = self.open_vocabulary.inference(head, *given) if named else head.inference(*given)
             for result, output in zip(results, outputs, strict=True):
-                result[name] = output
+                if named or self.open_vocabulary is None or not isinstance(output, Instances):
+                    result[name] = output
         for result in results:
             detections = [output for output in result.values() if isinstance(output, Instances)]
             masks = [output for output in detections if output.has("pred_masks")]

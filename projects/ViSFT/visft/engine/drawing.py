@@ -17,6 +17,7 @@ from visft.data.captions import captions_of
 from visft.engine.report import WORDS
 from visft.engine.word_maps import draw_word_maps, plain
 from visft.heads import Caption
+from visft.heads.open_vocabulary import best_of_each
 
 THRESHOLD = 0.3
 _SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
@@ -43,6 +44,8 @@ def draw(
         if isinstance(found, Instances):
             found = found.to("cpu")
             found = found[found.scores >= threshold]
+            if found.has("proposals"):
+                found = best_of_each(found)
             panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
     return panels or [("picture", _visualizer(image, metadata).get_output().get_image())]
 

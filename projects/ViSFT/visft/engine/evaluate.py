@@ -9,8 +9,11 @@ from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
 from visft.data import build_test_loader, build_test_mapper
+from visft.data.open_names import names_of
 from visft.engine.drawing import draw_predictions
+from visft.errors import ConfigError
 from visft.evaluation import build_evaluator
+from visft.heads.open_vocabulary import KEY, configured_names
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +21,15 @@ logger = logging.getLogger(__name__)
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Flat figures, `detection/bbox/AP50` and so on, in per cent; empty on all but the main process, and without heads.
 
-    With several data sets in DATASETS.TEST each figure's name begins with its data set's.
+    With several data sets in DATASETS.TEST each figure's name begins with its data set's. With an open vocabulary,
+    heads are scored on the names of each data set.
+
+    Raises:
+        ConfigError: the names of the open vocabulary are not those of a data set.
     """
     figures: dict[str, float] = {}
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
+        _set_names(cfg, model, name)
         found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name))
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
@@ -34,5 +42,19 @@ def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     """Draw pictures of the first of DATASETS.TEST: ground truth beside each head's prediction; none without heads."""
     if not cfg.MODEL.VISFT.HEADS:
         return
+    _set_names(cfg, model, cfg.DATASETS.TEST[0])
     mapper = build_test_mapper(cfg)
     draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=cfg.MODEL.VISFT.HEADS)
+
+
+def _set_names(cfg: CfgNode, model: nn.Module, data_set: str) -> None:
+    """Make a model with an open vocabulary look for the classes of a data set."""
+    if getattr(model, "open_vocabulary", None) is None:
+        return
+    names, classes = configured_names(cfg, data_set), names_of(data_set)
+    if names.shown != classes.shown:
+        raise ConfigError(
+            f"{KEY}.NAMES has {len(names.shown)} names, which are not the {len(classes.shown)} classes of {data_set}: "
+            "set it to ('test',) to evaluate, or to () for the classes that the heads learnt"
+        )
+    model.open_vocabulary.set_names(names)

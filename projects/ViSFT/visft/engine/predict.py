@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
+from visft.data.open_names import read_names
 from visft.engine import checks, cli, settings, stages
 from visft.engine.drawing import THRESHOLD, beside, captions_in, draw, save_picture, save_word_maps
 from visft.engine.vocabulary import with_vocabulary
@@ -93,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
         help="a run's OUTPUT_DIR or a weight file (default: MODEL.WEIGHTS, or the run in the config's OUTPUT_DIR)",
     )
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least score that is drawn")
+    parser.add_argument(
+        "--names",
+        help="look for these instead of the classes that the heads learnt: `red panda, wok`, a .txt file with a name a "
+        "line, coco, lvis or objects365",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     return cli.guard(run, args)
@@ -110,6 +117,10 @@ def run(args: argparse.Namespace) -> list[Path]:
         weights = cfg.OUTPUT_DIR
     if weights:
         cfg.MODEL.WEIGHTS = str(weights)
+    if args.names is not None:
+        names = tuple(name.strip() for name in args.names.split(","))
+        read_names("--names", names)
+        cfg.MODEL.VISFT.OPEN_VOCABULARY.NAMES = names
     checks.check(cfg, train=False, test=False)
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
         raise ConfigError(
@@ -134,6 +145,13 @@ def run(args: argparse.Namespace) -> list[Path]:
         files,
         Path(args.output),
         heads=cfg.MODEL.VISFT.HEADS,
-        metadata=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]),
+        metadata=_metadata(cfg, model),
         threshold=args.threshold,
     )
+
+
+def _metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
+    """What the classes of the model's output are called."""
+    if model.open_vocabulary is None:
+        return MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    return Metadata(name="names", thing_classes=list(model.open_vocabulary.names.shown))
