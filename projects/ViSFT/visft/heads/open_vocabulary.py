@@ -8,8 +8,8 @@ exponents serves all names. A product, as either alone is wrong: text is sure of
 objectness tells no names apart.
 
 The defaults, 1 and 0.8, are FC-CLIP's for classes not trained on: the probability of an object counts whole, that of
-CLIP to the power 0.8. F-VLM's 0.35 and 0.65 are for region proposals; nearly all queries are of no object, and with them
-the least sure would be shown.
+CLIP to the power 0.8. F-VLM's 0.35 and 0.65 are for region proposals, most of which are of an object; most queries are
+of none.
 """
 
 from collections.abc import Mapping, Sequence
