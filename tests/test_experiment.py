@@ -193,7 +193,7 @@ def test_weights_that_are_gone_are_trained_again_when_asked_for(finished, tmp_pa
 
 def test_the_chosen_arm_is_the_demos_recipe():
     """What it trains with is visft_demo.yaml, word for word but for what every arm sets."""
-    plan = module().read(SCRIPT.with_name("arms.yaml"))
+    plan = module().read(SCRIPT.with_name("region_text.yaml"))
     arm = plan.arms["chosen"]
     chosen = settings.load_config(plan.config, sweep_plan.words(arm.opts))
     demo = model_zoo.get_config("visft_demo")
@@ -343,9 +343,34 @@ def test_arms_of_some_families_are_in_no_pair(tmp_path):
     assert plan.pairs == [("boxes", "half"), ("boxes", "first")]
 
 
+ANIMALS = {
+    "images": [{"id": 1}, {"id": 2}],
+    "categories": [{"id": i, "name": name} for i, name in enumerate("dog cat cow bee ant".split(), start=3)],
+    "annotations": [{"id": i, "image_id": 1 + i % 2, "category_id": 3 + i % 5} for i in range(20)],
+}
+
+
+def test_shuffled_names_leave_no_category_its_own():
+    for seed in range(5):
+        found = module().changed(ANIMALS, 0, "shuffled", seed)
+        before, after = ([row["name"] for row in c["categories"]] for c in (ANIMALS, found))
+        assert sorted(before) == sorted(after) and all(a != b for a, b in zip(before, after, strict=True))
+        assert found["annotations"] == ANIMALS["annotations"] and found["images"] == ANIMALS["images"]
+    assert module().changed(ANIMALS, 0, "shuffled", 1) != module().changed(ANIMALS, 0, "shuffled", 2)
+
+
+def test_fewer_categories_are_part_of_more():
+    three, two = (module().changed(ANIMALS, count, "", 0) for count in (3, 2))
+    ids = [{row["id"] for row in found["categories"]} for found in (three, two)]
+    assert len(ids[0]) == 3 and len(ids[1]) == 2 and ids[1] < ids[0]
+    assert {row["category_id"] for row in three["annotations"]} == ids[0]
+    assert len(three["annotations"]) == 12
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"arms": {"a": {"label": "a", "seeds": 1, "names": "swapped"}}}, "known is `shuffled`"),
         ({"arms": {"a": {"label": "a", "seeds": 1, "sett": {}}}}, "arm `a` has an entry `sett`"),
         ({"arms": {"a": {"label": "a", "seeds": 1, "of": "b"}}}, "arm `a` is of `b`, which no arm before it"),
         ({"arms": {"a": {"seeds": 1}}}, "is no readable list of arms"),

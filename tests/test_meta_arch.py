@@ -27,9 +27,9 @@ def config(*options):
     """The demo's config without its objective, its tower with random weights, LoRA in q and v, heads as small as they
     get, three classes."""
     cfg = model_zoo.get_config("visft_demo")
-    cfg.MODEL.LORA.TARGETS = ("q", "v")
+    cfg.MODEL.LORA.TARGETS, cfg.MODEL.LORA.LAST_BLOCKS = ("q", "v"), 0
     node = cfg.MODEL.VISFT
-    node.OBJECTIVES, node.ANCHOR.WEIGHT = (), 1.0
+    node.OBJECTIVES, node.ANCHOR.WEIGHT, node.ANCHOR.CROPS = (), 1.0, 0
     node.HEADS, node.HEAD_FILES = ("detection", "segmentation"), ()
     node.DETECTION.NUM_CLASSES = node.SEGMENTATION.NUM_CLASSES = 3
     node.DETECTION.NUM_QUERIES = node.SEGMENTATION.NUM_QUERIES = 6

@@ -26,6 +26,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from detectron2.data import MetadataCatalog
 
 from visft.backbone.open_clip_zoo import TINY_WEIGHTS
 from visft.checkpoint import files
@@ -53,7 +55,18 @@ _PLACE = re.compile(r"(<!-- experiment -->\n).*?(<!-- /experiment -->)", re.S)
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
-_ENTRIES = {"label", "seeds", "set", "first_scene", "of", "interpolate", "iteration", "suite"}
+_ENTRIES = {
+    "label",
+    "seeds",
+    "set",
+    "first_scene",
+    "classes",
+    "names",
+    "of",
+    "interpolate",
+    "iteration",
+    "suite",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class Arm:
     seeds: int
     opts: dict[str, Any] = field(default_factory=dict)
     first_scene: int = 1
+    classes: int = 0
+    names: str = ""
     of: str = ""
     interpolate: float | None = None
     iteration: int | None = None
@@ -126,6 +141,8 @@ def read(path: Path) -> Plan:
             else:
                 opts, first_scene = parent.opts, parent.first_scene
             arms[name] = Arm(name, own.pop("label"), own.pop("seeds"), opts, first_scene, **own)
+            if arms[name].names not in ("", "shuffled"):
+                raise ConfigError(f"{path}: arm `{name}` has names `{arms[name].names}`; known is `shuffled`")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is no readable list of arms ({error!r}); see its comment") from error
     against = content.get("against", [])
@@ -135,6 +152,38 @@ def read(path: Path) -> Plan:
     own = path.parent / content["config"]
     config = str(own) if own.is_file() else get_config_file(content["config"])
     return Plan(config, content.get("suite", "demo"), content["demo_world"], arms, against)
+
+
+def changed(content: dict[str, Any], classes: int, names: str, seed: int) -> dict[str, Any]:
+    """COCO's annotations for a control.
+
+    Args:
+        classes: how many of the categories stay annotated, fewer being part of more; 0: all.
+        names: `shuffled`: each category is called by the name of another, drawn anew for each seed; "": as it is.
+        seed: of the run.
+    """
+    categories = list(content["categories"])
+    if classes:
+        order = np.random.default_rng(0).permutation(len(categories))
+        categories = [categories[i] for i in sorted(order[:classes])]
+    if names == "shuffled":
+        called = [row["name"] for row in categories]
+        shift = np.random.default_rng(seed).permutation(len(called))
+        # One cycle through all of them in a random order: none keeps its own.
+        other = {shift[i]: called[shift[(i + 1) % len(called)]] for i in range(len(called))}
+        categories = [{**row, "name": other[i]} for i, row in enumerate(categories)]
+    kept = {row["id"] for row in categories}
+    annotations = [row for row in content["annotations"] if row["category_id"] in kept]
+    return {**content, "categories": categories, "annotations": annotations}
+
+
+def image_counts(scenes: Path) -> list[dict[str, int]]:
+    """In how many training images each category is, as LVIS's metadata say it; for federated losses."""
+    content = files.read_json(dataset.DemoData(scenes).instances("train"))
+    seen = {(row["category_id"], row["image_id"]) for row in content["annotations"]}
+    counts = Counter(category for category, _ in seen)
+    ids = sorted(row["id"] for row in content["categories"])
+    return [{"id": number, "image_count": counts[number]} for number in ids]
 
 
 class Runs:
@@ -151,6 +200,8 @@ class Runs:
         identity = [arm.opts, arm.interpolate, arm.iteration, self.tower_sha256]
         if arm.first_scene != 1:  # runs of before there was this entry keep their names
             identity.append(arm.first_scene)
+        if arm.classes or arm.names:
+            identity.append([arm.classes, arm.names])
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return f"{arm.name.replace(' ', '-')}-{seed}-{digest}"
 
@@ -268,8 +319,15 @@ class Runs:
         scenes = self.scenes(arm)
         dataset.register(scenes)
         os.environ["VISFT_DEMO_DATA"] = str(scenes)
+        MetadataCatalog.get(dataset.NAMES["train"]).class_image_count = image_counts(scenes)
         # Every checkpoint stays, for arms that are of one on the way.
         words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
+        if arm.classes or arm.names:
+            data = dataset.DemoData(scenes)
+            content = changed(files.read_json(data.instances("train")), arm.classes, arm.names, seed)
+            files.write_json(folder / "instances.json", content)
+            words += ["VISFT.DATA.TRAIN_JSON", str(folder / "instances.json")]
+            words += ["VISFT.DATA.TRAIN_IMAGES", str(data.images("train"))]
         words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
         status = launch.main(["--config-file", self.plan.config, "--resume", *words])
         if status:

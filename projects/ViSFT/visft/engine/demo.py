@@ -119,17 +119,23 @@ def summary(folder: str | os.PathLike) -> str:
 
 
 def train_heads(argv: list[str] | None = None) -> int:
-    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml), each on its own, and write what ships."""
+    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml) and write the files that ship, one a head."""
     parser = argparse.ArgumentParser(description="Train the heads that the demo starts from.")
     parser.add_argument(
         "--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones"
     )
     parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
     parser.add_argument(
-        "--num-train", type=int, default=dataset.SCENES_OF_HEADS, help="training scenes to make"
+        "--first-train", type=int, default=dataset.FIRST_FRESH, help="number of the first training scene"
+    )
+    parser.add_argument(
+        "--num-train",
+        type=int,
+        default=dataset.SCENES_OF_HEADS - dataset.FIRST_FRESH + 1,
+        help="training scenes to make; with as many as the iterations read, none comes twice",
     )
     parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")
-    parser.add_argument("--runs", default="output/demo_heads", help="folder of the runs, one a head")
+    parser.add_argument("--run", default="output/demo_heads", help="folder of the run")
     parser.add_argument("--output", default=str(WEIGHTS), help="folder for heads_demo_<head>.safetensors")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
@@ -139,22 +145,23 @@ def train_heads(argv: list[str] | None = None) -> int:
 
 def _train_heads(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _make_data(Path(args.data), num_train=args.num_train, num_val=args.num_val, first_train=1)
+    _make_data(Path(args.data), num_train=args.num_train, num_val=args.num_val, first_train=args.first_train)
+    opts = [*args.opts, "MODEL.VISFT.HEADS", str(tuple(args.heads)), "OUTPUT_DIR", args.run]
+    folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
     for head in args.heads:
-        opts = [*args.opts, "MODEL.VISFT.HEADS", f"('{head}',)", "OUTPUT_DIR", os.path.join(args.runs, head)]
-        folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
-        ship_heads(folder, Path(args.output) / f"heads_demo_{head}.safetensors")
+        ship_heads(folder, Path(args.output) / f"heads_demo_{head}.safetensors", head)
 
 
-def ship_heads(folder: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Write the newest heads of a run as one float16 file, its figures in the metadata.
+def ship_heads(folder: str | os.PathLike, output: str | os.PathLike, head: str) -> Path:
+    """Write one of the newest heads of a run as a float16 file, its own metrics in the metadata.
 
     Args:
         folder: OUTPUT_DIR of a run whose stage `heads` has a checkpoint.
         output: the safetensors file to write, aside first.
+        head: its name in MODEL.VISFT.HEADS.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint of its heads.
+        CheckpointError: the run has no whole checkpoint of its heads, or none of this one.
     """
     checkpoint = newest_checkpoint(Path(folder) / "heads")
     if checkpoint is None:
@@ -162,11 +169,20 @@ def ship_heads(folder: str | os.PathLike, output: str | os.PathLike) -> Path:
     tensors = {
         name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor
         for name, tensor in files.read_tensors(checkpoint).items()
+        if name.startswith(f"heads.{head}.")
     }
+    if not tensors:
+        raise CheckpointError(f"{checkpoint} has no head `{head}`; name one that the run trained")
     metadata = files.read_metadata(checkpoint)
+    about = json.loads(metadata["visft"])
+    if head != "captioning":
+        about["settings"].pop("vocabulary", None)  # another head's
+    metadata["visft"] = json.dumps(about)
     report = Path(folder) / "report.json"
     if report.is_file():
-        metadata["figures"] = json.dumps(files.read_json(report)["after"])
+        after = files.read_json(report)["after"]
+        own = {name: value for name, value in after.items() if name.split("/")[0] in (head, "zero_shot")}
+        metadata["figures"] = json.dumps(own)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_safetensors(output, tensors, metadata)

@@ -28,9 +28,11 @@ NAMES = {"train": "visft_demo_train", "val": "visft_demo_val"}
 VERSION = 2
 """Raised when the same parameters give other files than before, so that old folders are made anew."""
 
-SCENES_OF_HEADS = 5000
-"""The shipped heads were trained on training scenes 1 to this and know them: their loss is a tenth lower there than
-on later ones. What heads send back from pictures that they know by heart says little about a tower's features."""
+FIRST_FRESH = 5001
+SCENES_OF_HEADS = 69_000
+"""The shipped heads have seen training scenes 1 to this: 1 to 5,000 many times in a first training, the others once.
+What a head sends back from scenes that it knows by rote says little about a tower's features, so the demo begins after
+them."""
 
 _QUALITY = 92
 
