@@ -51,7 +51,8 @@ logger = logging.getLogger("visft.experiment")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS, DOCUMENT = HERE / "results", ROOT / "MODEL_ZOO.md"
-_PLACE = re.compile(r"(<!-- experiment -->\n).*?(<!-- /experiment -->)", re.S)
+PLACES = {RESULTS: "experiment", RESULTS / "region_text": "region-text"}
+"""Folders of reports whose table is also in DOCUMENT, between comments of this name."""
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
@@ -525,20 +526,22 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """results.json, report.md, report.html, forest.png, overview.md, and, of RESULTS, MODEL_ZOO.md's table."""
+    """results.json, report.md, report.html, forest.png, overview.md, and, of PLACES, MODEL_ZOO.md's table."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(found, folder)
     with files.write_aside(folder / "overview.md") as partial:
         partial.write_text(overview(found), encoding="utf-8")
-    if folder.resolve() == RESULTS:
+    place = PLACES.get(folder.resolve())
+    if place:
         text = DOCUMENT.read_text(encoding="utf-8")
         with files.write_aside(DOCUMENT) as partial:
-            partial.write_text(filled(text, found), encoding="utf-8")
+            partial.write_text(filled(text, found, place), encoding="utf-8")
 
 
-def filled(document: str, found: dict[str, Any]) -> str:
-    """A document with the overview between its comments made anew."""
-    return _PLACE.sub(lambda place: f"{place[1]}{overview(found)}{place[2]}", document)
+def filled(document: str, found: dict[str, Any], place: str) -> str:
+    """A document with the overview between the comments `<!-- place -->` and `<!-- /place -->` made anew."""
+    pattern = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", re.S)
+    return pattern.sub(lambda at: f"{at[1]}{overview(found)}{at[2]}", document)
 
 
 def _run(args: argparse.Namespace) -> None:
