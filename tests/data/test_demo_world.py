@@ -136,7 +136,7 @@ def test_captions_count_and_relate():
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     again = dataset.make(tmp_path / "again", num_train=NUM_TRAIN, num_val=NUM_VAL, seed=3)
     names = _files(world.root)
-    assert names == _files(again.root) and len(names) == NUM_TRAIN + NUM_VAL + 5
+    assert names == _files(again.root) and len(names) == NUM_TRAIN + NUM_VAL + 100 + 7
     _, different, errors = filecmp.cmpfiles(world.root, again.root, names, shallow=False)
     assert not different and not errors
     other = dataset.make(tmp_path / "other", num_train=2, num_val=1, seed=4)
@@ -368,3 +368,25 @@ def test_open_clip_loads_the_shipped_tower_and_it_knows_its_emoji():
     classes = tower.class_embeddings(model, views.names, tower.TEMPLATES[:1])
     score = tower.zero_shot(model, [(images, index)], classes)
     assert score["top1"] > 20, "chance is 0.07 %"
+
+
+def test_unseen_scenes_are_those_of_the_suite_under_their_own_names(world):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from visft.evaluation.benchmarks.demo import unseen
+
+    content = json.loads(world.instances("unseen").read_text())
+    assert len(content["images"]) == 100
+    known = {c.name for c in catalogue.COCO_CATEGORIES}
+    names = {row["id"]: row["name"] for row in content["categories"]}
+    assert tuple(names.values()) == unseen.categories() and not known & set(names.values())
+    for number in (0, 57):
+        scene = unseen.scenes("test")[number]
+        rows = [row for row in content["annotations"] if row["image_id"] == number + 1]
+        assert [row["bbox"] for row in rows] == [list(item.box) for item in scene.objects]
+        assert [names[row["category_id"]] for row in rows] == [
+            unseen.categories()[item.category] for item in scene.objects
+        ]
+    dataset.register(world.root)
+    assert len(DatasetCatalog.get("visft_demo_unseen")) == 100
+    assert MetadataCatalog.get("visft_demo_unseen").thing_classes == list(unseen.categories())

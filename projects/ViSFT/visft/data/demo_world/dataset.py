@@ -1,7 +1,7 @@
 """The demo world on disk: COCO files of train and validation scenes, and their names for detectron2.
 
-    root/train/*.jpg  root/val/*.jpg
-    root/annotations/{instances,captions}_{train,val}.json
+    root/train/*.jpg  root/val/*.jpg  root/unseen/*.jpg
+    root/annotations/{instances,captions}_{train,val,unseen}.json
     root/demo_world.json     what the folder was made with; written last
 
 The pictures are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visft.data.demo_world import catalogue, scenes
+from visft.data.demo_world import catalogue, scenes, unseen_things
 from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "demo_world.json"
-NAMES = {"train": "visft_demo_train", "val": "visft_demo_val"}
+NAMES = {"train": "visft_demo_train", "val": "visft_demo_val", "unseen": "visft_demo_unseen"}
+"""`unseen` shows things that stand for no category of the other two, under names of their own."""
 VERSION = 2
 """Raised when the same parameters give other files than before, so that old folders are made anew."""
 
@@ -64,6 +65,7 @@ def make(
     *,
     num_train: int = 4000,
     num_val: int = 500,
+    num_unseen: int = 100,
     seed: int = 0,
     first_train: int = SCENES_OF_HEADS + 1,
 ) -> DemoData:
@@ -74,6 +76,7 @@ def make(
     Args:
         root: the folder.
         num_train, num_val: how many scenes.
+        num_unseen: how many scenes of unseen things; the first of those that the out-of-domain suite shows.
         seed: of the scenes; a scene depends on it, its split and its number alone.
         first_train: number of the first training scene; left out: scenes that the shipped heads have not seen.
 
@@ -81,12 +84,14 @@ def make(
         DataError: if `root` holds files that were not made here, or numbers are out of range.
     """
     root = Path(root)
-    if num_train < 1 or num_val < 1:
-        raise DataError(f"a demo world needs scenes in both splits, not {num_train} and {num_val}")
+    if min(num_train, num_val, num_unseen) < 1:
+        raise DataError(
+            f"a demo world needs scenes in every split, not {num_train}, {num_val} and {num_unseen}"
+        )
     if first_train < 1:
         raise DataError(f"training scenes are numbered from 1, not from {first_train}")
     parameters = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
-    parameters["first_train"] = first_train
+    parameters |= {"first_train": first_train, "num_unseen": num_unseen}
     parameters["sizes"] = [list(size) for size in scenes.SIZES]
     if _made_with(root) == parameters:
         return DemoData(root)
@@ -102,6 +107,7 @@ def make(
         data.instances("train").parent.mkdir(parents=True)
         for split, first, count in (("train", first_train, num_train), ("val", 1, num_val)):
             _write_split(data, split, range(first, first + count), seed)
+        _write_split(data, "unseen", range(1, num_unseen + 1), seed)
         (aside / MARKER).write_text(json.dumps(parameters, indent=1), encoding="utf-8")
         if root.exists():
             shutil.rmtree(root)
@@ -144,6 +150,14 @@ def coco_categories() -> list[dict]:
     return [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in catalogue.COCO_CATEGORIES]
 
 
+def categories_of(split: str) -> list[dict]:
+    """The entries of a split's categories: COCO's, or of `unseen` its own, numbered from 1."""
+    if split != "unseen":
+        return coco_categories()
+    names = unseen_things.cast().names
+    return [{"id": i, "name": name, "supercategory": "unseen"} for i, name in enumerate(names, start=1)]
+
+
 def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     from pycocotools import mask as mask_api
 
@@ -152,13 +166,16 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
         | {"contributor": catalogue.ATTRIBUTION},
         "licenses": [{"id": 1, "name": "CC BY-SA 4.0", "url": catalogue.LICENSE_URL}],
     }
-    emoji = catalogue.catalogue()
+    emoji, categories = catalogue.catalogue(), categories_of(split)
     images, instances, captions = [], [], []
     data.images(split).mkdir()
     for image_id in numbers:
         # A scene depends on seed, split and number alone: a longer data set starts with the shorter one.
-        rng = np.random.default_rng([seed, split == "val", image_id])
-        scene = scenes.compose(rng, held_out=split == "val")
+        if split == "unseen":
+            scene = unseen_things.scene(unseen_things.TEST, image_id - 1)
+        else:
+            rng = np.random.default_rng([seed, split == "val", image_id])
+            scene = scenes.compose(rng, held_out=split == "val")
         height, width = scene.image.shape[:2]
         name = f"{image_id:012d}.jpg"
         Image.fromarray(scene.image).save(data.images(split) / name, quality=_QUALITY, subsampling=0)
@@ -169,7 +186,7 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
                 {
                     "id": len(instances) + 1,
                     "image_id": image_id,
-                    "category_id": catalogue.COCO_CATEGORIES[item.category].id,
+                    "category_id": categories[item.category]["id"],
                     "bbox": list(item.box),
                     "area": int(item.mask.sum()),
                     "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
@@ -179,7 +196,7 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
             )
         for text in scene.captions:
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": text})
-    body = {"images": images, "annotations": instances, "categories": coco_categories()}
+    body = {"images": images, "annotations": instances, "categories": categories}
     data.instances(split).write_text(json.dumps(head | body), encoding="utf-8")
     data.captions(split).write_text(
         json.dumps(head | {"images": images, "annotations": captions}), encoding="utf-8"
@@ -198,7 +215,7 @@ def _load(data: DemoData, split: str, name: str) -> list[dict]:
 
 
 def register(root: str | Path | None = None) -> None:
-    """Register `visft_demo_train` and `visft_demo_val` in detectron2's catalogs, replacing earlier entries.
+    """Register `visft_demo_train`, `_val` and `_unseen` in detectron2's catalogs, replacing earlier entries.
 
     No file is read before a data set is used. Masks are run-length encoded, so stock configs need
     `INPUT.MASK_FORMAT bitmask`. Metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`, `json_file`,
@@ -210,15 +227,17 @@ def register(root: str | Path | None = None) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     data = DemoData(Path(root) if root is not None else default_root())
-    ids = {c.id: i for i, c in enumerate(catalogue.COCO_CATEGORIES)}
     for split, name in NAMES.items():
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
         DatasetCatalog.register(name, functools.partial(_load, data, split, name))
+        if split != "unseen":  # whose names need the pictures' package; its file has them when it is loaded
+            MetadataCatalog.get(name).set(
+                thing_classes=[c.name for c in catalogue.COCO_CATEGORIES],
+                thing_dataset_id_to_contiguous_id={c.id: i for i, c in enumerate(catalogue.COCO_CATEGORIES)},
+            )
         MetadataCatalog.get(name).set(
-            thing_classes=[c.name for c in catalogue.COCO_CATEGORIES],
-            thing_dataset_id_to_contiguous_id=ids,
             json_file=str(data.instances(split)),
             image_root=str(data.images(split)),
             caption_json=str(data.captions(split)),

@@ -6,17 +6,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from visft.data.demo_world import scenes as demo_scenes
+from visft.data.demo_world.unseen_things import cast, scene
 
 from ..features import Pictures
-
-# Things whose name has a regular plural.
-_THINGS = (
-    "🐒 🦍 🦊 🦁 🐅 🐆 🐖 🐪 🦘 🐇 🐿 🦔 🦇 🐼 🦥 🦨 🐓 🐧 🦅 🦢 🦩 🐸 🐊 "
-    "🐢 🦎 🐍 🐳 🐬 🦈 🐙 🐌 🐛 🐜 🐝 🐞 🕷 🦂 🌹 🌻 🌷 🌵 🍄 🍉 🍋 🍍 🍐 "
-    "🥥 🥑 🍆 🥒 🧅 🥐 🥨 🍔 🌮 🥚 🍪 🍭 🧁 🏠 ⛺ 🚁 🚀 🚜 ⚓ ⌚ ⭐ "
-    "🎈 🏆 🎸 🎺 🎻 🥁 🔔 💡 🔦 🕯 🔑 🔨 🪓 🔧 ⚙ 🧲 🪜 🔬 🔭 🚪 🪞 🛁 🧹 🧺 "
-    "🪣 👑 🎩 👗 💍 📷 🔋 ✏ 📌 🛡 🎲 🪀 🧭 🗿 ☎ "
-).split()
 
 COUNTS = {"train": 700, "validation": 200, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
@@ -29,15 +21,6 @@ DENSE_SCALE = 2.0
 of the native side, as CLIP's are."""
 
 
-@functools.cache
-def cast() -> demo_scenes.Cast:
-    """Who plays in the scenes: one category an emoji, under its own name."""
-    from visft.data.demo_world import catalogue
-
-    known = {emoji.text: emoji for emoji in catalogue.unseen_emoji()}
-    return demo_scenes.cast_of([(known[text].name, (text,)) for text in _THINGS if text in known])
-
-
 def categories() -> tuple[str, ...]:
     """Names of the categories; a scene's objects index them."""
     return cast().names
@@ -47,10 +30,7 @@ def categories() -> tuple[str, ...]:
 def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
     """All scenes of a part (see `COUNTS`), the same at every call."""
     number = list(COUNTS).index(part)
-    return tuple(
-        demo_scenes.compose(np.random.default_rng([7, number, i]), held_out=True, cast=cast())
-        for i in range(COUNTS[part])
-    )
+    return tuple(scene(number, i) for i in range(COUNTS[part]))
 
 
 def pictures(part: str, *, dense: bool = False) -> Pictures:
