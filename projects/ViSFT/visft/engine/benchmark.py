@@ -127,7 +127,9 @@ def measure(trainer: StageTrainer, images: list[dict], *, rounds: int) -> list[d
         PARTS); `memory`: the peak in GiB, of the GPU's, else of the process (0 where the system does not tell).
     """
     kinds = {JOINT: images}
-    kinds |= {name: [image | {"task": name} for image in images] for name in trainer.model.heads}
+    model = trainer.model
+    learning = [name for name, head in model.heads.items() if head.trainable or model.stage == "lora"]
+    kinds |= {name: [image | {"task": name} for image in images] for name in learning}
     probe = _Probe(trainer)
     found = []
     try:
