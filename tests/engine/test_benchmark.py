@@ -56,7 +56,7 @@ def test_time_is_told_where_it_is_spent(stage, nap):
     trainer.optimizer.register_step_pre_hook(lambda *a: nap(4))
     before = [p.detach().clone() for p in trainer.parameters]
     rounds = measure(trainer, IMAGES, rounds=2)
-    # A pass for all heads and one for each that learns; a round warms up. A head without weights does in stage lora alone.
+    # A pass for all heads and one for each that learns, as a head without weights does in stage lora alone.
     kinds = {"joint", "detection", "segmentation"} | ({"region_text"} if stage == "lora" else set())
     assert passes == [len(IMAGES)] * len(kinds) * 3
     assert len(rounds) == 2 and set(rounds[0]) == kinds
