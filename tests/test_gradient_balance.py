@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from test_distributed import BOTH, BOXES, backward, build, gradients, picture
+from test_distributed import BOTH, BOXES, MASKS, backward, build, gradients, picture
 
 from visft.gradient_balance import balanced_copies
+
+WEIGHTS = {"detection": 1.0, "segmentation": 0.5, "region_text": 2.0}
+"""The loss weights of `build`'s heads."""
 
 IMAGES = [picture((2, BOTH), 1), picture((3, BOTH), 2), picture((1, BOXES), 3)]
 
@@ -18,20 +21,18 @@ def pulls(model, images) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[to
     handle.remove()
     (features,) = seen[0].values()
     sums = {
-        head: sum(value for name, value in losses.items() if name.startswith(f"{head}/"))
-        for head in ("detection", "segmentation")
+        head: sum(value for name, value in losses.items() if name.startswith(f"{head}/")) for head in WEIGHTS
     }
     found = {head: torch.autograd.grad(s, features, retain_graph=True)[0] for head, s in sums.items()}
     return features, found, [p for p in model.parameters() if p.requires_grad]
 
 
 def test_gradients_are_those_of_heads_with_equal_norms():
-    """Loss weights (1, 0.5) are the ratio of the norms then; the sum goes into LoRA."""
+    """Loss weights are the ratio of the norms then; the sum goes into LoRA."""
     features, found, parameters = pulls(build("lora"), IMAGES)
-    weights = {"detection": 1.0, "segmentation": 0.5}
-    norms = {head: float(g.double().norm()) / weights[head] for head, g in found.items()}
+    norms = {head: float(g.double().norm()) / WEIGHTS[head] for head, g in found.items()}
     assert max(norms.values()) > 1.5 * min(norms.values())  # else there is nothing to balance
-    mean = sum(norms.values()) / 2
+    mean = sum(norms.values()) / len(norms)
     total = sum(g * (mean / norms[head]) for head, g in found.items())
     expected = torch.autograd.grad(features, parameters, total)
 
@@ -53,7 +54,7 @@ def test_the_same_bits_each_time():
 
 
 def test_one_head_with_labels_is_left_as_it_is():
-    images = [picture((1, BOXES), 3), picture((2, BOXES), 4)]
+    images = [picture((1, MASKS), 3), picture((2, MASKS), 4)]
     plain, balanced = build("lora"), build("lora balanced")
     backward(plain, images)
     backward(balanced, images)
