@@ -1,0 +1,19 @@
+"""What features look like: as colours, beside texts, and matched between images."""
+
+from .feature_maps import (
+    Components,
+    colours,
+    mutual_matches,
+    principal_components,
+    similarity_maps,
+    value_range,
+)
+
+__all__ = [
+    "Components",
+    "colours",
+    "mutual_matches",
+    "principal_components",
+    "similarity_maps",
+    "value_range",
+]

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Draw a CLIP tower's features of images of your own, before and after tuning.
+
+tools/visualize_features.py --model NAME --pretrained TAG_OR_FILE [--compare FILE ...] --input IMAGES...
+    [--texts "a cat, grass"] [--templates "a photo of {}." ...] [--side PIXELS] [--output DIR]
+"""
+
+import sys
+
+from visft.engine import visualize_features
+
+if __name__ == "__main__":
+    sys.exit(visualize_features.main())
