@@ -312,6 +312,43 @@ def test_in_domain_is_marked_and_counts_in_no_mean(broken_file, tmp_path):
     assert "dense (in-domain)" in (tmp_path / "report.md").read_text()
 
 
+class Costly(my_benchmark.Quarters):
+    """The same pictures, and others of twice the side that nobody looks at; a readout that takes long."""
+
+    name, family, readout_seconds = "costly", "dense", 40.0
+
+    def pictures(self, seed):
+        return {**super().pictures(seed), "large": Pictures("large", 10, noise(10), scale=2.0)}
+
+
+def test_the_time_that_is_left_is_told_by_what_benchmarks_cost(monkeypatch):
+    monkeypatch.setattr(suite, "PICTURE_SECONDS", 0.1)
+    tasks = [suite.Task(cls(Context()), range(2)) for cls in (my_benchmark.Quarters, Costly)]
+    # 120 pictures once for both; 10 that count for 4 each; two readouts each.
+    assert suite._seconds(tasks) == pytest.approx(12 + 4 + 2 * 1 + 2 * 40)
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    progress = suite.Progress(suite._seconds(tasks))
+    assert "left" not in progress.line()
+    progress.spent(14)
+    now[0] = 28.0  # half as fast as where costs were measured
+    progress.say("costly, seed 0")
+    assert progress.line() == "[ 14 %] costly, seed 0 (0:28 gone, about 2:48 left)"
+    progress.skip(40)
+    assert "[ 55 %]" in progress.line() and "about 1:28 left" in progress.line()
+    progress.spent(44)
+    assert progress.line() == "[100 %] costly, seed 0 (0:28 gone)"
+
+
+def test_all_that_is_announced_is_done_at_the_end(tmp_path, monkeypatch):
+    spent, total = [], []
+    made, spend = suite.Progress.__init__, suite.Progress.spent
+    monkeypatch.setattr(suite.Progress, "__init__", lambda self, all: total.append(all) or made(self, all))
+    monkeypatch.setattr(suite.Progress, "spent", lambda self, cost: spent.append(cost) or spend(self, cost))
+    run(tmp_path, benchmarks=(my_benchmark.Quarters, Second))
+    assert sum(spent) == pytest.approx(total[0])
+
+
 # ---------------------------------------------------------------- names and arguments
 
 

@@ -70,7 +70,7 @@ class FeatureStore:
             pass the tower once for both kinds of features.
         folder: for the temporary file; None: the system's. What a killed process left in it is removed.
         texts: embeddings of lines by this tower's text tower, which are added to; towers that share it may share them.
-        progress: called with the number of pictures after each batch.
+        progress: called after each batch, with the set and how many of its pictures have passed in it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FeatureStore:
         *,
         folder: Path | None = None,
         texts: dict[str, torch.Tensor] | None = None,
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Callable[[Pictures, int], None] = lambda pictures, count: None,
     ) -> None:
         self.tower, self.progress = tower, progress
         self._dense_wanted = {pictures.identity for pictures in announced if pictures.dense}
@@ -158,7 +158,7 @@ class FeatureStore:
                     self._maps[identity] = np.memmap(file, np.float16, mode="w+", shape=shape)
                 self._maps[identity][done : done + len(batch)] = maps.to(torch.float16).numpy()
             done += len(batch)
-            self.progress(len(batch))
+            self.progress(pictures, len(batch))
         if done != pictures.count:
             raise ConfigError(f"the set `{pictures.key}` said {pictures.count} pictures and made {done}")
         self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)

@@ -61,6 +61,8 @@ class Benchmark:
         max_seeds: how many seeds make a difference; None: as many as are asked for.
         quick_seeds: how many of these a suite takes, where a readout is expensive; None: all.
         item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
+        readout_seconds: what a seed takes besides the pictures that pass the tower, in seconds of one CPU core with the
+            demo's tower. The time that is left is told by it; a rough number will do.
         version: raised when the same pictures give other figures than before, so that old results are not taken up.
     """
 
@@ -70,6 +72,7 @@ class Benchmark:
     max_seeds: int | None = None
     quick_seeds: int | None = None
     item_set = ""
+    readout_seconds = 1.0
     version = 1
 
     def __init__(self, context: Context) -> None:

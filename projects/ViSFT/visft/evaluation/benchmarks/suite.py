@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 SCORES = "scores"
 
+PICTURE_SECONDS = 0.0085
+"""What a picture of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -67,15 +70,17 @@ def run(
             ready.append(Task(cls(context), range(seeds)))
     about, scores = [], {}
     texts: dict[str, dict] = {}
-    progress = Progress(len(towers) * _passes(ready))
+    progress = Progress(len(towers) * _seconds(ready))
     for entry in towers:
         tower = Tower(name, entry.pretrained, label=entry.label)
         about.append({"label": entry.label, "weights": entry.pretrained, "sha256": tower.sha256})
         if not tower.has_map:
+            whole = _seconds(ready)
             for task in [task for task in ready if task.needs_map]:
                 left_out[task.benchmark.name] = f"{name} is no plain vision transformer"
                 logger.info("not run: %s: %s", task.benchmark.name, left_out[task.benchmark.name])
                 ready.remove(task)
+            progress.skip(len(towers) * (whole - _seconds(ready)))
         shared = texts.setdefault(tower.text_sha256, {})
         scores[entry.label] = evaluate(tower, ready, output, shared, progress)
         del tower
@@ -114,9 +119,16 @@ class Task:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _passes(tasks: Sequence[Task]) -> int:
-    """Pictures that pass a tower."""
-    return sum({pictures.identity: pictures.count for task in tasks for pictures in task.pictures}.values())
+def _seconds(tasks: Sequence[Task]) -> float:
+    """What tasks cost a tower together: each picture once, and every readout."""
+    passed = {pictures.identity: pictures for task in tasks for pictures in task.pictures}
+    readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
+    return readouts + sum(_passing_seconds(pictures, pictures.count) for pictures in passed.values())
+
+
+def _passing_seconds(pictures: Pictures, count: int) -> float:
+    """What `count` of a set's pictures cost."""
+    return PICTURE_SECONDS * pictures.scale**2 * count
 
 
 def evaluate(
@@ -133,19 +145,23 @@ def evaluate(
         texts: text embeddings, shared among towers of one text tower.
         progress: None: one of its own.
     """
-    progress = progress or Progress(_passes(tasks))
+    progress = progress or Progress(_seconds(tasks))
     folder = output / SCORES / tower.sha256[:16]
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(folder)
     found = {task.benchmark.name: _read(folder, task) for task in tasks}
     open_tasks = [task for task in tasks if found[task.benchmark.name] is None]
-    progress.skip(_passes(tasks) - _passes(open_tasks))
+    progress.skip(_seconds(tasks) - _seconds(open_tasks))
     for task in tasks:
         if task not in open_tasks:
             progress.say(f"{tower.label}: {task.benchmark.name}: finished before")
     users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
     announced = [pictures for task in open_tasks for pictures in task.pictures]
-    store = FeatureStore(tower, announced, folder=output, texts=texts, progress=progress.passed)
+
+    def passed(pictures: Pictures, count: int) -> None:
+        progress.spent(_passing_seconds(pictures, count))
+
+    store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)
     try:
         for task in open_tasks:
             rows = []
@@ -155,6 +171,7 @@ def evaluate(
                     torch.manual_seed(seed)
                     scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
                 rows.append(scores.reshape(len(scores), -1))
+                progress.spent(task.benchmark.readout_seconds)
                 users.subtract(pictures.identity for pictures in sets.values())
                 for pictures in sets.values():
                     if users[pictures.identity] == 0:
@@ -289,23 +306,23 @@ class Progress:
     """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
 
     Args:
-        total: pictures that will pass a tower.
+        total: what all will cost, in seconds of the machine that costs were measured on.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.skipped = max(1, total), 0, 0
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self.skipped = total, 0.0, 0.0
         self.start, self.what = time.monotonic(), ""
         self.terminal = sys.stderr.isatty()
 
-    def passed(self, count: int) -> None:
-        """So many pictures have passed a tower."""
-        self.done += count
+    def spent(self, cost: float) -> None:
+        """What cost so much is done."""
+        self.done += cost
         if self.terminal:
             self._print()
 
-    def skip(self, count: int) -> None:
-        """So many need not pass: their benchmarks are finished."""
-        self.skipped += count
+    def skip(self, cost: float) -> None:
+        """What would cost so much need not be done."""
+        self.skipped += cost
 
     def say(self, what: str) -> None:
         """What is done now."""
@@ -324,10 +341,10 @@ class Progress:
     def line(self) -> str:
         """As it is shown: share, what, time gone, and time left where it can be told."""
         gone = time.monotonic() - self.start
-        share = (self.done + self.skipped) / self.total
+        share = (self.done + self.skipped) / self.total if self.total else 1.0
         left = ""
-        if self.done and self.done + self.skipped < self.total:
-            left = f", about {_clock(gone / self.done * (self.total - self.done - self.skipped))} left"
+        if self.done and share < 1:
+            left = f", about {_clock(gone / self.done * self.total * (1 - share))} left"
         return f"[{100 * share:3.0f} %] {self.what} ({_clock(gone)} gone{left})"
 
     def _print(self) -> None:
