@@ -19,6 +19,7 @@ from visft.evaluation.benchmarks import (
     FeatureStore,
     Pictures,
     Tower,
+    features,
     forest_plot,
     registry,
     report,
@@ -102,6 +103,18 @@ def test_embeddings_are_open_clips_and_maps_the_backbones(tower):
     with torch.no_grad():
         torch.testing.assert_close(store.text(texts), tower.clip.encode_text(tokens, normalize=True))
     store.close()
+
+
+def test_features_are_the_same_however_many_pictures_pass_at_once(tower, monkeypatch):
+    pictures, found = Pictures("noise", 5, noise(), dense=True), []
+    for batch in (1, 2, 5):
+        monkeypatch.setattr(features, "BATCH_PIXELS_CPU", batch * 64 * 64)
+        store = FeatureStore(tower)
+        assert [len(each) for each in store._batches(pictures)][0] == batch
+        found.append((store.embeddings(pictures), store.dense(pictures)))
+        store.close()
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=2e-3, atol=1e-3)
 
 
 def test_a_picture_passes_once_for_whoever_asks(tower, monkeypatch):

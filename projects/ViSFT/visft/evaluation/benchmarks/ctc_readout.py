@@ -114,7 +114,7 @@ def trained(train: Words, validation: Words, alphabet: str, seed: int, epochs: i
 
 
 def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.Tensor:
-    letters, lengths = encoded([side[1][i] for i in rows], reader.alphabet)
+    letters, lengths = encoded([side[1][i] for i in rows.tolist()], reader.alphabet)
     scores = reader(side[0][rows].float())  # columns of many words are kept in half precision
     widths = torch.full((len(rows),), len(scores))
     return F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)

@@ -30,7 +30,7 @@ def train(
             weights of the best epoch are kept, of equals the first: how long to train is what regularises. None: those
             of the last epoch are.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=True)
     steps = epochs * -(-count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=rise)
     best, highest = None, -float("inf")

@@ -68,6 +68,8 @@ class DenseProbe(_Segmentation):
     """Logistic regression on each cell, of all categories and the background."""
 
     name, metric = "dense probe", "mIoU of a linear probe"
+    readout_seconds = 9
+    version = 2
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
         return unseen.readout_pictures(self.context.split)
@@ -88,6 +90,7 @@ class DenseText(_Segmentation):
     has no name."""
 
     name, metric = "dense text", "mIoU of patches against names, on objects"
+    readout_seconds = 2.5
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
         return {"test": unseen.pictures(self.context.split, dense=True)}

@@ -22,6 +22,8 @@ class FewShotEmoji(Benchmark):
     """Trained on 1 to 16 views of each of 64 emoji, tested on other views. Items are emoji, k the numbers of shots."""
 
     name, family, metric = "few-shot emoji", "few-shot", "accuracy, mean over 1 to 16 shots"
+    readout_seconds = 5.5
+    version = 2
     quick_seeds = 2
     """Each has 1,536 views, which take a fifth of a tower's time in the suite."""
     vendor: Path | None = None
@@ -76,6 +78,8 @@ class FewShotDigits(Benchmark):
     """scikit-learn's handwritten digits: a foreign domain. Items are pictures; each seed draws other shots."""
 
     name, family, metric = "few-shot digits", "few-shot", "accuracy on digits, mean over 1 to 16 shots"
+    readout_seconds = 4
+    version = 2
 
     @classmethod
     def missing(cls, context: Context) -> str | None:

@@ -57,6 +57,8 @@ class GoiProbe(_Objects):
     """Logistic regression on the object's mean feature."""
 
     name, metric = "goi probe", "top-1 and top-5 accuracy of a linear probe by mask and box"
+    readout_seconds = 9
+    version = 2
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
         return unseen.readout_pictures(self.context.split)

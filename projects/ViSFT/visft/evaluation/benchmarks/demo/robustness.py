@@ -61,6 +61,7 @@ class RobustnessEmoji(Benchmark):
     """One view of each of 150 emoji under 4 corruptions of 5 strengths. Items are emoji, k the corruptions."""
 
     name, family, metric = "robustness emoji", "robustness", "top-1 accuracy, mean over 20 corruptions"
+    readout_seconds = 0.1
     max_seeds = 1
 
     def indices(self) -> list[int]:

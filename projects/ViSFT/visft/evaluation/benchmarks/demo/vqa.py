@@ -213,7 +213,8 @@ class VqaScenes(Benchmark):
     name, family = "vqa scenes", "vqa"
     metric = "accuracy, mean over presence, count, colour, relation"
     quick_seeds = 1
-    version = 2
+    readout_seconds = 17
+    version = 3
     item_set = unseen.ITEMS
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:

@@ -37,6 +37,7 @@ class NoCaps(sources.RealBenchmark):
     """Items are pictures of one domain, scores their CIDEr-D among this domain's captions; it can be above 1."""
 
     family, metric = "captioning", "CIDEr-D"
+    version = 2
     domain = ""
     needs = {
         NOCAPS: "nocaps' validation captions",

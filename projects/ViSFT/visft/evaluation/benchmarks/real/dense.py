@@ -278,6 +278,8 @@ def cell_labels(labels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
 class DenseProbe(_Dense):
     """Logistic regression on each cell."""
 
+    version = 2
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         whole = self.read(train=True, most=maps.TRAIN)

@@ -42,6 +42,7 @@ class _FewShot(sources.RealBenchmark):
     """Items are pictures of the test set. Each seed draws other pictures to train on."""
 
     family = "few-shot"
+    version = 2
     max_seeds = None
     method = ""
     tested: type[zero_shot.ZeroShot]

@@ -237,6 +237,8 @@ class GoiZeroShot(_Goi):
 class GoiProbe(_Goi):
     """Logistic regression on the region's mean feature."""
 
+    version = 2
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         whole = self.read(train=True)

@@ -38,6 +38,7 @@ class Ocr(sources.RealBenchmark):
     """Items are pictures of `LINES` words, columns right words, shares of right characters, and how many words."""
 
     family = "ocr"
+    version = 2
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

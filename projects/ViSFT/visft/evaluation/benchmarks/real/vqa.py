@@ -136,6 +136,7 @@ class Vqa(sources.RealBenchmark):
 
     family, metric = "vqa", "VQA's soft accuracy, a readout's choice of frequent answers"
     in_domain = True
+    version = 2
 
     @functools.cached_property
     def asked(self) -> dict[str, Asked]:
