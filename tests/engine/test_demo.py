@@ -50,6 +50,19 @@ def test_pictures_and_curves_are_drawn(demo):
     assert (folder / "loss_curves.png").stat().st_size > 1000
 
 
+def test_page_shows_scenes_of_unseen_things(demo):
+    folder, _ = demo
+    assert len(list((folder / "unseen").glob("scene_*.png"))) == 4
+    page = (folder / "report.html").read_text()
+    # Four scenes in three ways before and after, the forest plot, the losses and four predictions.
+    assert page.count("data:image/png;base64,") == 4 * 3 * 2 + 2 + 4
+    scenes, unseen, known = map(
+        page.index, ("<h3>Scene 1", "no training scene showed", "Known things, on unseen")
+    )
+    assert scenes < unseen < known
+    assert "regions named by the text encoder" in page and "digits by a linear probe" in page
+
+
 def test_tower_loads_without_visft(demo, tmp_path):
     folder, _ = demo
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -12,9 +12,10 @@ from visft.backbone import open_clip_zoo
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data.demo_world import dataset
-from visft.engine import checks, cli, evaluate, launch, settings, stages
+from visft.engine import checks, cli, demo_report, demo_unseen, evaluate, launch, settings, stages
 from visft.errors import CheckpointError, TrainingError
 from visft.evaluation.benchmarks import Context, report, resolve, suite
+from visft.evaluation.benchmarks.towers import Tower
 from visft.model_zoo import get_config_file
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ WEIGHTS = Path(dataset.__file__).with_name("weights")
 EXPORTED = Path("export") / "visft_backbone.safetensors"
 OUT_OF_DOMAIN = "out_of_domain"
 """Folder of the suite's short form in a run's."""
+
+UNSEEN = "unseen"
+"""Folder of the images of scenes of unseen things in a run's."""
 
 _SUITE = {
     "goi zero-shot": "regions named by the text encoder, top-1 and top-5",
@@ -69,6 +73,7 @@ def _demo(args: argparse.Namespace) -> None:
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
     if (folder / EXPORTED).is_file():  # VISFT.EXPORT may say otherwise
         complete_report(folder, evaluate_out_of_domain(folder), evaluate_unseen(folder))
+    write_page(folder)
     print(summary(folder), flush=True)
 
 
@@ -138,6 +143,21 @@ def complete_report(
     files.write_json(file, content)
 
 
+def write_page(folder: str | os.PathLike) -> Path:
+    """Write a run's `report.html` and, where a tower was exported, its images of unseen things in `unseen/`.
+
+    Args:
+        folder: OUTPUT_DIR of a finished run of the demo's tower.
+    """
+    folder, scenes = Path(folder), []
+    if (folder / EXPORTED).is_file():
+        towers = [
+            Tower(open_clip_zoo.TINY, weights) for weights in (open_clip_zoo.TINY_TAG, str(folder / EXPORTED))
+        ]
+        scenes = demo_unseen.draw(towers, folder / UNSEEN)
+    return demo_report.write(folder, suite=_SUITE, unseen=_UNSEEN, known=_FIGURES, scenes=scenes)
+
+
 def summary(folder: str | os.PathLike) -> str:
     """The demo's last lines: what happened, the metrics that matter, where to look.
 
@@ -181,12 +201,13 @@ def summary(folder: str | os.PathLike) -> str:
     ]
     if fell:
         lines += ["", f"What fell: {', '.join(fell)}."]
-    page = folder / OUT_OF_DOMAIN / "report.html"
+    images = folder / UNSEEN
     lines += [
         "",
-        f"Report    {folder / 'report.md'}",
-        *([f"          {page}"] if page.is_file() else []),
+        f"Report    {folder / demo_report.NAME}",
+        f"          {folder / 'report.md'}",
         f"Pictures  {folder / 'predictions'}",
+        *([f"          {images}"] if images.is_dir() else []),
         f"Tower     {folder / EXPORTED}",
         f"          open_clip.create_model('local-dir:{folder / EXPORTED.parent}')",
     ]
