@@ -8,6 +8,7 @@ import torch
 from oracle import Oracle
 
 from visft.backbone import open_clip_zoo
+from visft.data.demo_world import unseen_things
 from visft.evaluation import captions
 from visft.evaluation.benchmarks import Context, caption_readout, suite
 from visft.evaluation.benchmarks.demo import captioning, regions, unseen
@@ -17,7 +18,7 @@ from visft.heads.vocabulary import Vocabulary
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Five things, so that few scenes show each of them often."""
-    monkeypatch.setattr(unseen, "_THINGS", unseen._THINGS[:5])
+    monkeypatch.setattr(unseen_things, "_THINGS", unseen_things._THINGS[:5])
     monkeypatch.setattr(unseen, "COUNTS", {"train": 260, "validation": 30, "test": 50, "development": 20})
     unseen.cast.cache_clear()
     unseen.scenes.cache_clear()

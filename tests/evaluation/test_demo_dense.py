@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from visft.backbone import open_clip_zoo
 from visft.backbone.patch_text import patch_embeddings
 from visft.backbone.towers import TimmTower, adapt
+from visft.data.demo_world import unseen_things
 from visft.evaluation.benchmarks import Context, suite
 from visft.evaluation.benchmarks.demo import dense, goi, regions, unseen
 from visft.evaluation.benchmarks.segmentation import overlaps
@@ -24,7 +25,7 @@ def few():
     """Six things in few scenes, so that a test is a matter of seconds."""
     caches = (unseen.cast, unseen.scenes, regions.objects)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unseen, "_THINGS", unseen._THINGS[:6])
+        patch.setattr(unseen_things, "_THINGS", unseen_things._THINGS[:6])
         counts = {"train": 70, "validation": 24, "test": 30, "development": 24}
         patch.setattr(unseen, "COUNTS", counts)
         for cached in caches:

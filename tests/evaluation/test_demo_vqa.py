@@ -8,6 +8,7 @@ import torch
 from oracle import Oracle
 
 from visft.backbone import open_clip_zoo
+from visft.data.demo_world import unseen_things
 from visft.evaluation.benchmarks import Context, report, suite
 from visft.evaluation.benchmarks.demo import regions, unseen, vqa
 
@@ -17,7 +18,7 @@ def few():
     """Five things, so that few scenes show each of them often."""
     caches = (unseen.cast, unseen.scenes, regions.objects, vqa.questions)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unseen, "_THINGS", unseen._THINGS[:5])
+        patch.setattr(unseen_things, "_THINGS", unseen_things._THINGS[:5])
         patch.setattr(unseen, "COUNTS", {"train": 400, "validation": 40, "test": 60, "development": 24})
         for cached in caches:
             cached.cache_clear()
