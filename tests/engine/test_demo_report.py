@@ -140,8 +140,8 @@ def test_page_fits_a_telephone(tmp_path):
         pictures=[("a wide image", demo_report._png(np.zeros((50, 1500, 3), np.uint8)))],
     )
     found = measured(browser, text, tmp_path)
-    assert found["client"] == 390
-    assert max(found["scroll"], found["body"]) <= 390
+    assert found["client"] in (375, 390)  # with and without a bar to scroll down by, which a telephone lays over the page
+    assert max(found["scroll"], found["body"]) <= found["client"]
     assert found["images"] == found["decoded"] == 13
     assert found["outside"] == []
 

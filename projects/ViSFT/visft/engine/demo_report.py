@@ -228,7 +228,7 @@ def _scenes(scenes: Sequence[Scene]) -> list[str]:
     parts = [
         "<h2>What it sees in scenes of unseen things</h2>",
         "<p>Each scene three times, before on the left and after on the right. First, every object's mask with the "
-        "name that the text encoder gives to the mean of its patches, among all 100 names: blue where it is right, "
+        "name that the text encoder gives to the mean of its patches, among all their names: blue where it is right, "
         "vermilion where it is wrong. Then how similar each patch is to one text, in the same colours on both sides. "
         "Last, the patches' features as colours: three principal components, of one basis for both towers and all "
         "scenes. The "

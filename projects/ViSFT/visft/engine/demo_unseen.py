@@ -152,7 +152,7 @@ def _scene(number: int, views: Sequence[_Projected], components) -> Scene:
 
 def _sheet(scene: Scene):
     rows = [
-        ("objects, named among 100 names never tuned on", "masks"),
+        ("objects, named among names never tuned on", "masks"),
         (f"similarity to the text “{scene.text}”", "similarity"),
         ("features: three principal components", "features"),
     ]
