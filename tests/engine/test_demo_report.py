@@ -2,9 +2,13 @@
 
 import html
 import html.parser
+import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
+import pytest
 
 from visft.engine import demo_report
 from visft.engine.demo_unseen import Scene, View
@@ -105,3 +109,63 @@ def test_page_needs_no_other_file():
     metas = {meta.get("name") or meta.get("http-equiv"): meta.get("content") for meta in tags.metas}
     assert metas["viewport"] == "width=device-width, initial-scale=1"
     assert metas["Content-Security-Policy"].startswith("default-src 'none'; img-src data:;")
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const root = document.documentElement, images = [...document.images];
+  const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+  parent.postMessage({
+    wide: root.scrollWidth, shown: root.clientWidth, font: parseFloat(getComputedStyle(document.body).fontSize),
+    images: images.length, decoded: images.filter(image => image.complete && image.naturalWidth > 0).length,
+    requests: loaded.filter(name => !name.startsWith("data:")),
+  }, "*");
+});
+</script>"""
+"""What the browser is asked, in a copy of the page that allows this script."""
+
+FRAME = """<!doctype html><body style="margin: 0"><script>
+addEventListener("message", event => {
+  const line = document.createElement("pre");
+  line.id = "found"; line.textContent = JSON.stringify(event.data);
+  document.body.append(line);
+});
+</script><iframe src="page.html" style="border: 0; height: 800px; width: %dpx"></iframe></body>"""
+"""A frame is as narrow as it is told to be; Chromium's own windows are 500 pixels wide or more."""
+
+
+def opened(text: str, folder, width: int) -> dict:
+    """What a headless Chromium makes of a page that is shown in this width in pixels."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium on this machine to open the page in")
+    policy = demo_report._POLICY
+    assert policy in text
+    allowed = text.replace(policy, f"{policy}; script-src 'unsafe-inline'").replace(
+        "</body>", f"{PROBE}</body>"
+    )
+    (folder / "page.html").write_text(allowed)
+    (folder / "frame.html").write_text(FRAME % width)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder}/profile", f"--window-size={max(width, 500)},800", "--dump-dom"]
+    command += ["--virtual-time-budget=5000", f"file://{folder}/frame.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_browser_shows_the_whole_page(tmp_path, width):
+    found = opened(page(), tmp_path, width)
+    assert found["wide"] <= found["shown"] == width
+    assert found["images"] == found["decoded"] == 6
+    assert found["requests"] == [] and found["font"] >= 16
+
+
+def test_browser_test_sees_what_is_wrong(tmp_path):
+    wrong = page().replace(
+        "</body>", '<div style="width: 2000px">.</div><img src="data:image/png;base64,AAAA"></body>'
+    )
+    found = opened(wrong, tmp_path, 390)
+    assert found["wide"] > found["shown"] and found["decoded"] == found["images"] - 1 == 6
