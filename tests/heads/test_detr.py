@@ -223,3 +223,29 @@ def test_classification_is_pytorchs_weighted_mean(images):
             target[image, query] = images[image]["instances"].gt_classes[index]
         expected = F.cross_entropy(output.logits[layer].flatten(0, 1), target.flatten(), weight=weight)
         torch.testing.assert_close(losses[name], expected)
+
+
+def test_inference_leaves_out_what_repeats_a_better_box():
+    torch.manual_seed(3)
+    head, thresh = make_head(LabelSpace(2), num_queries=40).eval(), 0.5
+    with torch.no_grad():
+        head.query_embeds.weight *= 4
+        head.bbox_embeds.layers[-1].weight *= 8  # boxes of all kinds, some near each other
+    inputs = (torch.randn(1, 12, 4, 4), NOT_PADDED[:1], [{"height": 64, "width": 64}], SIZES[:1], (64, 64))
+    every = head.inference(*inputs)[0]
+    head.nms_thresh = thresh
+    kept = head.inference(*inputs)[0]
+    assert 1 < len(kept) < len(every) == 40
+    assert (kept.scores.diff() <= 0).all()
+    chosen = []
+    for i in every.scores.argsort(descending=True).tolist():  # greedily, by the definition
+        overlap = pairwise_iou(every.pred_boxes[i], every.pred_boxes)[0]
+        better = [j for j in chosen if every.pred_classes[j] == every.pred_classes[i] and overlap[j] > thresh]
+        chosen += [] if better else [i]
+    torch.testing.assert_close(kept.pred_boxes.tensor, every.pred_boxes.tensor[chosen])
+    torch.testing.assert_close(kept.pred_classes, every.pred_classes[chosen])
+
+
+def test_impossible_overlap_is_refused():
+    with pytest.raises(ConfigError, match=r"NMS_THRESH_TEST is 1.5; expected an IoU"):
+        make_head(nms_thresh=1.5)

@@ -124,6 +124,9 @@ def _add_heads(cfg: CN) -> None:
     det.FED_LOSS_CLASSES = 0
     # They are drawn by the number of training pictures that have them, to this power.
     det.FED_LOSS_POWER = 0.5
+    # Inference leaves out a box whose IoU with a better one of its class is above this. 1: none, as DETR has it; after
+    # a short training, queries still repeat each other.
+    det.NMS_THRESH_TEST = 1.0
     # Loss weights; the matching's costs are the same three numbers.
     det.CLASS_WEIGHT = 1.0
     det.L1_WEIGHT = 5.0

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from visft.errors import ConfigError
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.classification import best_pairs, build_classification, class_weight_sum
 from visft.heads.detr_transformer import DETRTransformer
@@ -73,6 +74,7 @@ class DETRHead(VisftHead):
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
         max_detections: int = 100,
+        nms_thresh: float = 1.0,
         class_loss: str = "softmax",
         federated: Federated | None = None,
     ):
@@ -83,18 +85,25 @@ class DETRHead(VisftHead):
             no_object_weight: of unmatched queries in the classification loss.
             class_weight, l1_weight, giou_weight: of the losses, and of the matching's costs.
             max_detections: how many boxes of a picture inference returns at most.
+            nms_thresh: inference leaves out a box whose IoU with a better one of its class is above this; 1: none. The
+                matching teaches queries not to repeat each other, but slowly: a short training needs it.
             class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
             federated: which classes take part in the class loss; None: all.
 
         Raises:
-            ConfigError: if a width is not a multiple of what it is divided into, or there is no such class loss.
+            ConfigError: if a width is not a multiple of what it is divided into, there is no such class loss, or
+                `nms_thresh` is not in 0..1.
         """
         super().__init__()
+        if not 0 <= nms_thresh <= 1:
+            raise ConfigError(
+                f"MODEL.VISFT.DETECTION.NMS_THRESH_TEST is {nms_thresh}; expected an IoU, 0 to 1 (1: leave none out)"
+            )
         check_divisible("ENCODER_DIM", encoder_dim, 4, "sine and cosine of x and y")
         self.labels = labels
         self.no_object_weight = no_object_weight
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
-        self.max_detections = max_detections
+        self.max_detections, self.nms_thresh = max_detections, nms_thresh
         self.classification = build_classification(class_loss, no_object_weight)
         self.federated = federated
 
@@ -122,6 +131,7 @@ class DETRHead(VisftHead):
             "dropout": node.DROPOUT,
             "l1_weight": node.L1_WEIGHT,
             "giou_weight": node.GIOU_WEIGHT,
+            "nms_thresh": node.NMS_THRESH_TEST,
         }
 
     def forward(self, features: Tensor, padding_mask: Tensor | None = None) -> DETROutput:
@@ -163,6 +173,10 @@ class DETRHead(VisftHead):
             result = _boxed(output.boxes[0, index, queries[index]], original_size(image, size))
             result.scores = scores[index]
             result.pred_classes = classes[index]
+            if self.nms_thresh < 1:
+                result = result[
+                    batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, self.nms_thresh)
+                ]
             results.append(result)
         return results
 
