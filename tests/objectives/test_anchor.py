@@ -6,11 +6,13 @@ import torch
 from objective_models import NATIVE, assert_close, base_of, captioned, gradients, normalised, with_objectives
 from PIL import Image
 from test_meta_arch import losses_of, picture
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from visft.backbone import lora
 from visft.errors import ConfigError
 from visft.objectives import anchor
-from visft.objectives.batch import crop, resized
+from visft.objectives.anchor import recolored
+from visft.objectives.batch import Batch, crop, resized
 
 FULL = ("MODEL.VISFT.TUNE", "full")
 
@@ -102,6 +104,41 @@ def test_parts_of_a_picture_are_anchored_beside_the_whole(monkeypatch):
     )
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     assert_close(gradients(model, loss), gradients(model, expected))
+
+
+@pytest.mark.parametrize("inverted", [0.2, 0.7])
+def test_recoloured_part_is_grey_or_its_negative_of_another_contrast(inverted):
+    part = picture()["image"].float() * 0.3 + 90  # so that no value is clamped
+    assert torch.equal(recolored(part, 0.4, inverted, 0.9), part)
+    grey = rgb_to_grayscale(part)  # torchvision rounds the weights to four digits
+    if inverted >= 0.5:
+        grey = 255 - grey
+    for contrast, factor in ((0.5, 1.0), (0.0, 0.5), (1.0, 2.0)):
+        found = recolored(part, 0.6, inverted, contrast)
+        assert found.shape == part.shape and (found.amin(0) == found.amax(0)).all()
+        expected = grey.mean() + factor * (grey - grey.mean())
+        torch.testing.assert_close(found[:1], expected, atol=0.1, rtol=0)
+
+
+def test_half_of_the_parts_are_recoloured_and_all_are_of_the_same_places():
+    images = [captioned(size=(NATIVE, 96))[0] | {"image_id": number} for number in range(40)]
+    plain, recoloured = parts_of(images, False), parts_of(images, True)
+    same = [torch.equal(a, b.to(a)) for a, b in zip(plain, recoloured, strict=True)]
+    assert [a.shape for a in plain] == [b.shape for b in recoloured] and 25 < sum(same) < 55  # of 80
+
+
+def parts_of(images: list[dict], recolor: bool) -> list[torch.Tensor]:
+    """Two parts of each image."""
+    options = ("MODEL.VISFT.ANCHOR.CROPS", 2, "MODEL.VISFT.ANCHOR.RECOLOR", recolor)
+    model = with_objectives("anchor", options=options)
+    batch = Batch(model.backbone, images, None, 5, torch.device("cpu"))
+    ((_, objective),) = model.objectives.items()
+    return [part for row in range(len(images)) for part in objective.parts(batch, row)]
+
+
+def test_recolouring_without_parts_is_refused():
+    with pytest.raises(ConfigError, match="RECOLOR is set, and .*CROPS is 0"):
+        with_objectives("anchor", options=("MODEL.VISFT.ANCHOR.RECOLOR", True))
 
 
 def test_a_negative_number_of_parts():

@@ -81,6 +81,8 @@ def _add_heads(cfg: CN) -> None:
     anchor.SIZE = 0
     # The same for this many parts of each picture, drawn at random; 0: whole pictures alone.
     anchor.CROPS = 0
+    # Every second part, at random, is grey, of another contrast, or a grey negative: of another domain.
+    anchor.RECOLOR = False
 
     # CLIP's own loss on pictures and captions; text tower and logit scale are the base's, and frozen.
     visft.CONTRASTIVE = contrastive = CN()

@@ -10,6 +10,9 @@ from visft.objectives.base import Objective, check_size, cosine_distance
 from visft.objectives.batch import Batch, crop
 from visft.objectives.registry import VISFT_OBJECTIVES_REGISTRY
 
+LUMA = (0.299, 0.587, 0.114)
+"""Of R, G and B, by ITU-R BT.601."""
+
 SMALLEST = 0.2
 """The least share of a picture's sides that a part of it has."""
 
@@ -20,6 +23,7 @@ class Anchor(Objective):
     with or without labels.
 
     Parts show single things, large: pictures of another kind than the training's, where the embedding shall stay, too.
+    With RECOLOR every second part, at random, is changed: grey, of more or less contrast, half of them negatives.
     """
 
     needs_original = True
@@ -27,13 +31,17 @@ class Anchor(Objective):
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         super().__init__(cfg, name, backbone)
         node = cfg.MODEL.VISFT[name.upper()]
-        self.size, self.crops = node.SIZE, node.CROPS
+        self.size, self.crops, self.recolor = node.SIZE, node.CROPS, node.RECOLOR
 
     @classmethod
     def check(cls, cfg: CfgNode, name: str) -> None:
         super().check(cfg, name)
         key, node = f"MODEL.VISFT.{name.upper()}", cfg.MODEL.VISFT[name.upper()]
         check_size(cfg, f"{key}.SIZE", node.SIZE)
+        if node.RECOLOR and not node.CROPS:
+            raise ConfigError(
+                f"{key}.RECOLOR is set, and {key}.CROPS is 0: it is parts that are recoloured; set CROPS, too"
+            )
         if node.CROPS < 0:
             raise ConfigError(
                 f"{key}.CROPS is {node.CROPS}; expected 0 (none) or a number of parts of a picture"
@@ -59,8 +67,29 @@ class Anchor(Objective):
         picture = batch.images[row]["image"]
         height, width = picture.shape[1:]
         found = []
-        for share, x, y in torch.rand(self.crops, 3, generator=batch.generator(row, "anchor")).tolist():
+        draws = torch.rand(self.crops, 3, generator=batch.generator(row, "anchor")).tolist()
+        # From a generator of their own: with and without RECOLOR the parts are of the same places.
+        colours = torch.rand(self.crops, 3, generator=batch.generator(row, "anchor colours")).tolist()
+        for (share, x, y), colour in zip(draws, colours, strict=True):
             share = SMALLEST + (1 - SMALLEST) * share
             x, y = x * (1 - share), y * (1 - share)
-            found.append(crop(picture, [x * width, y * height, (x + share) * width, (y + share) * height]))
+            part = crop(picture, [x * width, y * height, (x + share) * width, (y + share) * height])
+            found.append(recolored(part, *colour) if self.recolor else part)
         return found
+
+
+def recolored(picture: Tensor, whether: float, inverted: float, contrast: float) -> Tensor:
+    """A picture `[3, H, W]`, 0..255, as it is or grey, by three numbers in 0..1.
+
+    Args:
+        whether: from 0.5 on it becomes grey (luma of BT.601).
+        inverted: from 0.5 on a grey one becomes its negative.
+        contrast: grey values are spread about their mean by 0.5 (at 0) to 2 (at 1).
+    """
+    if whether < 0.5:
+        return picture
+    grey = (picture.float() * picture.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(0)
+    if inverted >= 0.5:
+        grey = 255 - grey
+    mean = grey.mean()
+    return (mean + (grey - mean) * 4 ** (contrast - 0.5)).clamp(0, 255).expand(3, -1, -1)
