@@ -9,7 +9,7 @@ from torchvision.ops import masks_to_boxes
 
 from visft.errors import ConfigError, DataError
 from visft.heads import LabelSpace, Mask2FormerHead
-from visft.heads.mask2former import _sample_targets, tight_boxes
+from visft.heads.mask2former import MaskOutput, _sample_targets, tight_boxes
 from visft.heads.mask_decoder import MaskDecoder
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -245,6 +245,33 @@ def test_autocast_and_features_in_half_precision(images):
         assert rough[name].dtype == torch.float32
         assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.15)
         assert stored[name].item() == pytest.approx(exact[name].item(), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matching_and_losses_are_exact_under_autocast(dtype):
+    """As many points as the paper has, masks that are full and sure: their sums overflow in float16."""
+    head = make_head(num_queries=40, num_points=12544)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randn(2, 3, 40, 16, 16, generator=generator) * 4 + 12
+    output = MaskOutput(torch.randn(2, 3, 40, 6, generator=generator), masks)
+    images = [
+        annotated(i, (64, 64), [[0, 0, 64, 64], [i, 2, 40, 60], [8, 8 + i, 62, 64]], [i, 1, 4])
+        for i in range(3)
+    ]
+    points = head._random_points(images, torch.device("cpu"))
+    samples = [_sample_targets(image, at, (64, 64)) for image, at in zip(images, points, strict=True)]
+    labels = torch.stack([image["instances"].gt_classes for image in images])
+    normalizers = head.normalizers(images)
+
+    def computed() -> tuple:
+        matching = head.match(output, labels, samples, points)
+        return matching, head.criterion(output, labels, samples, points, matching, normalizers)
+
+    expected, losses = computed()
+    with torch.autocast("cpu", dtype):
+        matching, rough = computed()
+    assert torch.equal(matching.query, expected.query) and torch.equal(matching.target, expected.target)
+    assert all(torch.equal(rough[name], losses[name]) and loss.isfinite() for name, loss in losses.items())
 
 
 def test_numbers_out_of_range_are_refused():

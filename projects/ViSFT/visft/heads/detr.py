@@ -20,6 +20,7 @@ from visft.heads.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from visft.heads.matcher import Matching, match
 from visft.heads.objectness import objectness
 from visft.heads.position import sine_position_encoding
+from visft.heads.precision import without_autocast
 from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
@@ -208,6 +209,7 @@ class DETRHead(VisftHead):
         return scores, queries, classes.gather(1, queries)
 
     @torch.no_grad()
+    @without_autocast
     def match(self, output: DETROutput, targets: DETRTargets) -> Matching:
         """Assign targets to queries, in every layer anew."""
         costs, boxes = self.classification.costs(output.logits), output.boxes.float()
@@ -219,6 +221,7 @@ class DETRHead(VisftHead):
         )
         return match([cost[:, i, :, :count] for i, count in enumerate(targets.counts)])
 
+    @without_autocast
     def criterion(
         self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
     ) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from visft.heads.mask_decoder import MaskDecoder, MaskOutput
 from visft.heads.matcher import Matching, match
 from visft.heads.objectness import objectness
 from visft.heads.pixel_decoder import PixelDecoder
+from visft.heads.precision import without_autocast
 from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
@@ -190,6 +191,7 @@ class Mask2FormerHead(VisftHead):
         return results
 
     @torch.no_grad()
+    @without_autocast
     def match(
         self, output: MaskOutput, labels: Tensor, samples: list[Tensor], points: list[Tensor]
     ) -> Matching:
@@ -210,6 +212,7 @@ class Mask2FormerHead(VisftHead):
             costs.append(cost + self.class_weight * class_costs[:, i][..., target_labels])
         return match(costs)
 
+    @without_autocast
     def criterion(
         self,
         output: MaskOutput,
