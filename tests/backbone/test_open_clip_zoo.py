@@ -1,11 +1,13 @@
 """Towers by name: the demo tower in open_clip, bases with their hashes, and bad names and files."""
 
 import hashlib
+import json
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from families import relative, small_clip
@@ -131,3 +133,41 @@ def test_a_file_of_another_model(weights, tmp_path):
     save_file({n: t for n, t in load_file(weights).items() if n.startswith("visual.")}, path)
     with pytest.raises(CheckpointError, match="cannot be loaded as a whole visft-tiny"):
         CLIPViT.from_open_clip("visft-tiny", str(path))
+
+
+@pytest.fixture
+def quick_tag(monkeypatch):
+    """A tag of visft-tiny whose weights want QuickGELU, which the architecture has not."""
+    open_clip_zoo.register(open_clip)
+    entry = {"file": str(open_clip_zoo.TINY_WEIGHTS), "quick_gelu": True}
+    table = open_clip.pretrained._PRETRAINED
+    for name in ("visft-tiny", "visft-tiny-quickgelu"):
+        monkeypatch.setitem(table, name, {**table.get(name, {}), "quick": entry})
+    return "quick"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_activation_is_the_tags(quick_tag, known, tmp_path, monkeypatch, caplog):
+    """Silently loaded under GELU, such weights are worse. open_clip's own model with QuickGELU is the measure."""
+    if known:
+        config = open_clip.get_model_config("visft-tiny") | {"quick_gelu": True}
+        (tmp_path / "visft-tiny-quickgelu.json").write_text(json.dumps(config))
+        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+        monkeypatch.setattr(
+            open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS)
+        )
+        open_clip.add_model_config(tmp_path)
+    with caplog.at_level("INFO"):
+        clip, base = open_clip_zoo.create_clip("visft-tiny", quick_tag)
+    weights = str(open_clip_zoo.TINY_WEIGHTS)
+    quick, plain = (
+        open_clip.create_model("visft-tiny", pretrained=weights, force_quick_gelu=force).eval()
+        for force in (True, False)
+    )
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected, wrong = (model.encode_image(images) for model in (clip, quick, plain))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, wrong, atol=1e-3)
+    assert base.name == ("visft-tiny-quickgelu" if known else "visft-tiny")
+    assert "want QuickGELU" in caplog.text

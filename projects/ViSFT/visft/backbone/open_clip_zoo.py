@@ -228,7 +228,8 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     """A whole CLIP of open_clip, on the CPU in float32 and evaluation mode.
 
     Args:
-        name: an architecture that open_clip knows.
+        name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
+            `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
         pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`), or None for random
             weights.
 
@@ -249,13 +250,37 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     path = weight_file(name, pretrained)
     try:
         given = pretrained if module.get_pretrained_cfg(name, pretrained) else path
-        clip = module.create_model(name, pretrained=given, weights_only=True)
+        name, quick_gelu = _with_activation_of_tag(name, pretrained)
+        clip = module.create_model(name, pretrained=given, weights_only=True, force_quick_gelu=quick_gelu)
     except Exception as error:
         raise CheckpointError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "
             "file of this architecture as open_clip writes it (.safetensors, or .pt with tensors alone)."
         ) from error
     return clip.eval(), BaseTower(name, pretrained, _sha256_file(path))
+
+
+def _with_activation_of_tag(name: str, pretrained: str) -> tuple[str, bool]:
+    """The architecture that a tag's weights were trained as, and whether QuickGELU must be forced on it.
+
+    Weights do not tell the activation that they were trained with; loaded under the other one they are worse, silently.
+    """
+    module = open_clip()
+    tag = module.get_pretrained_cfg(name, pretrained) or {}
+    if not tag.get("quick_gelu") or (module.get_model_config(name) or {}).get("quick_gelu"):
+        return name, False
+    other = f"{name}-quickgelu"
+    if other in module.list_models() and module.get_pretrained_cfg(other, pretrained):
+        logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, name, other)
+        return other, False
+    logger.warning(
+        "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s, so loading an export "
+        "takes force_quick_gelu=True",
+        pretrained,
+        name,
+        other,
+    )
+    return name, True
 
 
 def _first_line(error: Exception) -> str:
