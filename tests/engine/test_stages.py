@@ -64,20 +64,23 @@ def test_pictures_show_ground_truth_beside_each_head(finished, shapes_test):
 
 def test_predict_draws_pictures_of_the_users_own(finished, tmp_path):
     run, arguments = finished
-    """A folder of photos as they come: other sizes than in training, grey ones, other suffixes, and other files."""
+    """Photos as they come: other sizes than in training, grey ones, other suffixes, and other files in the folder, into
+    which the drawings go, too, replacing none of them."""
     file, pictures = shapes.make(tmp_path / "own", images=2, size=80, seed=5)
     with Image.open(pictures / "000001.png") as picture:
         picture.resize((301, 97)).save(pictures / "wide.JPG", format="JPEG")
         picture.convert("L").resize((33, 90)).save(pictures / "grey.jpeg")
     file.rename(pictures / "annotations.json")
-    command = [*arguments[:2], "--input", str(pictures), "--output", str(tmp_path / "drawn")]
+    before = {file: file.read_bytes() for file in pictures.iterdir()}
+    command = [*arguments[:2], "--input", str(pictures), "--output", str(pictures)]
     command += ["--weights", str(run), "--threshold", "0.0", *arguments[2:]]
     status, text = processes.run("predict.py", command, tmp_path / "log")
     assert status == 0, text
-    expected = ["000001.png", "000002.png", "grey.png", "wide.png"]
-    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == expected
+    assert {file: file.read_bytes() for file in before} == before
+    drawn = {file.name for file in pictures.iterdir()} - {file.name for file in before}
+    assert drawn == {"000001_predicted.png", "000002_predicted.png", "grey.png", "wide.png"}
     for name, (width, height) in {"wide": (301, 97), "grey": (33, 90)}.items():
-        with Image.open(tmp_path / "drawn" / f"{name}.png") as sheet:
+        with Image.open(pictures / f"{name}.png") as sheet:
             # Two panels (detection, segmentation) of the picture, enlarged, under their names.
             assert (sheet.width - 4) / 2 / (sheet.height - 22) == pytest.approx(width / height, rel=0.02)
 

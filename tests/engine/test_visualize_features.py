@@ -11,7 +11,7 @@ from PIL import Image
 from visft.backbone import open_clip_zoo
 from visft.checkpoint import files
 from visft.engine import visualize_features
-from visft.engine.visualize_features import output_names
+from visft.engine.outputs import output_names
 
 BASE = ["--model", "visft-tiny", "--pretrained", "demo"]
 

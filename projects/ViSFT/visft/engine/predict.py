@@ -15,7 +15,8 @@ from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
 from visft.data.open_names import read_names
 from visft.engine import checks, cli, settings, stages
-from visft.engine.drawing import THRESHOLD, beside, captions_in, draw, save_picture, save_word_maps
+from visft.engine.drawing import THRESHOLD, WORDS, beside, captions_in, draw, save_picture, save_word_maps
+from visft.engine.outputs import names_beside
 from visft.engine.vocabulary import with_vocabulary
 from visft.errors import ConfigError, DataError
 
@@ -55,7 +56,7 @@ def predict_files(
     threshold: float = THRESHOLD,
 ) -> list[Path]:
     """Draw what each head sees on pictures of the user's own; returns the files written: `folder/<name>.png`, and with
-    a caption head `folder/<name>_words.png`, where it looked at each word.
+    a caption head `folder/<name>_words.png`, where it looked at each word. None of them replaces a picture of `files`.
 
     Args:
         mapper: turns a record (`file_name`, `height`, `width`) into the model's input, as in evaluation.
@@ -63,14 +64,13 @@ def predict_files(
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     written = []
-    for file in files:
+    names = names_beside(files, folder, (".png", f"{WORDS}.png"), "predicted")
+    for file, name in zip(files, names, strict=True):
         image = read_rgb(file)
         record = {"file_name": str(file), "image_id": 0, "height": image.shape[0], "width": image.shape[1]}
         output = model([mapper(record)])[0]
         panels = draw(image, output, heads, metadata, threshold=threshold)
-        path = folder / f"{file.stem}.png"
-        if path in written:  # a.jpg and a.png
-            path = folder / f"{file.name}.png"
+        path = folder / f"{name}.png"
         captions = captions_in(output, heads)
         save_picture(beside(panels, list(captions.items())), path)
         written.append(path)

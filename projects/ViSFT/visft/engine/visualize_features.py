@@ -17,6 +17,7 @@ from visft.backbone.patch_text import patch_embeddings
 from visft.checkpoint import files
 from visft.data import read_rgb
 from visft.engine import cli
+from visft.engine.outputs import output_names
 from visft.engine.predict import find_pictures
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.benchmarks import towers
@@ -176,22 +177,6 @@ def match_sheet(images: Sequence[np.ndarray], seen: dict[str, Sequence[Seen]]) -
         pairs, _ = mutual_matches(*(each.features.flatten(0, 1) for each in pair), MATCHES)
         panels.append(drawing.match_panel(*images, pairs, [tuple(each.features.shape[:2]) for each in pair]))
     return drawing.sheet([("", panels)], list(seen))
-
-
-def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each image, without suffix: its stem; where others have that too, its file name after its folders."""
-    paths = [path.resolve() for path in paths]
-    found: list[str] = []
-    for path in paths:
-        options = [path.stem]
-        options += ["_".join([*path.parent.parts[-depth:], path.name]) for depth in range(len(path.parts))]
-        options = [option.replace("/", "") for option in options]
-        alike = [other.stem.lower() for other in paths].count(path.stem.lower()) > 1
-        # Files whose names differ in case alone are one file on some systems.
-        taken = {name.lower() for name in found}
-        free = [option for option in options[2 if alike else 0 :] if option.lower() not in taken]
-        found.append(free[0] if free else f"{path.stem}_{len(found)}")
-    return found
 
 
 # ---------------------------------------------------------------- checks
