@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from families import relative, small_clip
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import visft
 from visft.backbone import CLIPViT, open_clip_zoo
@@ -171,3 +171,28 @@ def test_activation_is_the_tags(quick_tag, known, tmp_path, monkeypatch, caplog)
     assert not torch.allclose(found, wrong, atol=1e-3)
     assert base.name == ("visft-tiny-quickgelu" if known else "visft-tiny")
     assert "want QuickGELU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("nest", "prefix"),
+    [
+        ("", "_orig_mod."),
+        ("state_dict", "module._orig_mod."),
+        ("model_state_dict", ""),
+        ("ema", "module."),
+        ("state_dict", "module."),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_wrapped_names_are_seen_through(tmp_path, nest, prefix, suffix):
+    """As torch.compile, DataParallel and training programs write them."""
+    tensors = load_file(open_clip_zoo.TINY_WEIGHTS)
+    named, path = {prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / f"base{suffix}"
+    if suffix == ".pt":
+        torch.save({nest: named, "epoch": 3} if nest else named, path)
+    else:
+        save_file(named, path)
+    clip, base = open_clip_zoo.create_clip("visft-tiny", str(path))
+    assert base.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and base.pretrained == str(path)
+    state = clip.state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())

@@ -1,5 +1,6 @@
 """Models of open_clip by name, the demo tower `visft-tiny` among them; open_clip is imported when first needed."""
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -7,6 +8,8 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,8 +17,10 @@ from types import ModuleType
 
 import torch
 from detectron2.utils.file_io import PathManager
+from safetensors.torch import save_file
 from torch import nn
 
+from ..checkpoint import files
 from ..errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -249,15 +254,34 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
         return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
     path = weight_file(name, pretrained)
     try:
-        given = pretrained if module.get_pretrained_cfg(name, pretrained) else path
         name, quick_gelu = _with_activation_of_tag(name, pretrained)
-        clip = module.create_model(name, pretrained=given, weights_only=True, force_quick_gelu=quick_gelu)
+        with _as_open_clip_reads(name, pretrained, path) as given:
+            clip = module.create_model(name, pretrained=given, weights_only=True, force_quick_gelu=quick_gelu)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "
             "file of this architecture as open_clip writes it (.safetensors, or .pt with tensors alone)."
         ) from error
     return clip.eval(), BaseTower(name, pretrained, _sha256_file(path))
+
+
+@contextlib.contextmanager
+def _as_open_clip_reads(name: str, pretrained: str, path: str) -> Iterator[str]:
+    """A tag as it is; a file, or where its names are wrapped in a way that open_clip does not know, a copy without.
+
+    open_clip itself takes off `state_dict` and `module.`.
+    """
+    tag = open_clip().get_pretrained_cfg(name, pretrained)
+    if tag or not files.is_wrapped(path):
+        yield pretrained if tag else path
+        return
+    logger.info("%s: its names are wrapped, as by torch.compile; they are read without that", path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "unwrapped.safetensors")
+        save_file({key: value.clone() for key, value in files.read_tensors(path).items()}, copy)
+        yield copy
 
 
 def _with_activation_of_tag(name: str, pretrained: str) -> tuple[str, bool]:

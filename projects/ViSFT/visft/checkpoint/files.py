@@ -27,7 +27,11 @@ logger = logging.getLogger(__name__)
 PARTIAL_SUFFIX = ".partial"
 """End of the names of files that are being written; they begin with a dot, too."""
 
-_NESTS = ("state_dict", "model", "module")
+_NESTS = ("state_dict", "model", "module", "model_state_dict", "ema", "model_ema", "state_dict_ema")
+"""Keys below which training programs save a model's tensors."""
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put in front of every name."""
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -174,7 +178,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read all tensors of a safetensors or PyTorch file, on the CPU, as a flat dictionary.
 
     The kind is told by the content, not by the name. Nothing but tensors is ever built from a pickle. Usual
-    wrappings (`{"model": ...}`, `{"state_dict": ...}`, a `module.` in front of every name) are taken off.
+    wrappings (`{"model": ...}`, `{"state_dict": ...}`, `module.` or `_orig_mod.` in front of every name) are taken off.
 
     Raises:
         CheckpointError: the file is missing, empty, cut off, or has objects other than tensors pickled in it.
@@ -182,7 +186,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     path = require_file(path)
     if is_safetensors(path):
         with _open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
     return _flat(_load_pickled(path, mmap=False), path)
 
 
@@ -212,9 +216,32 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     path = require_file(path)
     if is_safetensors(path):
         with _open_safetensors(path) as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return _without_wrappers({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
     tensors = _flat(_load_pickled(path, mmap=True), path)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def is_wrapped(path: str | os.PathLike) -> bool:
+    """Whether a file's names are wrapped in more than `state_dict` and one `module.`, which open_clip takes off itself.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    path = require_file(path)
+    if is_safetensors(path):
+        with _open_safetensors(path) as file:
+            names = list(file.keys())
+    else:
+        content = _load_pickled(path, mmap=True)
+        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+            content = content["state_dict"]
+        if not isinstance(content, Mapping):
+            return False
+        if any(isinstance(content.get(key), Mapping) for key in _NESTS):
+            return True
+        names = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+    names = [name.removeprefix("module.") for name in names]
+    return any(all(name.startswith(wrapper) for name in names) for wrapper in _WRAPPERS)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -329,6 +356,13 @@ def _flat(content: Any, path: Path, quiet: bool = False) -> dict[str, Tensor]:
         logger.info(
             "%s: ignored %d entries that are no tensors: %s", path, len(others), ", ".join(others[:5])
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
+    return _without_wrappers(tensors)
+
+
+def _without_wrappers(named: dict[str, Any]) -> dict[str, Any]:
+    while named:
+        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in named)), None)
+        if wrapper is None:
+            break
+        named = {name.removeprefix(wrapper): value for name, value in named.items()}
+    return named
