@@ -27,9 +27,12 @@ def config(*options):
     """The demo's config without its objective, its tower with random weights, LoRA in q and v, heads as small as they
     get, three classes."""
     cfg = model_zoo.get_config("visft_demo")
-    cfg.MODEL.LORA.TARGETS, cfg.MODEL.LORA.LAST_BLOCKS = ("q", "v"), 0
+    lora = cfg.MODEL.LORA
+    lora.RANK, lora.ALPHA, lora.TARGETS, lora.LAST_BLOCKS = 16, 16.0, ("q", "v"), 0
     node = cfg.MODEL.VISFT
-    node.OBJECTIVES, node.ANCHOR.WEIGHT, node.ANCHOR.CROPS = (), 1.0, 0
+    node.OBJECTIVES, node.ANCHOR.WEIGHT, node.ANCHOR.CROPS, node.ANCHOR.RECOLOR = (), 1.0, 0, False
+    node.SELF_DISTILLATION.WEIGHT, node.REGION_TEXT.WEIGHT = 1.0, 1.0
+    node.SELF_DISTILLATION.REGIONS, node.SELF_DISTILLATION.MAX_REGIONS = "grid", 16
     node.HEADS, node.HEAD_FILES = ("detection", "segmentation"), ()
     node.DETECTION.NUM_CLASSES = node.SEGMENTATION.NUM_CLASSES = 3
     node.DETECTION.NUM_QUERIES = node.SEGMENTATION.NUM_QUERIES = 6
