@@ -101,7 +101,7 @@ def test_a_single_name_competes_with_the_background(tower):
 
 
 def test_duplicates_are_dropped_within_a_name(tower):
-    overlap = torch.tensor([[1, 0.71, 0.0], [0.71, 1, 0.69], [0.0, 0.69, 1]])
+    overlap = torch.tensor([[1, 0.51, 0.0], [0.51, 1, 0.49], [0.0, 0.49, 1]])
     scores, classes = torch.tensor([0.5, 0.9, 0.7]), torch.tensor([1, 1, 1])
     assert distinct(scores, classes, overlap).tolist() == [1, 2]
     assert distinct(scores, torch.tensor([0, 1, 1]), overlap).tolist() == [1, 2, 0]
