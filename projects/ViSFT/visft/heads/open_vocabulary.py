@@ -7,9 +7,9 @@ a detector and a CLIP say of a class. Here the detector's part is the objectness
 exponents serves all names. A product, as either alone is wrong: text is sure of parts and of background too, and
 objectness tells no names apart.
 
-The defaults, 1 and 0.8, are FC-CLIP's for classes not trained on (its published configs have a beta of 0.8): the
-probability of an object counts whole, that of CLIP to the power 0.8. F-VLM's 0.35 and 0.65 are for region proposals, most of which are of an object; most queries are
-of none.
+The defaults, 1 and 0.8, are FC-CLIP's for classes not trained on (beta is 0.8 in its published configs): the
+probability of an object counts whole, that of CLIP to the power 0.8. F-VLM's 0.35 and 0.65 are for region proposals,
+most of which are of an object; most queries are of none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ from visft.heads.region_text import RegionText, RegionTextHead
 KEY = "MODEL.VISFT.OPEN_VOCABULARY"
 
 DUPLICATE_IOU = 0.5
-"""Of two detections of one name that overlap by more, the less sure one is dropped. On the demo's unseen scenes boxes AP50
-is 22.9 with 0.5 and 21.9 with 0.7, masks 29.0 and 28.9."""
+"""Of two detections of one name that overlap by more, the less sure one is dropped. On the demo's unseen scenes AP50 of
+boxes is 22.9 with 0.5 and 21.9 with 0.7, of masks 29.0 and 28.9."""
 
 _PIXELS = 1 << 18
 """Of a mask that are compared at a time: a hundred float masks of a large image take gigabytes."""
