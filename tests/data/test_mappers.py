@@ -203,3 +203,23 @@ def test_unknown_recipes(cfg) -> None:
     cfg.VISFT.INPUT.AUGMENTATION = "mosaic"
     with pytest.raises(ConfigError, match="VISFT.INPUT.AUGMENTATION is `mosaic`"):
         ViSFTMapper(cfg, is_train=True)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled(tmp_path, suffix):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"16{suffix}")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "turned.png", exif=exif)
+    expected = read_rgb(tmp_path / "8.png")
+    assert np.array_equal(read_rgb(tmp_path / f"16{suffix}"), expected) and expected.max() == 255
+    assert np.array_equal(read_rgb(tmp_path / "turned.png"), np.rot90(expected, -1))
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
+def test_numbers_without_a_range_are_refused(tmp_path, kind, numbers):
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "a.tif")
+    with pytest.raises(PictureError, match=f"a.tif: its pixels are {numbers}, and the file does not tell"):
+        read_rgb(tmp_path / "a.tif")
