@@ -11,6 +11,7 @@ from PIL import Image
 
 from visft.data import PictureError, ViSFTMapper, build_test_mapper, read_rgb
 from visft.data.loader import load_records
+from visft.data.mappers import build_augmentations
 from visft.errors import ConfigError, DataError
 
 CHANNEL = {CONTIGUOUS[category]: colour.index(255) for category, colour in COLOURS.items()}
@@ -223,3 +224,13 @@ def test_numbers_without_a_range_are_refused(tmp_path, kind, numbers):
     Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "a.tif")
     with pytest.raises(PictureError, match=f"a.tif: its pixels are {numbers}, and the file does not tell"):
         read_rgb(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("recipe", ["fixed", "detection", "lsj"])
+def test_a_thin_picture_keeps_a_pixel(cfg, recipe):
+    cfg.VISFT.INPUT.AUGMENTATION, cfg.VISFT.INPUT.SIZE, cfg.VISFT.INPUT.CROP_PROBABILITY = recipe, 128, 0.0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (128,), 128
+    for shape in ((4, 3000, 3), (3000, 4, 3)):
+        seen = T.AugInput(np.zeros(shape, np.uint8))
+        T.AugmentationList(build_augmentations(cfg))(seen)
+        assert min(seen.image.shape[:2]) == 1 and max(seen.image.shape[:2]) > 1

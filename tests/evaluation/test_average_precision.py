@@ -145,3 +145,25 @@ def test_auto_is_faster_coco_eval_where_it_is_installed(monkeypatch):
     assert not is_fast("auto") and not is_fast("pycocotools")
     with pytest.raises(ConfigError, match="`pip install faster-coco-eval`"):
         is_fast("faster-coco-eval")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_what_files_may_leave_out_changes_no_figure(tmp_path, fast, task):
+    """`iscrowd` and `area` are optional in COCO's format for trainings; scorers read both."""
+    sample = tied()
+    for folder in ("whole", "sparse"):
+        (tmp_path / folder).mkdir()
+    whole = sample.write(tmp_path / "whole")
+    for annotation in sample.annotations:
+        del annotation["area"]
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+    figures = [
+        COCOMetric(file, fast)(sample.results, task) for file in (whole, sample.write(tmp_path / "sparse"))
+    ]
+    assert figures[0] == figures[1] and figures[0]["AP"] > 1
+    for annotation in sample.annotations:
+        del annotation["segmentation"]
+    boxes = COCOMetric(sample.write(tmp_path), fast)(sample.results, "bbox")
+    assert boxes["AP"] == COCOMetric(whole, fast)(sample.results, "bbox")["AP"]

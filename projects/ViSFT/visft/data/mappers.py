@@ -17,6 +17,24 @@ _OTHER_SIDE = {"left": "right", "right": "left", "leftmost": "rightmost", "right
 _SIDES = re.compile(rf"\b(?:{'|'.join(_OTHER_SIDE)})\b", re.IGNORECASE)
 
 
+class _OnePixelAtLeast:
+    """In front of a resizing augmentation: no side becomes 0, as that of a thin picture would."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
+class _ResizeShortestEdge(_OnePixelAtLeast, T.ResizeShortestEdge):
+    pass
+
+
+class _ResizeScale(_OnePixelAtLeast, T.ResizeScale):
+    pass
+
+
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """The training recipe that `VISFT.INPUT.AUGMENTATION` names.
 
@@ -38,23 +56,23 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
     if inp.AUGMENTATION == "detection":
         crop = [
-            T.ResizeShortestEdge(list(inp.CROP_RESIZE), sample_style="choice"),
+            _ResizeShortestEdge(list(inp.CROP_RESIZE), sample_style="choice"),
             T.RandomCrop("absolute_range", tuple(inp.CROP_SIZE)),
         ]
         augmentations += [
             T.RandomApply(T.AugmentationList(crop), prob=inp.CROP_PROBABILITY),
-            T.ResizeShortestEdge(
+            _ResizeShortestEdge(
                 list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
             ),
         ]
     elif inp.AUGMENTATION == "lsj":
         low, high = inp.JITTER_SCALE
         augmentations += [
-            T.ResizeScale(low, high, inp.SIZE, inp.SIZE),
+            _ResizeScale(low, high, inp.SIZE, inp.SIZE),
             T.FixedSizeCrop((inp.SIZE, inp.SIZE), pad=False),
         ]
     elif inp.AUGMENTATION == "fixed":
-        augmentations.append(T.ResizeShortestEdge(inp.SIZE, inp.SIZE, "choice"))
+        augmentations.append(_ResizeShortestEdge(inp.SIZE, inp.SIZE, "choice"))
     else:
         raise ConfigError(
             f"VISFT.INPUT.AUGMENTATION is `{inp.AUGMENTATION}`; expected detection, lsj or fixed"
@@ -87,7 +105,7 @@ class ViSFTMapper:
         if is_train:
             augmentations = build_augmentations(cfg)
         else:
-            augmentations = [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+            augmentations = [_ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
         return {"augmentations": augmentations, "is_train": is_train}
 
     def __call__(self, record: dict) -> dict:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as mask_api
 
 from ..errors import ConfigError, DataError
 
@@ -56,12 +57,23 @@ class COCOMetric:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._truth = self._annotations(str(file))
+            self._complete()
         except FileNotFoundError as error:
             raise missing(file) from error
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise DataError(
                 f"{file}: no annotations in COCO format ({error}); correct or replace it"
             ) from error
+
+    def _complete(self) -> None:
+        """Fill in what scorers read and files may leave out: `iscrowd`, and `area`, of the mask or else of the box."""
+        for annotation in self._truth.dataset.get("annotations", ()):
+            annotation.setdefault("iscrowd", 0)
+            if "area" not in annotation and annotation.get("segmentation"):
+                annotation["area"] = float(mask_api.area(self._truth.annToRLE(annotation)))
+            elif "area" not in annotation:
+                _, _, width, height = annotation["bbox"]
+                annotation["area"] = float(width * height)
 
     @property
     def annotated(self) -> bool:
