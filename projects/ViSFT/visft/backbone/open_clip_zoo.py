@@ -257,8 +257,8 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
         name, quick_gelu = _with_activation_of_tag(name, pretrained)
         with _as_open_clip_reads(name, pretrained, path) as given:
             clip = module.create_model(name, pretrained=given, weights_only=True, force_quick_gelu=quick_gelu)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
     except Exception as error:
         raise CheckpointError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "
@@ -274,7 +274,8 @@ def _as_open_clip_reads(name: str, pretrained: str, path: str) -> Iterator[str]:
     open_clip itself takes off `state_dict` and `module.`.
     """
     tag = open_clip().get_pretrained_cfg(name, pretrained)
-    if tag or not files.is_wrapped(path):
+    # open_clip also reads big_vision's .npz, by its suffix.
+    if tag or path.endswith(".npz") or not files.is_wrapped(path):
         yield pretrained if tag else path
         return
     logger.info("%s: its names are wrapped, as by torch.compile; they are read without that", path)
