@@ -45,6 +45,7 @@ def test_the_authors_recipe(name, tower):
     assert (tower, "drop") == (cfg.MODEL.CLIP_VIT.NAME, cfg.MODEL.CLIP_VIT.CLASS_TOKEN)
     lora = cfg.MODEL.LORA
     assert (lora.RANK, lora.ALPHA, lora.DROPOUT, tuple(lora.TARGETS)) == (64, 1.0, 0.0, ("q", "v"))
+    assert lora.LAST_BLOCKS == 0 and tuple(cfg.MODEL.VISFT.OBJECTIVES) == ()  # those are ours, not theirs
     heads, second = cfg.VISFT.SOLVER.HEADS, cfg.VISFT.SOLVER.LORA
     assert (heads.BASE_LR, heads.MAX_ITER, heads.IMS_PER_BATCH) == (5e-5, 150000, 8)
     assert (second.BASE_LR, second.MAX_ITER) == (1e-5, 100000)

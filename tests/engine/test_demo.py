@@ -33,6 +33,8 @@ def demo(root, tmp_path_factory):
 
 def test_report_has_figures_before_and_after(demo):
     folder, _ = demo
+    steps = json.loads((folder / "run.json").read_text())["evaluations"]
+    assert list(steps) == ["start", "lora"]  # EVAL_BETWEEN_STAGES is False
     report = json.loads((folder / "report.json").read_text())
     for side in ("before", "after"):
         for name in ("detection/bbox/AP50", "segmentation/segm/AP50", "zero_shot/top1"):

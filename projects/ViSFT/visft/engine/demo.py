@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make the demo world, run configs/visft_demo.yaml, and say what happened; returns the exit status."""
     parser = argparse.ArgumentParser(description="ViSFT in miniature: data, both stages, export, report.")
     parser.add_argument("--num-train", type=int, default=4000, help="training scenes to make")
-    parser.add_argument("--num-val", type=int, default=300, help="validation scenes to make")
+    parser.add_argument("--num-val", type=int, default=200, help="validation scenes to make")
     parser.add_argument("--num-unseen", type=int, default=100, help="scenes of unseen things to make")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
