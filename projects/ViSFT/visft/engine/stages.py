@@ -255,8 +255,9 @@ def _run_stage(
         trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
         if start < solver.MAX_ITER:
             trainer.train(start, solver.MAX_ITER)
-    last = stage == cfg.VISFT.STAGES[-1]
-    figures = state.evaluate(stage, cfg, model) if last or cfg.VISFT.EVAL_BETWEEN_STAGES else {}
+    # Of fresh heads, the first evaluation is what the report compares with.
+    wanted = cfg.VISFT.EVAL_BETWEEN_STAGES or stage == cfg.VISFT.STAGES[-1] or not state.evaluations
+    figures = state.evaluate(stage, cfg, model) if wanted else {}
     if start < solver.MAX_ITER and comm.is_main_process() and figures:
         row = {"iteration": solver.MAX_ITER, **report.finite(figures)}
         with open(folder / "metrics.json", "a", encoding="utf-8") as file:
