@@ -239,7 +239,7 @@ def _add_run(cfg: CN) -> None:
     # tower's stage: the heads are frozen, LoRA in the tower trains (or what MODEL.VISFT.TUNE and FREEZE_HEADS say). A
     # stock trainer runs the first of them with SOLVER.*.
     run.STAGES = ("heads", "lora")
-    # Whether a stage that another one follows is evaluated at its end. The last one always is, and so is the first where
+    # Whether a stage that another one follows is evaluated at its end. The last one always is, and so is the first if
     # nothing was evaluated before it.
     run.EVAL_BETWEEN_STAGES = True
     # `joint`: the pictures of an iteration pass the tower once and feed every head whose labels they carry. `ratio`: an
