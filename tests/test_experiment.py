@@ -39,6 +39,7 @@ PLAN = {
     "settings": {
         "VISFT.STAGES": ["lora"],
         "DATASETS.TEST": [],
+        "MODEL.VISFT.OBJECTIVES": [],
         "DATALOADER.NUM_WORKERS": 0,
         "VISFT.SOLVER.LORA.IMS_PER_BATCH": 2,
         "VISFT.SOLVER.LORA.MAX_ITER": 3,
