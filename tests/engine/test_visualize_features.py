@@ -11,7 +11,7 @@ from PIL import Image
 from visft.backbone import open_clip_zoo
 from visft.checkpoint import files
 from visft.engine import visualize_features
-from visft.engine.outputs import output_names
+from visft.engine.outputs import names_beside, output_names
 
 BASE = ["--model", "visft-tiny", "--pretrained", "demo"]
 
@@ -115,3 +115,10 @@ def test_no_image_of_the_input_is_replaced(place, tmp_path, capsys):
     error = refused(capsys, "--input", tmp_path, "--output", tmp_path)
     assert "x_features.png would replace an image of --input" in error
     assert (tmp_path / "x_features.png").read_bytes() == before
+
+
+def test_no_output_replaces_an_image_or_another_output(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.jpg", "b_words.jpg")]
+    endings = (".png", "_words.png")
+    assert names_beside(paths, tmp_path, endings) == ["a_predicted", "b", "b_words_predicted"]
+    assert names_beside(paths, tmp_path / "out", endings) == ["a", "b", "b_words_predicted"]

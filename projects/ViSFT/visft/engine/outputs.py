@@ -20,16 +20,17 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     return found
 
 
-def names_beside(paths: Sequence[Path], folder: Path, endings: Sequence[str], word: str) -> list[str]:
-    """As `output_names`; a name whose file in `folder` would be one of the images gets `_word` at its end.
+def names_beside(paths: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[str]:
+    """As `output_names`; a name whose files in `folder` would replace an image or other files ends in `_predicted`.
 
     Args:
         endings: what a name's files end in, as `.png`.
     """
-    inputs = {str(path.resolve()).lower() for path in paths}
+    taken = {str(path.resolve()).lower() for path in paths}
     found: list[str] = []
     for name in output_names(paths):
-        while any(str((folder / (name + ending)).resolve()).lower() in inputs for ending in endings):
-            name = f"{name}_{word}"
+        while taken & (written := {str((folder / (name + ending)).resolve()).lower() for ending in endings}):
+            name = f"{name}_predicted"
+        taken |= written
         found.append(name)
     return found

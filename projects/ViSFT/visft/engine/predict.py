@@ -64,7 +64,7 @@ def predict_files(
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     written = []
-    names = names_beside(files, folder, (".png", f"{WORDS}.png"), "predicted")
+    names = names_beside(files, folder, (".png", f"{WORDS}.png"))
     for file, name in zip(files, names, strict=True):
         image = read_rgb(file)
         record = {"file_name": str(file), "image_id": 0, "height": image.shape[0], "width": image.shape[1]}
