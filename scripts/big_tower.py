@@ -181,7 +181,7 @@ def step(arguments: argparse.Namespace) -> dict:
         *[w for pair in keys.items() for w in pair],
     ]
     words = [str(word) for word in words]
-    peak, seconds, _ = measured(f"from visft.engine import launch\nstatus = launch.main({words!r})")
+    peak, seconds, _ = measured(f"from visft.commands import train_net\nstatus = train_net.main({words!r})")
     metrics = next((arguments.folder / "run").rglob("metrics.json")).read_text().splitlines()
     lines = [json.loads(line) for line in metrics]
     losses = [line["total_loss"] for line in lines if "total_loss" in line]

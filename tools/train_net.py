@@ -6,7 +6,7 @@ tools/train_net.py --config-file configs/visft_vit_b16.yaml --num-gpus 8 [--resu
 
 import sys
 
-from visft.engine import launch
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(launch.main())
+    sys.exit(main("train_net"))

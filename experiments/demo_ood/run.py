@@ -330,7 +330,7 @@ class Runs:
             words += ["VISFT.DATA.TRAIN_JSON", str(folder / "instances.json")]
             words += ["VISFT.DATA.TRAIN_IMAGES", str(data.images("train"))]
         words += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        status = launch.main(["--config-file", self.plan.config, "--resume", *words])
+        status = launch.train_config(self.plan.config, words, resume=True)
         if status:
             raise TrainingError(
                 f"arm `{arm.name}`, seed {seed}: ended with status {status}; see {folder}/log.txt"

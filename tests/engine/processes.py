@@ -38,4 +38,5 @@ def _run(tool: str, arguments: list[str], log: str, environment: dict[str, str])
 
     torch.set_num_threads(1)
     sys.argv = [tool, *arguments]
+    sys.path.insert(0, str(ROOT / "tools"))  # as for a script
     runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")

@@ -12,6 +12,7 @@ from tiny_run import tiny_arguments
 
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import describe, newest_checkpoint
+from visft.commands import train_net
 from visft.data.vocabulary import build_vocabulary
 from visft.engine import checks, launch, predict, settings, stages, vocabulary
 from visft.errors import ConfigError, DataError
@@ -61,7 +62,7 @@ def run(data, tmp_path_factory):
     """A run of both stages over boxes and captions, and its arguments."""
     output = tmp_path_factory.mktemp("run") / "out"
     words = arguments(data, output)
-    assert launch.main(words) == 0
+    assert train_net.main(words) == 0
     return output, words
 
 
@@ -100,9 +101,9 @@ def test_figures_losses_and_pictures(run):
 def test_a_finished_run_is_resumed_and_evaluated_with_its_words(run, data):
     output, words = run
     before = (output / "vocabulary.json").read_bytes()
-    assert launch.main(["--resume", *words]) == 0
+    assert train_net.main(["--resume", *words]) == 0
     assert (output / "vocabulary.json").read_bytes() == before
-    assert launch.main(["--eval-only", "--resume", *words]) == 0
+    assert train_net.main(["--eval-only", "--resume", *words]) == 0
     figures, report = (files.read_json(output / f"{name}.json") for name in ("evaluation", "report"))
     assert figures["captioning/CIDEr"] == pytest.approx(report["after"]["captioning/CIDEr"])
 
@@ -110,7 +111,7 @@ def test_a_finished_run_is_resumed_and_evaluated_with_its_words(run, data):
 def test_a_run_elsewhere_is_found_by_its_weights(run, data, tmp_path):
     output, words = run
     elsewhere = [*words, "OUTPUT_DIR", str(tmp_path / "new")]
-    assert launch.main(["--eval-only", *elsewhere, "MODEL.WEIGHTS", str(output)]) == 0
+    assert train_net.main(["--eval-only", *elsewhere, "MODEL.WEIGHTS", str(output)]) == 0
     figures, report = (
         files.read_json(tmp_path / "new" / "evaluation.json"),
         files.read_json(output / "report.json"),
@@ -157,7 +158,7 @@ def test_another_vocabulary_than_the_runs_is_refused(run, tmp_path):
         ConfigError, match="other.json has other words than those that .*safetensors was trained"
     ):
         prepare(["--eval-only", *words, *other, "MODEL.WEIGHTS", str(output)])
-    assert launch.main(["--resume", *words, *other]) == 1
+    assert train_net.main(["--resume", *words, *other]) == 1
 
 
 def test_words_may_be_learned_anew(run, data, tmp_path):

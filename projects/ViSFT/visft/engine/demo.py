@@ -295,7 +295,7 @@ def _make_data(root: Path, **numbers: int) -> None:
 
 
 def _train(config: str, opts: list[str], *, resume: bool) -> Path:
-    status = launch.main(["--config-file", config, *(["--resume"] if resume else []), *opts])
+    status = launch.train_config(config, opts, resume=resume)
     if status:
         raise TrainingError(f"the run of {config} ended with status {status}; its message stands above")
     return Path(settings.load_config(config, opts).OUTPUT_DIR)

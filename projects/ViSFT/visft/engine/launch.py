@@ -1,12 +1,12 @@
-"""`tools/train_net.py`: arguments, checks, processes."""
+"""What `tools/train_net.py` does with its arguments: checks, processes."""
 
 import argparse
 import os
 import socket
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from visft.data import register_own_data
@@ -14,11 +14,17 @@ from visft.engine import checks, cli, settings, stages, stock
 from visft.errors import ConfigError, TrainingError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train (or with --eval-only evaluate) what a config file describes; returns the exit status."""
-    parser = default_argument_parser()
-    parser.description = "Supervised fine-tuning of a CLIP vision tower: stages heads and lora, then export."
-    args = parser.parse_args(argv)
+def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> int:
+    """Train in this process what a config file with changed keys describes; returns the exit status, as the tool's."""
+    args = argparse.Namespace(
+        config_file=config,
+        opts=[*opts],
+        resume=resume,
+        eval_only=False,
+        num_gpus=1,
+        num_machines=1,
+        machine_rank=0,
+    )
     return cli.guard(train, args, again=cli.RESUME)
 
 
@@ -28,9 +34,7 @@ def train(args: argparse.Namespace) -> None:
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         _worker(int(os.environ["LOCAL_RANK"]), args, cfg, "env://")
     elif args.num_gpus * args.num_machines > 1:
-        url = args.dist_url
-        if args.num_machines == 1:
-            url = f"tcp://127.0.0.1:{_free_port()}"
+        url = args.dist_url if args.num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}"
         context = torch.multiprocessing.start_processes(
             _guarded_worker, args=(args, cfg, url), nprocs=args.num_gpus, join=False, start_method="spawn"
         )

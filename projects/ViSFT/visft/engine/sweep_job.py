@@ -32,9 +32,8 @@ def main(folder: str) -> int:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     job = files.read_json(Path(folder) / JOB)
     if job["train"] and not (Path(folder) / FINISHED).is_file():
-        status = launch.main(
-            ["--config-file", job["config"], "--resume", *job["train"], "OUTPUT_DIR", folder]
-        )
+        opts = [*job["train"], "OUTPUT_DIR", folder]
+        status = launch.train_config(job["config"], opts, resume=True)
         if status:
             return status
         files.write_json(Path(folder) / FINISHED, {"opts": job["train"]})
