@@ -5,10 +5,12 @@ import torch
 from annotated_images import annotated, rectangles
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import masks_to_boxes
 
 from visft.errors import ConfigError, DataError
-from visft.heads import LabelSpace, Mask2FormerHead
+from visft.heads import LabelSpace, Mask2FormerHead, losses, mask2former
 from visft.heads.mask2former import MaskOutput, _sample_targets, tight_boxes
 from visft.heads.mask_decoder import MaskDecoder
 
@@ -96,16 +98,58 @@ def test_losses_at_random_points_are_their_formulas(images):
 
 def test_the_most_uncertain_candidates_are_compared():
     head = make_head(num_points=8, oversample_ratio=3.0, importance_ratio=0.75)
-    values = torch.randn(2, 3, 24 + 2, requires_grad=True)  # candidates, then random points
-    targets = torch.arange(26.0).expand(2, 3, -1)
-    picked, indices = head._choose(values, targets)
-    assert picked.shape == (2, 3, 8)
-    for layer in range(2):
-        for mask in range(3):
-            uncertain = values[layer, mask, :24].abs().argsort()[:6]
-            assert set(indices[layer, mask, :6].int().tolist()) == set(uncertain.tolist())
-            assert indices[layer, mask, 6:].tolist() == [24, 25]
-    torch.testing.assert_close(picked, values.gather(-1, indices.long()))
+    masks, points = torch.randn(6, 5, 7), torch.rand(24 + 2, 2)  # candidates, then random points
+    chosen = head._choose(masks, points)
+    assert chosen.shape == (6, 8)
+    values = F.grid_sample(
+        masks[:, None], (2 * points[None, None] - 1).expand(6, -1, -1, -1), align_corners=False
+    )
+    for indices, value in zip(chosen.tolist(), values[:, 0, 0], strict=True):
+        assert set(indices[:6]) == set(value[:24].abs().argsort()[:6].tolist())
+        assert indices[6:] == [24, 25]
+
+
+def test_masks_a_few_at_a_time_are_masks_all_at_once(images, monkeypatch):
+    head, features = make_head(), torch.randn(4, 12, 8, 8)
+    expected = losses_of(head, features, images)
+    wanted = gradients(head, expected)
+    monkeypatch.setattr(mask2former, "_CHUNK", 2)
+    monkeypatch.setattr(mask2former, "rows_at_once", lambda length, device: 2)
+    monkeypatch.setattr(losses, "rows_at_once", lambda length, device: 4)
+    found = losses_of(head, features, images)
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, expected[name])
+    for name, gradient in gradients(head, found).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor of floats has that is made within it."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max([self.numbers, *(leaf.numel() for leaf in made if leaf.is_floating_point())])
+        return result
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_hundreds_of_masks_are_never_floats_all_at_once(polygons):
+    size, count = (256, 256), 150
+    boxes = [[i, i, i + 90, i + 60] for i in range(count)]
+    image = annotated(0, size, boxes, [i % 5 for i in range(count)])
+    if polygons:
+        corners = [[torch.tensor([a, b, c, b, c, d, a, d]).double().numpy()] for a, b, c, d in boxes]
+        image["instances"].gt_masks = PolygonMasks(corners)
+    head, features = make_head(num_points=256), torch.randn(1, 12, 8, 8)
+    normalizers = head.normalizers([image])
+    with Largest() as seen:
+        found = head.losses(features, NOT_PADDED[:1], [image], [size], size, normalizers)
+        sum(found.values()).backward()
+    points = 256 + 768 + 64
+    assert seen.numbers == count * points < count * size[0] * size[1] // 50
 
 
 def test_bitmaps_polygons_and_tensors_are_the_same(images):

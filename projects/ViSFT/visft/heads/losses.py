@@ -51,12 +51,21 @@ def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     Returns:
         two tensors [..., Q, T].
     """
-    overlap = logits @ targets.T
-    # BCE = softplus(x) - x t.
-    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - overlap) / logits.shape[-1]
-    probability = logits.sigmoid()
-    sums = probability.sum(-1, keepdim=True) + targets.sum(-1)
-    return cross_entropy, 1 - (2 * (probability @ targets.T) + 1) / (sums + 1)
+    shape, transposed = (*logits.shape[:-1], len(targets)), targets.T
+    areas, parts = targets.sum(-1), []
+    for rows in logits.flatten(0, -2).split(rows_at_once(logits.shape[-1], logits.device)):
+        # BCE = softplus(x) - x t: the first term is a prediction's alone, the second a product of matrices.
+        mask = (F.softplus(rows).sum(-1, keepdim=True) - rows @ transposed) / rows.shape[-1]
+        probability = rows.sigmoid()
+        sums = probability.sum(-1, keepdim=True) + areas
+        parts.append((mask, 1 - (2 * (probability @ transposed) + 1) / (sums + 1)))
+    mask, dice = (torch.cat(costs).view(shape) for costs in zip(*parts, strict=True))
+    return mask, dice
+
+
+def rows_at_once(length: int, device: torch.device) -> int:
+    """How many rows of so many numbers to work on at a time: on a CPU what its caches hold, elsewhere some 100 MiB."""
+    return max(1, (1 << (20 if device.type == "cpu" else 25)) // length)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -65,3 +74,22 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     Points are (x, y), 0..1 over the map; outside of it there are zeros.
     """
     return F.grid_sample(maps, 2 * points[:, None] - 1, align_corners=False).squeeze(2)
+
+
+def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
+    """`sample_points` of masks [T, h, w] of any type, all at the same points [P, 2] -> [T, P] float32.
+
+    Only the four pixels about a point are read, so that no mask is converted as a whole.
+    """
+    height, width = masks.shape[-2:]
+    at = points * points.new_tensor([width, height]) - 0.5
+    low = at.floor()
+    (right, below), (x, y) = (at - low).unbind(-1), low.long().unbind(-1)
+    pixels, total = masks.flatten(1), points.new_zeros(len(masks), len(points))
+    for row, weight_y in ((y, 1 - below), (y + 1, below)):
+        for column, weight_x in ((x, 1 - right), (x + 1, right)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            weight = weight_x * weight_y * inside
+            total += pixels.gather(1, index.expand(len(masks), -1)) * weight
+    return total

@@ -10,13 +10,21 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from visft.errors import ConfigError
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.classification import best_pairs, build_classification, class_weight_sum
 from visft.heads.federated import Federated
 from visft.heads.labels import LabelSpace
-from visft.heads.losses import dice_loss, mask_loss, pairwise_mask_costs, sample_points
+from visft.heads.losses import (
+    dice_loss,
+    mask_loss,
+    pairwise_mask_costs,
+    rows_at_once,
+    sample_masks,
+    sample_points,
+)
 from visft.heads.mask_decoder import MaskDecoder, MaskOutput
 from visft.heads.matcher import Matching, match
 from visft.heads.objectness import objectness
@@ -24,6 +32,9 @@ from visft.heads.pixel_decoder import PixelDecoder
 from visft.heads.precision import without_autocast
 from visft.heads.query_settings import query_head_settings
 from visft.heads.registry import VISFT_HEADS_REGISTRY
+
+_CHUNK = 32
+"""Annotated masks that are sampled at a time: hundreds of a large image take gigabytes."""
 
 
 @VISFT_HEADS_REGISTRY.register()
@@ -228,20 +239,16 @@ class Mask2FormerHead(VisftHead):
         """
         num_masks, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
         matched = output.masks[matching.predictions].float()  # [L, M, h, w]
-        logits, targets, start = [], [], 0
+        mask, dice, start = [], [], 0
         for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
-            count = masks.shape[1]
-            target = matching.target[:, start : start + count]
-            start += count
-            if count:
-                at, sampled = at[None, self.num_points :], sampled[:, self.num_points :]
-                values = sample_points(masks.flatten(0, 1)[None], at).view(*masks.shape[:2], -1)
-                picked, target_values = self._choose(values, sampled[target])
-                logits.append(picked)
-                targets.append(target_values)
-        if logits:
-            logits, targets = torch.cat(logits, dim=1), torch.cat(targets, dim=1)
-            mask, dice = mask_loss(logits, targets).sum(1), dice_loss(logits, targets).sum(1)
+            target = matching.target[:, start : start + masks.shape[1]]
+            start += masks.shape[1]
+            if target.numel():
+                found = self._point_losses(masks, sampled, target, at[self.num_points :])
+                mask.append(found[0])
+                dice.append(found[1])
+        if mask:
+            mask, dice = (torch.cat(values, dim=1).sum(1) for values in (mask, dice))
         else:
             mask = dice = matched.sum((1, 2, 3))
         ce = self.classification.losses(output.logits, labels, matching)
@@ -256,14 +263,47 @@ class Mask2FormerHead(VisftHead):
             for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
         }
 
-    def _choose(self, values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """From candidates and random points [L, m, C + R]: the most uncertain candidates, and the random ones."""
-        candidates = values[..., : self.num_candidates].detach()
-        important = candidates.abs().topk(self.num_important, largest=False, sorted=False).indices
-        return tuple(
-            torch.cat((x.gather(-1, important), x[..., self.num_candidates :]), dim=-1)
-            for x in (values, targets)
-        )
+    def _point_losses(
+        self, masks: Tensor, sampled: Tensor, target: Tensor, points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`mask_loss` and `dice_loss` of an image's masks [L, m, h, w], each at the points that count for it -> [L, m].
+
+        Args:
+            sampled: [T, P] all targets at all points. target: [L, m] which of them a mask shall be.
+            points: [C + R, 2], the last of the P: candidates, then random points.
+        """
+        first, parts = sampled.shape[1] - len(points), []
+        chunks = [
+            rows.split(rows_at_once(self.num_points, masks.device))
+            for rows in (masks.flatten(0, 1), target.flatten())
+        ]
+        for rows, which in zip(*chunks, strict=True):
+            chosen = self._choose(rows.detach(), points)
+
+            def compute(rows: Tensor, which: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+                logits = sample_points(rows[:, None], points[chosen])[:, 0]
+                targets = sampled[which[:, None], chosen + first]
+                return mask_loss(logits, targets), dice_loss(logits, targets)
+
+            if len(chunks[0]) == 1:
+                parts.append(compute(rows, which, chosen))
+            else:  # what the backward pass needs would be gigabytes: it is computed again there
+                parts.append(
+                    checkpoint(compute, rows, which, chosen, use_reentrant=False, preserve_rng_state=False)
+                )
+        mask, dice = (torch.cat(losses).view(target.shape) for losses in zip(*parts, strict=True))
+        return mask, dice
+
+    @torch.no_grad()
+    def _choose(self, masks: Tensor, points: Tensor) -> Tensor:
+        """For each mask [R, h, w] the indices [R, num_points] of its most uncertain candidates, and random points."""
+        candidates, important = points[None, : self.num_candidates], []
+        for part in masks.split(rows_at_once(self.num_candidates, masks.device)):
+            certainty = sample_points(part[None], candidates)[0].abs_()
+            important.append(certainty.topk(self.num_important, largest=False, sorted=False).indices)
+        others = torch.arange(self.num_candidates, len(points), device=masks.device)
+        # In half the bytes of topk's indices.
+        return torch.cat((torch.cat(important), others.expand(len(masks), -1)), dim=1).int()
 
     def _random_points(self, images: list[dict], device: torch.device) -> list[Tensor]:
         """An image's points [P, 2], 0..1 over the padded picture: for matching, candidates, random ones.
@@ -284,14 +324,17 @@ def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -
     """Annotated masks at points [P, 2] (0..1 over the padded picture) -> [T, P]; padding is outside of every mask."""
     if not num_targets(image):
         return points.new_zeros((0, len(points)))
-    instances = image["instances"]
-    masks = instances.gt_masks
-    if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
-    masks = masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)
-    (height, width), (padded_height, padded_width) = masks.shape[-2:], padded_size
-    scale = points.new_tensor([padded_width / width, padded_height / height])
-    return sample_points(masks.to(points.device).float()[None], points[None] * scale)[0]
+    masks, size = image["instances"].gt_masks, image["instances"].image_size
+    sampled = points.new_empty(len(masks), len(points))
+    for into in sampled.split(_CHUNK):
+        part, masks = masks[: len(into)], masks[len(into) :]
+        if isinstance(part, PolygonMasks):
+            part = BitMasks.from_polygon_masks(part, *size)
+        part = part.tensor if isinstance(part, BitMasks) else torch.as_tensor(part)
+        (height, width), (padded_height, padded_width) = part.shape[-2:], padded_size
+        scale = points.new_tensor([padded_width / width, padded_height / height])
+        into.copy_(sample_masks(part.to(points.device), points * scale))
+    return sampled
 
 
 def _detections(
