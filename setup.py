@@ -62,6 +62,7 @@ setup(
         "timm>=1.0.17",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
+        "filelock>=3.12",
         *DETECTRON2_NEEDS,
     ],
     extras_require={

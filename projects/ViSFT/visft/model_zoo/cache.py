@@ -1,27 +1,33 @@
 """The folder that the zoo's files are downloaded into once, and the record of what each of them was."""
 
 import contextlib
-import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
-from ..errors import CheckpointError
-from .download import NotThere, download
+from ..errors import CheckpointError, ConfigError
 from .entries import PACKAGE, Entry
-from .sources import Source, hub_file, locate
 
 logger = logging.getLogger(__name__)
 
 RECORD = "zoo.lock.json"
 """File name, in the cache: SHA-256, size, time and address of everything that was ever downloaded here."""
 
+MIRROR = "VISFT_ZOO_MIRROR"
+"""Environment variable: an address or folder with the zoo's files under their names, asked instead of all else."""
+
 _YES = ("1", "on", "true", "yes")
+
+
+class NotThere(CheckpointError):
+    """The server says that it has no such file."""
 
 
 def folder() -> Path:
@@ -66,7 +72,7 @@ def fetch(entry: Entry, *, again: bool = False) -> Path:
     if path and not again and _unchanged(entry, path.name, path):
         return path
     for file in entry.files:
-        with _locked(folder() / file, f"the download of {file}"):
+        with _locked(folder() / file):
             path = present(entry)  # another process may have been faster
             if path and not again:
                 if not _unchanged(entry, path.name, path):
@@ -112,31 +118,112 @@ def verify(entry: Entry) -> Path:
 
 
 def _download(entry: Entry, file: str) -> Path:
-    source, path = locate(entry, file), folder() / file
-
-    def check(part: Path) -> None:
-        _accept(entry, file, part, url=source.url, stated=source.sha256, fresh=True)
-
-    if source.url.startswith(("http://", "https://")):
-        download(source.url, path, check=check, headers=source.headers, size=entry.bytes or source.bytes)
+    """Download one of `entry.files`; it gets its name when its SHA-256 is right."""
+    path, mirror = folder() / file, os.environ.get(MIRROR, "").rstrip("/")
+    if "://" in mirror or (entry.url and not mirror):
+        url = f"{mirror}/{quote(file)}" if mirror else entry.url
+        _from_address(entry, file, url)
+    elif mirror:
+        _from_folder(entry, file, f"{mirror}/{file}")
     else:
-        _copy(source, path, check)
+        _from_hub(entry, file)
     logger.info("visft://%s is in %s", entry.name, path)
     return path
 
 
-def _copy(source: Source, path: Path, check: Callable[[Path], None]) -> None:
-    """From a mirror that is a folder, or any other place that detectron2's PathManager can open."""
+def _from_address(
+    entry: Entry, file: str, url: str, *, headers: dict | None = None, stated: str = "", version: str = ""
+) -> None:
+    """Over HTTP by the Hub's client, which tries again where a connection breaks.
+
+    Args:
+        stated: the SHA-256 that the server states.
+        version: what tells one state of the file from another. With it, bytes that an earlier process received are
+            kept and continued.
+    """
+    from huggingface_hub.file_download import http_get
+
+    version = (entry.sha256 or version)[:16]
+    aside = folder() / f".{file}{'.' if version else ''}{version}.download"
     try:
-        with PathManager.open(source.url, "rb") as file, files.write_aside(path) as partial:
+        with open(aside, "r+b" if version and aside.exists() else "wb") as part:
+            http_get(
+                url, part, resume_size=part.seek(0, os.SEEK_END), headers=headers, displayed_filename=file
+            )
+    except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        kept = "What came is kept, and continued" if version and aside.stat().st_size else "Nothing is kept"
+        if not kept.startswith("What"):
+            aside.unlink(missing_ok=True)
+        if status in (404, 410):
+            raise NotThere(f"{url}: the server has no such file (status {status}).") from error
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{url}: cannot be downloaded to {folder() / file} ({cause}). {kept}; run the same command again."
+        ) from error
+    try:
+        _accept(entry, file, aside, url=url, stated=stated, fresh=True)
+        os.replace(aside, folder() / file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _from_folder(entry: Entry, file: str, source: str) -> None:
+    """From a mirror that is a folder."""
+    try:
+        with PathManager.open(source, "rb") as original, files.write_aside(folder() / file) as partial:
             with open(partial, "wb") as copy:
-                while chunk := file.read(1 << 22):
+                while chunk := original.read(1 << 22):
                     copy.write(chunk)
-            check(partial)
+            _accept(entry, file, partial, url=source, fresh=True)
     except FileNotFoundError as error:
-        raise NotThere(f"{source.url}: the mirror has no such file.") from error
+        raise NotThere(f"{source}: the mirror has no such file.") from error
     except OSError as error:
-        raise CheckpointError(f"{source.url}: cannot be copied to {path} ({error}).") from error
+        raise CheckpointError(f"{source}: cannot be copied to {folder() / file} ({error}).") from error
+
+
+def _from_hub(entry: Entry, file: str) -> None:
+    import huggingface_hub as hub
+    from huggingface_hub.utils import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    repository, name = hub_file(entry, file)
+    url = hub.hf_hub_url(repository, name, endpoint=os.environ.get("HF_ENDPOINT") or None)
+    try:
+        etag = hub.get_hf_file_metadata(url, token=hub.get_token()).etag or ""
+    except EntryNotFoundError as error:
+        raise NotThere(f"{url}: the repository {repository} has no file {name}.") from error
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise CheckpointError(
+            f"{url}: the Hub does not give {name} out (the repository {repository} is gone, private, or wants its "
+            "terms accepted); look at it in a browser, and set HF_TOKEN to a token of an account that may read it."
+        ) from error
+    except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{url}: the Hub does not answer ({cause}); run the same command again."
+        ) from error
+    # The ETag of a large file is its SHA-256; that of a small one is git's, of another length.
+    stated = etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+    headers = hub.utils.build_hf_headers(token=hub.get_token())
+    _from_address(entry, file, url, headers=headers, stated=stated, version=etag)
+
+
+def hub_file(entry: Entry, file: str) -> tuple[str, str]:
+    """Repository on the Hugging Face Hub, and the name there of `file`, one of `entry.files`."""
+    if not entry.open_clip:
+        return entry.repository, entry.file
+    from ..backbone.open_clip_zoo import open_clip
+
+    name, tag = entry.open_clip
+    address = (open_clip().get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
+    repository, _, inner = address.rpartition("/")
+    if not repository or inner:
+        raise ConfigError(
+            f"visft://{entry.name}: this open_clip does not say where on the Hub the tag {tag} of {name} lies; "
+            "install a newer open_clip_torch."
+        )
+    kinds = {".safetensors": "open_clip_model.safetensors", ".bin": "open_clip_pytorch_model.bin"}
+    return repository, kinds[os.path.splitext(file)[1]]
 
 
 def _accept(entry: Entry, file: str, path: Path, *, url: str, stated: str = "", fresh: bool = False) -> None:
@@ -148,25 +235,25 @@ def _accept(entry: Entry, file: str, path: Path, *, url: str, stated: str = "", 
     """
     digest = files.sha256(path)
     known = _records().get(file, {})
-    record = folder() / RECORD
-    expected, witness = next(
-        (expected, witness)
-        for expected, witness in (
-            (entry.sha256, "by the zoo's table"),
-            (
-                known.get("sha256"),
-                f"by its first download (if it was rightly replaced, delete it from {record})",
-            ),
-            (stated, "by the Hub"),
-            (digest, "by itself"),
-        )
-        if expected
-    )
+    first = f"by its first download (if it was rightly replaced, delete it from {folder() / RECORD})"
+    witnesses = [(entry.sha256, "by the zoo's table"), (known.get("sha256"), first), (stated, "by the Hub")]
+    expected, witness = next(((sha, who) for sha, who in witnesses if sha), (digest, ""))
+    if fresh:
+        _refuse_page(path, file, url)
     if digest != expected:
         what = f"{url}: what came for {file}" if fresh else str(path)
         todo = "nothing of it was kept" if fresh else "it was changed since: remove it, and download it again"
         raise CheckpointError(f"{what} has SHA-256 {digest}, expected {expected} {witness}; {todo}.")
     _record(file, path, digest, url if fresh else known.get("url", url))
+
+
+def _refuse_page(path: Path, file: str, url: str) -> None:
+    """Sign-in pages and proxies answer with a web page, which must not be trusted as a first download."""
+    with open(path, "rb") as opened:
+        start = opened.read(64).lstrip().lower()
+    if not start or start.startswith((b"<!doctype", b"<html")):
+        found = "a web page" if start else "an empty file"
+        raise CheckpointError(f"{url}: answers with {found} instead of {file}; it is not kept.")
 
 
 def _records() -> dict[str, Any]:
@@ -179,7 +266,7 @@ def _record(file: str, path: Path, digest: str, url: str) -> None:
     row = {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "url": url}
     if _records().get(file) == row:
         return
-    with _locked(folder() / RECORD, "the record"):
+    with _locked(folder() / RECORD):
         files.write_json(folder() / RECORD, {**_records(), file: row})
 
 
@@ -211,24 +298,19 @@ def _refuse_offline(entry: Entry) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Exclude other processes; the system lets go of the lock of one that dies."""
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115
+        lock.acquire()
     except OSError as error:
         raise CheckpointError(
-            f"{path.parent}: cannot be written to ({error.strerror}); set VISFT_CACHE to a folder of yours."
+            f"{path.parent}: cannot be written to or locked ({error.strerror}); set VISFT_CACHE to a folder of yours."
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for %s by another process", what)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path.parent}: files there cannot be locked ({error.strerror}), which keeps processes apart; set "
-                "VISFT_CACHE to a folder on another disk."
-            ) from error
+    try:
         yield
+    finally:
+        lock.release()
