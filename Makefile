@@ -26,4 +26,4 @@ setup:
 	@$(PYTHON) scripts/install.py --venv "$(VENV)"
 
 clean:
-	rm -rf build dist output/demo projects/ViSFT/*.egg-info
+	rm -rf build dist output/demo *.egg-info projects/*/*.egg-info

@@ -1,4 +1,4 @@
-"""Package `visft`, kept in projects/ViSFT as detectron2 keeps its own projects.
+"""Package `visft`, kept in projects/ViSFT as detectron2 keeps its own projects, and `demoworld` beside it.
 
 detectron2 itself is no requirement here: PyPI has no package of that name. `make setup` gets it, and `import visft`
 without it says how.
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SOURCE = "projects/ViSFT"
+SOURCES = {"visft": "projects/ViSFT/visft", "demoworld": "projects/DemoWorld/demoworld"}
 
 # What detectron2 needs. Listed here because it is installed without its own metadata, which asks for numpy < 2.
 DETECTRON2_NEEDS = [
@@ -37,20 +37,24 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    package_dir={"": SOURCE},
-    packages=find_packages(SOURCE),
+    package_dir=SOURCES,
+    packages=[
+        name
+        for package, folder in SOURCES.items()
+        for name in (package, *(f"{package}.{inner}" for inner in find_packages(folder)))
+    ],
     # model_zoo/configs is a link to configs/, so that a wheel carries them and an editable install shows edits.
     package_data={
         "visft": [
             "model_zoo/zoo.json",
+            "model_zoo/weights/*",
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
             "checkpoint/readers/*.py",  # run as scripts, in processes without visft
             "checkpoint/pictures/*",  # what exports are compared on
             "data/*.txt",
-            "data/demo_world/*.json",
-            "data/demo_world/weights/*",
-        ]
+        ],
+        "demoworld": ["*.json", "weights/*"],
     },
     install_requires=[
         "torch>=2.4",

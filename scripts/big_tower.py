@@ -25,7 +25,7 @@ import torch
 from visft.backbone import open_clip_zoo
 from visft.checkpoint import stream_write
 from visft.checkpoint.stream import Entry, as_bytes
-from visft.data.demo_world import dataset
+from visft.data import demo_world
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 64
@@ -151,7 +151,7 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
 def step(arguments: argparse.Namespace) -> dict:
     """Stage `lora` of the authors' recipe on the CPU in float32: a few iterations on one rendered scene each, in
     mode `joint`: the detector and the mask head learn from one pass."""
-    data = dataset.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
+    data = demo_world.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
     keys = {
         "OUTPUT_DIR": arguments.folder / "run",
         "MODEL.DEVICE": "cpu",

@@ -1,4 +1,4 @@
-"""What every test shares: threads, and a path to the package for the processes that tests start."""
+"""What every test shares: threads, and a path to the packages for the processes that tests start."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Child processes test this checkout, whatever `visft` is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT / "projects" / "ViSFT"), os.environ.get("PYTHONPATH", "")])
+    filter(None, [*map(str, sorted(ROOT.glob("projects/*"))), os.environ.get("PYTHONPATH", "")])
 )
 # detectron2 reads it at import; tests bring their own data.
 os.environ.pop("DETECTRON2_DATASETS", None)

@@ -12,7 +12,14 @@ from visft import add_visft_config, model_zoo
 from visft.engine import evaluate_backbone
 from visft.evaluation.benchmarks import registered, resolve
 
-DOCUMENTS = ["README.md", "projects/ViSFT/README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "docs/evaluation.md"]
+DOCUMENTS = [
+    "README.md",
+    "projects/ViSFT/README.md",
+    "projects/DemoWorld/README.md",
+    "MODEL_ZOO.md",
+    "CONTRIBUTING.md",
+    "docs/evaluation.md",
+]
 
 
 def leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:

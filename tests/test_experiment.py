@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
+from demoworld import dataset
+from demoworld.tower import WEIGHTS_FILE
 from visft import model_zoo
-from visft.backbone.open_clip_zoo import TINY_WEIGHTS
 from visft.checkpoint import load
-from visft.data.demo_world import dataset
 from visft.engine import evaluate, settings, stages, sweep_plan
 from visft.engine.vocabulary import with_vocabulary
 from visft.errors import ConfigError
@@ -222,7 +222,7 @@ def test_logs_of_trainings_are_kept(finished):
 
 
 def test_derived_towers_are_what_their_arm_says(finished):
-    base, tuned, half = load_file(TINY_WEIGHTS), exported(finished, "boxes-0"), exported(finished, "half-0")
+    base, tuned, half = load_file(WEIGHTS_FILE), exported(finished, "boxes-0"), exported(finished, "half-0")
     moved = [name for name in tuned if not torch.equal(tuned[name], base[name].float())]
     assert moved and all(name.startswith("visual.") for name in moved)
     for name in moved:

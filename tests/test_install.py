@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+PACKAGES = ("visft", "demoworld")
+
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter with every warning shown."""
@@ -142,37 +144,38 @@ def wheel(root, tmp_path_factory) -> zipfile.ZipFile:
 
 def test_wheel_carries_every_module_config_and_data_file(wheel, root):
     names = set(wheel.namelist())
-    package = root / "projects" / "ViSFT"
-    modules = {
-        str(p.relative_to(package))
-        for p in (package / "visft").rglob("*.py")
-        if "configs" not in p.parts and "__pycache__" not in p.parts
-    }
     configs = {f"visft/model_zoo/configs/{p.name}" for p in (root / "configs").glob("*.yaml")}
     configs |= {f"visft/model_zoo/configs/lazy/{p.name}" for p in (root / "configs" / "lazy").glob("*.py")}
-    data = package / "visft" / "data" / "demo_world"
-    files = {str(p.relative_to(package)) for p in [*data.glob("*.json"), *(data / "weights").glob("*")]}
-    files.add("visft/model_zoo/zoo.json")
-    assert len(configs) >= 6 and "visft/data/demo_world/visft-tiny.json" in files
-    assert modules | configs | files <= names
-    for name in files:
-        assert wheel.read(name) == (package / name).read_bytes()
+    assert len(configs) >= 6 and configs <= names
+    files = {
+        "/".join(path.relative_to(root / "projects").parts[1:]): path
+        for package in PACKAGES
+        for path in root.glob(f"projects/*/{package}/**/*")
+        if path.is_file() and path.suffix != ".pyc" and "configs" not in path.parts
+    }
+    assert {"visft/__init__.py", "visft/model_zoo/zoo.json", "demoworld/visft-tiny.json"} <= files.keys()
+    assert sum(name.endswith(".safetensors") for name in files) >= 4
+    for name, path in files.items():
+        assert wheel.read(name) == path.read_bytes()
 
 
 def test_installed_wheel_finds_its_configs(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = """
-import visft
+import demoworld, visft
 from visft import model_zoo
-print(visft.__file__)
+print(visft.__file__, demoworld.__file__, model_zoo.get_file("visft_tiny_demo"))
 for name in model_zoo.list():
     model_zoo.get_config_file(name)
 print(model_zoo.get_config("cascade_mask_rcnn_clip_vit_b16_fpn").MODEL.BACKBONE.NAME)
 """
     done = python(code, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    file, backbone = done.stdout.split()
-    assert Path(file).is_relative_to(tmp_path) and backbone == "build_clip_vit_fpn_backbone"
+    *packages, backbone = done.stdout.split()
+    assert (
+        all(Path(file).is_relative_to(tmp_path) for file in packages)
+        and backbone == "build_clip_vit_fpn_backbone"
+    )
 
 
 def test_model_zoo_names_what_it_has_when_asked_for_another():

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-from visft.data.demo_world import vendors
-from visft.errors import VisftError
+from demoworld import vendors
+from demoworld.errors import DemoWorldError
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
     try:
         for name in args.vendors:
             print(vendors.fetch(name, args.output))
-    except VisftError as error:
+    except DemoWorldError as error:
         if os.environ.get("VISFT_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -6,13 +6,16 @@ import logging
 import os
 import sys
 
-from visft.data.demo_world import dataset
-from visft.errors import VisftError
+from demoworld import dataset
+from demoworld.errors import DemoWorldError
+from visft.data import demo_world
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default=None, help=f"folder to make (default: {dataset.default_root()})")
+    parser.add_argument(
+        "--output", default=None, help=f"folder to make (default: {demo_world.default_root()})"
+    )
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-val", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -25,10 +28,10 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        root = args.output or dataset.default_root()
+        root = args.output or demo_world.default_root()
         numbers = {"num_train": args.num_train, "num_val": args.num_val, "first_train": args.first_train}
         data = dataset.make(root, **numbers, seed=args.seed)
-    except VisftError as error:
+    except DemoWorldError as error:
         if os.environ.get("VISFT_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

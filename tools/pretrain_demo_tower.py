@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from visft.data.demo_world.pretrain import Pretraining, Settings
-from visft.errors import VisftError
+from demoworld.errors import DemoWorldError
+from demoworld.pretrain import Pretraining, Settings
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
             held_out_pictures=args.held_out_pictures,
         )
         print(run.run())
-    except VisftError as error:
+    except DemoWorldError as error:
         if os.environ.get("VISFT_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

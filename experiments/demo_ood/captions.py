@@ -21,9 +21,8 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 
 from visft.checkpoint import load
-from visft.data import build_test_mapper
+from visft.data import build_test_mapper, demo_world
 from visft.data.captions import captions_of
-from visft.data.demo_world import dataset
 from visft.engine import cli, settings, stages
 from visft.engine.vocabulary import with_vocabulary
 from visft.evaluation.benchmarks import statistics
@@ -80,8 +79,8 @@ def said(
 
 def run(args: argparse.Namespace) -> list[str]:
     """One line for the tower as it is, and one for each run."""
-    dataset.make(args.output, num_train=20, num_val=args.scenes)
-    dataset.register(Path(args.output))
+    demo_world.make(args.output, num_train=20, num_val=args.scenes)
+    demo_world.register(Path(args.output))
     records, truth = DatasetCatalog.get(DATA), captions_of(DATA)
     built = {name: build(name) for name in (None, *args.runs)}  # all first: a wrong one is told at once
     base, lines = None, []

@@ -36,9 +36,10 @@ import numpy as np
 import yaml
 from detectron2.data import MetadataCatalog
 
-from visft.backbone.open_clip_zoo import TINY_WEIGHTS
+from demoworld.dataset import DemoData
+from demoworld.tower import WEIGHTS_FILE
 from visft.checkpoint import files
-from visft.data.demo_world import dataset
+from visft.data import demo_world
 from visft.engine import cli, launch, sweep_plan
 from visft.errors import ConfigError, TrainingError
 from visft.evaluation.benchmarks import Context, report, resolve, statistics, suite
@@ -180,7 +181,7 @@ def changed(content: dict[str, Any], classes: int, names: str, seed: int) -> dic
 
 def image_counts(scenes: Path) -> list[dict[str, int]]:
     """In how many training images each category is, as LVIS's metadata say it; for federated losses."""
-    content = files.read_json(dataset.DemoData(scenes).instances("train"))
+    content = files.read_json(DemoData(scenes).instances("train"))
     seen = {(row["category_id"], row["image_id"]) for row in content["annotations"]}
     counts = Counter(category for category, _ in seen)
     ids = sorted(row["id"] for row in content["categories"])
@@ -313,18 +314,20 @@ class Runs:
         """The demo world that an arm trains on, made if need be."""
         numbers = self.plan.demo_world
         folder = self.output / f"demo_world_{arm.first_scene}"
-        dataset.make(folder, num_train=numbers["train"], num_val=numbers["val"], first_train=arm.first_scene)
+        demo_world.make(
+            folder, num_train=numbers["train"], num_val=numbers["val"], first_train=arm.first_scene
+        )
         return folder
 
     def _train(self, arm: Arm, seed: int, folder: Path) -> None:
         scenes = self.scenes(arm)
-        dataset.register(scenes)
+        demo_world.register(scenes)
         os.environ["VISFT_DEMO_DATA"] = str(scenes)
-        MetadataCatalog.get(dataset.NAMES["train"]).class_image_count = image_counts(scenes)
+        MetadataCatalog.get(demo_world.NAMES["train"]).class_image_count = image_counts(scenes)
         # Every checkpoint stays, for arms that are of one on the way.
         words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
         if arm.classes or arm.names:
-            data = dataset.DemoData(scenes)
+            data = DemoData(scenes)
             content = changed(files.read_json(data.instances("train")), arm.classes, arm.names, seed)
             files.write_json(folder / "instances.json", content)
             words += ["VISFT.DATA.TRAIN_JSON", str(folder / "instances.json")]
@@ -379,7 +382,7 @@ class Runs:
     @functools.cached_property
     def tower_sha256(self) -> str:
         """Of the shipped tower: what was tuned from another one is another run."""
-        return files.sha256(TINY_WEIGHTS)
+        return files.sha256(WEIGHTS_FILE)
 
 
 def _of_tower(opts: dict[str, Any]) -> dict[str, Any]:

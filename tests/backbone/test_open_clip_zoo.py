@@ -13,16 +13,18 @@ import torch
 from families import relative, small_clip
 from safetensors.torch import load_file, save_file
 
+import demoworld
 import visft
+from demoworld import tower as demo_tower
 from visft.backbone import CLIPViT, open_clip_zoo
 from visft.errors import CheckpointError, ConfigError
 
-PACKAGES = str(Path(visft.__file__).parents[1])
+PACKAGES = [str(Path(package.__file__).parents[1]) for package in (visft, demoworld)]
 
 
 def python(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {PACKAGES!r})\n{code}"],
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {PACKAGES!r}\n{code}"],
         capture_output=True,
         text=True,
     )
@@ -76,7 +78,7 @@ def test_random_weights_are_named_by_their_content():
 
 
 def test_the_tag_is_the_shipped_file(weights, monkeypatch):
-    monkeypatch.setattr(open_clip_zoo, "TINY_WEIGHTS", weights)
+    monkeypatch.setattr(demo_tower, "WEIGHTS_FILE", weights)
     tagged = CLIPViT.from_open_clip("visft-tiny", "demo")
     from_file = CLIPViT.from_open_clip("visft-tiny", str(weights))
     assert tagged.base.sha256 == from_file.base.sha256
@@ -139,7 +141,7 @@ def test_a_file_of_another_model(weights, tmp_path):
 def quick_tag(monkeypatch):
     """A tag of visft-tiny whose weights want QuickGELU, which the architecture has not."""
     open_clip_zoo.register(open_clip)
-    entry = {"file": str(open_clip_zoo.TINY_WEIGHTS), "quick_gelu": True}
+    entry = {"file": str(demo_tower.WEIGHTS_FILE), "quick_gelu": True}
     table = open_clip.pretrained._PRETRAINED
     for name in ("visft-tiny", "visft-tiny-quickgelu"):
         monkeypatch.setitem(table, name, {**table.get(name, {}), "quick": entry})
@@ -159,7 +161,7 @@ def test_activation_is_the_tags(quick_tag, known, tmp_path, monkeypatch, caplog)
         open_clip.add_model_config(tmp_path)
     with caplog.at_level("INFO"):
         clip, base = open_clip_zoo.create_clip("visft-tiny", quick_tag)
-    weights = str(open_clip_zoo.TINY_WEIGHTS)
+    weights = str(demo_tower.WEIGHTS_FILE)
     quick, plain = (
         open_clip.create_model("visft-tiny", pretrained=weights, force_quick_gelu=force).eval()
         for force in (True, False)
@@ -186,7 +188,7 @@ def test_activation_is_the_tags(quick_tag, known, tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_wrapped_names_are_seen_through(tmp_path, nest, prefix, suffix):
     """As torch.compile, DataParallel and training programs write them."""
-    tensors = load_file(open_clip_zoo.TINY_WEIGHTS)
+    tensors = load_file(demo_tower.WEIGHTS_FILE)
     named, path = {prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / f"base{suffix}"
     if suffix == ".pt":
         torch.save({nest: named, "epoch": 3} if nest else named, path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import demo_unseen
 from visft.evaluation.benchmarks.demo import emoji, regions, unseen
 from visft.evaluation.benchmarks.features import FeatureStore, Pictures
@@ -16,7 +16,7 @@ SCENES = [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def towers():
-    base, tuned = (Tower(open_clip_zoo.TINY, open_clip_zoo.TINY_TAG) for _ in range(2))
+    base, tuned = (Tower(demo_tower.NAME, demo_tower.TAG) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for parameter in tuned.clip.visual.transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator) * parameter.data.abs()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visft.data.demo_world import scenes
+from demoworld import scenes
 from visft.engine import checks, evaluate, predict, settings, stages
 from visft.errors import ConfigError, DataError
 

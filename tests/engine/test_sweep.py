@@ -147,7 +147,7 @@ def test_grid_is_the_product_with_runs(content, tmp_path):
 
 def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
     folder = tmp_path / "data"
-    from visft.data.demo_world import dataset
+    from visft.data import demo_world
 
     content = {
         "config": "visft_demo",
@@ -158,12 +158,12 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
     }
     read = sweep_plan.read(write(tmp_path, content))
     assert read.demo_world == {"train": 2, "val": 2}
-    dataset.make(folder, num_train=2, num_val=2)
-    dataset.register(folder)
+    demo_world.make(folder, num_train=2, num_val=2)
+    demo_world.register(folder)
     try:
         plan = sweep_plan.plan(read)
     finally:
-        dataset.register()
+        demo_world.register()
     assert not plan.heads and len(plan.untuned) == 1  # no random number in it: one for all seeds
     words = plan.runs[0].opts
     assert "detection" not in words[words.index("MODEL.VISFT.HEAD_FILES") + 1]

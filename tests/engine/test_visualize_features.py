@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.checkpoint import files
 from visft.engine import visualize_features
 from visft.engine.outputs import names_beside, output_names
@@ -23,7 +23,7 @@ def place(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, size in (("first.png", (40, 60, 3)), ("second.png", (64, 64, 3))):
         Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / name)
-    tensors = files.read_tensors(open_clip_zoo.TINY_WEIGHTS)
+    tensors = files.read_tensors(demo_tower.WEIGHTS_FILE)
     tensors = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
     tensors["visual.proj"] = tensors["visual.proj"] + 0.1 * torch.randn(tensors["visual.proj"].shape)
     files.write_safetensors(folder / "tuned.safetensors", tensors)

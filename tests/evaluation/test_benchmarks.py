@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demoworld import tower as demo_tower
 from visft.backbone import open_clip_zoo
 from visft.engine import evaluate_backbone
 from visft.errors import VisftError
@@ -31,7 +32,7 @@ from visft.evaluation.benchmarks.readout import LogisticRegression
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import my_benchmark  # noqa: E402
 
-TINY = open_clip_zoo.TINY
+TINY = demo_tower.NAME
 FIELDS = {"name", "metric", "base", "tuned", "difference", "low", "high", "verdict", "n"}
 
 
@@ -43,7 +44,7 @@ def tower() -> Tower:
 @pytest.fixture(scope="module")
 def broken_file(tmp_path_factory) -> Path:
     """The demo CLIP with noise in its vision tower's last blocks."""
-    state = load_file(open_clip_zoo.TINY_WEIGHTS)
+    state = load_file(demo_tower.WEIGHTS_FILE)
     torch.manual_seed(0)
     for name, value in state.items():
         if re.search(r"visual\.transformer\.resblocks\.[4-7].*weight", name):
@@ -210,7 +211,7 @@ def test_results_and_reports(broken_file, tmp_path):
 
 def test_a_tower_against_itself_and_several_towers(broken_file, tmp_path):
     copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(Path(open_clip_zoo.TINY_WEIGHTS).read_bytes())
+    copy.write_bytes(Path(demo_tower.WEIGHTS_FILE).read_bytes())
     results = run(tmp_path / "out", [copy, broken_file])
     assert results["families"].keys() == {"copy", "broken"} == results["mean"].keys()
     same = results["families"]["copy"][0]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from visft.backbone import open_clip_zoo
-from visft.data.demo_world import catalogue, scenes
+from demoworld import catalogue, scenes
+from demoworld import tower as demo_tower
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower
 from visft.evaluation.benchmarks.demo import emoji, few_shot, retrieval, robustness, unseen, zero_shot
 
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 

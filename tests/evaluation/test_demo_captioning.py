@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracle import Oracle
 
-from visft.backbone import open_clip_zoo
-from visft.data.demo_world import unseen_things
+from demoworld import tower as demo_tower
+from demoworld import unseen_things
 from visft.evaluation import captions
 from visft.evaluation.benchmarks import Context, caption_readout, suite
 from visft.evaluation.benchmarks.demo import captioning, regions, unseen
@@ -61,9 +61,9 @@ def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=2))
     unseen.scenes.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
+    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
     benchmarks = (captioning.CaptioningScenes,)
-    results = suite.run(open_clip_zoo.TINY, entries, benchmarks, Context(), seeds=2, output=tmp_path)
+    results = suite.run(demo_tower.NAME, entries, benchmarks, Context(), seeds=2, output=tmp_path)
     (row,) = results["families"]
     assert row["name"] == "captioning" and row["n"] == 12
     assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"

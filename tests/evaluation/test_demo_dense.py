@@ -9,10 +9,11 @@ import torch
 from oracle import Oracle
 from timm.models.vision_transformer import VisionTransformer
 
+from demoworld import tower as demo_tower
+from demoworld import unseen_things
 from visft.backbone import open_clip_zoo
 from visft.backbone.patch_text import patch_embeddings
 from visft.backbone.towers import TimmTower, adapt
-from visft.data.demo_world import unseen_things
 from visft.evaluation.benchmarks import Context, suite
 from visft.evaluation.benchmarks.demo import dense, goi, regions, unseen
 from visft.evaluation.benchmarks.segmentation import overlaps
@@ -114,7 +115,7 @@ def test_pooled_features_are_means_over_the_object():
 
 def poolers():
     """Each way to come from tokens to an embedding: the tower, and its parts."""
-    tiny = open_clip_zoo.create_clip(open_clip_zoo.TINY, "demo")[0].visual
+    tiny = open_clip_zoo.create_clip(demo_tower.NAME, "demo")[0].visual
     sizes = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
     attentional = open_clip.transformer.VisionTransformer(
         **sizes, output_dim=24, attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2
@@ -143,8 +144,8 @@ def test_a_picture_of_patches_that_are_alike_has_their_embedding():
 
 
 def test_a_tower_against_itself_has_the_same_figures(tmp_path):
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
-    results = suite.run(open_clip_zoo.TINY, entries, EVERY, Context(), seeds=1, output=tmp_path)
+    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
+    results = suite.run(demo_tower.NAME, entries, EVERY, Context(), seeds=1, output=tmp_path)
     for row in results["families"]:
         assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
     by_name = {row["name"]: row["base"] for row in results["benchmarks"]}

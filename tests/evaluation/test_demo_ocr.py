@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.evaluation.benchmarks import Context, suite
 from visft.evaluation.benchmarks.demo import ocr
 
@@ -29,8 +29,8 @@ def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(ocr, "COUNTS", {"train": 24, "validation": 8, "test": 12, "development": 8})
     monkeypatch.setattr(ocr, "EPOCHS", 2)
     ocr.lines.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
-    results = suite.run(open_clip_zoo.TINY, entries, (ocr.OcrWords,), Context(), seeds=1, output=tmp_path)
+    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
+    results = suite.run(demo_tower.NAME, entries, (ocr.OcrWords,), Context(), seeds=1, output=tmp_path)
     ocr.lines.cache_clear()
     (row,) = results["families"]
     assert row["name"] == "ocr" and row["n"] == 12

@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracle import Oracle
 
-from visft.backbone import open_clip_zoo
-from visft.data.demo_world import unseen_things
+from demoworld import tower as demo_tower
+from demoworld import unseen_things
 from visft.evaluation.benchmarks import Context, report, suite
 from visft.evaluation.benchmarks.demo import regions, unseen, vqa
 
@@ -107,8 +107,8 @@ def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 2)
     unseen.scenes.cache_clear()
     vqa.questions.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(open_clip_zoo.TINY_WEIGHTS))]
-    results = suite.run(open_clip_zoo.TINY, entries, (vqa.VqaScenes,), Context(), seeds=2, output=tmp_path)
+    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
+    results = suite.run(demo_tower.NAME, entries, (vqa.VqaScenes,), Context(), seeds=2, output=tmp_path)
     (row,) = results["families"]
     assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
     assert set(results["benchmarks"][0]["baselines"]) == {"chance", "text only"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation import captions
@@ -98,7 +98,7 @@ def short(monkeypatch):
 
 @pytest.fixture
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -222,8 +222,8 @@ def test_broken_data_are_refused(data, tmp_path):
 
 def test_the_whole_suite(data, tmp_path, monkeypatch):
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=3))
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    arguments += ["--compare", str(open_clip_zoo.TINY_WEIGHTS)]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
+    arguments += ["--compare", str(demo_tower.WEIGHTS_FILE)]
     suite = "captioning nocaps-in,captioning nocaps-near,captioning nocaps-out"
     assert evaluate_backbone.main([*arguments, "--suite", suite, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered
@@ -22,7 +22,7 @@ COLOURS = {"n01440764": (200, 30, 30), "n01443537": (30, 200, 30), "n01484850": 
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -296,7 +296,7 @@ def test_broken_data_are_refused(data, tmp_path):
 
 
 def test_the_command_leaves_out_what_is_not_there(data, tmp_path):
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
     suite = "zero-shot vtab/svhn,zero-shot imagenet-r"
     assert evaluate_backbone.main([*arguments, "--suite", suite, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

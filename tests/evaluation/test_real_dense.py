@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered, segmentation
@@ -21,7 +21,7 @@ COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -280,8 +280,8 @@ def test_broken_lists_and_pictures_are_refused(tmp_path):
 
 
 def test_the_command_measures_all_three_sets(data, tmp_path):
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    same = ["--compare", str(open_clip_zoo.TINY_WEIGHTS)]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
+    same = ["--compare", str(demo_tower.WEIGHTS_FILE)]
     suite = ",".join(f"dense {kind} {name}" for kind in ("probe", "text") for name in CLASSES)
     assert evaluate_backbone.main([*arguments, *same, "--suite", suite, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

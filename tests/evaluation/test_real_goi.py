@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from sklearn.metrics import balanced_accuracy_score
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.data import objects365
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
@@ -32,7 +32,7 @@ ADE = "ADEChallengeData2016"
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -477,8 +477,8 @@ def test_a_mask_that_covers_no_pixel_has_no_region():
 
 
 def test_the_command_counts_no_pictures_of_the_fine_tuning(data, tmp_path):
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    same = ["--compare", str(open_clip_zoo.TINY_WEIGHTS)]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
+    same = ["--compare", str(demo_tower.WEIGHTS_FILE)]
     names = [f"goi {m} {of}" for m in ("zero-shot", "probe") for of in ("ade20k thing masks", "coco boxes")]
     names += ["goi probe ade20k stuff masks", "goi probe lvis thing masks", "goi probe objects365 boxes"]
     assert (

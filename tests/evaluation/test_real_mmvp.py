@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered
@@ -90,7 +90,7 @@ def test_the_whole_suite(tmp_path):
     write(tmp_path)
     arguments = [
         "--model",
-        open_clip_zoo.TINY,
+        demo_tower.NAME,
         "--pretrained",
         "demo",
         "--data",
@@ -102,7 +102,7 @@ def test_the_whole_suite(tmp_path):
     assert evaluate_backbone.main([*arguments, "--suite", "vqa mmvp-vlm", "--output", str(out)]) == 0
     (row,) = json.loads((out / "results.json").read_text())["families"]
     benchmark = registered()["vqa mmvp-vlm"](Context(data=tmp_path))
-    store = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    store = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     seen = store.embeddings(benchmark.pictures(0)["test"])
     right = 0
     for number, pair in enumerate(benchmark.pairs):
@@ -117,7 +117,7 @@ def test_the_whole_suite(tmp_path):
 def test_a_relative_folder_is_the_same_data(tmp_path, monkeypatch):
     write(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--suite", "vqa mmvp-vlm"]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--suite", "vqa mmvp-vlm"]
     for folder in ("data", str(tmp_path / "data")):
         assert evaluate_backbone.main([*arguments, "--data", folder, "--output", "out"]) == 0
         [scores] = (tmp_path / "out" / "scores").glob("*/*.safetensors")

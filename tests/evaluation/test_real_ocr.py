@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, ctc_readout, registered
@@ -63,7 +63,7 @@ def listed(folder: Path, name: str, separator: str, labels=LABELS, below: str = 
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -183,9 +183,9 @@ def test_the_whole_suite(tmp_path, small):
     database(data / "ocr/test/IIIT5k", ["one", "Two", "3"])
     database(data / "data_lmdb_release/evaluation/IC13_857", ["four", "five"])
     listed(data / "mixture/ct80", "test_label.txt", " ", ["six"])
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
     names = ",".join(f"ocr {name}" for name in ("iiit5k", "svt", "ic13", "ic15", "svtp", "cute80"))
-    compare = ["--compare", str(open_clip_zoo.TINY_WEIGHTS), "--suite", names]
+    compare = ["--compare", str(demo_tower.WEIGHTS_FILE), "--suite", names]
     assert evaluate_backbone.main([*arguments, *compare, "--output", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["name"]: row for row in results["benchmarks"]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered, statistics
@@ -128,7 +128,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -140,9 +140,9 @@ def clip():
     import visft  # noqa: F401 -- open_clip then knows visft-tiny
 
     model, _, preprocess = open_clip.create_model_and_transforms(
-        open_clip_zoo.TINY, pretrained=str(open_clip_zoo.TINY_WEIGHTS)
+        demo_tower.NAME, pretrained=str(demo_tower.WEIGHTS_FILE)
     )
-    return model.eval(), preprocess, open_clip.get_tokenizer(open_clip_zoo.TINY)
+    return model.eval(), preprocess, open_clip.get_tokenizer(demo_tower.NAME)
 
 
 @torch.no_grad()
@@ -343,8 +343,8 @@ def test_changed_annotations_are_another_set(data, tmp_path):
 
 
 def test_the_whole_suite(data, tmp_path, clip):
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
-    arguments += ["--compare", str(open_clip_zoo.TINY_WEIGHTS)]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
+    arguments += ["--compare", str(demo_tower.WEIGHTS_FILE)]
     suite = ",".join(
         f"retrieval {name}" for name in ("flickr30k", "dci", "urban-1k", "coco", "coco-karpathy")
     )

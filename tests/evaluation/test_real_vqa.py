@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visft.backbone import open_clip_zoo
+from demoworld import tower as demo_tower
 from visft.engine import evaluate_backbone
 from visft.errors import DataError
 from visft.evaluation.benchmarks import Context, FeatureStore, Tower, registered
@@ -71,7 +71,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store():
-    made = FeatureStore(Tower(open_clip_zoo.TINY, "demo", device="cpu"))
+    made = FeatureStore(Tower(demo_tower.NAME, "demo", device="cpu"))
     yield made
     made.close()
 
@@ -197,8 +197,8 @@ def test_accuracy_counts_answers_that_the_readout_does_not_know(store, data, mon
 
 def test_the_whole_suite(data, tmp_path, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 2)
-    arguments = ["--model", open_clip_zoo.TINY, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    compare = ["--compare", str(open_clip_zoo.TINY_WEIGHTS), "--suite", "vqa vqav2,vqa ok-vqa"]
+    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
+    compare = ["--compare", str(demo_tower.WEIGHTS_FILE), "--suite", "vqa vqav2,vqa ok-vqa"]
     assert evaluate_backbone.main([*arguments, *compare, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     (row,), (family,) = results["benchmarks"], results["families"]

@@ -140,7 +140,7 @@ def test_files_of_the_package_are_checked(table, tmp_path, monkeypatch):
     table({**row, "sha256": "cd" * 32})
     with pytest.raises(CheckpointError, match="expected cdcd.*install visft again.*table --rehash"):
         model_zoo.get_file(row["name"])
-    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    monkeypatch.setattr(cache, "in_package", lambda path: tmp_path / path)
     with pytest.raises(CheckpointError, match="no such file; install visft again"):
         model_zoo.get_file(row["name"])
 
@@ -305,12 +305,12 @@ def test_weights_through_visft_paths(serve, tmp_path, monkeypatch, cache_folder)
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_tower_by_its_path(serve, table, remote):
     """MODEL.CLIP_VIT.PRETRAINED visft://NAME: the same tower as by open_clip's tag."""
+    from demoworld.tower import WEIGHTS_FILE
     from visft.backbone import CLIPViT
-    from visft.backbone.open_clip_zoo import TINY_WEIGHTS
 
     name = "visft_tiny_demo"
     if remote:
-        server, name = serve({"tiny.safetensors": TINY_WEIGHTS.read_bytes()}), "tiny"
+        server, name = serve({"tiny.safetensors": WEIGHTS_FILE.read_bytes()}), "tiny"
         table(
             {"name": name, "licence": "", "file": "tiny.safetensors", "url": f"{server.url}/tiny.safetensors"}
         )

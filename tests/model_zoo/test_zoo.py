@@ -39,8 +39,11 @@ def edit(change) -> None:
 
 def test_every_weight_file_of_the_package_is_in_the_table_with_its_hash():
     shipped = {entry.package: entry for entry in entries.entries().values() if entry.package}
-    folder = entries.PACKAGE / "data" / "demo_world" / "weights"
-    files = {str(path.relative_to(entries.PACKAGE)): path for path in folder.glob("*.safetensors")}
+    files = {
+        f"{folder}/{path.name}": path
+        for folder in entries.SHIPPED
+        for path in entries.in_package(folder).glob("*.safetensors")
+    }
     assert shipped.keys() == files.keys() and len(files) >= 3
     for name, path in files.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shipped[name].sha256, name
@@ -140,7 +143,7 @@ def test_new_weights_are_published_by_one_command(copy, capsys):
 def test_a_weight_file_without_a_row_is_not_forgotten(copy, capsys):
     edit(lambda data: data["files"].pop(1))
     assert zoo.main(["table", "--rehash"]) == 1
-    assert "no row with `package` data/demo_world/weights/heads_demo_detection" in capsys.readouterr().err
+    assert "no row with `package` visft/model_zoo/weights/heads_demo_detection" in capsys.readouterr().err
 
 
 def test_rows_show_what_the_data_file_says(copy):

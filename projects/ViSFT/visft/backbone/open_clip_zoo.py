@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -28,25 +27,12 @@ logger = logging.getLogger(__name__)
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-TINY, TINY_TAG = "visft-tiny", "demo"
-_DEMO_WORLD = Path(__file__).parents[1] / "data" / "demo_world"
-TINY_CONFIG = _DEMO_WORLD / f"{TINY}.json"
-TINY_WEIGHTS = _DEMO_WORLD / "weights" / "visft_tiny_demo.safetensors"
-
 
 def register(open_clip: ModuleType) -> None:
     """Make an imported open_clip know `visft-tiny` and its tag `demo`, the shipped weights. May be called again."""
-    if TINY not in open_clip.list_models():
-        open_clip.add_model_config(TINY_CONFIG)
-    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
-    tags = open_clip.pretrained._PRETRAINED.setdefault(TINY, {})
-    tags[TINY_TAG] = {
-        "file": str(TINY_WEIGHTS),
-        "mean": OPENAI_MEAN,
-        "std": OPENAI_STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    from demoworld import tower
+
+    tower.register(open_clip)
 
 
 class _AfterImport:

@@ -27,9 +27,9 @@ __all__ = [
 def register_all() -> None:
     """Register the demo world, Objects365, and where COCO's captions are, in detectron2's catalogs. Reads no
     annotations."""
-    from visft.data.demo_world.dataset import register_all as register_demo_world
+    from visft.data import demo_world
     from visft.data.objects365 import register_objects365
 
-    register_demo_world()
+    demo_world.register()
     register_objects365()
     register_coco_captions()

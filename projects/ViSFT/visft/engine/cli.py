@@ -11,11 +11,18 @@ SAME = "the same command continues"
 """How to go on after Ctrl-C, for `guard`."""
 
 
-def guard(function: Callable[..., object], *args, again: str = "", **kwargs) -> int:
+def guard(
+    function: Callable[..., object],
+    *args,
+    again: str = "",
+    errors: tuple[type[Exception], ...] = (),
+    **kwargs,
+) -> int:
     """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
 
     Args:
         again: how to go on after Ctrl-C; empty: nothing is said of it.
+        errors: further ones whose message is for the user, of the packages that `function` uses.
 
     The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
     Errors that are nobody's input but a defect of ours keep their traceback.
@@ -25,7 +32,7 @@ def guard(function: Callable[..., object], *args, again: str = "", **kwargs) -> 
         return 0
     try:
         function(*args, **kwargs)
-    except VisftError as error:
+    except (VisftError, *errors) as error:
         return _say(str(error))
     except KeyboardInterrupt:
         _say(f"stopped from the keyboard{f' ({again})' if again else ''}")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from visft.backbone import open_clip_zoo
+from demoworld import dataset, tower
+from demoworld.errors import DemoWorldError
+from visft import model_zoo
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import newest_checkpoint
-from visft.data.demo_world import dataset
+from visft.data import demo_world
 from visft.engine import checks, cli, demo_report, demo_unseen, evaluate, launch, settings, stages
 from visft.errors import CheckpointError, TrainingError
 from visft.evaluation.benchmarks import Context, report, resolve, suite
@@ -20,8 +22,8 @@ from visft.model_zoo import get_config_file
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = Path(dataset.__file__).with_name("weights")
-"""Where the demo's shipped weights are: the tower, and `heads_demo_<head>.safetensors`."""
+WEIGHTS = Path(model_zoo.__file__).with_name("weights")
+"""Where the demo's shipped heads are: `heads_demo_<head>.safetensors`."""
 
 EXPORTED = Path("export") / "visft_backbone.safetensors"
 OUT_OF_DOMAIN = "out_of_domain"
@@ -63,13 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
     args = parser.parse_args(argv)
-    return cli.guard(_demo, args, again=cli.RESUME)
+    return cli.guard(_demo, args, again=cli.RESUME, errors=(DemoWorldError,))
 
 
 def _demo(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     numbers = {"num_train": args.num_train, "num_val": args.num_val, "num_unseen": args.num_unseen}
-    _make_data(dataset.default_root(), **numbers)
+    _make_data(demo_world.default_root(), **numbers)
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
     if (folder / EXPORTED).is_file():  # VISFT.EXPORT may say otherwise
         complete_report(folder, evaluate_out_of_domain(folder), evaluate_unseen(folder))
@@ -85,7 +87,7 @@ def evaluate_out_of_domain(folder: str | os.PathLike) -> dict:
     """
     folder = Path(folder)
     logger.info("out of domain: %s", ", ".join(_SUITE))
-    name, tag = open_clip_zoo.TINY, open_clip_zoo.TINY_TAG
+    name, tag = tower.NAME, tower.TAG
     entries = [suite.Entry("base", tag), suite.Entry("tuned", str(folder / EXPORTED))]
     benchmarks = resolve(tuple(_SUITE))
     found = suite.run(name, entries, benchmarks, Context(), seeds=1, output=folder / OUT_OF_DOMAIN)
@@ -111,10 +113,10 @@ def evaluate_unseen(folder: str | os.PathLike) -> dict[str, dict[str, float]]:
         "MODEL.VISFT.OPEN_VOCABULARY.NAMES",
         "('test',)",
         "DATASETS.TEST",
-        f"('{dataset.NAMES['unseen']}',)",
+        f"('{demo_world.NAMES['unseen']}',)",
     ]
     found = {}
-    for step, weights in (("before", open_clip_zoo.TINY_TAG), ("after", str(Path(folder) / EXPORTED))):
+    for step, weights in (("before", tower.TAG), ("after", str(Path(folder) / EXPORTED))):
         cfg = settings.load_config(
             get_config_file("visft_demo"), [*opts, "MODEL.CLIP_VIT.PRETRAINED", weights]
         )
@@ -151,9 +153,7 @@ def write_page(folder: str | os.PathLike) -> Path:
     """
     folder, scenes = Path(folder), []
     if (folder / EXPORTED).is_file():
-        towers = [
-            Tower(open_clip_zoo.TINY, weights) for weights in (open_clip_zoo.TINY_TAG, str(folder / EXPORTED))
-        ]
+        towers = [Tower(tower.NAME, weights) for weights in (tower.TAG, str(folder / EXPORTED))]
         scenes = demo_unseen.draw(towers, folder / UNSEEN)
     return demo_report.write(folder, suite=_SUITE, unseen=_UNSEEN, known=_FIGURES, scenes=scenes)
 
@@ -289,8 +289,8 @@ def ship_heads(folder: str | os.PathLike, output: str | os.PathLike, head: str) 
 
 def _make_data(root: Path, **numbers: int) -> None:
     logger.info("the demo world: %d + %d scenes in %s", numbers["num_train"], numbers["num_val"], root)
-    dataset.make(root, **numbers)
-    dataset.register(root)
+    demo_world.make(root, **numbers)
+    demo_world.register(root)
     os.environ["VISFT_DEMO_DATA"] = str(root)  # for the processes that are started from here
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from demoworld.errors import DemoWorldError
 from visft.engine import cli
 from visft.errors import ConfigError, DataError
 from visft.evaluation.benchmarks import Context, report, resolve, suite, towers
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("visft").setLevel(
         logging.INFO
     )  # open_clip tells much of every model it builds, at the root
-    return cli.guard(run, args, again=cli.SAME)
+    return cli.guard(run, args, again=cli.SAME, errors=(DemoWorldError,))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

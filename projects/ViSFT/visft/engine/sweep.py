@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from visft.checkpoint import files, load
-from visft.data.demo_world import dataset
+from visft.data import demo_world
 from visft.engine import cli, settings, sweep_job, sweep_plan, sweep_report
 from visft.errors import ConfigError, TrainingError
 
@@ -65,8 +65,8 @@ def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
             ) from None
         if sweep.demo_world:
             root = folder / "demo_world"
-            dataset.make(root, num_train=sweep.demo_world["train"], num_val=sweep.demo_world["val"])
-            dataset.register(root)
+            demo_world.make(root, num_train=sweep.demo_world["train"], num_val=sweep.demo_world["val"])
+            demo_world.register(root)
             os.environ["VISFT_DEMO_DATA"] = str(
                 root.resolve()
             )  # for the processes that are started from here

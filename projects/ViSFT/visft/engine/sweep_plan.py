@@ -306,10 +306,10 @@ def _identity(sweep: Sweep, overrides: Mapping[str, Any], *more: str) -> str:
     register_own_data(cfg)
     named = list(cfg.MODEL.VISFT.HEAD_FILES)
     vit = cfg.MODEL.CLIP_VIT
-    if (vit.NAME, vit.PRETRAINED) == (open_clip_zoo.TINY, open_clip_zoo.TINY_TAG):
-        named.append(str(open_clip_zoo.TINY_WEIGHTS))
-    elif os.path.isfile(vit.PRETRAINED):
-        named.append(vit.PRETRAINED)
+    tag = open_clip_zoo.open_clip().get_pretrained_cfg(vit.NAME, vit.PRETRAINED) or {}
+    base = tag.get("file", vit.PRETRAINED)  # of a tag whose weights come with a package
+    if os.path.isfile(base):
+        named.append(base)
     for data_set in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         named.append(MetadataCatalog.get(data_set).get("json_file", ""))
     contents = [_content(str(files.local_path(file))) for file in named if file]

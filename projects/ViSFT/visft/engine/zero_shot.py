@@ -4,6 +4,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from visft.data import demo_world
+
 
 def applies(cfg: CfgNode) -> bool:
     """Whether a config's tower has a zero-shot test of its own: the pretrained demo tower has.
@@ -34,12 +36,13 @@ def demo_zero_shot(backbone: nn.Module) -> dict[str, float]:
 
     The text tower is that of the base CLIP, which fine-tuning leaves as it is.
     """
-    from visft.data.demo_world import tower
-    from visft.data.demo_world.pretrain import Views
+    from demoworld import tower
+    from demoworld.pretrain import Views
 
     training = backbone.training
     backbone.eval()
-    views = Views()
+    with demo_world.errors():
+        views = Views()
     classes = tower.class_embeddings(backbone.base_clip().eval(), views.names)
     found = tower.zero_shot(_Encoder(backbone), views.evaluation(0, views=1), classes)
     backbone.train(training)

@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..errors import CheckpointError, ConfigError
-from .entries import PACKAGE, Entry
+from .entries import Entry, in_package
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def offline() -> bool:
 def present(entry: Entry) -> Path | None:
     """Where the file lies, in the package or in the cache, unchecked; None when it has not been downloaded."""
     if entry.package:
-        path = PACKAGE / entry.package
+        path = in_package(entry.package)
         return path if path.is_file() else None
     return next((path for path in (folder() / file for file in entry.files) if path.is_file()), None)
 
@@ -100,7 +100,7 @@ def verify(entry: Entry) -> Path:
     """
     path = present(entry)
     if path is None:
-        where = PACKAGE / entry.package if entry.package else folder() / entry.files[0]
+        where = in_package(entry.package) if entry.package else folder() / entry.files[0]
         todo = (
             "install visft again" if entry.package else f"`tools/model_zoo.py download {entry.name}` gets it"
         )

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from ..errors import ConfigError
 
 TABLE = Path(__file__).with_name("zoo.json")
-PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("demoworld/weights", "visft/model_zoo/weights")
+"""Folders of the weight files that come with the packages: the tower's is the demo world's, the heads are ours."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Entry:
     Attributes:
         name: what it is asked for by.
         licence: of the file, as far as it is known.
-        package: its path within the package, for what comes with it.
+        package: its path within a package, whose name comes first, for what comes with one.
         url: its address, for what lies on a server of its own.
         repository: its repository on the Hugging Face Hub; there it lies under `file`.
         open_clip: architecture and tag, for what open_clip knows where to find.
@@ -49,6 +51,12 @@ class Entry:
         if self.open_clip:
             return "open_clip, {} tag {}".format(*self.open_clip)
         return "the package" if self.package else self.url or f"huggingface.co/{self.repository}"
+
+
+def in_package(path: str) -> Path:
+    """Where a file lies that is named from its package on, as `visft/model_zoo/zoo.json`; nothing is imported."""
+    package, _, rest = path.partition("/")
+    return Path(importlib.util.find_spec(package).origin).parent / rest
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,10 +8,6 @@ from typing import Any
 from ..checkpoint import files
 from ..errors import ConfigError
 from . import entries
-from .cache import PACKAGE
-
-SHIPPED = "data/demo_world/weights"
-"""Folder of the package's weight files, within it."""
 
 DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
 
@@ -109,16 +105,17 @@ def rehash() -> list[str]:
     """
     data = json.loads(entries.TABLE.read_text(encoding="utf-8"))
     listed, changed = {row.get("package") for row in data["files"]}, []
-    for path in sorted((PACKAGE / SHIPPED).glob("*.safetensors")):
-        if f"{SHIPPED}/{path.name}" not in listed:
-            raise ConfigError(
-                f"{entries.TABLE}: has no row with `package` {SHIPPED}/{path.name}; copy the row of another such file "
-                "and change its words"
-            )
+    for folder in entries.SHIPPED:
+        for path in sorted(entries.in_package(folder).glob("*.safetensors")):
+            if f"{folder}/{path.name}" not in listed:
+                raise ConfigError(
+                    f"{entries.TABLE}: has no row with `package` {folder}/{path.name}; copy the row of another such "
+                    "file and change its words"
+                )
     for row in data["files"]:
         if "package" not in row:
             continue
-        path = files.require_file(PACKAGE / row["package"])
+        path = files.require_file(entries.in_package(row["package"]))
         new = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         measured = json.loads(files.read_metadata(path).get("figures", "{}"))
         shown = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from visft.data.demo_world import augment, catalogue, tower
+from demoworld import augment, catalogue, tower
 
 from ..features import Pictures
 

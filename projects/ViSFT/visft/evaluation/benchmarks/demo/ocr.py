@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from visft.data.demo_world import catalogue
+from demoworld import catalogue
 
 from .. import ctc_readout
 from ..ctc_readout import LINES

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from visft.data.demo_world import scenes as demo_scenes
-from visft.data.demo_world.unseen_things import cast, scene
+from demoworld import scenes as demo_scenes
+from demoworld.unseen_things import cast, scene
 
 from ..features import Pictures
 

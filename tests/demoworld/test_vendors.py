@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
-from visft.data.demo_world import catalogue, vendors
-from visft.errors import DataError
+from demoworld import catalogue, vendors
+from demoworld.errors import DemoWorldError
 
 DOG = '<path fill="#a05a2c" d="M2 2h12v12H2z"/>'
 
@@ -77,6 +77,6 @@ def test_plain_files_and_repeats(npm, tmp_path):
 )
 def test_refused(npm, tmp_path, vendor, sha256, program, message):
     served = npm(_icons(), sha256=sha256)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DemoWorldError, match=message):
         vendors.fetch(vendor, tmp_path / "out", npm=program or served)
     assert not list((tmp_path / "out").glob("*")), "nothing half-written stays"

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from visft.checkpoint import files
-from visft.data.demo_world import augment, catalogue, tower
-from visft.errors import CheckpointError, ConfigError, TrainingError
+from demoworld import augment, catalogue, files, tower
+from demoworld.errors import DemoWorldError
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if (self.samples > 0) == (self.minutes > 0):
-            raise ConfigError("give the length of the pretraining either in samples or in minutes")
+            raise DemoWorldError("give the length of the pretraining either in samples or in minutes")
         if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
-            raise ConfigError(
+            raise DemoWorldError(
                 "the picture sizes of the phases must be multiples of 8, and the last phase end at 1.0"
             )
 
@@ -291,8 +291,7 @@ class Pretraining:
         held_out_pictures: folders of vendors that are only evaluated.
 
     Raises:
-        ConfigError: if the folder already holds a run and `resume` is not set.
-        CheckpointError: if the checkpoint in the folder cannot be read.
+        DemoWorldError: the folder already holds a run and `resume` is not set, or its checkpoint cannot be read.
     """
 
     def __init__(
@@ -309,13 +308,13 @@ class Pretraining:
         self.output = Path(output)
         run_file = self.output / RUN_FILE
         if run_file.exists() and not resume:
-            raise ConfigError(
+            raise DemoWorldError(
                 f"{self.output} already holds a run: give --resume to go on with it, or another folder"
             )
         if run_file.exists():
             settings = _settings_from(run_file)
         elif settings is None:
-            raise ConfigError(
+            raise DemoWorldError(
                 f"{self.output} holds no run to go on with, and no settings for a new one were given"
             )
         self.settings = settings
@@ -345,7 +344,7 @@ class Pretraining:
             The weights' file, or None if stopped before the end.
 
         Raises:
-            TrainingError: if the loss is not finite.
+            DemoWorldError: the loss is not finite.
         """
         from open_clip.tokenizer import SimpleTokenizer
 
@@ -404,7 +403,7 @@ class Pretraining:
             loss = 0.5 * (loss + F.cross_entropy(logits.T, label.argsort()))
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(
+            raise DemoWorldError(
                 f"{self.output}: the loss is {value} at step {self.step}; the last checkpoint is sound"
             )
         loss.backward()
@@ -456,14 +455,15 @@ class Pretraining:
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         counters = {k: getattr(self, k) for k in ("step", "samples", "seconds", "average_weight")}
         metadata = {"counters": json.dumps(counters)}
-        files.write_safetensors(self.output / CHECKPOINT, tensors, metadata)
+        files.write_tensors(self.output / CHECKPOINT, tensors, metadata)
 
     @torch.no_grad()
     def _load(self) -> None:
         path = self.output / CHECKPOINT
         try:
-            tensors = files.read_tensors(path)
-            counters = json.loads(files.read_metadata(path)["counters"])
+            with safe_open(path, framework="pt") as file:
+                counters = json.loads(file.metadata()["counters"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             targets = {f"model/{k}": v for k, v in self.model.state_dict().items()}
             targets |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
             targets |= {f"average/{k}": v for k, v in self.average.items()}
@@ -471,8 +471,8 @@ class Pretraining:
                 raise ValueError(f"its tensors differ: {sorted(targets.keys() ^ tensors.keys())[:3]}")
             for name, value in targets.items():
                 value.copy_(tensors[name])
-        except (CheckpointError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DemoWorldError(
                 f"{path} cannot be resumed from ({error}); delete the folder to start anew"
             ) from error
         for name, value in counters.items():
@@ -483,9 +483,9 @@ class Pretraining:
         file = self.output / FINAL_FILE
         state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in self.averaged().items()}
         metadata = {"format": "pt", "architecture": tower.NAME, "pictures": catalogue.ATTRIBUTION}
-        files.write_safetensors(file, state, metadata)
+        files.write_tensors(file, state, metadata)
         found = self._evaluate(views=4)
-        digest = files.sha256(file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self._log(final=True, sha256=digest, bytes=file.stat().st_size, **found)
         return file
 
@@ -496,4 +496,4 @@ def _settings_from(run_file: Path) -> Settings:
         values["phases"] = tuple(Phase(**phase) for phase in values["phases"])
         return Settings(**values)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run_file} is no settings file of a pretraining run ({error})") from error
+        raise DemoWorldError(f"{run_file} is no settings file of a pretraining run ({error})") from error

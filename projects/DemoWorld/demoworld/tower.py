@@ -1,25 +1,40 @@
 """The demo tower `visft-tiny`: a CLIP in miniature that open_clip knows by name, and its zero-shot test."""
 
-import logging
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from visft.backbone import open_clip_zoo
-
-logger = logging.getLogger(__name__)
-
-NAME, TAG = open_clip_zoo.TINY, open_clip_zoo.TINY_TAG
-CONFIG_FILE, WEIGHTS_FILE = open_clip_zoo.TINY_CONFIG, open_clip_zoo.TINY_WEIGHTS
+NAME, TAG = "visft-tiny", "demo"
+CONFIG_FILE = Path(__file__).with_name(f"{NAME}.json")
+WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensors"
 
 
-def register_open_clip() -> None:
-    """Make open_clip know the architecture `visft-tiny` and its tag `demo`, the shipped weights.
+def register(open_clip: ModuleType) -> None:
+    """Make an imported open_clip know the architecture `visft-tiny` and its tag `demo`, the shipped weights.
 
     Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works, offline. May be called again.
     """
-    open_clip_zoo.open_clip()
+    if NAME not in open_clip.list_models():
+        open_clip.add_model_config(CONFIG_FILE)
+    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
+    tags = open_clip.pretrained._PRETRAINED.setdefault(NAME, {})
+    tags[TAG] = {
+        "file": str(WEIGHTS_FILE),
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
+def register_open_clip() -> None:
+    """Import open_clip if need be, and `register` the tower with it."""
+    import open_clip
+
+    register(open_clip)
 
 
 TEMPLATES = (

@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from visft.data.demo_world.catalogue import catalogue, normal_key
-from visft.errors import DataError
+from demoworld.catalogue import catalogue, normal_key
+from demoworld.errors import DemoWorldError
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
     is set up for, and runs nothing of it.
 
     Raises:
-        DataError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
+        DemoWorldError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
     """
     if name not in VENDORS:
-        raise DataError(f"there is no vendor `{name}`; known are {', '.join(VENDORS)}")
+        raise DemoWorldError(f"there is no vendor `{name}`; known are {', '.join(VENDORS)}")
     vendor, target = VENDORS[name], Path(folder) / name
     if target.is_dir():
         return target
@@ -94,7 +94,7 @@ def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
         archive = _packed(vendor, Path(scratch), npm)
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != vendor.sha256:
-            raise DataError(f"{vendor.package}: its file has SHA-256 {found}, expected {vendor.sha256}")
+            raise DemoWorldError(f"{vendor.package}: its file has SHA-256 {found}, expected {vendor.sha256}")
         drawings = Path(scratch) / "svg"
         drawings.mkdir()
         with tarfile.open(archive) as tar:
@@ -106,7 +106,7 @@ def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
 
 def _packed(vendor: Vendor, folder: Path, npm: str) -> Path:
     if shutil.which(npm) is None:
-        raise DataError(f"{vendor.package} is fetched by npm, which is not installed here")
+        raise DemoWorldError(f"{vendor.package} is fetched by npm, which is not installed here")
     done = subprocess.run(
         [npm, "pack", "--silent", "--ignore-scripts", vendor.package],
         cwd=folder,
@@ -115,7 +115,9 @@ def _packed(vendor: Vendor, folder: Path, npm: str) -> Path:
     )
     archives = list(folder.glob("*.tgz"))
     if done.returncode or len(archives) != 1:
-        raise DataError(f"npm could not fetch {vendor.package}: {done.stderr.strip() or 'it wrote no file'}")
+        raise DemoWorldError(
+            f"npm could not fetch {vendor.package}: {done.stderr.strip() or 'it wrote no file'}"
+        )
     return archives[0]
 
 

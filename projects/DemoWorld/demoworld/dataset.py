@@ -1,4 +1,4 @@
-"""The demo world on disk: COCO files of train and validation scenes, and their names for detectron2.
+"""The demo world on disk: COCO files of train and validation scenes, and of scenes of unseen things.
 
     root/train/*.jpg  root/val/*.jpg  root/unseen/*.jpg
     root/annotations/{instances,captions}_{train,val,unseen}.json
@@ -7,7 +7,6 @@
 The pictures are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
 """
 
-import functools
 import json
 import logging
 import os
@@ -18,14 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visft.data.demo_world import catalogue, scenes, unseen_things
-from visft.errors import DataError
+from demoworld import catalogue, scenes, unseen_things
+from demoworld.errors import DemoWorldError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "demo_world.json"
-NAMES = {"train": "visft_demo_train", "val": "visft_demo_val", "unseen": "visft_demo_unseen"}
-"""`unseen` shows things that stand for no category of the other two, under names of their own."""
 VERSION = 2
 """Raised when the same parameters give other files than before, so that old folders are made anew."""
 
@@ -54,12 +51,6 @@ class DemoData:
         return self.root / "annotations" / f"captions_{split}.json"
 
 
-def default_root() -> Path:
-    """`$VISFT_DEMO_DATA`, else `visft_demo` in `$DETECTRON2_DATASETS` (default `datasets`)."""
-    own = os.environ.get("VISFT_DEMO_DATA")
-    return Path(own) if own else Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "visft_demo"
-
-
 def make(
     root: str | Path,
     *,
@@ -81,22 +72,22 @@ def make(
         first_train: number of the first training scene; left out: scenes that the shipped heads have not seen.
 
     Raises:
-        DataError: if `root` holds files that were not made here, or numbers are out of range.
+        DemoWorldError: if `root` holds files that were not made here, or numbers are out of range.
     """
     root = Path(root)
     if min(num_train, num_val, num_unseen) < 1:
-        raise DataError(
+        raise DemoWorldError(
             f"a demo world needs scenes in every split, not {num_train}, {num_val} and {num_unseen}"
         )
     if first_train < 1:
-        raise DataError(f"training scenes are numbered from 1, not from {first_train}")
+        raise DemoWorldError(f"training scenes are numbered from 1, not from {first_train}")
     parameters = {"version": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
     parameters |= {"first_train": first_train, "num_unseen": num_unseen}
     parameters["sizes"] = [list(size) for size in scenes.SIZES]
     if _made_with(root) == parameters:
         return DemoData(root)
     if root.exists() and _made_with(root) is None and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(
+        raise DemoWorldError(
             f"{root} is there and was not made by make_demo_data: give another folder, or remove it"
         )
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -201,48 +192,3 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     data.captions(split).write_text(
         json.dumps(head | {"images": images, "annotations": captions}), encoding="utf-8"
     )
-
-
-def _load(data: DemoData, split: str, name: str) -> list[dict]:
-    if not data.instances(split).is_file():
-        raise DataError(
-            f"{name}: {data.instances(split)} is not there; make the demo world with "
-            f"`python tools/make_demo_data.py --output {data.root}`, or set VISFT_DEMO_DATA to where it is"
-        )
-    from detectron2.data.datasets import load_coco_json
-
-    return load_coco_json(str(data.instances(split)), str(data.images(split)), name)
-
-
-def register(root: str | Path | None = None) -> None:
-    """Register `visft_demo_train`, `_val` and `_unseen` in detectron2's catalogs, replacing earlier entries.
-
-    No file is read before a data set is used. Masks are run-length encoded, so stock configs need
-    `INPUT.MASK_FORMAT bitmask`. Metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`, `json_file`,
-    `image_root`, `caption_json`, `evaluator_type`.
-
-    Args:
-        root: as given to `make`; default `default_root()`.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    data = DemoData(Path(root) if root is not None else default_root())
-    for split, name in NAMES.items():
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, functools.partial(_load, data, split, name))
-        if split != "unseen":  # whose names need the pictures' package; its file has them when it is loaded
-            MetadataCatalog.get(name).set(
-                thing_classes=[c.name for c in catalogue.COCO_CATEGORIES],
-                thing_dataset_id_to_contiguous_id={c.id: i for i, c in enumerate(catalogue.COCO_CATEGORIES)},
-            )
-        MetadataCatalog.get(name).set(
-            json_file=str(data.instances(split)),
-            image_root=str(data.images(split)),
-            caption_json=str(data.captions(split)),
-            evaluator_type="coco",
-        )
-
-
-register_all = register

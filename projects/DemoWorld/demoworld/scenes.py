@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from visft.data.demo_world import catalogue
+from demoworld import catalogue
 
 SIZES = ((128, 128), (112, 128), (128, 112))
 """Heights and widths of scenes; the first is as frequent as the two others together."""

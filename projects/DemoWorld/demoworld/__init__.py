@@ -3,5 +3,5 @@
 Pictures are OpenMoji's (https://openmoji.org), licensed CC BY-SA 4.0; what is rendered from
 them is under the same licence.
 
-Importing this package is cheap: neither detectron2 nor open_clip is imported before it is needed.
+Importing this package is cheap: open_clip is not imported before it is needed.
 """

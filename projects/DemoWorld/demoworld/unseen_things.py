@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from visft.data.demo_world import catalogue, scenes
+from demoworld import catalogue, scenes
 
 # Things whose name has a regular plural.
 _THINGS = (

@@ -1,8 +1,7 @@
-"""The demo world: its catalogue, scenes, files and catalogs, and the pretraining of its tower."""
+"""The demo world: its catalogue, scenes and files, and the pretraining of its tower."""
 
 import filecmp
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visft.data.demo_world import augment, catalogue, dataset, pretrain, scenes, tower
-from visft.errors import CheckpointError, ConfigError, DataError
+from demoworld import augment, catalogue, dataset, pretrain, scenes, tower
+from demoworld.errors import DemoWorldError
 
 NUM_TRAIN, NUM_VAL = 40, 40
 
@@ -66,7 +65,7 @@ def test_another_vendors_pictures_are_matched_by_code_points(tmp_path):
     pictures, index = catalogue.other_pictures(tmp_path, size=32)
     assert [catalogue.catalogue()[i].text for i in index] == ["\u2708", "\U0001f415"]
     assert pictures.shape == (2, 32, 32, 4)
-    with pytest.raises(DataError, match="no picture named by"):
+    with pytest.raises(DemoWorldError, match="no picture named by"):
         catalogue.other_pictures(tmp_path / "nowhere")
 
 
@@ -158,7 +157,7 @@ def test_later_scenes_are_those_of_a_longer_world(world, tmp_path):
         content = json.loads(data.instances("train").read_text())
         masks[data] = [a["segmentation"] for a in content["annotations"] if a["image_id"] >= first]
     assert masks[world] == masks[later] and masks[later]
-    with pytest.raises(DataError, match="numbered from 1"):
+    with pytest.raises(DemoWorldError, match="numbered from 1"):
         dataset.make(tmp_path / "none", num_train=1, num_val=1, first_train=0)
 
 
@@ -213,10 +212,10 @@ def test_a_finished_folder_is_kept_and_a_foreign_one_refused(tmp_path):
     assert len(list((root / "train").iterdir())) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(DataError, match="was not made by make_demo_data"):
+    with pytest.raises(DemoWorldError, match="was not made by make_demo_data"):
         dataset.make(tmp_path / "mine", num_train=2, num_val=1)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    with pytest.raises(DataError):
+    with pytest.raises(DemoWorldError):
         dataset.make(tmp_path / "none", num_train=0)
 
 
@@ -228,23 +227,6 @@ def test_a_failed_make_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         dataset.make(tmp_path / "demo", num_train=2, num_val=1)
     assert not list(tmp_path.iterdir())
-
-
-def test_registered_names_load_through_detectron2(world, monkeypatch, tmp_path):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    try:
-        dataset.register(tmp_path / "nothing")
-        with pytest.raises(DataError, match="make_demo_data"):
-            DatasetCatalog.get("visft_demo_train")
-        dataset.register(world.root)
-        records = DatasetCatalog.get("visft_demo_train")
-        metadata = MetadataCatalog.get("visft_demo_train")
-        assert len(records) == NUM_TRAIN and len(metadata.thing_classes) == 62
-        assert max(a["category_id"] for r in records for a in r["annotations"]) < 62
-        assert os.path.isfile(metadata.caption_json) and os.path.isfile(records[0]["file_name"])
-    finally:
-        dataset.register()
 
 
 # ---------------------------------------------------------------- pretraining
@@ -260,7 +242,7 @@ _CHILD = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from visft.data.demo_world import pretrain
+from demoworld import pretrain
 phases = (pretrain.Phase(0.4, 16), pretrain.Phase(0.8, 32, 0.5), pretrain.Phase(1.0, 64))
 settings = pretrain.Settings(samples=8 * 8, batch_size=8, classes=40, phases=phases)
 run = pretrain.Pretraining(sys.argv[1], settings, resume=True, checkpoint_seconds=0.0)
@@ -319,17 +301,17 @@ def test_a_killed_pretraining_ends_with_the_same_bits(tmp_path, one_thread):
 
 
 def test_pretraining_refuses_what_it_cannot_go_on_with(tmp_path):
-    with pytest.raises(ConfigError, match="samples or in minutes"):
+    with pytest.raises(DemoWorldError, match="samples or in minutes"):
         pretrain.Settings()
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(DemoWorldError, match="holds no run"):
         pretrain.Pretraining(tmp_path / "new", resume=True)
     run = pretrain.Pretraining(tmp_path / "run", pretrain.Settings(**MINIATURE))
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(DemoWorldError, match="--resume"):
         pretrain.Pretraining(tmp_path / "run", pretrain.Settings(**MINIATURE))
     run.save()
     checkpoint = tmp_path / "run" / pretrain.CHECKPOINT
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be resumed"):
+    with pytest.raises(DemoWorldError, match="cannot be resumed"):
         pretrain.Pretraining(tmp_path / "run", resume=True)
 
 
@@ -371,8 +353,6 @@ def test_open_clip_loads_the_shipped_tower_and_it_knows_its_emoji():
 
 
 def test_unseen_scenes_are_those_of_the_suite_under_their_own_names(world):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     from visft.evaluation.benchmarks.demo import unseen
 
     content = json.loads(world.instances("unseen").read_text())
@@ -387,6 +367,3 @@ def test_unseen_scenes_are_those_of_the_suite_under_their_own_names(world):
         assert [names[row["category_id"]] for row in rows] == [
             unseen.categories()[item.category] for item in scene.objects
         ]
-    dataset.register(world.root)
-    assert len(DatasetCatalog.get("visft_demo_unseen")) == 100
-    assert MetadataCatalog.get("visft_demo_unseen").thing_classes == list(unseen.categories())

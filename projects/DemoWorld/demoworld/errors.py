@@ -1,0 +1,5 @@
+"""What this package raises on bad input."""
+
+
+class DemoWorldError(ValueError):
+    """A package, a folder, a file or a setting is missing or broken; the message says which and what to do."""

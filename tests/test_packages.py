@@ -1,0 +1,82 @@
+"""Which module imports which: no circles, and no package that reaches above itself. Read from the sources."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+BELOW = {"demoworld": (), "visft": ("demoworld",)}
+"""Our packages, and those of them that each may import."""
+
+PLUGIN_ALONE = ("demoworld", "towerbench")
+"""Packages that need neither detectron2 nor what comes with it."""
+
+COMMANDS = {"engine/demo.py", "engine/demo_unseen.py", "engine/evaluate_backbone.py"}
+WHEN_CALLED = {"backbone/open_clip_zoo.py", "data/demo_world.py", "engine/zero_shot.py"}
+"""Files of visft that import what is not the method: the demo's and the comparison's commands; and, within functions
+alone, what registers the demo's names and what tests its tower."""
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """A package's files by their dotted names."""
+    [folder] = root.glob(f"projects/*/{package}")
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        if not {"configs", "readers"} & set(path.parts):  # read as data; scripts of other processes
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, *, inner: bool) -> set[str]:
+    """Dotted names that a file imports: when it is loaded, and with `inner` also within functions."""
+    found, todo = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".")
+            base = base[: len(base) - node.level + (path.stem == "__init__")] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif inner or not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_no_circle_between_modules(package, root):
+    known = modules(root, package)
+    arrows = {}
+    for name, path in known.items():
+        targets = imports(name, path, inner=False)
+        targets = {target if target in known else target.rpartition(".")[0] for target in targets}
+        arrows[name] = (targets & known.keys()) - {name}
+    assert sum(map(len, arrows.values())) >= len(known) / 2
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_no_package_reaches_above_itself(package, root):
+    others = {*BELOW, *(("detectron2", "fvcore", "iopath") if package in PLUGIN_ALONE else ())}
+    for name, path in modules(root, package).items():
+        tops = {target.partition(".")[0] for target in imports(name, path, inner=True)}
+        assert not (tops & others) - {package, *BELOW[package]}, path
+
+
+def test_the_plugin_is_the_method_alone(root):
+    others = set(BELOW) - {"visft"}
+    for inner, allowed in ((False, COMMANDS), (True, COMMANDS | WHEN_CALLED)):
+        found = set()
+        for name, path in modules(root, "visft").items():
+            if {target.partition(".")[0] for target in imports(name, path, inner=inner)} & others:
+                found.add(path.relative_to(root / "projects/ViSFT/visft").as_posix())
+        assert {file for file in found if not file.startswith("evaluation/benchmarks/")} <= allowed, inner
