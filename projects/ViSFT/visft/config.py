@@ -269,6 +269,8 @@ def _add_run(cfg: CN) -> None:
     # JSON make a data set of captions alone.
     data.TRAIN_CAPTIONS = ""
     data.TEST_CAPTIONS = ""
+    # Images of more pixels are refused, in whatever data set: a small file may fill the memory. 0: none are.
+    data.MAX_PIXELS = 178_956_970
 
     # Of detectron2's INPUT, tools/train_net.py reads MIN_SIZE_*, MAX_SIZE_* and RANDOM_FLIP for ViSFT runs; FORMAT must
     # be RGB. MASK_FORMAT and CROP are for detectron2's stock mapper alone: ours reads polygons and bitmaps alike.
@@ -290,7 +292,8 @@ def _add_run(cfg: CN) -> None:
     run.SOLVER.HEADS = _solver(base_lr=5e-5, max_iter=150000)
     run.SOLVER.LORA = _solver(base_lr=1e-5, max_iter=100000)
 
-    # Skip pictures that do not decode, with a count, instead of stopping at the first.
+    # Go on without images that are missing, broken, too large or of another size than annotated, with a count, instead
+    # of stopping at the first.
     cfg.DATALOADER.SKIP_BROKEN = False
 
 

@@ -37,6 +37,7 @@ def build_train_loader(
     *,
     records: Dataset | None = None,
     repeats: np.ndarray | None = None,
+    reads_masks: bool = True,
     batch_size: int,
     start_iteration: int = 0,
     seed: int,
@@ -48,6 +49,7 @@ def build_train_loader(
             REPEAT_THRESHOLD, REPEAT_SQRT}, INPUT and VISFT.INPUT.
         records: dataset dicts as `load_records` makes them; None: all of `DATASETS.TRAIN`.
         repeats: of given records, how often each comes in an epoch (see `visft.data.repeat_factor`); None: once.
+        reads_masks: whether `gt_masks` are wanted.
         batch_size: pictures an iteration over all processes, as `IMS_PER_BATCH`.
         start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
         seed: must be the same in all processes, and the same after a restart.
@@ -63,7 +65,7 @@ def build_train_loader(
         repeats = build_repeats(cfg, records)
     return TrainLoader(
         records,
-        ViSFTMapper(cfg, is_train=True),
+        ViSFTMapper(cfg, is_train=True, reads_masks=reads_masks),
         repeats=repeats,
         batch_size=batch_size,
         start_iteration=start_iteration,

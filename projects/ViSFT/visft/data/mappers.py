@@ -5,13 +5,11 @@ import re
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Instances
-from pycocotools import mask as mask_api
 
-from visft.data.images import read_rgb
-from visft.errors import ConfigError, DataError
+from visft.data.images import MAX_PIXELS, read_annotated
+from visft.data.instances import annotated_instances
+from visft.errors import ConfigError
 
 _OTHER_SIDE = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
 _SIDES = re.compile(rf"\b(?:{'|'.join(_OTHER_SIDE)})\b", re.IGNORECASE)
@@ -86,27 +84,52 @@ class ViSFTMapper:
     The result has
 
     - `image`: uint8 [3, H, W], RGB, resized, neither normalised nor padded;
-    - `height`, `width`: of the picture on disk; `file_name`, `image_id`;
+    - `height`, `width`: of the annotated image; `file_name`, `image_id`;
     - in training `instances`: `gt_boxes` (xyxy in the resized picture), `gt_classes` (contiguous), and `gt_masks`
-      (BitMasks, from polygons and run lengths alike) if the data set has masks. Crowds and objects that a crop
-      leaves nothing of are not in it. It is there, if need be empty, for every picture of a data set with
+      (BitMasks, from polygons and run lengths alike) if the data set has masks and they are read. Crowds and objects
+      that a crop leaves nothing of are not in it. It is there, if need be empty, for every picture of a data set with
       annotations;
     - in training `captions`: the list of texts, if the picture has any. Of a mirrored picture, left and right have
       changed places in them.
     """
 
     @configurable
-    def __init__(self, *, augmentations: list[T.Augmentation | T.Transform], is_train: bool):
+    def __init__(
+        self,
+        *,
+        augmentations: list[T.Augmentation | T.Transform],
+        is_train: bool,
+        reads_masks: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        """
+        Args:
+            reads_masks: whether `gt_masks` are wanted; drawing them takes longer than decoding an image.
+            max_pixels: an image with more is refused; 0: none is.
+        """
         self.augmentations = T.AugmentationList(augmentations)
-        self.is_train = is_train
+        self.is_train, self.reads_masks, self.max_pixels = is_train, reads_masks, max_pixels
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True, reads_masks: bool = True) -> dict:
         if is_train:
             augmentations = build_augmentations(cfg)
         else:
             augmentations = [_ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
-        return {"augmentations": augmentations, "is_train": is_train}
+        return {
+            "augmentations": augmentations,
+            "is_train": is_train,
+            "reads_masks": reads_masks,
+            "max_pixels": cfg.VISFT.DATA.MAX_PIXELS,
+        }
+
+    def read(self, record: dict) -> np.ndarray:
+        """The image of a record in the frame of its annotations, uint8 [H, W, 3] RGB, as the mapper sees it.
+
+        Raises:
+            PictureError: as `visft.data.images.read_annotated`.
+        """
+        return read_annotated(record, max_pixels=self.max_pixels)
 
     def __call__(self, record: dict) -> dict:
         """
@@ -115,17 +138,10 @@ class ViSFTMapper:
                 (default: whether its own annotations have).
 
         Raises:
-            PictureError: the picture does not decode.
-            DataError: the picture's size is not what the annotations say.
+            PictureError: the image does not decode, or its size is not what the annotations say.
         """
-        image = read_rgb(record["file_name"])
+        image = self.read(record)
         height, width = image.shape[:2]
-        expected = (record.get("height", height), record.get("width", width))
-        if (height, width) != expected:
-            raise DataError(
-                f"{record['file_name']}: the picture is {width} x {height}, its annotations say {expected[1]} x "
-                f"{expected[0]}; correct the annotations, or put the picture there that they were made on"
-            )
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         mapped = {
@@ -138,7 +154,9 @@ class ViSFTMapper:
             mapped["image_id"] = record["image_id"]
         if self.is_train:
             if "annotations" in record:
-                mapped["instances"] = _instances(record, transforms, augmented.image.shape[:2])
+                mapped["instances"] = annotated_instances(
+                    record, transforms, augmented.image.shape[:2], with_masks=self.reads_masks
+                )
             if record.get("captions"):
                 mirrored = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms) % 2
                 captions = record["captions"]
@@ -154,33 +172,3 @@ def mirror(caption: str) -> str:
 def build_test_mapper(cfg: CfgNode) -> ViSFTMapper:
     """Turns a record (`file_name` is enough) into the model's input, as in evaluation."""
     return ViSFTMapper(cfg, is_train=False)
-
-
-def _instances(record: dict, transforms: T.TransformList, size: tuple[int, int]) -> Instances:
-    annotations = [dict(a) for a in record["annotations"] if not a.get("iscrowd", 0)]
-    has_masks = record.get("has_masks", any("segmentation" in a for a in annotations))
-    masks = torch.zeros(len(annotations), *size, dtype=torch.bool)
-    for i, annotation in enumerate(annotations):
-        annotation.pop("keypoints", None)
-        segmentation = annotation.pop("segmentation", None)
-        if has_masks:
-            masks[i] = torch.from_numpy(_mask(segmentation, transforms, size))
-        detection_utils.transform_instance_annotations(annotation, transforms, size)
-    instances = detection_utils.annotations_to_instances(annotations, size)
-    if has_masks:
-        instances.gt_masks = BitMasks(masks)
-        if any(isinstance(t, T.CropTransform) for t in transforms.transforms):
-            # What is left of an object is often smaller than what is left of its box.
-            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-    return detection_utils.filter_empty_instances(instances)
-
-
-def _mask(segmentation: list | dict, transforms: T.TransformList, size: tuple[int, int]) -> np.ndarray:
-    """bool [h, w] of the transformed picture. Polygons are moved and drawn once, at the final size: sharper than moving
-    a drawn mask, and without the shapely that cutting polygons takes (drawing cuts them at the border)."""
-    if isinstance(segmentation, list):
-        moved = [
-            transforms.apply_coords(np.asarray(p, dtype=np.float64).reshape(-1, 2)) for p in segmentation
-        ]
-        return detection_utils.polygons_to_bitmask([p.reshape(-1) for p in moved], *size)
-    return transforms.apply_segmentation(mask_api.decode(segmentation)).astype(bool)

@@ -9,7 +9,7 @@ goes on to the bit, with any number of workers and processes.
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +50,13 @@ class LabelledPictures:
         records: detectron2 dataset dicts.
         rows: by head, the ascending indices of the records that it can learn from.
         repeats: of each record, how often it comes in an epoch (see `visft.data.repeat_factor`); None: once.
+        mask_readers: the heads and objectives that read masks; None: all.
     """
 
     records: Dataset
     rows: dict[str, np.ndarray]
     repeats: np.ndarray | None = None
+    mask_readers: frozenset[str] | None = None
 
     def of(self, *heads: str) -> Dataset:
         """The pictures that carry labels for at least one of the heads, in their order."""
@@ -65,17 +67,26 @@ class LabelledPictures:
         """`repeats` of the pictures that `of` gives."""
         return None if self.repeats is None else self.repeats[self._rows_of(heads)]
 
+    def masks_for(self, *names: str) -> bool:
+        """Whether one of these heads and objectives reads masks."""
+        return self.mask_readers is None or not self.mask_readers.isdisjoint(names)
+
     def _rows_of(self, heads: Sequence[str]) -> np.ndarray:
         return functools.reduce(np.union1d, (self.rows[head] for head in heads))
 
 
-def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]) -> LabelledPictures:
+def load_labelled(
+    cfg: CfgNode,
+    has_labels: Mapping[str, Callable[[dict], bool]],
+    mask_readers: Iterable[str] | None = None,
+) -> LabelledPictures:
     """Load `DATASETS.TRAIN` (data sets with different labels may stand beside each other) and sort it by labels.
 
     Args:
         cfg: reads DATASETS.TRAIN, DATALOADER.{FILTER_EMPTY_ANNOTATIONS, SAMPLER_TRAIN, REPEAT_THRESHOLD,
             REPEAT_SQRT} and VISFT.TASK_MIXING.
         has_labels: the `has_labels` of each head, and of each objective of the tower, by its name.
+        mask_readers: those of them that read masks; None: all.
 
     Raises:
         DataError: a data set is broken, or there is no picture for any head (mixing by ratio: for one of them), or none
@@ -112,7 +123,12 @@ def load_labelled(cfg: CfgNode, has_labels: Mapping[str, Callable[[dict], bool]]
             len(records) - useful,
             len(records),
         )
-    return LabelledPictures(DatasetFromList(records, copy=False), rows, build_repeats(cfg, records))
+    return LabelledPictures(
+        DatasetFromList(records, copy=False),
+        rows,
+        build_repeats(cfg, records),
+        None if mask_readers is None else frozenset(mask_readers),
+    )
 
 
 def build_stage_loader(
@@ -138,6 +154,7 @@ def build_stage_loader(
             cfg,
             records=pictures.of(*heads),
             repeats=pictures.repeats_of(*heads),
+            reads_masks=pictures.masks_for(*heads, *cfg.MODEL.VISFT.OBJECTIVES),
             batch_size=solver.IMS_PER_BATCH,
             start_iteration=start_iteration * solver.ACCUMULATE,
             seed=seed,
@@ -146,7 +163,11 @@ def build_stage_loader(
         Task(
             head,
             pictures.of(head),
-            ViSFTMapper(task_config(cfg, head), is_train=True),
+            ViSFTMapper(
+                task_config(cfg, head),
+                is_train=True,
+                reads_masks=pictures.masks_for(head, *cfg.MODEL.VISFT.OBJECTIVES),
+            ),
             task_value(cfg, head, "IMS_PER_BATCH") or solver.IMS_PER_BATCH,
             pictures.repeats_of(head),
         )

@@ -59,15 +59,15 @@ def predict_files(
     a caption head `folder/<name>_words.png`, where it looked at each word. None of them replaces a picture of `files`.
 
     Args:
-        mapper: turns a record (`file_name`, `height`, `width`) into the model's input, as in evaluation.
+        mapper: turns a record into the model's input, as in evaluation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     written = []
     names = names_beside(files, folder, (".png", f"{WORDS}.png"))
     for file, name in zip(files, names, strict=True):
-        image = read_rgb(file)
-        record = {"file_name": str(file), "image_id": 0, "height": image.shape[0], "width": image.shape[1]}
+        record = {"file_name": str(file), "image_id": 0}
+        image = mapper.read(record)
         output = model([mapper(record)])[0]
         panels = draw(image, output, heads, metadata, threshold=threshold)
         path = folder / f"{name}.png"
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         )
     files = find_pictures(args.input)
     for file in files:
-        read_rgb(file)
+        read_rgb(file, max_pixels=cfg.VISFT.DATA.MAX_PIXELS)
     cfg.freeze()
     setup_logger(name="visft")
     cfg = with_vocabulary(cfg)

@@ -60,7 +60,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = initial_model(cfg, state.seed)
     parts = [*model.heads.items(), *model.objectives.items()]
     has_labels = {name: part.has_labels for name, part in parts}
-    pictures = functools.cache(lambda: load_labelled(cfg, has_labels))
+    mask_readers = [name for name, part in parts if part.reads_masks]
+    pictures = functools.cache(lambda: load_labelled(cfg, has_labels, mask_readers))
     if not state.evaluations:
         pictures()  # data without labels for a head stops the run before anything is computed
     if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:

@@ -233,10 +233,9 @@ def _check_output(output: Path, inputs: Sequence[Path], names: Sequence[str]) ->
 
 def _read(path: Path) -> np.ndarray:
     try:
-        return read_rgb(path)
+        return read_rgb(path, max_pixels=0)  # the user names the file
     except DataError as error:
-        reason = str(error).removeprefix(f"{path}: ").partition(", take it out of")[0]
-        raise DataError(f"--input {path}: {reason}") from error
+        raise DataError(f"--input {error}") from error
 
 
 def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:

@@ -19,6 +19,9 @@ class VisftHead(nn.Module):
     class_layers: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules and parameters whose shape follows the number of classes (or words)."""
 
+    reads_masks: bool = True
+    """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+
     @property
     def trainable(self) -> bool:
         """Whether it has weights of its own. One that has none is passed over in stage `heads`."""

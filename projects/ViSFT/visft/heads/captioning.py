@@ -61,6 +61,8 @@ class CaptioningHead(VisftHead):
     seed draw what one process with all their images would.
     """
 
+    reads_masks = False
+
     def __init__(
         self,
         decoder: CaptionDecoder,

@@ -55,6 +55,7 @@ class DETRHead(VisftHead):
     """
 
     class_layers = ("class_embeds",)
+    reads_masks = False
 
     @configurable
     def __init__(

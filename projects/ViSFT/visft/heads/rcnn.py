@@ -57,6 +57,7 @@ class RCNNHead(VisftHead):
         self.labels = LabelSpace(roi_heads.num_classes)
         branches = [kind for kind in ("mask", "keypoint") if getattr(roi_heads, f"{kind}_on", False)]
         self.label_fields = ("gt_boxes", *(f"gt_{branch}s" for branch in branches))
+        self.reads_masks = "gt_masks" in self.label_fields
         # Whatever counts classes: of boxes (one a stage in a cascade), and of masks.
         classes = [
             name

@@ -77,6 +77,7 @@ class RegionTextHead(VisftHead):
         check_prompts("PROMPTS", prompts)
         self.class_names = tuple(tuple(row) for row in names)
         self.prompts, self.regions, self.kind = tuple(prompts), regions, loss
+        self.reads_masks = regions != "boxes"
         self.logit_scale, self.logit_bias, self.weight = logit_scale, 0.0, weight
         self.labels = LabelSpace(len(names))
         self.federated = federated

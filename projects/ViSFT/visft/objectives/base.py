@@ -22,6 +22,9 @@ class Objective:
     needs_original: ClassVar[bool] = False
     """Whether it reads `Batch.original`, the tower before tuning."""
 
+    reads_masks: ClassVar[bool] = True
+    """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+
     collective: ClassVar[bool] = False
     """Whether `loss` speaks with the other processes, so that every one has to call it, also without pictures."""
 

@@ -28,6 +28,7 @@ class Contrastive(Objective):
     """
 
     collective = True
+    reads_masks = False
 
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         super().__init__(cfg, name, backbone)

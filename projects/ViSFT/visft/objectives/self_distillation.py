@@ -26,6 +26,7 @@ class SelfDistillation(Objective):
     """
 
     needs_original = True
+    reads_masks = False
 
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         super().__init__(cfg, name, backbone)
