@@ -116,7 +116,7 @@ def export(arguments: argparse.Namespace) -> dict:
     words = ["--weights", lora, "--format", "open_clip", "--output", output]
     words += (["--verify"] if arguments.verify else []) + ["MODEL.CLIP_VIT.PRETRAINED", base]
     peak, seconds, _ = measured(
-        f"from visft.engine import export_backbone\nstatus = export_backbone.main({[str(w) for w in words]!r})"
+        f"from visft.commands import export_backbone\nstatus = export_backbone.main({[str(w) for w in words]!r})"
     )
     size = output.stat().st_size
     loaded = load(arguments, base)

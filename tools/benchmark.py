@@ -6,7 +6,7 @@ tools/benchmark.py --config-file F [--stage heads|lora] [--images N] [--rounds N
 
 import sys
 
-from visft.engine import benchmark
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(benchmark.main())
+    sys.exit(main("benchmark"))

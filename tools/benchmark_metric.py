@@ -6,7 +6,7 @@ tools/benchmark_metric.py [--format coco|lvis] [--images N] [--detections N] [--
 
 import sys
 
-from visft.engine import metric_benchmark
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(metric_benchmark.main())
+    sys.exit(main("benchmark_metric"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from visft.engine.demo import main
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("demo"))

@@ -7,7 +7,7 @@ tools/export_backbone.py --weights RUN_FOLDER_OR_FILE --format open_clip --outpu
 
 import sys
 
-from visft.engine import export_backbone
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(export_backbone.main())
+    sys.exit(main("export_backbone"))

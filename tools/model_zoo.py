@@ -9,7 +9,7 @@ tools/model_zoo.py table [--rehash] [--write]
 
 import sys
 
-from visft.engine import zoo
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(zoo.main())
+    sys.exit(main("model_zoo"))

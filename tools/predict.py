@@ -7,7 +7,7 @@ tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN
 
 import sys
 
-from visft.engine import predict
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(predict.main())
+    sys.exit(main("predict"))

@@ -6,7 +6,7 @@ tools/sweep.py --config configs/sweeps/tasks.yaml --output DIR     (again: conti
 
 import sys
 
-from visft.engine import sweep
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(sweep.main())
+    sys.exit(main("sweep"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from visft.engine.demo import train_heads
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(train_heads())
+    sys.exit(main("train_demo_heads"))

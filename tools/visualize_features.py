@@ -7,7 +7,7 @@ tools/visualize_features.py --model NAME --pretrained TAG_OR_FILE [--compare FIL
 
 import sys
 
-from visft.engine import visualize_features
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(visualize_features.main())
+    sys.exit(main("visualize_features"))

@@ -17,7 +17,7 @@ from visft.backbone import CLIPViT, lora
 from visft.checkpoint import export, load
 from visft.checkpoint.export import open_clip_file, source
 from visft.checkpoint.run import RunCheckpointer
-from visft.engine import export_backbone
+from visft.commands import export_backbone
 from visft.errors import CheckpointError, ExportError
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 
 from visft.backbone import CLIPViT, lora
 from visft.checkpoint import export, export_check
-from visft.engine import export_backbone
+from visft.commands import export_backbone
 
 
 @pytest.fixture(scope="module")

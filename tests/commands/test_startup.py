@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from detectron2.engine import default_argument_parser
 
-from visft.commands import train_net
+from visft.checkpoint import export
+from visft.commands import benchmark, export_backbone, predict, train_net
+from visft.engine import checks, drawing
 
 ROOT = Path(__file__).resolve().parents[2]
-MOVED = ["train_net"]
+MOVED = sorted(p.stem for p in (ROOT / "tools").glob("[a-z]*.py") if "from _start" in p.read_text())
 HEAVY = {
     "torch",
     "torchvision",
@@ -24,7 +26,7 @@ HEAVY = {
     "cv2",
     "scipy",
 }
-QUESTIONS = [f"{name}.py --help" for name in MOVED]
+QUESTIONS = [*(f"{name}.py --help" for name in MOVED), "model_zoo.py list", "model_zoo.py table"]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -56,3 +58,13 @@ def test_a_question_is_answered_in_less_than_a_second(question):
 )
 def test_train_net_reads_detectron2s_arguments(words):
     assert train_net.parse(words.split()) == default_argument_parser().parse_args(words.split())
+
+
+def test_what_parsers_say_without_importing_is_what_the_package_has(capsys):
+    assert export_backbone.FORMATS == tuple(export.FORMATS)
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--help"])
+    assert "{" + ",".join(checks.STAGES) + "}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        predict.parse(["--help"])
+    assert f"(default: {drawing.THRESHOLD})" in " ".join(capsys.readouterr().out.split())

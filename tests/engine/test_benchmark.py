@@ -7,7 +7,7 @@ import pytest
 from test_distributed import BOTH, build, picture
 from tiny_run import tiny_arguments
 
-from visft.engine import benchmark
+from visft.commands import benchmark as command
 from visft.engine.benchmark import measure, summary
 from visft.engine.optim import build_optimizer
 from visft.engine.settings import load_config
@@ -114,7 +114,7 @@ def test_command(shapes_train, tmp_path, capsys):
     ]
     arguments += ["MODEL.VISFT.HEADS", "('detection', 'segmentation', 'captioning')"]
     arguments += ["VISFT.DATA.TRAIN_CAPTIONS", str(captions), "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", "1"]
-    assert benchmark.main(arguments) == 0
+    assert command.main(arguments) == 0
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["images"] == [[64, 64]] * 3 and found["stage"] == "lora" and found["rounds"] == 2
@@ -137,5 +137,5 @@ def test_command(shapes_train, tmp_path, capsys):
 def test_what_is_refused(shapes_train, tmp_path, capsys, extra, words):
     arguments = tiny_arguments(shapes_train, None, tmp_path / "run")
     at = 2 if extra[0].startswith("--") else len(arguments)
-    assert benchmark.main([*arguments[:at], *extra, *arguments[at:]]) == 1
+    assert command.main([*arguments[:at], *extra, *arguments[at:]]) == 1
     assert words in capsys.readouterr().err

@@ -12,9 +12,9 @@ from tiny_run import tiny_arguments
 
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import describe, newest_checkpoint
-from visft.commands import train_net
+from visft.commands import predict, train_net
 from visft.data.vocabulary import build_vocabulary
-from visft.engine import checks, launch, predict, settings, stages, vocabulary
+from visft.engine import checks, launch, settings, stages, vocabulary
 from visft.errors import ConfigError, DataError
 from visft.heads import Vocabulary
 

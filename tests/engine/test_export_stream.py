@@ -22,7 +22,8 @@ import small_eva  # noqa: E402
 from visft.backbone import CLIPViT, lora  # noqa: E402
 from visft.checkpoint import export, load, run_folder  # noqa: E402
 from visft.checkpoint import files as files_module  # noqa: E402
-from visft.engine import export_backbone, export_stream  # noqa: E402
+from visft.commands import export_backbone  # noqa: E402
+from visft.engine import export_stream  # noqa: E402
 
 WIDTH, DEPTH = 32, 3
 
@@ -398,7 +399,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import small_eva
 small_eva.register(384, int(sys.argv[2]), heads=6)
-from visft.engine import export_backbone
+from visft.commands import export_backbone
 status = export_backbone.main(sys.argv[3:])
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 sys.exit(status)

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from demoworld import scenes
-from visft.engine import checks, evaluate, predict, settings, stages
+from visft.commands import predict
+from visft.engine import checks, evaluate, settings, stages
 from visft.errors import ConfigError, DataError
 
 KEY = "MODEL.VISFT.OPEN_VOCABULARY.NAMES"

@@ -53,9 +53,9 @@ def jobs(folder: Path) -> dict[str, float]:
     return {str(log.parent): log.stat().st_mtime_ns for log in folder.rglob("process.log")}
 
 
-def test_kill_failure_and_repetition(content, tmp_path):
+def test_kill_failure_and_repetition(content, tmp_path, root):
     file, out = write(tmp_path, content), tmp_path / "out"
-    command = [sys.executable, "-m", "visft.engine.sweep", "--config", str(file), "--output", str(out)]
+    command = [sys.executable, str(root / "tools" / "sweep.py"), "--config", str(file), "--output", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(out.glob("runs/boxes*/job.json")):
         time.sleep(0.02)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from demoworld import tower as demo_tower
 from visft.checkpoint import files
+from visft.commands import visualize_features as command
 from visft.engine import visualize_features
 from visft.engine.outputs import names_beside, output_names
 
@@ -33,7 +34,7 @@ def place(tmp_path_factory):
 
 
 def refused(capsys, *args) -> str:
-    assert visualize_features.main([*BASE, *map(str, args)]) == 1
+    assert command.main([*BASE, *map(str, args)]) == 1
     return capsys.readouterr().err
 
 
@@ -66,7 +67,7 @@ def test_command_draws_every_kind_of_sheet(place, root, tmp_path):
 
 
 def test_one_tower_and_one_image_need_neither_texts_nor_matches(place, tmp_path):
-    done = visualize_features.main([*BASE, "--input", str(place / "first.png"), "--output", str(tmp_path)])
+    done = command.main([*BASE, "--input", str(place / "first.png"), "--output", str(tmp_path)])
     assert done == 0 and [path.name for path in tmp_path.iterdir()] == ["first_features.png"]
 
 

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from visft import model_zoo
 from visft.errors import CheckpointError, ConfigError
-from visft.model_zoo import cache, entries
+from visft.model_zoo import cache, entries, places
 
 NAME, FILE = "eva_g_lora_5000", "eva_g_lora_5000.pt"
 
@@ -33,8 +33,8 @@ SMALL_PIECES = """
 import sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 4096  # the client writes in pieces of 10 MB, more than a test wants to send
-from visft.engine import zoo
-sys.exit(zoo.main(["download", sys.argv[1]]))
+from visft.commands import model_zoo
+sys.exit(model_zoo.main(["download", sys.argv[1]]))
 """
 
 
@@ -141,6 +141,7 @@ def test_files_of_the_package_are_checked(table, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="expected cdcd.*install visft again.*table --rehash"):
         model_zoo.get_file(row["name"])
     monkeypatch.setattr(cache, "in_package", lambda path: tmp_path / path)
+    monkeypatch.setattr(places, "in_package", lambda path: tmp_path / path)
     with pytest.raises(CheckpointError, match="no such file; install visft again"):
         model_zoo.get_file(row["name"])
 
@@ -180,11 +181,11 @@ def test_a_folder_as_mirror(tmp_path, content, monkeypatch, cache_folder):
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("VISFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.folder() == tmp_path / "xdg" / "visft"
+    assert places.folder() == tmp_path / "xdg" / "visft"
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "fvcore"))
-    assert cache.folder() == tmp_path / "fvcore" / "visft"
+    assert places.folder() == tmp_path / "fvcore" / "visft"
     monkeypatch.setenv("VISFT_CACHE", str(tmp_path / "own"))
-    assert cache.folder() == tmp_path / "own"
+    assert places.folder() == tmp_path / "own"
 
 
 def test_a_cache_that_cannot_be_written(mirror, tmp_path, monkeypatch):

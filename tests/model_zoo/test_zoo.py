@@ -10,9 +10,9 @@ import pytest
 
 from visft import model_zoo
 from visft.backbone.open_clip_zoo import open_clip
-from visft.engine import zoo
+from visft.commands import model_zoo as command
 from visft.errors import ConfigError
-from visft.model_zoo import cache, entries, tables
+from visft.model_zoo import entries, places, tables
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_the_document_has_the_tables_of_the_data_file():
 
 def test_a_table_that_differs_is_named_and_mended(copy, capsys):
     copy.write_text(copy.read_text().replace("| see LAVIS |", "| MIT |"))
-    assert zoo.main(["verify", "--check", "tables", "--document", str(copy)]) == 1
+    assert command.main(["verify", "--check", "tables", "--document", str(copy)]) == 1
     assert "differs from zoo.json in bases" in capsys.readouterr().err
-    assert zoo.main(["table", "--write", "--document", str(copy)]) == 0
-    assert zoo.main(["verify", "--check", "tables", "--document", str(copy)]) == 0
+    assert command.main(["table", "--write", "--document", str(copy)]) == 0
+    assert command.main(["verify", "--check", "tables", "--document", str(copy)]) == 0
 
 
 def test_a_document_without_a_place_for_a_table(copy):
@@ -130,10 +130,10 @@ def test_new_weights_are_published_by_one_command(copy, capsys):
         next(r for r in data["files"] if r["name"] == "heads_demo_detection")["figures"] = {}
 
     edit(spoil)
-    assert zoo.main(["verify"]) == 1
+    assert command.main(["verify"]) == 1
     captured = capsys.readouterr()
     assert captured.out.count("BAD ") == 3 and "heads_demo_detection" in captured.err
-    assert zoo.main(["table", "--rehash", "--write", "--document", str(copy)]) == 0
+    assert command.main(["table", "--rehash", "--write", "--document", str(copy)]) == 0
     assert json.loads(entries.TABLE.read_text()) == before
     assert entries.find("heads_demo_detection").sha256 == rows["heads_demo_detection"]["sha256"]
     tables.check(copy)
@@ -142,7 +142,7 @@ def test_new_weights_are_published_by_one_command(copy, capsys):
 
 def test_a_weight_file_without_a_row_is_not_forgotten(copy, capsys):
     edit(lambda data: data["files"].pop(1))
-    assert zoo.main(["table", "--rehash"]) == 1
+    assert command.main(["table", "--rehash"]) == 1
     assert "no row with `package` visft/model_zoo/weights/heads_demo_detection" in capsys.readouterr().err
 
 
@@ -168,25 +168,25 @@ def test_rows_show_what_the_data_file_says(copy):
 def test_list_and_verify(capsys, cache_folder, content):
     cache_folder.mkdir()
     (cache_folder / "eva_g_lora_5000.pt").write_bytes(content)
-    assert zoo.main(["list"]) == 0
+    assert command.main(["list"]) == 0
     out = capsys.readouterr().out
     for name in [*model_zoo.list(), *model_zoo.list("files")]:
         assert f"  {name}" in out
     assert re.search(r"eva_g_lora_5000 +in the cache", out) and "huggingface.co/TencentARC/ViSFT" in out
-    assert zoo.main(["verify"]) == 0
+    assert command.main(["verify"]) == 0
     assert f"ok   eva_g_lora_5000  {cache_folder}/eva_g_lora_5000.pt" in capsys.readouterr().out
-    assert zoo.main(["verify", "eva_vit_g"]) == 1
+    assert command.main(["verify", "eva_vit_g"]) == 1
     assert "model_zoo.py download eva_vit_g" in capsys.readouterr().out
     (cache_folder / "eva_g_lora_5000.pt").write_bytes(content[1:])
-    assert zoo.main(["verify", "eva_g_lora_5000"]) == 1
+    assert command.main(["verify", "eva_g_lora_5000"]) == 1
     assert "not as published: eva_g_lora_5000" in capsys.readouterr().err
 
 
 def test_download_says_what_is_wrong_in_one_line(capsys, monkeypatch):
-    assert zoo.main(["download", "eva_g_lora_6000"]) == 1
+    assert command.main(["download", "eva_g_lora_6000"]) == 1
     assert capsys.readouterr().err.startswith(
         "error: model_zoo has no weights `eva_g_lora_6000`; the nearest is"
     )
-    assert zoo.main(["download", "heads_demo_detection"]) == 0
+    assert command.main(["download", "heads_demo_detection"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
-    assert not cache.folder().exists()
+    assert not places.folder().exists()

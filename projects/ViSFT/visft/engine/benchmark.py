@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from visft.checkpoint import files
 from visft.data import ViSFTMapper, load_labelled
 from visft.data.loader import TrainLoader
-from visft.engine import checks, cli, memory, settings, stages
+from visft.engine import checks, memory, settings, stages
 from visft.engine.optim import build_optimizer
 from visft.engine.trainer import StageTrainer
 from visft.engine.vocabulary import with_vocabulary
@@ -34,27 +34,8 @@ PARTS = ("tower", "heads", "other")
 preparing the pictures, and the optimizer's step."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, and write the figures if asked to; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Time and memory of a training iteration: joint against one iteration a task, interleaved."
-    )
-    parser.add_argument(
-        "--config-file", required=True, help="one of configs/*.yaml with the ViSFT architecture"
-    )
-    parser.add_argument("--stage", choices=checks.STAGES, default="lora", help="what trains")
-    parser.add_argument(
-        "--images", type=int, default=0, help="pictures a batch; 0: the stage's IMS_PER_BATCH"
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that is not")
-    parser.add_argument("--output", default="", help="a JSON file for the figures")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
-    args = parser.parse_args(argv)
-    return cli.guard(_benchmark, args)
-
-
-def _benchmark(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def run(args: argparse.Namespace) -> None:
+    """Check, measure, print the table of `summary`."""
     cfg = settings.load_config(args.config_file, args.opts)
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
         raise ConfigError(

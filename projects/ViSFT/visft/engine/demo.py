@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from demoworld import dataset, tower
-from demoworld.errors import DemoWorldError
 from visft import model_zoo
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import demo_world
-from visft.engine import checks, cli, demo_report, demo_unseen, evaluate, launch, settings, stages
+from visft.engine import checks, demo_report, demo_unseen, evaluate, launch, settings, stages
 from visft.errors import CheckpointError, TrainingError
 from visft.evaluation.benchmarks import Context, report, resolve, suite
 from visft.evaluation.benchmarks.towers import Tower
@@ -56,20 +55,8 @@ _FIGURES = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make the demo world, run configs/visft_demo.yaml, and say what happened; returns the exit status."""
-    parser = argparse.ArgumentParser(description="ViSFT in miniature: data, both stages, export, report.")
-    parser.add_argument("--num-train", type=int, default=4000, help="training scenes to make")
-    parser.add_argument("--num-val", type=int, default=200, help="validation scenes to make")
-    parser.add_argument("--num-unseen", type=int, default=100, help="scenes of unseen things to make")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
-    args = parser.parse_args(argv)
-    return cli.guard(_demo, args, again=cli.RESUME, errors=(DemoWorldError,))
-
-
-def _demo(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def run(args: argparse.Namespace) -> None:
+    """Make the demo world, run configs/visft_demo.yaml, evaluate what was never tuned on, and say what happened."""
     numbers = {"num_train": args.num_train, "num_val": args.num_val, "num_unseen": args.num_unseen}
     _make_data(demo_world.default_root(), **numbers)
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
@@ -214,38 +201,18 @@ def summary(folder: str | os.PathLike) -> str:
     return "\n".join(lines)
 
 
-def train_heads(argv: list[str] | None = None) -> int:
-    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml) and write the files that ship, one a head."""
-    parser = argparse.ArgumentParser(description="Train the heads that the demo starts from.")
-    parser.add_argument(
-        "--heads", nargs="+", default=["detection", "segmentation", "captioning"], help="which ones"
-    )
-    parser.add_argument("--data", default="datasets/visft_demo_heads", help="folder of the scenes")
-    parser.add_argument(
-        "--first-train", type=int, default=dataset.FIRST_FRESH, help="number of the first training scene"
-    )
-    parser.add_argument(
-        "--num-train",
-        type=int,
-        default=dataset.SCENES_OF_HEADS - dataset.FIRST_FRESH + 1,
-        help="training scenes to make; with as many as the iterations read, none comes twice",
-    )
-    parser.add_argument("--num-val", type=int, default=500, help="validation scenes to make")
-    parser.add_argument("--run", default="output/demo_heads", help="folder of the run")
-    parser.add_argument("--output", default=str(WEIGHTS), help="folder for heads_demo_<head>.safetensors")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")
-    args = parser.parse_args(argv)
-    return cli.guard(_train_heads, args, again=cli.RESUME)
+def train_heads(args: argparse.Namespace) -> None:
+    """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml) and write the files that ship, one a head.
 
-
-def _train_heads(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _make_data(Path(args.data), num_train=args.num_train, num_val=args.num_val, first_train=args.first_train)
+    By default the scenes are those that no earlier heads have seen, as many as the iterations read: none comes twice.
+    """
+    first = dataset.FIRST_FRESH if args.first_train is None else args.first_train
+    count = dataset.SCENES_OF_HEADS - dataset.FIRST_FRESH + 1 if args.num_train is None else args.num_train
+    _make_data(Path(args.data), num_train=count, num_val=args.num_val, first_train=first)
     opts = [*args.opts, "MODEL.VISFT.HEADS", str(tuple(args.heads)), "OUTPUT_DIR", args.run]
     folder = _train(get_config_file("visft_demo_heads"), opts, resume=args.resume)
     for head in args.heads:
-        ship_heads(folder, Path(args.output) / f"heads_demo_{head}.safetensors", head)
+        ship_heads(folder, Path(args.output or WEIGHTS) / f"heads_demo_{head}.safetensors", head)
 
 
 def ship_heads(folder: str | os.PathLike, output: str | os.PathLike, head: str) -> Path:

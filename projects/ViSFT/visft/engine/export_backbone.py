@@ -3,20 +3,17 @@
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 
 from visft.backbone import CLIPViT, lora, open_clip_zoo
 from visft.backbone.towers import adapt
 from visft.checkpoint import authors, export, files, load, stream_load, stream_names
 from visft.checkpoint.run_folder import describe
 from visft.engine import export_stream, exporting
-from visft.engine.cli import guard
 from visft.engine.settings import load_config
 from visft.engine.trainer import seed_iteration
 from visft.errors import CheckpointError, ConfigError, ExportError
@@ -28,47 +25,6 @@ _AUTHORS_TOWERS = {
     (1408, 40): ("EVA01-g-14", "EVA01-g-14-plus"),
     (1792, 64): ("EVA02-E-14-plus", "EVA02-E-14"),
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        description="Write the tuned tower of a run, or a base with a LoRA file merged, for other libraries."
-    )
-    parser.add_argument(
-        "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
-    )
-    parser.add_argument("--format", required=True, choices=tuple(export.FORMATS))
-    parser.add_argument("--output", required=True, help="the file to be written; for hf and peft a folder")
-    parser.add_argument(
-        "--interpolate",
-        nargs="+",
-        metavar="A",
-        help="mixtures of the weights, 0: the base's, 1: the tuned; several: the output's name gets each",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="let the format's own library load the file in a fresh process where that is not done anyway: for large "
-        "towers, which are merged from file to file; it needs memory for the whole model",
-    )
-    parser.add_argument("--config-file", help="the run's; without it, what the weights say of themselves")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys and values")
-    arguments = parser.parse_args(argv)
-    # argparse gives an option with several values all words up to the next option, KEY VALUE pairs too.
-    words = arguments.interpolate or []
-    count = next((i for i, word in enumerate(words) if not _is_number(word)), len(words))
-    arguments.interpolate, arguments.opts = [float(w) for w in words[:count]], words[count:] + arguments.opts
-    setup_logger(name="visft")
-    return guard(run, arguments)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def run(arguments: argparse.Namespace) -> list[Path]:
@@ -224,7 +180,3 @@ def _build(cfg: CfgNode, seed: int | None, with_lora: bool) -> CLIPViT:
             last_blocks=settings.LAST_BLOCKS,
         )
     return backbone
-
-
-if __name__ == "__main__":
-    sys.exit(main())

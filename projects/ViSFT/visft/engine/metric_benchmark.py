@@ -14,25 +14,14 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_api
 
-from visft.engine import cli
 from visft.evaluation.average_precision import COCOMetric
 from visft.evaluation.lvis import FREQUENCIES, LVISMetric
 
 _SIZE = (480, 640)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Time both implementations on drawn annotations and detections; returns the exit status."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--format", choices=("coco", "lvis"), default="coco")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="of each picture")
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--repeats", type=int, default=3, help="the median of so many runs of each, in turns")
-    return cli.guard(_run, parser.parse_args(argv))
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Time both on drawn annotations and detections, and print a line for boxes and one for masks."""
     with tempfile.TemporaryDirectory() as folder, _quiet():
         truth, results = draw(args.images, args.detections, args.classes)
         file = Path(folder) / "annotations.json"

@@ -14,7 +14,7 @@ from torch import nn
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
 from visft.data.open_names import read_names
-from visft.engine import checks, cli, settings, stages
+from visft.engine import checks, settings, stages
 from visft.engine.drawing import THRESHOLD, WORDS, beside, captions_in, draw, save_picture, save_word_maps
 from visft.engine.outputs import names_beside
 from visft.engine.vocabulary import with_vocabulary
@@ -81,30 +81,6 @@ def predict_files(
     return written
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`tools/predict.py`; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Draw what the heads see on pictures.")
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument(
-        "--weights",
-        default="",
-        help="a run's OUTPUT_DIR or a weight file (default: MODEL.WEIGHTS, or the run in the config's OUTPUT_DIR)",
-    )
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="least score that is drawn")
-    parser.add_argument(
-        "--names",
-        help="look for these instead of the classes that the heads learnt: `red panda, wok`, a .txt file with a name a "
-        "line, coco, lvis or objects365",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change")
-    args = parser.parse_args(argv)
-    return cli.guard(run, args)
-
-
 def run(args: argparse.Namespace) -> list[Path]:
     """Check, build the model, draw; returns the files written.
 
@@ -146,7 +122,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         Path(args.output),
         heads=cfg.MODEL.VISFT.HEADS,
         metadata=_metadata(cfg, model),
-        threshold=args.threshold,
+        threshold=THRESHOLD if args.threshold is None else args.threshold,
     )
 
 

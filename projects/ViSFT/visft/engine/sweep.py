@@ -12,7 +12,6 @@ ID is a hash of all that decides a result (config, weight files, annotations), s
 whatever the sweep's file looked like when it was done.
 """
 
-import argparse
 import fcntl
 import logging
 import os
@@ -26,24 +25,10 @@ from typing import Any
 
 from visft.checkpoint import files, load
 from visft.data import demo_world
-from visft.engine import cli, settings, sweep_job, sweep_plan, sweep_report
+from visft.engine import settings, sweep_job, sweep_plan, sweep_report
 from visft.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status, 1 also when a run has failed."""
-    parser = argparse.ArgumentParser(
-        description="Train and measure every run of a sweep; the same command again continues it."
-    )
-    parser.add_argument("--config", required=True, help="the sweep's YAML file, as configs/sweeps/tasks.yaml")
-    parser.add_argument(
-        "--output", required=True, help="folder for the runs, results.json, table.md and sweep.png"
-    )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return cli.guard(run, args.config, args.output, again=cli.SAME)
 
 
 def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
@@ -253,7 +238,3 @@ def _reason(log: Path, begin: int, status: int) -> str:
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = errors[-1] if errors else lines[-1] if lines else f"status {status}"
     return f"{last} (see {log})"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

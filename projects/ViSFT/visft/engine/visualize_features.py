@@ -16,7 +16,6 @@ from visft.backbone.class_text import check_prompts
 from visft.backbone.patch_text import patch_embeddings
 from visft.checkpoint import files
 from visft.data import read_rgb
-from visft.engine import cli
 from visft.engine.outputs import output_names
 from visft.engine.predict import find_pictures
 from visft.errors import CheckpointError, ConfigError, DataError
@@ -54,35 +53,6 @@ class Seen:
 
     features: torch.Tensor
     patches: torch.Tensor | None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        description="Draw a CLIP tower's features as colours, beside texts, and matched between two images."
-    )
-    parser.add_argument("--model", required=True, help="open_clip's name of the architecture, or visft-tiny")
-    parser.add_argument("--pretrained", required=True, help="a tag of open_clip, or a file of the whole CLIP")
-    parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="FILE", help="tuned CLIPs of the same architecture"
-    )
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="IMAGE", help="images or folders of them"
-    )
-    parser.add_argument("--texts", help='what patches are compared with, by commas: "a cat, grass"')
-    parser.add_argument(
-        "--templates", nargs="+", default=["{}"], help='prompts, each with one {}: "a photo of {}."'
-    )
-    parser.add_argument(
-        "--side",
-        type=int,
-        help=f"longer side in pixels that the tower sees, whole patches (default: {NATIVE_SIDES} native sides)",
-    )
-    parser.add_argument("--output", default="output/features", metavar="DIR", help="folder of the PNG files")
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("visft").setLevel(logging.INFO)
-    return cli.guard(run, args)
 
 
 def run(args: argparse.Namespace) -> list[Path]:

@@ -1,15 +1,21 @@
-"""Configs and weights by name, in a checkout and in an installed wheel alike."""
+"""Configs and weights by name, in a checkout and in an installed wheel alike.
+
+Names are told without torch and detectron2.
+"""
+
+from __future__ import annotations
 
 import builtins
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg
-from omegaconf import DictConfig
-from torch import nn
-
-from ..config import add_visft_config
 from ..errors import ConfigError
 from . import entries
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from omegaconf import DictConfig
+    from torch import nn
 
 FOLDER = Path(__file__).with_name("configs")
 
@@ -46,6 +52,10 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str) -> CfgNode | DictConfig:
     """The config `name`: a yacs node with ViSFT's keys, or detectron2's lazy kind for the names in `lazy/`."""
+    from detectron2.config import LazyConfig, get_cfg
+
+    from ..config import add_visft_config
+
     file = get_config_file(name)
     if file.endswith(".py"):
         return LazyConfig.load(file)
@@ -63,6 +73,7 @@ def get(name: str, device: str = "cpu") -> nn.Module:
     """
     from detectron2.config import instantiate
     from detectron2.modeling import build_model
+    from omegaconf import DictConfig
 
     cfg = get_config(name)
     if isinstance(cfg, DictConfig):

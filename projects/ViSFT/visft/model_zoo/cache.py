@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint import files
 from ..errors import CheckpointError, ConfigError
 from .entries import Entry, in_package
+from .places import folder, present
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +31,9 @@ class NotThere(CheckpointError):
     """The server says that it has no such file."""
 
 
-def folder() -> Path:
-    """`$VISFT_CACHE`; else `visft` in `$FVCORE_CACHE`, in `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    if os.environ.get("VISFT_CACHE"):
-        return Path(os.environ["VISFT_CACHE"]).expanduser()
-    for variable in ("FVCORE_CACHE", "XDG_CACHE_HOME"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser() / "visft"
-    return Path.home() / ".cache" / "visft"
-
-
 def offline() -> bool:
     """Whether `VISFT_OFFLINE` or `HF_HUB_OFFLINE` forbids to ask the network."""
     return any(os.environ.get(name, "").lower() in _YES for name in ("VISFT_OFFLINE", "HF_HUB_OFFLINE"))
-
-
-def present(entry: Entry) -> Path | None:
-    """Where the file lies, in the package or in the cache, unchecked; None when it has not been downloaded."""
-    if entry.package:
-        path = in_package(entry.package)
-        return path if path.is_file() else None
-    return next((path for path in (folder() / file for file in entry.files) if path.is_file()), None)
 
 
 def fetch(entry: Entry, *, again: bool = False) -> Path:

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import files
 from ..errors import ConfigError
 from . import entries
 
@@ -86,6 +85,8 @@ def check(document: Path = DOCUMENT) -> None:
 
 def write(document: Path = DOCUMENT) -> bool:
     """Make the document's tables anew; returns whether that changed anything."""
+    from ..checkpoint import files
+
     text = _read(document)
     new = filled(text)
     if new != text:
@@ -103,6 +104,8 @@ def rehash() -> list[str]:
         ConfigError: a file of the package has no row.
         CheckpointError: a file is missing or cut off.
     """
+    from ..checkpoint import files
+
     data = json.loads(entries.TABLE.read_text(encoding="utf-8"))
     listed, changed = {row.get("package") for row in data["files"]}, []
     for folder in entries.SHIPPED:

@@ -1,4 +1,4 @@
-"""What the model zoo has, fetching and checking it, and the tables of MODEL_ZOO.md (`tools/model_zoo.py`)."""
+"""`tools/model_zoo.py`: what the model zoo has, fetching and checking it, and the tables of MODEL_ZOO.md."""
 
 import argparse
 import logging
@@ -9,12 +9,14 @@ from pathlib import Path
 from visft import model_zoo
 from visft.engine.cli import SAME, guard
 from visft.errors import CheckpointError
-from visft.model_zoo import cache, tables
+from visft.model_zoo import places, tables
 from visft.model_zoo.entries import entries, find
 
+ALONE = True
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; `work` is the function of the given subcommand."""
     parser = argparse.ArgumentParser(
         description="The model zoo: configs and weight files by name.",
         epilog="Downloads go to $VISFT_CACHE, come from $VISFT_ZOO_MIRROR when it is set, and are refused under "
@@ -39,26 +41,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for command in (verify, table):
         command.add_argument("--document", type=Path, default=tables.DOCUMENT, help="default: MODEL_ZOO.md")
-    for command, run in ((listing, _list), (download, _download), (verify, _verify), (table, _table)):
-        command.set_defaults(run=run)
-    arguments = parser.parse_args(argv)
+    for command, work in ((listing, _list), (download, _download), (verify, _verify), (table, _table)):
+        command.set_defaults(work=work)
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the subcommand says."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return guard(arguments.run, arguments, again=SAME if arguments.run is _download else "")
+    return guard(arguments.work, arguments, again=SAME if arguments.work is _download else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run(parse(argv))
 
 
 def _list(arguments: argparse.Namespace) -> None:
     print("Configs, for visft.model_zoo.get_config(NAME):")
     for name in model_zoo.list():
         print(f"  {name}")
-    print(f"\nWeights, as visft://NAME; the cache is {cache.folder()}:")
+    print(f"\nWeights, as visft://NAME; the cache is {places.folder()}:")
     width = max(map(len, entries()))
     for entry in entries().values():
-        path = None if entry.package else cache.present(entry)
+        path = None if entry.package else places.present(entry)
         state = "in the cache" if path else entry.source
         print(f"  {entry.name:{width}}  {state}")
 
 
 def _download(arguments: argparse.Namespace) -> None:
+    from visft.model_zoo import cache
+
     for entry in [find(name) for name in arguments.names]:
         print(cache.fetch(entry, again=arguments.again))
 
@@ -68,9 +81,11 @@ def _verify(arguments: argparse.Namespace) -> None:
         tables.check(arguments.document)
         print(f"{arguments.document}: its tables are those of zoo.json")
         return
+    from visft.model_zoo import cache
+
     named = [find(name) for name in arguments.names]
     bad = []
-    for entry in named or [entry for entry in entries().values() if entry.package or cache.present(entry)]:
+    for entry in named or [entry for entry in entries().values() if entry.package or places.present(entry)]:
         try:
             print(f"ok   {entry.name}  {cache.verify(entry)}", flush=True)
         except CheckpointError as error:
