@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from coco_shapes import make_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json as load_stock
 from pycocotools import mask as mask_api
 
-from visft.data import check_data_set, register_own_data
-from visft.data.coco import _run_lengths, check_coco_json
+from visft.data import ViSFTMapper, check_data_set, register_own_data
+from visft.data.coco_check import check_coco_json
+from visft.data.loader import load_records
+from visft.data.masks import run_lengths_of
 from visft.errors import ConfigError, DataError
 
 
@@ -137,13 +140,57 @@ def test_boxes_alone_are_sound_too(coco) -> None:
     check_coco_json(str(coco.json_file), str(coco.images), train=True)
 
 
-def test_evaluation_needs_areas(coco) -> None:
+def test_areas_are_computed_where_they_are_missing_and_else_read_by_evaluation_alone(coco) -> None:
     content = coco.content()
     del _annotation(content, 104)["area"]
+    _annotation(content, 105).update(area=None, iscrowd=None)
+    coco.write(content)
+    for train in (True, False):
+        check_coco_json(str(coco.json_file), str(coco.images), train=train)
+    _annotation(content, 104)["area"] = float("nan")
     coco.write(content)
     check_coco_json(str(coco.json_file), str(coco.images), train=True)
-    with pytest.raises(DataError, match="annotation 104 has no `area`"):
+    with pytest.raises(DataError, match="annotation 104 has area nan"):
         check_coco_json(str(coco.json_file), str(coco.images), train=False)
+
+
+@pytest.mark.parametrize("mask", [None, [], [[]], [[5, 5, 9, 9]]], ids=str)
+def test_masks_are_required_where_they_are_learned(cfg, coco, mask) -> None:
+    content = coco.content()
+    _annotation(content, 105)["segmentation"] = mask
+    coco.write(content)
+    for heads in (("detection", "segmentation"), ("segmentation",)):
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.VISFT.HEADS = "ViSFT", heads
+        for name in ("visft_own_train", "visft_own_test"):
+            with pytest.raises(DataError, match="annotation 105 has .* annotation 100 has a mask"):
+                check_data_set(cfg, name)
+    cfg.MODEL.VISFT.HEADS = ("detection", "region_text")
+    for name in ("visft_own_train", "visft_own_test"):
+        check_data_set(cfg, name)
+    # Boxes alone are used then, of all annotations.
+    records = load_records(("visft_own_train",), train=True)
+    mapped = ViSFTMapper(augmentations=[], is_train=True)
+    instances = [mapped(record)["instances"] for record in records]
+    assert [len(i) for i in instances] == [3] * 7 and not any(i.has("gt_masks") for i in instances)
+
+
+def test_files_as_tools_write_them(cfg, coco) -> None:
+    """A byte order mark, Windows' line ends, ids of any kind: the records are otherwise the same."""
+    check_data_set(cfg, "visft_own_train")
+    plain = DatasetCatalog.get("visft_own_train")
+    assert plain == load_stock(str(coco.json_file), str(coco.images), "visft_own_train")
+    content = coco.content()
+    ids = {1: "one", 2: 2**64, 3: -3, 4: 0, 5: "5", 6: 5, 7: 10**40}
+    for image in content["images"]:
+        image["id"] = ids[image["id"]]
+    for number, annotation in enumerate(content["annotations"]):
+        annotation |= {"id": number if number % 2 else f"a{number}", "image_id": ids[annotation["image_id"]]}
+    coco.json_file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content, indent=1).replace("\n", "\r\n").encode())
+    check_data_set(cfg, "visft_own_train")
+    found = load_records(("visft_own_train",), train=True)
+    assert [record["image_id"] for record in found] == list(ids.values())
+    for record, other in zip(found, plain, strict=True):
+        assert {key: record[key] for key in other} == other | {"image_id": record["image_id"]}
 
 
 def test_a_file_is_read_again_only_when_it_changed(coco) -> None:
@@ -165,7 +212,7 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them() -> None:
         # Counted by hand: alternating runs of 0 and 1, beginning with 0.
         edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
         runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-        assert _run_lengths(mask_api.encode(np.asfortranarray(mask))["counts"].decode()) == runs
+        assert run_lengths_of(mask_api.encode(np.asfortranarray(mask))["counts"].decode()) == runs
 
 
 def test_own_data_fills_the_metadata(cfg, coco) -> None:

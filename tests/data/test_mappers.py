@@ -12,6 +12,7 @@ from PIL import Image
 from visft.data import ViSFTMapper, build_test_mapper
 from visft.data.loader import load_records
 from visft.data.mappers import build_augmentations
+from visft.data.masks import run_lengths_of
 from visft.errors import ConfigError
 
 CHANNEL = {CONTIGUOUS[category]: colour.index(255) for category, colour in COLOURS.items()}
@@ -140,6 +141,14 @@ def test_polygons_and_run_lengths_give_the_same_mask(cfg, coco) -> None:
         for x in (record["annotations"], drawn)
     )
     assert ((a & b).sum((1, 2)) / (a | b).sum((1, 2))).min() > 0.9
+    for annotation in drawn:  # as people write them: a text, a list of counts
+        counts = annotation["segmentation"]["counts"]
+        kinds = {"text": counts.decode(), "list": run_lengths_of(counts.decode())}
+        for kind, value in kinds.items():
+            annotation[kind] = annotation["segmentation"] | {"counts": value}
+    for kind in ("text", "list"):
+        written = [a | {"segmentation": a[kind]} for a in drawn]
+        assert torch.equal(mapper(record | {"annotations": written})["instances"].gt_masks.tensor, b)
 
 
 def test_sizes_of_the_recipes(cfg) -> None:

@@ -114,7 +114,7 @@ LVIS_FAULTS = [
     (lambda b: b["annotations"][4].update(category_id=6), True, ["annotation 104", "category_id 6"]),
     (lambda b: b["annotations"][4].update(image_id=77), True, ["annotation 104", "image_id 77"]),
     (lambda b: b["annotations"][4].update(id=100), True, ["annotation id 100 occurs twice"]),
-    (lambda b: b["annotations"][4].pop("area"), False, ["annotation 104", "area"]),
+    (lambda b: b["annotations"][4].update(area="9"), False, ["annotation 104", "area '9'"]),
     (lambda b: b["annotations"][4].update(bbox=[0, 0, float("nan"), 1]), True, ["annotation 104", "bbox"]),
     (lambda b: b["annotations"][4].update(segmentation=[[1, 2, 3, 4]]), True, ["annotation 104", "polygons"]),
     (

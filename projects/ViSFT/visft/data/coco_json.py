@@ -1,9 +1,11 @@
 """Files in COCO's format, read with an error for whatever they hold instead."""
 
+import contextlib
+import gc
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from visft.errors import DataError
 
@@ -14,7 +16,7 @@ _HUGE = 1e15
 
 
 def read_json(path: str, keys: str = KEYS) -> dict:
-    """The object in a JSON file.
+    """The object in a JSON file, with or without a byte order mark.
 
     Args:
         keys: what it should hold, for messages.
@@ -23,7 +25,7 @@ def read_json(path: str, keys: str = KEYS) -> dict:
         DataError: the file is missing, empty, broken, or holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file, without_garbage_collection():
             content = json.load(file)
     except OSError as error:
         raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
@@ -39,6 +41,18 @@ def read_json(path: str, keys: str = KEYS) -> dict:
     if not isinstance(content, dict):
         raise DataError(f"{path}: the file holds a {type(content).__name__}; expected an object with {keys}")
     return content
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For code that makes millions of objects and no cycles: Python would look through all of them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def entries_of(path: str, content: dict, key: str, keys: str = KEYS) -> list:
@@ -108,6 +122,13 @@ def is_positive_int(value: object) -> bool:
 def is_id(value: object) -> bool:
     """Whether it can be the id of a picture or an annotation."""
     return is_int(value) or is_text(value)
+
+
+def in_order(ids: Iterable[int | str]) -> list[int | str]:
+    """Ids in the order in which images are taken: as pycocotools sorts them. Where some are none for it (texts, or
+    numbers that no int64 above 0 holds), in the order of the file."""
+    ids = list(ids)
+    return sorted(ids) if all(isinstance(i, int) and 0 <= i < 2**63 for i in ids) else ids
 
 
 def is_text(value: object) -> bool:

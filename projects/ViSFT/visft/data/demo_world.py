@@ -51,7 +51,7 @@ def _load(data: "DemoData", split: str, name: str) -> list[dict]:
             f"{name}: {data.instances(split)} is not there; make the demo world with "
             f"`python tools/make_demo_data.py --output {data.root}`, or set VISFT_DEMO_DATA to where it is"
         )
-    from detectron2.data.datasets import load_coco_json
+    from visft.data.coco_records import load_coco_json
 
     return load_coco_json(str(data.instances(split)), str(data.images(split)), name)
 

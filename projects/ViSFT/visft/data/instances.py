@@ -5,7 +5,8 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import filter_empty_instances, polygons_to_bitmask
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
-from pycocotools import mask as mask_api
+
+from visft.data.masks import all_masked, decode, usable
 
 _Window = tuple[int, int, np.ndarray]
 """Left and top of a part of an image, and bool [h, w] of that part: the mask of an object, which is empty elsewhere."""
@@ -21,19 +22,19 @@ def annotated_instances(
 
     Args:
         record: a detectron2 dataset dict, not changed; `has_masks` says whether its data set has masks (default:
-            whether its own annotations have).
+            whether its own annotations have), each annotation one.
         transforms: what was done to the image.
         size: (height, width) after that.
         with_masks: False leaves `gt_masks` out; masks are then drawn only for boxes after a crop.
     """
     annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
-    has_masks = record.get("has_masks", any("segmentation" in a for a in annotations))
+    has_masks = record.get("has_masks", all_masked(annotations))
     cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
     instances = Instances(size)
     instances.gt_boxes = Boxes(_boxes(annotations, transforms, size))
     instances.gt_classes = torch.tensor([int(a["category_id"]) for a in annotations], dtype=torch.int64)
     if has_masks and (with_masks or cropped):
-        windows = [_drawn(a.get("segmentation") or [], transforms, size) for a in annotations]
+        windows = [_drawn(usable(a.get("segmentation")), transforms, size) for a in annotations]
         if cropped:
             instances.gt_boxes = Boxes(torch.tensor([_box(w) for w in windows]).reshape(-1, 4))
         if with_masks:
@@ -50,7 +51,9 @@ def _boxes(annotations: list[dict], transforms: T.TransformList, size: tuple[int
     return torch.from_numpy(np.minimum(moved, (*size[::-1], *size[::-1]))).float()
 
 
-def _drawn(segmentation: list | dict, transforms: T.TransformList, size: tuple[int, int]) -> _Window:
+def _drawn(
+    segmentation: list | dict | np.ndarray, transforms: T.TransformList, size: tuple[int, int]
+) -> _Window:
     """The mask in the augmented image.
 
     Polygons are moved and drawn once, at the final size: sharper than moving a drawn mask, and without the shapely that
@@ -58,7 +61,7 @@ def _drawn(segmentation: list | dict, transforms: T.TransformList, size: tuple[i
     an object covers a small part of most images.
     """
     if not isinstance(segmentation, list):
-        return 0, 0, transforms.apply_segmentation(mask_api.decode(segmentation)).astype(bool)
+        return 0, 0, transforms.apply_segmentation(decode(segmentation, size).astype(np.uint8)).astype(bool)
     moved = [transforms.apply_coords(np.asarray(p, dtype=np.float64).reshape(-1, 2)) for p in segmentation]
     every = np.concatenate(moved or [np.zeros((1, 2))])
     # One pixel more on each side, for pycocotools rounds to fifths of a pixel. That is done before shifting: afterwards

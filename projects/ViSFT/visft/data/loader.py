@@ -26,6 +26,7 @@ from visft.data.captions import captions_of
 from visft.data.coco import check_registered
 from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
+from visft.data.masks import all_masked, usable
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
 from visft.errors import ConfigError, DataError, VisftError
 
@@ -99,11 +100,11 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
     """
     records: list[dict] = []
     for name in names:
-        check_registered(name, train=train)
+        check_registered(name, train=train, masks=False)
         found = DatasetCatalog.get(name)
         if train:
             captions = captions_of(name)
-            has_masks = any("segmentation" in a for r in found for a in r.get("annotations", ()))
+            has_masks = _have_masks(found, name)
             found = [
                 r
                 | {
@@ -120,6 +121,19 @@ def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = Fa
             f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one picture"
         )
     return records
+
+
+def _have_masks(records: list[dict], name: str) -> bool:
+    """Whether the annotations have masks; a mask here and there is as good as none."""
+    annotations = [a for record in records for a in record.get("annotations", ())]
+    if all_masked(annotations):
+        return True
+    masks = sum(usable(a.get("segmentation")) is not None for a in annotations)
+    if masks:
+        logger.warning(
+            "%s: %d of %d annotations have masks: boxes alone are used", name, masks, len(annotations)
+        )
+    return False
 
 
 def _without_empty(records: list[dict], name: str) -> list[dict]:

@@ -135,7 +135,7 @@ class ViSFTMapper:
         """
         Args:
             record: a dataset dict; it is not changed. Its key `has_masks` says whether its data set has masks
-                (default: whether its own annotations have).
+                (default: whether its own annotations have), each annotation one.
 
         Raises:
             PictureError: the image does not decode, or its size is not what the annotations say.

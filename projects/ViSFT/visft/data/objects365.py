@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from visft.data.coco_records import load_coco_json
 from visft.data.published import Format
 
 NAMES = {split: f"objects365_v2_{split}" for split in ("train", "val")}
@@ -62,8 +63,6 @@ def register_objects365() -> None:
 
 def load(json_file: str, image_root: str) -> list[dict]:
     """Dataset dicts, with the pictures where their archives put them."""
-    from detectron2.data.datasets import load_coco_json
-
     records = []
     for record in load_coco_json(json_file, ""):
         path = picture_path(record["file_name"])

@@ -160,12 +160,12 @@ def _check_annotations(
     layout: Format, path: str, entries: list, images: set, ids: set[int], evaluated: bool
 ) -> None:
     keys = {"id": is_id, "image_id": is_id, "category_id": is_int, "bbox": is_box}
-    if evaluated:
-        keys["area"] = is_number
     seen = set()
     for number, entry in enumerate(entries):
         where = name_of(entry, number)
         require_keys(path, where, entry, keys)
+        if evaluated and entry.get("area") is not None and not is_number(entry["area"]):
+            raise DataError(f"{path}: {where} has area {entry['area']!r}; expected a finite number, or none")
         if entry["id"] in seen:
             raise DataError(f"{path}: annotation id {entry['id']} occurs twice; ids must be unique")
         seen.add(entry["id"])

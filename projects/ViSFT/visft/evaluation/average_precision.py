@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as mask_api
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
+from .ground_truth import read_truth
 
 logger = logging.getLogger(__name__)
 
@@ -54,38 +54,14 @@ class COCOMetric:
             DataError: the file is not there, or not readable as such.
         """
         self._annotations, self._evaluation = _api(is_fast("auto") if fast is None else fast)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._truth = self._annotations(str(file))
-            self._complete()
-        except FileNotFoundError as error:
-            raise missing(file) from error
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise DataError(
-                f"{file}: no annotations in COCO format ({error}); correct or replace it"
-            ) from error
-
-    def _complete(self) -> None:
-        """Fill in what scorers read and files may leave out: `iscrowd`, and `area`, of the mask or else of the box."""
-        for annotation in self._truth.dataset.get("annotations", ()):
-            annotation.setdefault("iscrowd", 0)
-            if "area" not in annotation and annotation.get("segmentation"):
-                annotation["area"] = float(mask_api.area(self._truth.annToRLE(annotation)))
-            elif "area" not in annotation:
-                _, _, width, height = annotation["bbox"]
-                annotation["area"] = float(width * height)
+        self.truth = read_truth(file, "COCO")
 
     @property
     def annotated(self) -> bool:
-        """Whether the file has annotations; COCO publishes its test splits without."""
-        return "annotations" in self._truth.dataset
+        """Whether the file has annotations; test splits are published without."""
+        return self.truth.annotated
 
-    @property
-    def category_ids(self) -> set[int]:
-        """The data set's own."""
-        return set(self._truth.getCatIds())
-
-    def counting(self, image_id: int, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
+    def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
         """Which of a picture's detections can count, as indices: all."""
         return list(range(len(scores)))
 
@@ -97,19 +73,28 @@ class COCOMetric:
         Without any result, what has ground truth scores 0, as it must: no object was found.
 
         Args:
-            results: in COCO's results format, with the data set's category ids.
+            results: in COCO's results format, with the data set's ids.
             task: `bbox` or `segm`.
-            class_names: in the order of the category ids; each is reported as `AP-name` too.
+            class_names: in the order of the category ids, each once; each is reported as `AP-name` too.
+
+        Raises:
+            DataError: a result is of an image or category that the data set does not have.
         """
-        results = only(results, task)
+        results = self.truth.results(results, task)
         with contextlib.redirect_stdout(io.StringIO()) as summary:
+            truth, found = self._annotations(), self._annotations()
+            # Copies, for what libraries write into them.
+            truth.dataset = {
+                **self.truth.dataset,
+                "annotations": [dict(annotation) for annotation in self.truth.dataset["annotations"]],
+            }
+            truth.createIndex()
             if results:
-                found = self._truth.loadRes(results)
+                found = truth.loadRes(results)
             else:
-                found = self._annotations()
-                found.dataset = {**self._truth.dataset, "annotations": []}
+                found.dataset = {**truth.dataset, "annotations": []}
                 found.createIndex()
-            scored = self._evaluation(self._truth, found, task)
+            scored = self._evaluation(truth, found, task)
             scored.evaluate()
             scored.accumulate()
             scored.summarize()
@@ -132,18 +117,6 @@ def _api(fast: bool) -> tuple[type, type]:
     from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
-
-
-def only(results: Sequence[dict], task: str) -> list[dict]:
-    """Copies of results with what a task needs: libraries write into them, and with a box beside a mask they would tell
-    small from large by the box's area."""
-    keys = ("image_id", "category_id", "score", {"bbox": "bbox", "segm": "segmentation"}[task])
-    return [{key: result[key] for key in keys} for result in results]
-
-
-def missing(file: str | Path) -> DataError:
-    """The error for an annotation file that is not there."""
-    return DataError(f"{file}: not found; the evaluation needs a data set's annotations there")
 
 
 def mean(precision: np.ndarray) -> float:

@@ -77,8 +77,7 @@ def caption_scores(
         candidates: what is scored, a text by image id, of the same pictures.
         metrics: of `KNOWN`.
     """
-    truth = {key: [ptb_words(text) for text in texts] for key, texts in references.items()}
-    said = {key: [ptb_words(candidates[key])] for key in truth}
+    truth, said = _words(references, candidates)
     scores: dict[str, float] = {}
     for name in metrics:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -94,11 +93,16 @@ def cider_by_picture(references: Mapping, candidates: Mapping) -> dict:
     """CIDEr-D of each picture by image id, not times 100; their mean is the figure. Arguments as `caption_scores`."""
     from pycocoevalcap.cider.cider import Cider
 
-    truth = {key: [ptb_words(text) for text in texts] for key, texts in references.items()}
-    said = {key: [ptb_words(candidates[key])] for key in truth}
+    truth, said = _words(references, candidates)
     with contextlib.redirect_stdout(io.StringIO()):
         _, scores = Cider().compute_score(truth, said)
-    return dict(zip(truth, map(float, scores), strict=True))
+    return dict(zip(references, map(float, scores), strict=True))
+
+
+def _words(references: Mapping, candidates: Mapping) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """What scorers compare, with numbers 1, 2, ... for ids: SPICE sorts them and sends them through JSON."""
+    truth = {n: [ptb_words(text) for text in texts] for n, texts in enumerate(references.values(), 1)}
+    return truth, {n: [ptb_words(candidates[key])] for n, key in enumerate(references, 1)}
 
 
 def _bleu(truth: dict, said: dict) -> list[float]:

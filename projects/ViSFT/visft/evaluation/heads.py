@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +95,13 @@ class HeadsEvaluator(DatasetEvaluator):
         for name in self.heads:
             results = list(itertools.chain(*(part[name] for part, _ in gathered)))
             tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
+            if "segm" in tasks and not self.metric.truth.has_masks:
+                tasks.remove("segm")
+                logger.warning(
+                    "%s has annotations without masks: those of head `%s` are not scored",
+                    self.dataset_name,
+                    name,
+                )
             if tasks and not results:
                 logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
             for task in tasks:
@@ -130,13 +137,19 @@ class HeadsEvaluator(DatasetEvaluator):
         return {index: index + first for index in range(len(self.metadata.get("thing_classes", ())))}
 
     def _class_names(self) -> list[str]:
-        """Names of the classes in the order of their category ids, which is that of COCO's figures."""
+        """Names of the classes in the order of their category ids, which is that of COCO's figures; of several classes
+        of one name, with the ids."""
         names, ids = self.metadata.get("thing_classes", ()), self._ids
-        if set(ids.values()) != self.metric.category_ids:
+        if set(ids.values()) != set(self.metric.truth.categories):
             return []
-        return [names[c] for c in sorted(ids, key=ids.get) if c < len(names)]
+        count = Counter(names)
+        return [
+            names[c] if count[names[c]] == 1 else f"{names[c]} ({ids[c]})"
+            for c in sorted(ids, key=ids.get)
+            if c < len(names)
+        ]
 
-    def _encode(self, instances: Instances, image_id: int) -> list[dict]:
+    def _encode(self, instances: Instances, image_id: int | str) -> list[dict]:
         """Results in COCO's format, with the data set's category ids."""
         classes = instances.pred_classes.tolist()
         strange = set(classes) - self._ids.keys()

@@ -6,7 +6,7 @@ found of a class that nothing is known of does not count, nor what is found too 
 everywhere.
 """
 
-import json
+import logging
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,8 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from ..errors import DataError
-from .average_precision import is_fast, mean, missing, only
+from .average_precision import is_fast, mean
+from .ground_truth import read_truth
 
 MAX_DETECTIONS = 300
 """Of a picture, over all classes: the rest does not count."""
@@ -44,15 +45,13 @@ class LVISMetric:
         Raises:
             DataError: the file is not there, or not readable as such.
         """
-        self.file, self.fast = str(file), is_fast("auto") if fast is None else fast
+        self.fast = is_fast("auto") if fast is None else fast
+        self.truth = read_truth(file, "LVIS")
+        dataset = self.truth.dataset
         try:
-            with open(file, encoding="utf-8") as stream:
-                self._truth = json.load(stream)
-            self._categories = sorted(self._truth["categories"], key=lambda category: category["id"])
-            self._known = _known_classes(self._truth) if self.annotated else {}
+            self._categories = sorted(dataset["categories"], key=lambda category: category["id"])
+            self._known = _known_classes(dataset) if self.annotated else {}
             self._frequency = np.array([FREQUENCIES.index(c["frequency"]) for c in self._categories])
-        except FileNotFoundError as error:
-            raise missing(file) from error
         except KeyError as error:
             raise DataError(
                 f"{file}: no annotations in LVIS format, {error} is missing (expected in each image "
@@ -65,19 +64,14 @@ class LVISMetric:
 
     @property
     def annotated(self) -> bool:
-        """Whether the file has annotations; LVIS publishes its test splits without."""
-        return "annotations" in self._truth
+        """Whether the file has annotations; test splits are published without."""
+        return self.truth.annotated
 
-    @property
-    def category_ids(self) -> set[int]:
-        """The data set's own."""
-        return {category["id"] for category in self._categories}
-
-    def counting(self, image_id: int, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
+    def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
         """Which of a picture's detections can count, as indices: among the best 300 those of classes that something is
         known of. Of a picture's 1,203 classes that is so of some ten, so that most masks need not be kept."""
-        known = self._known.get(image_id, ())
-        return [i for i in _best(scores) if categories[i] in known]
+        known = self._known.get(self.truth.images.get(image_id), ())
+        return [i for i in _best(scores) if self.truth.categories.get(categories[i]) in known]
 
     def __call__(
         self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
@@ -85,11 +79,14 @@ class LVISMetric:
         """Figures in per cent; nan where there is no ground truth of the kind, 0 where nothing was found.
 
         Args:
-            results: in COCO's results format, with the data set's category ids.
+            results: in COCO's results format, with the data set's ids.
             task: `bbox` or `segm`.
             class_names: not used: LVIS has more classes than a report has room for.
+
+        Raises:
+            DataError: a result is of an image or category that the data set does not have.
         """
-        results = only(_limited(results), task)
+        results = self.truth.results(_limited(results), task)
         precision = self._by_faster_coco_eval(results, task) if self.fast else self._by_lvis(results, task)
         figures = {
             "AP": mean(precision[..., 0]),
@@ -110,7 +107,7 @@ class LVISMetric:
         from faster_coco_eval import COCO, COCOeval_faster
 
         truth, found = defaultdict(list), defaultdict(list)
-        for annotation in self._truth["annotations"]:
+        for annotation in self.truth.dataset["annotations"]:
             # As the lvis package, which knows no crowds, and no objects without area.
             if annotation["area"] > 0:
                 truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
@@ -119,7 +116,7 @@ class LVISMetric:
             if known and _area(result, task) > 0:
                 found[result["category_id"]].append(result)
 
-        images = {image["id"]: image for image in self._truth["images"]}
+        images = {image["id"]: image for image in self.truth.dataset["images"]}
         precision = -np.ones((10, 101, len(self._categories), _AREAS))
         for start, categories in _chunks(self._categories):
             ids = [category["id"] for category in categories]
@@ -149,7 +146,9 @@ class LVISMetric:
         """As `_by_faster_coco_eval`."""
         from lvis import LVIS, LVISEval, LVISResults
 
-        truth = LVIS(self.file)
+        truth = LVIS.__new__(LVIS)
+        truth.logger, truth.dataset = logging.getLogger("lvis"), self.truth.dataset
+        truth._create_index()
         if results:
             found = LVISResults(truth, results, max_dets=-1)
         else:

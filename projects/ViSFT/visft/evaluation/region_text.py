@@ -1,7 +1,6 @@
 """How well the text encoder names the annotated regions of a data set: RegionTextHead in domain."""
 
 import functools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +11,16 @@ import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
-from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from PIL import Image
-from pycocotools import mask as mask_api
 from torch import Tensor
 
 from visft.backbone.class_text import ClassText
 from visft.data.class_names import stuff_words, synonyms
+from visft.data.coco_json import read_json
+from visft.data.masks import decode as annotated_mask
+from visft.data.masks import usable
 from visft.errors import DataError
 from visft.heads import RegionText, RegionTextHead
 
@@ -108,11 +108,11 @@ class RegionTextEvaluator(DatasetEvaluator):
             logger.warning("%s has no annotated regions: nothing is evaluated", self.dataset_name)
         return figures
 
-    def _name(self, name: str, output: RegionText, annotations: list[dict], image_id: int) -> None:
+    def _name(self, name: str, output: RegionText, annotations: list[dict], image_id: int | str) -> None:
         boxed = [a for a in annotations if "bbox" in a]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in boxed]
         self._count(name, "box", output, torch.tensor(boxes).view(-1, 4), [a["category_id"] for a in boxed])
-        drawn = [a for a in annotations if a.get("segmentation")]
+        drawn = [a for a in annotations if usable(a.get("segmentation")) is not None]
         masks = [annotated_mask(a["segmentation"], output.size) for a in drawn]
         self._count(name, "mask", output, _stack(masks, output.size), [a["category_id"] for a in drawn])
         if self._stuff is not None:
@@ -157,21 +157,6 @@ def _stack(masks: list[np.ndarray], size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool)
 
 
-def annotated_mask(segmentation: list | dict | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask `[H, W]` bool from polygons, run lengths (compressed or not) or a bitmap, as records may have them.
-
-    Args:
-        size: (height, width) of the image.
-    """
-    if isinstance(segmentation, np.ndarray):
-        return segmentation.astype(bool)
-    if isinstance(segmentation, list):
-        return polygons_to_bitmask([np.asarray(polygon) for polygon in segmentation], *size)
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask_api.frPyObjects(segmentation, *segmentation["size"])
-    return mask_api.decode(segmentation).astype(bool)
-
-
 @dataclass(frozen=True)
 class StuffSegments:
     """The stuff of a panoptic data set."""
@@ -181,16 +166,15 @@ class StuffSegments:
 
     @functools.cached_property
     def _content(self) -> dict:
+        content = read_json(str(self.json_file), "`annotations` and `categories`")
         try:
-            with open(self.json_file, encoding="utf-8") as stream:
-                content = json.load(stream)
             return {
                 "stuff": [c for c in content["categories"] if not c["isthing"]],
                 "segments": {
                     a["image_id"]: (a["file_name"], a["segments_info"]) for a in content["annotations"]
                 },
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{self.json_file}: no readable panoptic annotations ({error!r}); expected COCO's panoptic format, "
                 "with `categories` (each with `isthing`) and `annotations` (each with `file_name` and `segments_info`)"
@@ -205,7 +189,7 @@ class StuffSegments:
     def _classes(self) -> dict[int, int]:
         return {category["id"]: index for index, category in enumerate(self._content["stuff"])}
 
-    def regions(self, image_id: int, size: tuple[int, int]) -> tuple[list[np.ndarray], list[int]]:
+    def regions(self, image_id: int | str, size: tuple[int, int]) -> tuple[list[np.ndarray], list[int]]:
         """Masks `[H, W]` bool of an image's stuff, crowds and segments without a pixel left out, and their classes.
 
         Args:

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from detectron2.structures import Instances
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class VisftHead(nn.Module):
         Raises:
             ConfigError: the tower does not have it.
         """
+
+    @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        """Whether each annotation must have a mask."""
+        return False
 
     def has_labels(self, image: dict) -> bool:
         """Whether this picture is annotated for this task (perhaps with nothing to find)."""

@@ -139,6 +139,10 @@ class Mask2FormerHead(VisftHead):
         features = features.to(self.pixel_decoder.mask_features.weight.dtype)
         return self.predictor(*self.pixel_decoder(features))
 
+    @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        return True
+
     def has_labels(self, image: dict) -> bool:
         return has_targets(image, "gt_masks")
 

@@ -101,6 +101,10 @@ class RCNNHead(VisftHead):
                 "correct MODEL.PROPOSAL_GENERATOR, ANCHOR_GENERATOR (one level), ROI_HEADS or ROI_BOX_HEAD"
             ) from error
 
+    @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        return cfg.MODEL.MASK_ON
+
     def has_labels(self, image: dict) -> bool:
         """Whether the picture has all that the branches need."""
         return all(has_targets(image, field) for field in self.label_fields)

@@ -1,0 +1,234 @@
+"""COCO annotation files, checked whole before training."""
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+
+from visft.data import masks as mask_formats
+from visft.data.coco_json import (
+    entries_of,
+    files_in,
+    is_box,
+    is_id,
+    is_int,
+    is_number,
+    is_positive_int,
+    is_text,
+    name_of,
+    read_json,
+    require_keys,
+    some,
+)
+from visft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
+_BOX_TOLERANCE = 1.0
+
+# Pictures of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
+# the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
+_KNOWN_FLAT = {200365, 550395}
+
+
+@dataclass(frozen=True)
+class CocoSummary:
+    """What a checked annotation file holds."""
+
+    classes: tuple[str, ...]
+    """Names in the order of their category ids."""
+    category_ids: tuple[int, ...]
+    pictures: int
+    annotated: bool
+    """Whether it has `annotations`."""
+    learnable: int
+    """Annotations that are no crowds."""
+    masked: str
+    """The first annotation with a mask; "": none has."""
+    unmasked: str
+    """The first annotation of an object without a mask, and what is wrong."""
+    unmasked_crowd: str
+    no_area: str
+    """The first annotation whose `area` is no number, which evaluation reads."""
+
+
+def check_coco_json(
+    json_file: str, image_root: str, *, train: bool, annotated: bool = True, masks: bool = True
+) -> CocoSummary:
+    """Check a COCO instance file whole. A file that has not changed since it passed is not read again.
+
+    Args:
+        json_file: path of the annotation file.
+        image_root: folder that `file_name`s are relative to.
+        train: something to learn from is required (an annotation that is no crowd).
+        annotated: whether `annotations` must be there.
+        masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+
+    Raises:
+        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
+            what was expected.
+    """
+    try:
+        stat = os.stat(json_file)
+    except OSError as error:
+        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
+    summary = _check(json_file, image_root, stat.st_mtime_ns, stat.st_size)
+    if annotated and not summary.annotated:
+        entries_of(json_file, {}, "annotations")
+    if train and not summary.learnable:
+        raise DataError(
+            f"{json_file}: none of its {summary.pictures} pictures has an annotation that is no crowd, so there is "
+            "nothing to train on; expected at least one"
+        )
+    if not train and summary.no_area:
+        raise DataError(f"{json_file}: {summary.no_area}")
+    unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
+    if masks and summary.masked and unmasked:
+        raise DataError(
+            f"{json_file}: {unmasked} while {summary.masked} has a mask; give all annotations masks, or none, or leave "
+            "out the heads that learn masks"
+        )
+    return summary
+
+
+@functools.lru_cache(maxsize=16)
+def _check(json_file: str, image_root: str, _mtime_ns: int, _size: int) -> CocoSummary:
+    content = read_json(json_file)
+    categories = _check_categories(json_file, entries_of(json_file, content, "categories"))
+    sizes = _check_images(json_file, entries_of(json_file, content, "images"), image_root)
+    annotations = entries_of(json_file, content, "annotations") if "annotations" in content else []
+    masked, unmasked, unmasked_crowd, no_area = _check_annotations(json_file, annotations, sizes, categories)
+    logger.info("%s: %d pictures, %d annotations, nothing wrong", json_file, len(sizes), len(annotations))
+    ids = tuple(sorted(categories))
+    return CocoSummary(
+        classes=tuple(categories[i] for i in ids),
+        category_ids=ids,
+        pictures=len(sizes),
+        annotated="annotations" in content,
+        learnable=sum(not a.get("iscrowd") for a in annotations),
+        masked=masked,
+        unmasked=unmasked,
+        unmasked_crowd=unmasked_crowd,
+        no_area=no_area,
+    )
+
+
+def _check_categories(path: str, entries: list) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        where = name_of(entry, number, "category", "categories")
+        require_keys(path, where, entry, {"id": is_int, "name": is_text})
+        if entry["id"] in categories:
+            raise DataError(f"{path}: category id {entry['id']} occurs twice; ids must be unique")
+        categories[entry["id"]] = entry["name"]
+    if not categories:
+        raise DataError(f"{path}: `categories` is empty; expected at least one entry with `id` and `name`")
+    return categories
+
+
+def _check_images(path: str, entries: list, image_root: str) -> dict[int | str, tuple[int, int]]:
+    """Returns (width, height) by image id."""
+    sizes: dict[int | str, tuple[int, int]] = {}
+    missing, first_missing = 0, ""
+    listing = functools.lru_cache(maxsize=None)(files_in)
+    for number, entry in enumerate(entries):
+        where = name_of(entry, number, "image", "images")
+        keys = {"id": is_id, "file_name": is_text, "width": is_positive_int, "height": is_positive_int}
+        require_keys(path, where, entry, keys)
+        if entry["id"] in sizes:
+            raise DataError(f"{path}: image id {entry['id']} occurs twice; ids must be unique")
+        sizes[entry["id"]] = (entry["width"], entry["height"])
+        folder, name = os.path.split(os.path.join(image_root, entry["file_name"]))
+        if name not in listing(folder):
+            missing += 1
+            first_missing = first_missing or os.path.join(folder, name)
+    if not sizes:
+        raise DataError(
+            f"{path}: the data set is empty (`images` has no entries); expected at least one picture"
+        )
+    if missing:
+        raise DataError(
+            f"{path}: {missing} of its {len(sizes)} pictures are not on disk, the first is {first_missing}; "
+            f"put them into {image_root or 'the folder of pictures'}, or take them out of the file"
+        )
+    return sizes
+
+
+def _check_annotations(
+    path: str, entries: list, sizes: dict[int | str, tuple[int, int]], categories: dict[int, str]
+) -> tuple[str, str, str, str]:
+    """`masked`, `unmasked`, `unmasked_crowd` and `no_area` of the summary."""
+    seen = set()
+    masked = unmasked = unmasked_crowd = no_area = ""
+    keys = {"id": is_id, "image_id": is_id, "category_id": is_int, "bbox": is_box}
+    for number, entry in enumerate(entries):
+        where = name_of(entry, number)
+        require_keys(path, where, entry, keys)
+        # detectron2 lets COCO 2014's minival repeat ids, which it is known to do.
+        if entry["id"] in seen and "minival" not in path:
+            raise DataError(f"{path}: annotation id {entry['id']} occurs twice; ids must be unique")
+        seen.add(entry["id"])
+        size = sizes.get(entry["image_id"])
+        if size is None:
+            raise DataError(
+                f"{path}: {where} is on image_id {entry['image_id']}, which is not among the file's `images`"
+            )
+        if entry["category_id"] not in categories:
+            raise DataError(
+                f"{path}: {where} has category_id {entry['category_id']}, which is not among the file's "
+                f"{len(categories)} `categories` (ids {some(sorted(categories))})"
+            )
+        crowd = entry.get("iscrowd")
+        if crowd not in (0, 1, None):
+            raise DataError(f"{path}: {where} has iscrowd {crowd!r}; expected 0 or 1")
+        if not (entry.get("area") is None or is_number(entry["area"]) or no_area):
+            no_area = f"{where} has area {entry['area']!r}; expected a finite number, or none"
+        if entry.get("ignore", 0):
+            raise DataError(
+                f"{path}: {where} has `ignore` set, which COCO does not have; use iscrowd 1 instead"
+            )
+        _check_box(path, where, entry, size)
+        segmentation = entry.get("segmentation")
+        missing = f"{where} has no segmentation"
+        if segmentation:
+            missing = _check_mask(path, where, segmentation, size)
+        if not missing:
+            masked = masked or where
+        elif crowd:
+            unmasked_crowd = unmasked_crowd or missing
+        else:
+            unmasked = unmasked or missing
+    return masked, unmasked, unmasked_crowd, no_area
+
+
+def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> None:
+    x, y, w, h = entry["bbox"]
+    width, height = size
+    if w <= 0 or h <= 0:
+        if h == 0 < w and entry["image_id"] in _KNOWN_FLAT:
+            return
+        raise DataError(
+            f"{path}: {where} has a box without area, bbox {entry['bbox']}; expected [x, y, width, height] with "
+            "width and height above 0: correct it or take it out"
+        )
+    over = max(-x, -y, x + w - width, y + h - height)
+    if over > _BOX_TOLERANCE:
+        raise DataError(
+            f"{path}: {where} has a box that reaches {over:g} px out of its picture, bbox {entry['bbox']} in "
+            f"{width} x {height}; expected [x, y, width, height] in pixels inside the picture"
+        )
+
+
+def _check_mask(path: str, where: str, segmentation: object, size: tuple[int, int]) -> str:
+    """Why a mask is as good as none; "" where it is one."""
+    reason = mask_formats.fault(segmentation, size)
+    sentence = (
+        f"{where} has a mask that does not decode: {reason}; expected polygons [[x1, y1, x2, y2, ...], ...] or run "
+        "lengths {size, counts}"
+    )
+    if reason == mask_formats.NO_POLYGON:
+        return sentence
+    if reason:
+        raise DataError(f"{path}: {sentence}")
+    return ""
