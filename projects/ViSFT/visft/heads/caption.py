@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from visft.heads.caption_search import CaptionDecoder
 from visft.heads.captioning import CaptioningHead
+from visft.heads.precision import without_autocast
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 from visft.heads.vocabulary import Vocabulary
 
@@ -73,7 +74,9 @@ class CaptionHead(CaptioningHead):
 
 class SoftAttentionDecoder(CaptionDecoder):
     """The LSTM. Its state starts from the mean cell; before each word it attends to the cells, and a gate read from
-    the state weighs what it saw (section 4.2.1, beta). Modules are named as in the authors' files."""
+    the state weighs what it saw (section 4.2.1, beta). Modules are named as in the authors' files.
+
+    It reads and says in float32 under any autocast: a state that adds up over the words would add up its rounding."""
 
     def __init__(
         self,
@@ -98,10 +101,20 @@ class SoftAttentionDecoder(CaptionDecoder):
         nn.init.uniform_(self.fc.weight, -0.1, 0.1)
         nn.init.zeros_(self.fc.bias)
 
+    @without_autocast
     def forward(self, cells: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        state, hidden, attention = self.start(cells), [], []
-        for token in tokens.unbind(1):
-            h, alpha, state = self.step(state, token)
+        # What does not wait for the word before is done for all words at once, and what is linear in the state by one
+        # product: a recurrence is many small operations, each of which costs more to start than to compute.
+        layers = (self.attention.decoder_att, self.f_beta)
+        weight = torch.cat((*(layer.weight for layer in layers), self.decode_step.weight_hh))
+        bias = torch.cat((*(layer.bias for layer in layers), self.decode_step.bias_hh))
+        words, seen_weight = self._words(tokens)
+        sizes = [len(layer.weight) for layer in layers] + [words.shape[2]]
+        cells, compared, h, c = self.start(cells)
+        hidden, attention = [], []
+        for word in words.unbind(1):
+            read = F.linear(h, weight, bias).split(sizes, dim=1)
+            h, c, alpha = self._say(cells, compared, c, read, word, seen_weight)
             hidden.append(h)
             attention.append(alpha)
         return torch.stack(hidden, dim=1), torch.stack(attention, dim=1)
@@ -109,18 +122,50 @@ class SoftAttentionDecoder(CaptionDecoder):
     def scores(self, hidden: Tensor) -> Tensor:
         return self.fc(F.dropout(hidden, self.dropout, self.training))
 
+    @without_autocast
     def start(self, cells: Tensor) -> tuple[Tensor, ...]:
         """Cells, cells as the attention compares them, h, c."""
         mean = cells.mean(1)
         return cells, self.attention.encoder_att(cells), self.init_h(mean), self.init_c(mean)
 
+    @without_autocast
     def step(self, state: tuple[Tensor, ...], tokens: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         cells, compared, h, c = state
-        alpha = self.attention(compared, h)
-        seen = torch.bmm(alpha[:, None].to(cells.dtype), cells)[:, 0]
-        gated = self.f_beta(h).sigmoid() * seen
-        h, c = self.decode_step(torch.cat((self.embedding(tokens), gated), dim=1), (h, c))
+        lstm = self.decode_step
+        read = self.attention.decoder_att(h), self.f_beta(h), F.linear(h, lstm.weight_hh, lstm.bias_hh)
+        h, c, alpha = self._say(cells, compared, c, read, *self._words(tokens))
         return h, alpha, (cells, compared, h, c)
+
+    def _words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The words' part of the LSTM's gates `[..., 4 H]`, and the weight `[4 H, C]` of the part of what is seen."""
+        weight = self.decode_step.weight_ih.split(
+            (self.embedding.embedding_dim, self.f_beta.out_features), dim=1
+        )
+        return F.linear(self.embedding(tokens), weight[0], self.decode_step.bias_ih), weight[1]
+
+    def _say(
+        self,
+        cells: Tensor,
+        compared: Tensor,
+        c: Tensor,
+        read: tuple[Tensor, Tensor, Tensor],
+        word: Tensor,
+        seen_weight: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One word on: the new h and c, and the attention.
+
+        Args:
+            read: what is linear in h: of the attention `[N, A]`, of the gate beta `[N, C]`, of the LSTM's gates
+                `[N, 4 H]`.
+            word, seen_weight: as `_words` gives them, of one word.
+        """
+        attended, beta, recurrent = read
+        alpha = self.attention(compared, attended)
+        seen = torch.bmm(alpha[:, None], cells)[:, 0]
+        gates = word + recurrent + F.linear(beta.sigmoid() * seen, seen_weight)
+        i, f, g, o = gates.chunk(4, dim=1)  # as nn.LSTMCell has them
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c, alpha
 
 
 class SoftAttention(nn.Module):
@@ -132,6 +177,7 @@ class SoftAttention(nn.Module):
         self.decoder_att = nn.Linear(hidden_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, compared: Tensor, h: Tensor) -> Tensor:
-        """`encoder_att` of the cells `[N, P, A]` and the state `[N, H]` -> weights `[N, P]` that sum to 1."""
-        return self.full_att(F.relu(compared + self.decoder_att(h)[:, None])).squeeze(2).softmax(1)
+    def forward(self, compared: Tensor, attended: Tensor) -> Tensor:
+        """`encoder_att` of the cells `[N, P, A]`, `decoder_att` of the state `[N, A]` -> weights `[N, P]` that sum
+        to 1."""
+        return self.full_att(F.relu(compared + attended[:, None])).squeeze(2).softmax(1)

@@ -25,6 +25,7 @@ from visft.backbone.class_text import PROMPTS
 from visft.data.open_names import TEST, OpenNames, names_of, read_names
 from visft.errors import ConfigError
 from visft.heads.classification import best_pairs
+from visft.heads.precision import without_autocast
 from visft.heads.region_text import RegionText, RegionTextHead
 
 KEY = "MODEL.VISFT.OPEN_VOCABULARY"
@@ -160,7 +161,12 @@ def overlaps(found: Instances) -> Tensor:
     """Intersection over union of all pairs `[Q, Q]`, of masks where there are some, else of boxes."""
     if not found.has("pred_masks"):
         return pairwise_iou(found.pred_boxes, found.pred_boxes)
-    masks = found.pred_masks.flatten(1)
+    return _mask_overlaps(found.pred_masks.flatten(1))
+
+
+@without_autocast
+def _mask_overlaps(masks: Tensor) -> Tensor:
+    """Intersection over union of all pairs `[Q, Q]` of masks `[Q, pixels]`."""
     shared = sum(part.float() @ part.float().T for part in masks.split(_PIXELS, dim=1))
     area = shared.diagonal()
     return shared / (area[:, None] + area[None] - shared).clamp(min=1)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visft.heads.precision import without_autocast
+
 _CHUNK = 32
 """Masks that are averaged at a time: a hundred float masks of a large image take gigabytes."""
 
@@ -53,6 +55,7 @@ def or_nearest_cell(coverage: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(nothing[:, None, None], fallback, coverage)
 
 
+@without_autocast
 def pool(features: Tensor, coverage: Tensor) -> Tensor:
     """Mean features of regions `[R, C]`, float32.
 

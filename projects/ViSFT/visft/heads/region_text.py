@@ -26,6 +26,7 @@ from visft.heads import region_pooling
 from visft.heads.base import VisftHead, has_targets, nonzero_count, num_targets, original_size
 from visft.heads.federated import Federated, build_federated
 from visft.heads.labels import LabelSpace, train_metadata
+from visft.heads.precision import without_autocast
 from visft.heads.registry import VISFT_HEADS_REGISTRY
 
 REGIONS = ("masks", "boxes")
@@ -151,17 +152,16 @@ class RegionTextHead(VisftHead):
     ) -> dict[str, Tensor]:
         chosen = None if self.federated is None else self.federated.draw(normalizers[1:])[:-1]
         device = features.device
-        with torch.autocast(device.type, enabled=False):
-            grid = tuple(features.shape[-2:])
-            means = [
-                region_pooling.pool(map_, self._coverage(image, padded_size, grid).to(device))
-                for map_, image in zip(features, images, strict=True)
-            ]
-            logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
-            classes = torch.cat([image["instances"].gt_classes for image in images]).to(device)
-            if chosen is not None:
-                logits = logits.masked_fill(~self._rows_of(chosen), _LEFT_OUT)
-            loss = self._loss(logits, self.rows[classes])
+        grid = tuple(features.shape[-2:])
+        means = [
+            region_pooling.pool(map_, self._coverage(image, padded_size, grid).to(device))
+            for map_, image in zip(features, images, strict=True)
+        ]
+        logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
+        classes = torch.cat([image["instances"].gt_classes for image in images]).to(device)
+        if chosen is not None:
+            logits = logits.masked_fill(~self._rows_of(chosen), _LEFT_OUT)
+        loss = self._loss(logits, self.rows[classes])
         return {"loss_text": self.weight * loss / nonzero_count(normalizers[0].to(device))}
 
     def inference(self, features, padding_mask, images, image_sizes, padded_size) -> "list[RegionText]":
@@ -179,6 +179,7 @@ class RegionTextHead(VisftHead):
         """
         return class_text(TextTower(self.backbone), names, prompts or self.prompts)
 
+    @without_autocast
     def logits(self, found: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Scaled cosines `[R, K]` of regions with names.
 

@@ -10,6 +10,7 @@ from visft.backbone import CLIPViT
 from visft.backbone.text_tower import TextTower
 from visft.data.captions import check_captions
 from visft.errors import DataError
+from visft.heads.precision import without_autocast
 from visft.heads.vocabulary import split_words
 from visft.objectives.base import Objective, check_size
 from visft.objectives.batch import Batch
@@ -70,6 +71,7 @@ class Contrastive(Objective):
         return captions[int(torch.randint(len(captions), (1,), generator=batch.generator(row)))]
 
 
+@without_autocast
 def symmetric_loss(
     own: tuple[Tensor, Tensor, Tensor], everyone: list[Tensor], first: int, scale: float
 ) -> Tensor:
@@ -86,8 +88,7 @@ def symmetric_loss(
     same = (tokens[:, None] == all_tokens[None]).all(-1)
     same[torch.arange(len(images), device=images.device), target] = False
     total = images.new_zeros(())
-    with torch.autocast(images.device.type, enabled=False):
-        for rows, columns in ((images, all_texts), (texts, all_images)):
-            logits = (scale * rows @ columns.T).masked_fill(same, float("-inf"))
-            total = total + F.cross_entropy(logits, target, reduction="sum") / 2
+    for rows, columns in ((images, all_texts), (texts, all_images)):
+        logits = (scale * rows @ columns.T).masked_fill(same, float("-inf"))
+        total = total + F.cross_entropy(logits, target, reduction="sum") / 2
     return total
