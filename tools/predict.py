@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw what the heads see on pictures.
 
-tools/predict.py --config-file F --input PICTURES... --output DIR [--weights RUN_FOLDER_OR_FILE]
+tools/predict.py --weights RUN --input PICTURES... --output DIR [--config-file F]
                  [--names "red panda, wok" | FILE.txt | coco | lvis | objects365] [KEY VALUE ...]
 """
 

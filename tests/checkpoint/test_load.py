@@ -16,6 +16,7 @@ from torch import nn
 from visft.backbone import CLIPViT, lora
 from visft.checkpoint import authors, load
 from visft.checkpoint.run import RunCheckpointer
+from visft.checkpoint.run_folder import newest_checkpoint
 from visft.errors import CheckpointError
 from visft.heads.detr import DETRHead
 from visft.heads.labels import LabelSpace
@@ -158,6 +159,11 @@ def test_run_weights_come_from_both_stages(tmp_path):
     trained.train_stage("lora", tmp_path)
     load.load_run_weights(model, tmp_path)
     assert same(model.state_dict(), trained.state_dict())
+    for path in (tmp_path / "lora", newest_checkpoint(tmp_path / "lora")):
+        again = Model()
+        load.load_run_weights(again, path)  # with the heads that it was trained through
+        assert same(again.state_dict(), trained.state_dict())
+    (tmp_path / "heads").rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="lacks 4 of the model's tensors .heads.detection.body"):
         load.load_run_weights(Model(), tmp_path / "lora")
     load.load_run_weights(Model(), tmp_path / "lora", optional=("backbone.", "heads."))

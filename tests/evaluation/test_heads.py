@@ -169,6 +169,25 @@ def test_a_class_that_the_data_set_has_not_is_an_error(truth):
         run(HeadsEvaluator(NAME, ("detection",)), truth, outputs)
 
 
+def test_classes_are_matched_by_name(truth):
+    """A model that numbers the classes otherwise, and knows one more, has the same figures."""
+    own = [NAMES[index] for index in sorted(IDS)]
+    learnt = ["another", *reversed(own)]
+    guessed = guesses(truth, 1, masks=True)
+    expected = run(HeadsEvaluator(NAME, ("detection",)), truth, [{"detection": p} for p in guessed])
+    outputs = []
+    for found in guessed:
+        other = predicted([[1.0, 1.0, 5.0, 5.0]], [0], [0.99], masks=True)  # of the class that is not there
+        other.pred_masks = torch.zeros(1, *found.image_size, dtype=torch.bool)
+        numbers = torch.tensor([learnt.index(own[c]) for c in found.pred_classes.tolist()], dtype=torch.int64)
+        moved = Instances(found.image_size, **{**found.get_fields(), "pred_classes": numbers})
+        outputs.append({"detection": Instances.cat([other, moved])})
+    found = run(HeadsEvaluator(NAME, ("detection",), class_names=learnt), truth, outputs)
+    same(flatten_results_dict(found), flatten_results_dict(expected))
+    with pytest.raises(DataError, match=rf"it has {own[0]}; rename"):
+        run(HeadsEvaluator(NAME, ("detection",), class_names=learnt[:-1]), truth, outputs)
+
+
 def test_a_data_set_of_another_format_is_converted(truth):
     """What has no `json_file` is evaluated by its dataset dicts."""
     name = "evaluation_test_dicts"

@@ -2,7 +2,9 @@
 
 import importlib.util
 import logging
+import os
 import warnings
+from typing import TYPE_CHECKING
 
 # Messages that old code in detectron2 and its dependencies causes and that no user can act on. These two only.
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
@@ -18,13 +20,32 @@ if importlib.util.find_spec("detectron2") is None:
         name="detectron2",
     )
 
+if TYPE_CHECKING:
+    from .engine.run_model import RunModel
+
 # Imported for their effect: each adds to detectron2's registries.
 from . import backbone, data, heads, meta_arch  # noqa: E402, F401
 from .config import add_visft_config  # noqa: E402
 from .model_zoo import paths  # noqa: E402
 
-__all__ = ["add_visft_config"]
+__all__ = ["add_visft_config", "load"]
 __version__ = "0.1.0"
+
+
+def load(
+    run: "str | os.PathLike", *, base: "str | os.PathLike | None" = None, device: str | None = None
+) -> "RunModel":
+    """The model of a run, with a method `predict(image)`; see `visft.engine.run_model.load`.
+
+    Args:
+        run: a run's OUTPUT_DIR, a stage's folder, or a file of one.
+        base: the tower's weights, where they are no longer where they were in training.
+        device: `cpu` or `cuda`; the run's own where it is there, if left out.
+    """
+    from .engine.run_model import load as load_run
+
+    return load_run(run, base=base, device=device)
+
 
 data.register_all()
 paths.register()

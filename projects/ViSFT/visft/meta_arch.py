@@ -13,6 +13,7 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .data.classes import Classes
 from .errors import ConfigError
 from .gradient_balance import balanced_copies
 from .heads import Caption, build_head, head_names, rcnn  # noqa: F401  (registers RCNNHead)
@@ -59,6 +60,7 @@ class ViSFT(nn.Module):
         pixel_std: Sequence[float] | None = None,
         stage: str = "heads",
         open_vocabulary: OpenVocabulary | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -73,6 +75,7 @@ class ViSFT(nn.Module):
             pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
             stage: `heads` or `lora`.
             open_vocabulary: in inference, names what the heads propose; None: they use the classes they learnt.
+            class_names: what these classes are called; (): not known.
 
         Raises:
             ConfigError: more or fewer loss weights than heads, several maps, an unknown stage or `tune`.
@@ -91,6 +94,7 @@ class ViSFT(nn.Module):
         self.open_vocabulary = open_vocabulary
         if open_vocabulary is not None:
             open_vocabulary.bind(backbone)
+        self._class_names = tuple(class_names)
         self.balance_gradients = balance_gradients
         if tune not in TUNES:
             raise ConfigError(
@@ -148,12 +152,19 @@ class ViSFT(nn.Module):
             "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
             "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
             "open_vocabulary": build_open_vocabulary(cfg, heads),
+            # After the heads, which load a data set whose classes they need.
+            "class_names": Classes.known(cfg).names,
         }
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.pixel_mean.device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What `pred_classes` stand for: the open vocabulary's names, else the classes that the heads learnt."""
+        return self._class_names if self.open_vocabulary is None else tuple(self.open_vocabulary.names.shown)
 
     @property
     def _heads_train(self) -> bool:

@@ -2,118 +2,19 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from . import authors
+from .copying import LoadReport, groups, load_into, some
 from .files import local_path, read_shapes, read_tensors
-from .run_folder import STAGES, describe, newest_checkpoint
+from .run_folder import STAGES, START, describe, newest_checkpoint, run_files
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LoadReport:
-    """What became of each tensor of a file and of a module.
-
-    Attributes:
-        loaded: names in the module.
-        ignored: names in the file, and why.
-        missing: names in the module that the file does not have.
-        wrong_shape: names in the module: shape found, shape expected.
-        fresh: names in the module that start anew because that was asked for.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    ignored: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
-
-    def log(self, what: str) -> None:
-        """Write the account in a few lines."""
-        logger.info("%s: loaded %d tensors%s", what, len(self.loaded), _groups(self.loaded))
-        self.log_ignored(what)
-        if self.fresh:
-            logger.info("%s: %d tensors start anew%s", what, len(self.fresh), _groups(self.fresh))
-
-    def log_ignored(self, what: str) -> None:
-        """Write what was passed over, a line a reason."""
-        for reason, count in Counter(self.ignored.values()).items():
-            names = [name for name, why in self.ignored.items() if why == reason]
-            logger.info("%s: ignored %d tensors (%s)%s", what, count, reason, _groups(names))
-
-
-def load_into(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    what: str,
-    names: Iterable[str] | None = None,
-    ignore: Mapping[str, str] | None = None,
-    reinit: Sequence[str] = (),
-    hint: str = "",
-) -> LoadReport:
-    """Copy tensors into a module's parameters and persistent buffers, and account for each.
-
-    Nothing is changed unless everything fits. Values are cast to the type the module holds.
-
-    Args:
-        module: what is loaded into.
-        tensors: by the module's names.
-        what: file (and part) for messages.
-        names: the module's names that the tensors should cover; None: all.
-        ignore: prefixes of names in `tensors` that are passed over, each with the reason for the report.
-        reinit: names in the module that keep their fresh values when the shape differs.
-        hint: what to do about a misfit, for the error.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or has no place in the module.
-    """
-    state = module.state_dict(keep_vars=True)
-    expected = list(state) if names is None else list(names)
-    report, unknown = LoadReport(), []
-    for name, tensor in tensors.items():
-        reason = next((why for prefix, why in (ignore or {}).items() if name.startswith(prefix)), None)
-        if reason is not None:
-            report.ignored[name] = reason
-        elif name not in state:
-            unknown.append(name)
-        elif tensor.shape == state[name].shape:
-            report.loaded.append(name)
-        elif name in reinit:
-            report.ignored[name] = "another number of classes"
-            report.fresh.append(name)
-        else:
-            report.wrong_shape[name] = (tuple(tensor.shape), tuple(state[name].shape))
-    present = {*report.loaded, *report.wrong_shape, *report.fresh}
-    report.missing = [name for name in expected if name not in present]
-
-    faults = []
-    if report.wrong_shape:
-        shapes = [f"{n}: {list(f)}, expected {list(e)}" for n, (f, e) in report.wrong_shape.items()]
-        faults.append(f"other shapes than the model's ({_some(shapes, '; ')})")
-    if report.missing:
-        faults.append(f"lacks {len(report.missing)} of the model's tensors ({_some(report.missing)})")
-    if unknown:
-        faults.append(f"has {len(unknown)} tensors that the model has no place for ({_some(unknown)})")
-    if faults:
-        raise CheckpointError(
-            f"{what} does not fit the model: {', '.join(faults)}.{' ' + hint if hint else ''}"
-        )
-
-    with torch.no_grad():
-        for name in report.loaded:
-            state[name].copy_(tensors[name])
-    report.log(what)
-    return report
 
 
 def load_heads(
@@ -195,7 +96,7 @@ def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[
                 heads.setdefault(head, {})[inner] = tensor
     if not heads:
         raise CheckpointError(
-            f"{path}: holds no head's weights (names like {_some(list(tensors), limit=2)}); names "
+            f"{path}: holds no head's weights (names like {some(list(tensors), limit=2)}); names "
             f"beginning with "
             "`heads.` (ours) or `visft_heads.` (the authors') were expected."
         )
@@ -203,21 +104,26 @@ def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[
 
 
 def load_run_weights(
-    model: nn.Module, path: str | os.PathLike, *, optional: Sequence[str] = ("backbone.",)
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    optional: Sequence[str] = ("backbone.",),
+    hint: str = "Use the config that the run was started with.",
 ) -> LoadReport:
     """Load what a run of ours trained (`MODEL.WEIGHTS`, `--weights`) into a whole model.
 
     Args:
         model: a ViSFT model (`backbone`, `heads`).
-        path: a run's OUTPUT_DIR (its newest `heads` and `lora` checkpoints), a stage's folder, or a file.
+        path: a run's OUTPUT_DIR, a stage's folder, or a file (see `run_files`).
         optional: prefixes of model names that the run need not hold, as LoRA before it was trained. Weights
-            of the base are never expected.
+            of the base are never expected. Where heads are optional, they are not looked for beside a stage's folder.
+        hint: what to do about a misfit, for the error.
 
     Raises:
         CheckpointError: nothing whole is there, or it does not fit the model or its base.
     """
     tensors: dict[str, Tensor] = {}
-    paths = resolve(path)
+    paths = resolve(path) if "heads." in optional else run_files(path)
     for file in paths:
         check_base(file, getattr(model.backbone, "base", None))
         if getattr(model.backbone, "lora_config", None) is not None:
@@ -230,11 +136,11 @@ def load_run_weights(
         tensors,
         what=" + ".join(str(file) for file in paths),
         names=names,
-        hint="Use the config that the run was started with.",
+        hint=hint,
     )
     left = [n for n in wanted if n not in tensors]
     if left:
-        logger.info("%s: not in the run, left as they are: %d tensors%s", path, len(left), _groups(left))
+        logger.info("%s: not in the run, left as they are: %d tensors%s", path, len(left), groups(left))
     return report
 
 
@@ -319,7 +225,7 @@ def resolve(path: str | os.PathLike, stages: Sequence[str] = STAGES) -> list[Pat
     path = local_path(path)
     if not path.is_dir():
         return [path]
-    found = [newest_checkpoint(folder) for folder in (path, *(path / stage for stage in stages))]
+    found = [newest_checkpoint(folder) for folder in (path, *(path / part for part in (START, *stages)))]
     files = [file for file in found if file is not None]
     if not files:
         raise CheckpointError(
@@ -356,7 +262,7 @@ def check_file(
         CheckpointError: any of this does not hold.
     """
     try:
-        files = resolve(path, ("heads",) if heads_only else STAGES)
+        files = resolve(path, ("heads",)) if heads_only else run_files(path)
         for file in files:
             shapes = read_shapes(file)
             _check_described_base(file, architecture, None if heads_only else sha256)
@@ -366,7 +272,7 @@ def check_file(
                 name.startswith("heads.") or "lora_" in name or "tower." in name for name in shapes
             ):
                 raise CheckpointError(
-                    f"{file}: holds nothing that a run trains (names like {_some(list(shapes), limit=2)}); "
+                    f"{file}: holds nothing that a run trains (names like {some(list(shapes), limit=2)}); "
                     f"a CLIP's "
                     "own weights go to MODEL.CLIP_VIT.PRETRAINED."
                 )
@@ -398,14 +304,3 @@ def _check_described_base(path: Path, architecture: str | None, sha256: str | No
             f"{named['sha256'][:12]}...) than the config's ({sha256[:12]}...); set "
             f"MODEL.CLIP_VIT.PRETRAINED to them."
         )
-
-
-def _some(items: Sequence[str], separator: str = ", ", limit: int = 4) -> str:
-    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
-
-
-def _groups(names: Sequence[str]) -> str:
-    """Names counted by their first three parts: ` (heads.detection.transformer: 120, ...)`."""
-    counts = Counter(".".join(name.split(".")[:-1][:3]) or name for name in names)
-    return f" ({_some([f'{group}: {count}' for group, count in counts.items()], limit=6)})" if names else ""

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,15 @@ from .files import (
     write_safetensors,
 )
 from .load import check_base, load_into
-from .run_folder import describe, describe_base, iteration_of, marks, newest_checkpoint, trainer_file
+from .run_folder import (
+    START,
+    describe,
+    describe_base,
+    iteration_of,
+    marks,
+    newest_checkpoint,
+    trainer_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +60,7 @@ class RunCheckpointer:
         stage: `heads` or `lora`.
         base: the tower's base (`CLIPViT.base`: name, pretrained, sha256), or None.
         settings: anything that JSON can hold and that explains the weights, such as LoRA's rank and alpha.
+        record: what a model file says of the run besides (`RunRecord.to_metadata`).
         keep: how many checkpoints stay; 0: all.
     """
 
@@ -66,13 +75,14 @@ class RunCheckpointer:
         stage: str,
         base: Any = None,
         settings: Mapping[str, Any] | None = None,
+        record: Mapping[str, str] | None = None,
         keep: int = 2,
     ):
         self.folder = Path(folder)
         self.model, self.optimizer = model, optimizer
         self.parts = {"scheduler": scheduler, "grad_scaler": grad_scaler}
         self.stage, self.base, self.keep = stage, base, keep
-        self.settings = dict(settings or {})
+        self.settings, self.record = dict(settings or {}), dict(record or {})
         self._current: int | None = None
 
     def save(self, iteration: int) -> Path:
@@ -141,12 +151,7 @@ class RunCheckpointer:
             # Written again with other values, the files must not pass for the old checkpoint half-way.
             mark.unlink()
             sync_folder(self.folder)
-        about = {
-            "stage": self.stage,
-            "iteration": iteration,
-            "base": describe_base(self.base),
-            "settings": self.settings,
-        }
+        about = _about(self.stage, iteration, self.base, self.settings)
         tensors: dict[str, Tensor] = {}
         state = {name: part.state_dict() for name, part in self.parts.items() if part is not None}
         state["generators"] = generators
@@ -154,9 +159,7 @@ class RunCheckpointer:
             state["optimizer"] = self.optimizer.state_dict()
         tree = pack(state, tensors)
         write_safetensors(trainer, tensors, {"state": json.dumps(tree)})
-        write_safetensors(path, trained_tensors(self.model), {"format": "pt", "visft": json.dumps(about)})
-        sizes = {file.name: file.stat().st_size for file in (path, trainer)}
-        write_json(mark, {**about, "files": sizes})
+        _write_model(path, trained_tensors(self.model), about, self.record, beside=[trainer])
         with write_aside(self.folder / "last_checkpoint") as partial:
             partial.write_text(path.name)
         if self.keep:
@@ -190,6 +193,39 @@ class RunCheckpointer:
             )
         if rank < len(generators):
             set_generator_state(generators[rank])
+
+
+def keep_start(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: Any,
+    settings: Mapping[str, Any],
+    record: Mapping[str, str],
+) -> None:
+    """Keep in a run's folder what it starts from and does not train; called by the main process. Once is enough."""
+    folder = Path(folder) / START
+    if tensors and newest_checkpoint(folder) is None:
+        path = folder / "model_0000000.safetensors"
+        _write_model(path, tensors, _about(START, 0, base, settings), record)
+        logger.info("saved %s: what the run starts from and does not train", path)
+
+
+def _about(stage: str, iteration: int, base: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"stage": stage, "iteration": iteration, "base": describe_base(base), "settings": dict(settings)}
+
+
+def _write_model(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    record: Mapping[str, str],
+    beside: Sequence[Path] = (),
+) -> None:
+    """A model file, and after it the JSON that makes it and what lies `beside` it a whole checkpoint."""
+    write_safetensors(path, tensors, {"format": "pt", "visft": json.dumps(about), **record})
+    sizes = {file.name: file.stat().st_size for file in (path, *beside)}
+    write_json(path.with_suffix(".json"), {**about, "files": sizes})
 
 
 def generator_state() -> dict[str, Any]:

@@ -5,6 +5,9 @@ A checkpoint of iteration i is three files in the stage's folder:
     trainer_i.safetensors   optimizer, scheduler, gradient scaler and random generators
     model_i.safetensors     the tensors that trained
     model_i.json            what they are, on which base, and the sizes of both files: with it the checkpoint is whole
+
+What a run starts from and none of its stages trains, such as the heads of HEAD_FILES where stage `lora` alone runs, is
+in `start/model_0000000.safetensors`, with its JSON.
 """
 
 import json
@@ -15,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import read_json, read_metadata, read_shapes, require_file
+from .files import local_path, read_json, read_metadata, read_shapes, require_file
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("heads", "lora")
+START = "start"
+PARTS = (START, *STAGES)
+"""The folders of a run whose newest checkpoints make up its model, each adding to those before it."""
 _NAME = re.compile(r"model_(\d{7,})\.json")
 
 
@@ -46,6 +52,36 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
             return mark.with_suffix(".safetensors")
         logger.warning("passed over the checkpoint %s: %s", mark, fault)
     return None
+
+
+def run_files(path: str | os.PathLike) -> list[Path]:
+    """The model files that make up a run's model, in the order in which they are loaded.
+
+    Args:
+        path: a run's OUTPUT_DIR; a stage's folder; or a weight file. With a stage's come those of the earlier parts of
+            the run that lie beside its folder: LoRA alone is no model.
+
+    Raises:
+        CheckpointError: a folder without a whole checkpoint.
+    """
+    path = local_path(path)
+    if path.is_dir():
+        found = [newest_checkpoint(path / part) for part in PARTS]
+        files = [file for file in found if file is not None]
+        if files:
+            return files
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise CheckpointError(
+                f"{path}: no whole checkpoint in this folder (nor in its {' or '.join(f'{p}/' for p in STAGES)}); "
+                "give a run's OUTPUT_DIR or a weight file."
+            )
+        path = newest
+    part = path.absolute().parent
+    if part.name not in PARTS or describe(path).get("stage") != part.name:
+        return [path]
+    found = [newest_checkpoint(part.parent / earlier) for earlier in PARTS[: PARTS.index(part.name)]]
+    return [*(file for file in found if file is not None), path]
 
 
 def marks(folder: str | os.PathLike) -> list[Path]:

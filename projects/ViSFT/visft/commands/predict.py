@@ -9,7 +9,12 @@ from visft.engine import cli
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(description="Draw what the heads see on pictures.")
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="the run's own config, if left out (then --weights is needed)",
+    )
     parser.add_argument(
         "--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them"
     )
@@ -17,7 +22,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         default="",
-        help="a run's OUTPUT_DIR or a weight file (default: MODEL.WEIGHTS, or the run in the config's OUTPUT_DIR)",
+        help="a run's OUTPUT_DIR, a stage's folder or a file (default: MODEL.WEIGHTS, or the run in OUTPUT_DIR)",
     )
     parser.add_argument("--threshold", type=float, help="least score that is drawn (default: 0.3)")
     parser.add_argument(

@@ -19,6 +19,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on with the run in OUTPUT_DIR, if there is one"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate, and train nothing")
+    parser.add_argument(
+        "--weights",
+        default=argparse.SUPPRESS,  # not among detectron2's arguments
+        metavar="RUN",
+        help="MODEL.WEIGHTS: a run's OUTPUT_DIR, a stage's folder or a file; with --eval-only its own config is taken "
+        "where --config-file is left out",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="of this machine, from 0")

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from visft.data.captions import load_captioned
+from visft.data.classes import places_by_name
 from visft.data.coco_check import check_coco_json
 from visft.data.coco_json import some
 from visft.data.coco_records import load_coco_json
@@ -24,8 +25,9 @@ def check_data_set(cfg: CfgNode, name: str) -> None:
     Cheap when repeated: a file that has not changed is not read again.
 
     Raises:
-        DataError: as `check_registered`, or its classes are not those of `DATASETS.TRAIN[0]`, which the heads have
-            (unless what they find is evaluated under the names of the test set).
+        DataError: as `check_registered`; or its classes are not those of `DATASETS.TRAIN[0]`, which the heads have. In
+            training they must be the same list. In evaluation each must be among them by its name (unless what the
+            heads find is evaluated under the names of the test set).
     """
     if name in cfg.DATASETS.TRAIN:
         check_registered(name, train=True, masks=_needs_masks(cfg))
@@ -35,7 +37,11 @@ def check_data_set(cfg: CfgNode, name: str) -> None:
         return
     first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else name
     ours, theirs = (MetadataCatalog.get(n).get("thing_classes") for n in (name, first))
-    if ours is not None and theirs is not None and list(ours) != list(theirs):
+    if ours is None or theirs is None:
+        return
+    if name not in cfg.DATASETS.TRAIN:
+        places_by_name(theirs, name, ours)
+    elif list(ours) != list(theirs):
         odd = sorted(set(ours) ^ set(theirs))
         raise DataError(
             f"{name}: its {len(ours)} classes are not the {len(theirs)} of {first} "

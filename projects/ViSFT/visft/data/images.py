@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from visft.errors import DataError
 
@@ -88,6 +88,51 @@ def read_rgb(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.nda
     """
     with _opened(os.fspath(path), max_pixels) as (image, header):
         return np.asarray(_upright_rgb(image, header, os.fspath(path)))
+
+
+def as_rgb(
+    image: "str | os.PathLike | Image.Image | np.ndarray",
+    channels: str | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """What a caller has of an image, as `read_rgb` gives it.
+
+    Args:
+        image: a file, an image of Pillow's (turned upright as its Exif orientation says), or uint8 [H, W, 3].
+        channels: of an array, `RGB` or `BGR` (as OpenCV and detectron2 read); must be given with an array alone.
+        max_pixels: a file with more is refused; 0: none is.
+
+    Raises:
+        PictureError: it is no image that can be decoded, or its numbers have a range that is not told.
+        DataError: an array is of another shape or type, or it is not said which its channels are.
+    """
+    if isinstance(image, np.ndarray):
+        if channels not in ("RGB", "BGR"):
+            raise DataError(
+                f'channels is {channels!r}: say of an array whether its channels are RGB or BGR (channels="RGB", '
+                'channels="BGR")'
+            )
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise DataError(
+                f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3], 0 to 255"
+            )
+        return np.ascontiguousarray(image[..., ::-1] if channels == "BGR" else image)
+    if channels is not None:
+        raise DataError(
+            f"channels is {channels!r}, which is for arrays: files and Pillow's images say it themselves"
+        )
+    if isinstance(image, Image.Image):
+        try:
+            upright = ImageOps.exif_transpose(image)
+            return np.array(_upright_rgb(upright, Header(*upright.size, 1), "the image"))
+        except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, PictureError):
+                raise
+            raise PictureError(f"the image does not decode ({error}); open its file again") from error
+    if isinstance(image, str | os.PathLike):
+        return read_rgb(image, max_pixels=max_pixels)
+    raise DataError(f"the image is a {type(image).__name__}; expected a path, a Pillow image, or an array")
 
 
 def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -140,28 +140,27 @@ class ViSFTMapper:
         Raises:
             PictureError: the image does not decode, or its size is not what the annotations say.
         """
-        image = self.read(record)
-        height, width = image.shape[:2]
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        mapped = {
-            "image": torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1))),
-            "height": height,
-            "width": width,
-            "file_name": record["file_name"],
-        }
+        mapped, transforms = self.resized(self.read(record))
+        mapped["file_name"] = record["file_name"]
         if "image_id" in record:
             mapped["image_id"] = record["image_id"]
         if self.is_train:
             if "annotations" in record:
                 mapped["instances"] = annotated_instances(
-                    record, transforms, augmented.image.shape[:2], with_masks=self.reads_masks
+                    record, transforms, tuple(mapped["image"].shape[1:]), with_masks=self.reads_masks
                 )
             if record.get("captions"):
                 mirrored = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms) % 2
                 captions = record["captions"]
                 mapped["captions"] = [mirror(c) for c in captions] if mirrored else list(captions)
         return mapped
+
+    def resized(self, image: np.ndarray) -> tuple[dict, T.TransformList]:
+        """What the model reads of an image uint8 [H, W, 3] (RGB), `image`, `height` and `width`; how it was made."""
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        pixels = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        return {"image": pixels, "height": image.shape[0], "width": image.shape[1]}, transforms
 
 
 def mirror(caption: str) -> str:

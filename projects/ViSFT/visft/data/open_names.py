@@ -8,6 +8,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from visft.data.class_names import synonyms, words
+from visft.data.classes import filled_metadata
 from visft.errors import ConfigError
 
 DATA_SETS = {"coco": "coco_2017_val", "lvis": "lvis_v1_val", "objects365": "objects365_v2_val"}
@@ -35,9 +36,7 @@ def names_of(data_set: str) -> OpenNames:
     """
     if data_set not in DatasetCatalog.list():
         raise ConfigError(f"`{data_set}` is not a registered data set, so it has no names to look for")
-    metadata = MetadataCatalog.get(data_set)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(data_set)
+    metadata = filled_metadata(data_set, "thing_classes")
     if not metadata.get("thing_classes"):
         raise ConfigError(
             f"the metadata of {data_set} has no thing_classes to look for: fill it when registering"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 from torch import nn
@@ -104,10 +104,17 @@ def save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) 
 
 @torch.no_grad()
 def draw_predictions(
-    model: nn.Module, mapper, data_set: str, folder: Path, *, heads: Sequence[str], count: int = 8
+    model: nn.Module,
+    mapper,
+    data_set: str,
+    folder: Path,
+    *,
+    heads: Sequence[str],
+    classes: Metadata,
+    count: int = 8,
 ) -> None:
     """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction; with
-    a caption head also `folder/<picture>_words.png`."""
+    a caption head also `folder/<picture>_words.png`. `classes` name what is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = captions_of(data_set)
     records = DatasetCatalog.get(data_set)
@@ -120,7 +127,7 @@ def draw_predictions(
         image = read_rgb(record["file_name"])
         output = model([mapper(dict(record))])[0]
         panels = [("ground truth", draw_ground_truth(image, record, metadata))]
-        panels += draw(image, output, heads, metadata)
+        panels += draw(image, output, heads, classes)
         captions = captions_in(output, heads)
         path = folder / f"{Path(record['file_name']).stem}.png"
         known = [("ground truth", text) for text in truth.get(record.get("image_id"), ())] if captions else []

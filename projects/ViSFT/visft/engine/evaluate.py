@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import Metadata
 from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
@@ -30,7 +31,9 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         _set_names(cfg, model, name)
-        found = inference_on_dataset(model, build_test_loader(cfg, name), build_evaluator(cfg, name))
+        found = inference_on_dataset(
+            model, build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
+        )
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
             f"{prefix}{key}": float(value) for key, value in flatten_results_dict(found or {}).items()
@@ -44,7 +47,13 @@ def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
         return
     _set_names(cfg, model, cfg.DATASETS.TEST[0])
     mapper = build_test_mapper(cfg)
-    draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=cfg.MODEL.VISFT.HEADS)
+    heads, classes = cfg.MODEL.VISFT.HEADS, named_classes(model)
+    draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
+
+
+def named_classes(model: nn.Module) -> Metadata:
+    """What the classes of a model's predictions are called, for detectron2's Visualizer."""
+    return Metadata(name="predicted", thing_classes=list(model.class_names))
 
 
 def _set_names(cfg: CfgNode, model: nn.Module, data_set: str) -> None:

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.data import register_own_data
-from visft.engine import checks, cli, settings, stages, stock
+from visft.engine import checks, cli, from_run, settings, stages, stock
 from visft.errors import ConfigError, TrainingError
 
 
@@ -49,9 +49,20 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError, DataError, CheckpointError: at the first thing that is wrong.
     """
-    cfg = settings.load_config(args.config_file, args.opts)
-    if not args.config_file:
-        raise ConfigError("--config-file is missing: give one of configs/*.yaml")
+    weights = getattr(args, "weights", "")
+    if args.eval_only and weights and not args.config_file:
+        cfg = from_run.run_config(weights, args.opts, test=True)
+    else:
+        cfg = settings.load_config(args.config_file, args.opts)
+        if not args.config_file:
+            raise ConfigError(
+                "--config-file is missing: give one of configs/*.yaml (with --eval-only also a run alone, by --weights)"
+            )
+        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
+        if args.eval_only:
+            if args.resume and cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+                cfg.MODEL.WEIGHTS = cfg.OUTPUT_DIR
+            from_run.adopt(cfg)
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines are numbers of processes: at least 1 each")
     processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
@@ -97,6 +108,7 @@ def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -
 
 def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
     register_own_data(cfg)  # a spawned process starts with empty catalogs
+    from_run.register_classes(cfg)
     os.environ.setdefault("RANK", str(args.machine_rank * args.num_gpus + local_rank))
     status = cli.guard(_worker, local_rank, args, cfg, url, again=cli.RESUME)
     if status:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from visft.checkpoint.run_folder import newest_checkpoint
+from visft.checkpoint.run_folder import START, newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
 from visft.data.open_names import read_names
 from visft.engine import checks, settings, stages
 from visft.engine.drawing import THRESHOLD, WORDS, beside, captions_in, draw, save_picture, save_word_maps
+from visft.engine.evaluate import named_classes
+from visft.engine.from_run import adopt, run_config, seed_of
 from visft.engine.outputs import names_beside
 from visft.engine.vocabulary import with_vocabulary
 from visft.errors import ConfigError, DataError
@@ -87,12 +88,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     Raises:
         ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
     """
-    cfg = settings.load_config(args.config_file, args.opts)
-    weights = args.weights or cfg.MODEL.WEIGHTS
-    if not weights and newest_checkpoint(Path(cfg.OUTPUT_DIR) / "heads"):
-        weights = cfg.OUTPUT_DIR
-    if weights:
-        cfg.MODEL.WEIGHTS = str(weights)
+    cfg = _config(args)
+    weights = cfg.MODEL.WEIGHTS
     if args.names is not None:
         names = tuple(name.strip() for name in args.names.split(","))
         read_names("--names", names)
@@ -114,20 +111,28 @@ def run(args: argparse.Namespace) -> list[Path]:
     cfg.freeze()
     setup_logger(name="visft")
     cfg = with_vocabulary(cfg)
-    model = stages.initial_model(cfg, stages.run_seed(weights, cfg.SEED))
+    model = stages.initial_model(cfg, seed_of(weights, cfg.SEED))
     return predict_files(
         model,
         build_test_mapper(cfg),
         files,
         Path(args.output),
         heads=cfg.MODEL.VISFT.HEADS,
-        metadata=_metadata(cfg, model),
+        metadata=named_classes(model),
         threshold=THRESHOLD if args.threshold is None else args.threshold,
     )
 
 
-def _metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
-    """What the classes of the model's output are called."""
-    if model.open_vocabulary is None:
-        return MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-    return Metadata(name="names", thing_classes=list(model.open_vocabulary.names.shown))
+def _config(args: argparse.Namespace) -> CfgNode:
+    """The config file's, or the run's own."""
+    if not args.config_file:
+        if not args.weights:
+            raise ConfigError("give a run by --weights, or --config-file")
+        return run_config(args.weights, args.opts)
+    cfg = settings.load_config(args.config_file, args.opts)
+    weights = args.weights or cfg.MODEL.WEIGHTS
+    if not weights and any(newest_checkpoint(Path(cfg.OUTPUT_DIR) / part) for part in (START, "heads")):
+        weights = cfg.OUTPUT_DIR
+    cfg.MODEL.WEIGHTS = str(weights)
+    adopt(cfg)
+    return cfg

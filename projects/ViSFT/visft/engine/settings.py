@@ -41,9 +41,18 @@ def load_config(config_file: str | None, opts: Sequence[str] = ()) -> CfgNode:
     if config_file:
         for key, value in _leaves(_read_yaml(config_file)):
             _set(cfg, key, value, config_file)
-    for key, value in _pairs(opts):
-        _set(cfg, key, value, "command line")
+    change(cfg, opts)
     return cfg
+
+
+def change(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Set KEY VALUE pairs in a config.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    for key, value in pairs(opts):
+        _set(cfg, key, value, "command line")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -88,7 +97,8 @@ def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield full, value
 
 
-def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
+def pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The KEY VALUE pairs of a command line."""
     opts = list(opts or ())
     if opts and opts[0] == "--":
         opts = opts[1:]

@@ -20,10 +20,12 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from visft.checkpoint import files, load
-from visft.checkpoint.run import RunCheckpointer
+from visft.checkpoint.run import RunCheckpointer, keep_start, trained_tensors
+from visft.checkpoint.run_folder import PARTS, START, run_files
 from visft.data import LabelledPictures, build_stage_loader, load_labelled
 from visft.engine import evaluate, exporting, report, zero_shot
 from visft.engine.feature_cache import cached_features
+from visft.engine.from_run import record_of, seed_of
 from visft.engine.hooks import Checkpoints, LearningRate, Writers
 from visft.engine.optim import build_optimizer, learning_rate
 from visft.engine.trainer import StageTrainer, seed_iteration
@@ -58,6 +60,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     state = _start(cfg, folder, resume=args.resume)
     cfg = with_vocabulary(cfg, folder)
     model = initial_model(cfg, state.seed)
+    state.record = record_of(cfg, model, state.seed).to_metadata()
+    _keep_start(cfg, model, state)
     parts = [*model.heads.items(), *model.objectives.items()]
     has_labels = {name: part.has_labels for name, part in parts}
     mask_readers = [name for name, part in parts if part.reads_masks]
@@ -84,29 +88,16 @@ def _are(names: Iterable[str]) -> str:
 
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
-    """Evaluate MODEL.WEIGHTS, or with --resume what the run in OUTPUT_DIR has reached; returns the figures."""
+    """Evaluate MODEL.WEIGHTS; returns the figures."""
     _loggers(Path(cfg.OUTPUT_DIR))
     cfg = with_vocabulary(cfg)
-    model = initial_model(cfg, run_seed(cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS, cfg.SEED))
-    if args.resume:
-        load_run(cfg, model, cfg.OUTPUT_DIR)
+    model = initial_model(cfg, seed_of(cfg.MODEL.WEIGHTS, cfg.SEED))
     model.eval()
     figures = _figures(cfg, model)
     if comm.is_main_process():
         files.write_json(Path(cfg.OUTPUT_DIR) / "evaluation.json", report.finite(figures))
         _log_figures("evaluation", figures)
     return figures
-
-
-def run_seed(folder: str | os.PathLike, otherwise: int) -> int:
-    """The seed of the run in a folder, from which a tower of random weights is made again.
-
-    Args:
-        folder: an OUTPUT_DIR; anything else (a file, "") has no run.
-        otherwise: where there is no run; below 0 counts as 0.
-    """
-    state = Path(folder) / "run.json"
-    return files.read_json(state)["seed"] if folder and state.is_file() else max(otherwise, 0)
 
 
 def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
@@ -126,12 +117,13 @@ def load_run(cfg: CfgNode, model: nn.Module, path: str | os.PathLike) -> None:
 
 class _State:
     """What a run must remember between kills (`run.json`): its seed, the threads of a process (on which the last bits
-    of sums depend), and the evaluations it has made."""
+    of sums depend), and the evaluations it has made. `record` is what its checkpoints say of it."""
 
     def __init__(
         self, folder: Path, seed: int, threads: int, evaluations: dict[str, dict[str, float]]
     ) -> None:
         self.folder, self.seed, self.threads, self.evaluations = folder, seed, threads, evaluations
+        self.record: dict[str, str] = {}
 
     def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         """Figures after a step; from `run.json` when the step was evaluated before a kill."""
@@ -199,7 +191,7 @@ def _loggers(folder: Path) -> None:
 
 def _set_earlier_run_aside(folder: Path) -> None:
     """Move what an earlier run left to `earlier-N`, so that nothing is lost and nothing resumes from it."""
-    names = [name for name in (*_LEFT_BY_A_RUN, "heads", "lora") if (folder / name).exists()]
+    names = [name for name in (*_LEFT_BY_A_RUN, *PARTS) if (folder / name).exists()]
     if not any(name in names for name in ("run.json", "heads", "lora")):
         return
     number = 1
@@ -240,6 +232,7 @@ def _run_stage(
         stage=stage,
         base=model.backbone.base,
         settings=_settings(cfg, stage),
+        record=state.record,
         keep=solver.KEEP_CHECKPOINTS,
     )
     start = checkpointer.resume()
@@ -263,6 +256,25 @@ def _run_stage(
         row = {"iteration": solver.MAX_ITER, **report.finite(figures)}
         with open(folder / "metrics.json", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _keep_start(cfg: CfgNode, model: nn.Module, state: _State) -> None:
+    """Keep what the run starts from and none of its stages trains: its folder alone is a model."""
+    trained: set[str] = set()
+    for stage in reversed(cfg.VISFT.STAGES):
+        model.set_stage(stage)
+        trained |= trained_tensors(model).keys()
+    read = run_files(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
+    loaded = {name for file in read for name in files.read_shapes(file)}
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if (name.startswith("heads.") or name in loaded) and name not in trained
+    }
+    if comm.is_main_process():
+        settings = _settings(cfg, START)
+        keep_start(state.folder, kept, base=model.backbone.base, settings=settings, record=state.record)
+    comm.synchronize()
 
 
 def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkpointer, cache) -> list:
@@ -297,7 +309,7 @@ def _settings(cfg: CfgNode, stage: str) -> dict:
     """What explains a checkpoint's weights to a reader without the config."""
     lora, node = cfg.MODEL.LORA, cfg.MODEL.VISFT
     settings = {"seed": cfg.SEED, "config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
-    if (stage == "heads" or not node.FREEZE_HEADS) and (words := words_of(cfg)):
+    if (stage != "lora" or not node.FREEZE_HEADS) and (words := words_of(cfg)):
         settings["vocabulary"] = words
     if stage == "lora" and node.TUNE == "full":
         settings["tune"] = "full"

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.checkpoint import load
-from visft.checkpoint.run_folder import STAGES
+from visft.checkpoint.run_folder import PARTS, run_files
 from visft.data.captions import check_captions
 from visft.data.vocabulary import build_vocabulary
 from visft.errors import CheckpointError, ConfigError, DataError
@@ -131,7 +131,7 @@ def _kept(cfg: CfgNode) -> Path | None:
     for file in _weight_files(cfg):
         if carries_vocabulary(file):
             return file
-        folders = [file.parent, *([file.parent.parent] if file.parent.name in STAGES else [])]
+        folders = [file.parent, *([file.parent.parent] if file.parent.name in PARTS else [])]
         for folder in folders:
             if (folder / FILE).is_file():
                 return folder / FILE
@@ -145,7 +145,9 @@ def _weight_files(cfg: CfgNode) -> Iterator[Path]:
     Without HEAD_FILES where a caption head may leave their words behind.
     """
     reinit = any(cfg.MODEL.VISFT[name.upper()].REINIT_CLASSES for name in caption_heads(cfg))
-    for given in (cfg.MODEL.WEIGHTS, *(() if reinit else cfg.MODEL.VISFT.HEAD_FILES)):
-        if given:
-            with contextlib.suppress(CheckpointError):
-                yield from load.resolve(given)
+    if cfg.MODEL.WEIGHTS:
+        with contextlib.suppress(CheckpointError):
+            yield from run_files(cfg.MODEL.WEIGHTS)
+    for given in () if reinit else cfg.MODEL.VISFT.HEAD_FILES:
+        with contextlib.suppress(CheckpointError):
+            yield from load.resolve(given)

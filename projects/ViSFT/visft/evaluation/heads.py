@@ -18,6 +18,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
+from ..data.classes import places_by_name
 from ..errors import DataError
 from .average_precision import COCOMetric, is_fast
 from .captions import CaptionEvaluator
@@ -37,20 +38,29 @@ class HeadsEvaluator(DatasetEvaluator):
     """
 
     def __init__(
-        self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True, fast: bool | None = None
+        self,
+        dataset_name: str,
+        heads: Sequence[str],
+        *,
+        class_names: Sequence[str] = (),
+        distributed: bool = True,
+        fast: bool | None = None,
     ) -> None:
         """
         Args:
             dataset_name: registered; its metadata's `json_file` holds the annotations. Data sets of other kinds are
                 converted to COCO's format.
             heads: names of the heads to score, of the model's outputs that are Instances.
+            class_names: what the predicted classes are called, in the order of their numbers: they are matched with the
+                data set's by name, and what is found of a class that the data set has not is left out. (): they are
+                numbered as the data set's.
             distributed: gather the predictions of all processes; only the main one then returns figures.
             fast: see `COCOMetric`.
 
         Raises:
             DataError: the annotations are not readable.
         """
-        self.heads = tuple(heads)
+        self.heads, self.class_names = tuple(heads), tuple(class_names)
         self.distributed, self.fast = distributed, fast
         self.metadata = MetadataCatalog.get(dataset_name)
         self.dataset_name = dataset_name
@@ -127,8 +137,17 @@ class HeadsEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _ids(self) -> dict[int, int]:
-        """The data set's category id of each contiguous class. The data set has been loaded, which
-        fills the metadata."""
+        """The data set's category id of each predicted class. The data set has been loaded, which fills the
+        metadata."""
+        names = self.metadata.get("thing_classes")
+        if not self.class_names or not names:
+            return self._own_ids
+        places = places_by_name(self.class_names, self.dataset_name, names)
+        return {predicted: self._own_ids[own] for predicted, own in places.items()}
+
+    @functools.cached_property
+    def _own_ids(self) -> dict[int, int]:
+        """The data set's category id of each of its contiguous classes."""
         mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping:
             return {contiguous: dataset for dataset, contiguous in mapping.items()}
@@ -139,7 +158,7 @@ class HeadsEvaluator(DatasetEvaluator):
     def _class_names(self) -> list[str]:
         """Names of the classes in the order of their category ids, which is that of COCO's figures; of several classes
         of one name, with the ids."""
-        names, ids = self.metadata.get("thing_classes", ()), self._ids
+        names, ids = self.metadata.get("thing_classes", ()), self._own_ids
         if set(ids.values()) != set(self.metric.truth.categories):
             return []
         count = Counter(names)
@@ -152,12 +171,15 @@ class HeadsEvaluator(DatasetEvaluator):
     def _encode(self, instances: Instances, image_id: int | str) -> list[dict]:
         """Results in COCO's format, with the data set's category ids."""
         classes = instances.pred_classes.tolist()
-        strange = set(classes) - self._ids.keys()
+        strange = set(classes) - self._ids.keys() - set(range(len(self.class_names)))
         if strange:
             raise DataError(
                 f"{self.dataset_name} has {len(self._ids)} classes, a prediction has class {max(strange)}: evaluate on "
                 "a data set with the classes of DATASETS.TRAIN"
             )
+        if not self._ids.keys() >= set(classes):
+            instances = instances[torch.tensor([number in self._ids for number in classes])]
+            classes = instances.pred_classes.tolist()
         categories = [self._ids[c] for c in classes]
         counting = self.metric.counting(image_id, instances.scores.tolist(), categories)
         if len(counting) < len(instances):  # before masks leave the device, or are copied for nothing
@@ -178,11 +200,14 @@ class InstancesEvaluator(HeadsEvaluator):
         return {task.removeprefix("instances/"): figures for task, figures in super().evaluate().items()}
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, class_names: Sequence[str] = ()) -> DatasetEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
 
     Caption heads are told by their vocabulary, heads that name regions by their HEAD; the others are scored by what
     they find.
+
+    Args:
+        class_names: what the model's classes are called (see `HeadsEvaluator`).
 
     Raises:
         ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
@@ -194,7 +219,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     others = [name for name in heads if name not in (*captions, *namers)]
     evaluators: list[DatasetEvaluator] = []
     if others:
-        evaluators.append(HeadsEvaluator(dataset_name, others, fast=is_fast(cfg.VISFT.COCO_METRIC)))
+        fast = is_fast(cfg.VISFT.COCO_METRIC)
+        evaluators.append(HeadsEvaluator(dataset_name, others, class_names=class_names, fast=fast))
     if captions:
         evaluators.append(CaptionEvaluator(dataset_name, captions, metrics=cfg.VISFT.CAPTION_METRICS))
     if namers:

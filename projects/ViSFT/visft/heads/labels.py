@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata
 from torch import Tensor
 
+from visft.data.classes import filled_metadata
 from visft.errors import ConfigError, DataError
 from visft.heads.base import num_targets
 
@@ -99,10 +100,9 @@ def train_metadata(cfg: CfgNode, field: str, purpose: str, *, otherwise: str = "
     dataset = cfg.DATASETS.TRAIN[0]
     if dataset not in DatasetCatalog.list():
         raise ConfigError(f"DATASETS.TRAIN names {dataset!r}, which is not a registered data set: correct it")
-    if not MetadataCatalog.get(dataset).get(field):
-        DatasetCatalog.get(dataset)
-    if not MetadataCatalog.get(dataset).get(field):
+    metadata = filled_metadata(dataset, field)
+    if not metadata.get(field):
         raise ConfigError(
             f"the metadata of {dataset} has no {field}, {purpose}: fill it when registering the data set{instead}"
         )
-    return MetadataCatalog.get(dataset)
+    return metadata

@@ -1,0 +1,257 @@
+"""A run as a model: its config, classes and seed are taken from its checkpoints, and its data need not be there."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
+from detectron2.data import DatasetCatalog
+from torch import nn
+
+from visft.checkpoint import files
+from visft.checkpoint.record import RunRecord, read_record
+from visft.checkpoint.run_folder import describe, run_files
+from visft.config import add_visft_config
+from visft.data import register_own_data
+from visft.data.classes import RUN_PREFIX, Classes, filled_metadata
+from visft.engine import settings
+from visft.errors import CheckpointError, ConfigError, VisftError
+
+OUTPUT_DIR = "output/evaluation"
+"""Where the evaluation of a run without a config file goes: the run's own folder may be read-only."""
+
+_TRAIN_DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN_CAPTIONS")
+_TEST_DATA = ("TEST_JSON", "TEST_IMAGES", "TEST_CAPTIONS")
+_TOWER = ("MODEL.CLIP_VIT", ("CLASS_TOKEN", "PATCH_SIZE", "WINDOW_SIZE", "GLOBAL_BLOCKS"))
+_LORA = ("MODEL.LORA", ("RANK", "ALPHA", "TARGETS", "LAST_BLOCKS"))
+_HEAD = ("HEAD", "LABEL_SPACE", "CLASS_LOSS", "NUM_QUERIES", "NUM_ATTENTION_HEADS", "GRID", "DIM")
+_HEAD_ENDS = ("_LAYERS", "_DIM")
+"""Keys of a head that its weights were trained with; many leave no trace in shapes."""
+
+
+def record_of(cfg: CfgNode, model: nn.Module, seed: int) -> RunRecord:
+    """What a run's checkpoints shall say of it (a ViSFT model, before any stage)."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.PIXEL_MEAN = model.pixel_mean.flatten().tolist()
+    cfg.MODEL.PIXEL_STD = model.pixel_std.flatten().tolist()
+    if os.path.isfile(cfg.MODEL.CLIP_VIT.PRETRAINED):
+        cfg.MODEL.CLIP_VIT.PRETRAINED = os.path.abspath(cfg.MODEL.CLIP_VIT.PRETRAINED)
+    return RunRecord(yaml.safe_load(cfg.dump()), Classes.known(cfg).to_json(), seed)
+
+
+def seed_of(weights: str | os.PathLike, otherwise: int) -> int:
+    """The seed of a run, from which a tower of random weights is made again.
+
+    Args:
+        weights: an OUTPUT_DIR, a stage's folder or a file; "" and files of others have no run.
+        otherwise: where there is no run; below 0 counts as 0.
+    """
+    if weights:
+        with contextlib.suppress(CheckpointError):
+            if record := read_record(weights):
+                return record.seed
+        state = os.path.join(weights, "run.json")
+        if os.path.isfile(state):
+            return files.read_json(state)["seed"]
+    return max(otherwise, 0)
+
+
+def run_config(weights: str, opts: Sequence[str] = (), *, test: bool = False) -> CfgNode:
+    """The config of a run without a config file, changed by KEY VALUE pairs; MODEL.WEIGHTS is the run.
+
+    What training alone reads is left out. Where the run's device is not there, it is the CPU.
+
+    Args:
+        weights: a run's OUTPUT_DIR, a stage's folder or a file of one.
+        test: with the run's test set, unless the pairs name another one.
+
+    Raises:
+        CheckpointError: nothing whole is there, it does not say how it was trained, or its base is not there.
+        ConfigError: the pairs are wrong.
+    """
+    record = read_record(weights)
+    if record is None:
+        raise CheckpointError(
+            f"{weights}: does not say which config and classes it was trained with (it was written by an older visft, "
+            "or is no checkpoint of a run); give --config-file with the config that it was trained with"
+        )
+    cfg = get_cfg()
+    add_visft_config(cfg)
+    defaults = cfg.clone()
+    cfg.set_new_allowed(True)  # of heads that the user registered
+    try:
+        cfg.merge_from_other_cfg(CfgNode(record.config))
+    except (ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(
+            f"{weights}: the config that it was trained with does not fit this visft ({error}); give --config-file"
+        ) from error
+    cfg.set_new_allowed(False)
+    for key in ("SOLVER", "EXPORT", "TASKS", "TASK_MIXING", "TASK_RATIOS"):
+        cfg.VISFT[key] = defaults.VISFT[key]
+    node = cfg.MODEL.VISFT
+    node.BALANCE_GRADIENTS = False
+    if node.HEADS:
+        node.OBJECTIVES = ()
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    given = {key for key, _ in settings.pairs(opts)}
+    own_test = test and not any(key.startswith(("DATASETS.TEST", "VISFT.DATA.TEST_")) for key in given)
+    if not own_test:
+        cfg.DATASETS.TEST = ()
+        cfg.VISFT.DATA.update(dict.fromkeys(_TEST_DATA, ""))
+    if not test and tuple(node.OPEN_VOCABULARY.NAMES) == ("test",):
+        node.OPEN_VOCABULARY.NAMES = ()
+    cfg.OUTPUT_DIR = OUTPUT_DIR
+    settings.change(cfg, opts)
+    cfg.MODEL.WEIGHTS = str(weights)
+    _check_base(cfg)
+    adopt(cfg)
+    heads = [head for head in node.HEADS if node[head.upper()].HEAD != "RegionTextHead"]
+    if heads and not node.HEAD_FILES and not _has_heads(weights):
+        raise CheckpointError(
+            f"{weights}: holds what stage lora trained, without the heads ({', '.join(heads)}), and there are none "
+            "beside its folder; give the run's OUTPUT_DIR"
+        )
+    return cfg
+
+
+def adopt(cfg: CfgNode) -> None:
+    """Take the classes, heads and words of the run in MODEL.WEIGHTS, which then needs neither its data nor the files
+    that it started from. Without such a run nothing happens.
+
+    Raises:
+        CheckpointError: what it says of itself cannot be read.
+        ConfigError: the config contradicts it.
+    """
+    if not cfg.MODEL.WEIGHTS or cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        return
+    try:
+        record = read_record(cfg.MODEL.WEIGHTS)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.WEIGHTS: {error}") from error
+    if record is None:
+        return
+    check_agreement(cfg, record)
+    cfg.DATASETS.TRAIN = (Classes.from_json(record.classes).register(),)
+    cfg.VISFT.DATA.update(dict.fromkeys(_TRAIN_DATA, ""))
+    if _has_heads(cfg.MODEL.WEIGHTS):
+        cfg.MODEL.VISFT.HEAD_FILES = ()
+    for name in cfg.MODEL.VISFT.HEADS:
+        key = f"MODEL.VISFT.{name.upper()}.VOCABULARY"
+        if _value(cfg, key) == _value(record.config, key) is not None:
+            cfg.MODEL.VISFT[name.upper()].VOCABULARY = ""  # the checkpoint has its words
+
+
+def register_classes(cfg: CfgNode) -> None:
+    """In a process with empty catalogs, register what `adopt` put into the config."""
+    if cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN[0].startswith(RUN_PREFIX):
+        Classes.from_json(read_record(cfg.MODEL.WEIGHTS).classes).register()
+
+
+def check_agreement(cfg: CfgNode, record: RunRecord) -> None:
+    """Refuse a config that would read a run's weights in another way than they were trained in.
+
+    Raises:
+        ConfigError: names the keys, and what both say.
+    """
+    found = [*_other_classes(cfg, record), *differences(cfg, record)]
+    if found:
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        raise ConfigError(
+            f"the config disagrees with the run {cfg.MODEL.WEIGHTS}: {'; '.join(found[:4])}{more}. Leave --config-file "
+            "out (a run has its own config), or set these keys to the run's"
+        )
+
+
+def differences(cfg: CfgNode, record: RunRecord) -> list[str]:
+    """What a config says otherwise than a run of the keys that its weights were trained with."""
+    keys = [f"{node}.{key}" for node, names in (_TOWER, _LORA) for key in names]
+    if tuple(cfg.VISFT.STAGES) == ("heads",) or cfg.MODEL.VISFT.TUNE == "full":
+        keys = [key for key in keys if not key.startswith("MODEL.LORA")]  # there is none
+    for head in cfg.MODEL.VISFT.HEADS:
+        node = cfg.MODEL.VISFT.get(head.upper(), {})
+        names = [key for key in node if key in _HEAD or key.endswith(_HEAD_ENDS)]
+        keys += [f"MODEL.VISFT.{head.upper()}.{key}" for key in names]
+    found = []
+    for key in keys:
+        ours, theirs = _value(cfg, key), _value(record.config, key)
+        if theirs is not None and ours != theirs:
+            found.append(f"{key} is {ours!r}, in the run {theirs!r}")
+    stock = DETECTRON2_DEFAULTS.MODEL
+    given = [*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD]
+    if given != [*stock.PIXEL_MEAN, *stock.PIXEL_STD]:
+        theirs = [*record.config["MODEL"]["PIXEL_MEAN"], *record.config["MODEL"]["PIXEL_STD"]]
+        if any(abs(a - b) > 1e-3 for a, b in zip(given, theirs, strict=True)):
+            found.append(f"MODEL.PIXEL_MEAN and PIXEL_STD are {given}, in the run {theirs}")
+    return found
+
+
+def _has_heads(weights: str) -> bool:
+    names = [name for file in run_files(weights) for name in files.read_shapes(file)]
+    return any(name.startswith("heads.") for name in names)
+
+
+def _other_classes(cfg: CfgNode, record: RunRecord) -> list[str]:
+    """In what the classes of a config's training data differ from those that a run learnt, one sentence or none."""
+    own = [f"VISFT.DATA.{key}" for key in _TRAIN_DATA]
+    if not cfg.DATASETS.TRAIN and not any(_value(cfg, key) for key in own):
+        return []
+    same = all(_value(cfg, key) == _value(record.config, key) for key in (*own, "DATASETS.TRAIN"))
+    theirs = Classes.from_json(record.classes)
+    if same or not theirs.names or (cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN[0].startswith(RUN_PREFIX)):
+        return []
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.VISFT.DATA.TRAIN_JSON:
+        cfg.VISFT.DATA.TRAIN_CAPTIONS = ""  # classes are asked for
+    try:
+        register_own_data(cfg)
+        name = cfg.DATASETS.TRAIN[0]
+        if name not in DatasetCatalog:
+            return [
+                f"the run learnt {_classes(theirs.names)}, and DATASETS.TRAIN names {name}, which is not registered"
+            ]
+        filled_metadata(name, "thing_classes")
+        ours = Classes.known(cfg)
+    except (VisftError, OSError) as error:
+        return [
+            f"the run learnt {_classes(theirs.names)}, and the classes of DATASETS.TRAIN cannot be read ({error})"
+        ]
+    heads = [cfg.MODEL.VISFT.get(head.upper(), {}) for head in cfg.MODEL.VISFT.HEADS]
+    ids = any(node.get("LABEL_SPACE") == "dataset_id" for node in heads)
+    if ours.names == theirs.names and (not ids or ours.dataset_ids == theirs.dataset_ids):
+        return []
+    return [
+        f"the run learnt {_classes(theirs.names)}, and DATASETS.TRAIN ({name}) has {_classes(ours.names)}"
+    ]
+
+
+def _check_base(cfg: CfgNode) -> None:
+    """Say of a base that is a file, and is not there any more, how it is given."""
+    base = cfg.MODEL.CLIP_VIT.PRETRAINED
+    if os.path.sep in base and "://" not in base and not os.path.isfile(base):
+        sha256 = (describe(run_files(cfg.MODEL.WEIGHTS)[-1]).get("base") or {}).get("sha256") or "unknown"
+        raise CheckpointError(
+            f"{cfg.MODEL.WEIGHTS}: was trained on the base {base}, which is not there (SHA-256 {sha256[:12]}...; a run "
+            "holds what it trained, not its base). Give the file by `MODEL.CLIP_VIT.PRETRAINED FILE`, in Python by "
+            "visft.load(run, base=FILE)"
+        )
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a full key; tuples as lists, as YAML has them; None: there is none."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return None
+        config = config[part]
+    return list(config) if isinstance(config, tuple) else config
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{len(names)} classes ({', '.join(names[:4])}{more})"
