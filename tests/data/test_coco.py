@@ -56,7 +56,6 @@ BROKEN = {
     "image id twice": (lambda c: c["images"].append(c["images"][2]), ["image id 3", "twice"]),
     "image without width": (lambda c: c["images"][1].pop("width") and None, ["image 2", "`width`"]),
     "image of no height": (lambda c: c["images"][1].update(height=0), ["image 2", "height 0", "above 0"]),
-    "picture not on disk": (lambda c: c["images"][4].update(file_name="no.png"), ["1 of its 7", "no.png"]),
     "annotation without id": (lambda c: c["annotations"][4].pop("id") and None, ["annotations[4]", "`id`"]),
     "annotation is a text": (lambda c: c["annotations"].insert(2, "x"), ["annotations[2]", "str"]),
     "annotation id twice": (_set(101, id=100), ["annotation id 100", "twice"]),

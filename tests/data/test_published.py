@@ -104,7 +104,7 @@ LVIS_FAULTS = [
     (
         lambda b: b["images"][1].update(coco_url="http://x/val2017/none.png"),
         True,
-        ["1 of its 7 pictures", "none.png"],
+        ["1 of its 7 images", "none.png"],
     ),
     (lambda b: b["images"][1].pop("neg_category_ids"), False, ["image 2", "neg_category_ids"]),
     (lambda b: b["images"][1].update(not_exhaustive_category_ids=[4]), False, ["image 2", "not_exhaustive"]),
@@ -230,7 +230,7 @@ def test_another_picture_that_is_not_there_is_named(objects):
     def change(body):
         body["images"][0]["file_name"] = "images/v1/patch6/objects365_v1_00320533.jpg"
 
-    with pytest.raises(DataError, match=r"1 of its 7 pictures.*patch6/objects365_v1_00320533"):
+    with pytest.raises(DataError, match=r"1 of its 7 images.*patch6/objects365_v1_00320533"):
         check_registered(objects(change), train=True)
 
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,6 +13,7 @@ from visft.data.classes import places_by_name
 from visft.data.coco_check import check_coco_json
 from visft.data.coco_json import some
 from visft.data.coco_records import load_coco_json
+from visft.data.headers import ImageRules, check_images
 from visft.data.published import LVIS, check_published
 from visft.errors import ConfigError, DataError
 
@@ -29,10 +31,11 @@ def check_data_set(cfg: CfgNode, name: str) -> None:
             training they must be the same list. In evaluation each must be among them by its name (unless what the
             heads find is evaluated under the names of the test set).
     """
+    rules = ImageRules.of(cfg)
     if name in cfg.DATASETS.TRAIN:
-        check_registered(name, train=True, masks=_needs_masks(cfg))
+        check_registered(name, train=True, masks=_needs_masks(cfg), rules=rules)
     if name in cfg.DATASETS.TEST:
-        check_registered(name, train=False, masks=_needs_masks(cfg))
+        check_registered(name, train=False, masks=_needs_masks(cfg), rules=rules)
     if name not in cfg.DATASETS.TRAIN and _names_any_class(cfg):
         return
     first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else name
@@ -70,19 +73,42 @@ def _needs_masks(cfg: CfgNode) -> bool:
     return any(head.needs_masks(cfg) for head in classes)
 
 
-def check_registered(name: str, *, train: bool, masks: bool = True) -> None:
-    """Check a data set by its name in detectron2's DatasetCatalog, whatever the config. Metadata that its annotation
-    file gives (classes and their ids) is filled in if it was not there.
-
-    Of data sets that are in neither COCO's nor LVIS's format, only the presence of their files is checked.
+def check_registered(name: str, *, train: bool, masks: bool = True, rules: ImageRules | None = None) -> bool:
+    """Check a data set by its name in detectron2's DatasetCatalog, whatever the config: its annotations as
+    `check_annotations` does, then the headers of its images.
 
     Args:
         name: a registered name.
         train: it must have something to learn from; else it must have what COCO's evaluation reads.
         masks: whether masks are used (see `check_coco_json`).
+        rules: which images may be bad (default: none).
+
+    Returns:
+        Whether annotations are of the stored pixels where an image's size does not tell (see `check_images`).
 
     Raises:
-        DataError: the name is unknown, a file is missing, or an annotation is broken (see `check_coco_json`).
+        DataError: the name is unknown, a file is missing, an annotation is broken (see `check_coco_json`), or an image.
+    """
+    images = check_annotations(name, train=train, masks=masks)
+    meta = MetadataCatalog.get(name)
+    json_file = meta.get("json_file") or meta.get("caption_json") or ""
+    if images is None:
+        images, json_file = DatasetCatalog.get(name), json_file if os.path.isfile(json_file) else ""
+    images = [image for image in images if "://" not in os.fspath(image["file_name"])]
+    return check_images(images, rules or ImageRules(), name=name, json_file=json_file)
+
+
+def check_annotations(name: str, *, train: bool, masks: bool = True) -> Sequence[dict] | None:
+    """Check a data set's annotations. Metadata that its annotation file gives (classes and their ids) is filled in if
+    it was not there.
+
+    Of data sets that are in neither COCO's nor LVIS's format, only the presence of their files is checked.
+
+    Returns:
+        `file_name`, `width` and `height` of its images, if it has an annotation file that says so.
+
+    Raises:
+        DataError: as `check_registered`.
     """
     _check_name(name)
     meta = MetadataCatalog.get(name)
@@ -94,10 +120,9 @@ def check_registered(name: str, *, train: bool, masks: bool = True) -> None:
             raise DataError(_what_to_put_where(name, path))
     json_file = meta.get("json_file")
     if not json_file or "://" in json_file:
-        return
+        return None
     if meta.get("annotation_format") or meta.get("evaluator_type") == "lvis":
-        check_published(meta.get("annotation_format") or LVIS, meta, train=train)
-        return
+        return check_published(meta.get("annotation_format") or LVIS, meta, train=train)
     # Test sets whose annotations are kept secret have a file without any.
     annotated = train or not name.startswith("coco_2017_test")
     root = meta.get("image_root") or ""
@@ -112,6 +137,7 @@ def check_registered(name: str, *, train: bool, masks: bool = True) -> None:
             f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
             "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
         )
+    return summary.images
 
 
 def register_own_data(cfg: CfgNode) -> None:
@@ -159,7 +185,7 @@ def _register_own(name: str, json_file: str, image_root: str, caption_json: str)
 
 
 def _load_own(name: str, json_file: str, image_root: str) -> list[dict]:
-    check_registered(name, train=name == OWN_TRAIN, masks=False)
+    check_annotations(name, train=name == OWN_TRAIN, masks=False)
     return load_coco_json(json_file, image_root, name)
 
 

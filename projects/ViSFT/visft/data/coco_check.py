@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from visft.data import masks as mask_formats
 from visft.data.coco_json import (
     entries_of,
-    files_in,
     is_box,
     is_id,
     is_int,
@@ -39,7 +38,8 @@ class CocoSummary:
     classes: tuple[str, ...]
     """Names in the order of their category ids."""
     category_ids: tuple[int, ...]
-    pictures: int
+    images: tuple[dict, ...]
+    """`file_name` (with its folder), `width` and `height` of each."""
     annotated: bool
     """Whether it has `annotations`."""
     learnable: int
@@ -78,7 +78,7 @@ def check_coco_json(
         entries_of(json_file, {}, "annotations")
     if train and not summary.learnable:
         raise DataError(
-            f"{json_file}: none of its {summary.pictures} pictures has an annotation that is no crowd, so there is "
+            f"{json_file}: none of its {len(summary.images)} pictures has an annotation that is no crowd, so there is "
             "nothing to train on; expected at least one"
         )
     if not train and summary.no_area:
@@ -96,7 +96,8 @@ def check_coco_json(
 def _check(json_file: str, image_root: str, _mtime_ns: int, _size: int) -> CocoSummary:
     content = read_json(json_file)
     categories = _check_categories(json_file, entries_of(json_file, content, "categories"))
-    sizes = _check_images(json_file, entries_of(json_file, content, "images"), image_root)
+    entries = entries_of(json_file, content, "images")
+    sizes = _check_images(json_file, entries)
     annotations = entries_of(json_file, content, "annotations") if "annotations" in content else []
     masked, unmasked, unmasked_crowd, no_area = _check_annotations(json_file, annotations, sizes, categories)
     logger.info("%s: %d pictures, %d annotations, nothing wrong", json_file, len(sizes), len(annotations))
@@ -104,7 +105,14 @@ def _check(json_file: str, image_root: str, _mtime_ns: int, _size: int) -> CocoS
     return CocoSummary(
         classes=tuple(categories[i] for i in ids),
         category_ids=ids,
-        pictures=len(sizes),
+        images=tuple(
+            {
+                "file_name": os.path.join(image_root, entry["file_name"]),
+                "width": entry["width"],
+                "height": entry["height"],
+            }
+            for entry in entries
+        ),
         annotated="annotations" in content,
         learnable=sum(not a.get("iscrowd") for a in annotations),
         masked=masked,
@@ -127,11 +135,9 @@ def _check_categories(path: str, entries: list) -> dict[int, str]:
     return categories
 
 
-def _check_images(path: str, entries: list, image_root: str) -> dict[int | str, tuple[int, int]]:
+def _check_images(path: str, entries: list) -> dict[int | str, tuple[int, int]]:
     """Returns (width, height) by image id."""
     sizes: dict[int | str, tuple[int, int]] = {}
-    missing, first_missing = 0, ""
-    listing = functools.lru_cache(maxsize=None)(files_in)
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")
         keys = {"id": is_id, "file_name": is_text, "width": is_positive_int, "height": is_positive_int}
@@ -139,18 +145,9 @@ def _check_images(path: str, entries: list, image_root: str) -> dict[int | str, 
         if entry["id"] in sizes:
             raise DataError(f"{path}: image id {entry['id']} occurs twice; ids must be unique")
         sizes[entry["id"]] = (entry["width"], entry["height"])
-        folder, name = os.path.split(os.path.join(image_root, entry["file_name"]))
-        if name not in listing(folder):
-            missing += 1
-            first_missing = first_missing or os.path.join(folder, name)
     if not sizes:
         raise DataError(
             f"{path}: the data set is empty (`images` has no entries); expected at least one picture"
-        )
-    if missing:
-        raise DataError(
-            f"{path}: {missing} of its {len(sizes)} pictures are not on disk, the first is {first_missing}; "
-            f"put them into {image_root or 'the folder of pictures'}, or take them out of the file"
         )
     return sizes
 

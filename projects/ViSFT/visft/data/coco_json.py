@@ -151,14 +151,6 @@ _EXPECTED = {
 }
 
 
-def files_in(folder: str) -> frozenset[str]:
-    """Names of what is in a folder; none where there is no such folder."""
-    try:
-        return frozenset(os.listdir(folder or "."))
-    except OSError:
-        return frozenset()
-
-
 def some(values: Iterable) -> str:
     """A few of them, for messages."""
     values = [str(v) for v in values]

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visft.data.captions import captions_of
 from visft.data.coco import check_registered
+from visft.data.headers import ImageRules
 from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
 from visft.data.masks import all_masked, usable
@@ -61,7 +62,10 @@ def build_train_loader(
     """
     if records is None:
         records = load_records(
-            tuple(cfg.DATASETS.TRAIN), train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            tuple(cfg.DATASETS.TRAIN),
+            train=True,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            rules=ImageRules.of(cfg),
         )
         repeats = build_repeats(cfg, records)
     return TrainLoader(
@@ -83,25 +87,30 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
         DataError: the data set is broken.
     """
     return TestLoader(
-        load_records((dataset_name,), train=False),
+        load_records((dataset_name,), train=False, rules=ImageRules.of(cfg)),
         build_test_mapper(cfg),
         num_workers=num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
 
-def load_records(names: tuple[str, ...], *, train: bool, filter_empty: bool = False) -> list[dict]:
+def load_records(
+    names: tuple[str, ...], *, train: bool, filter_empty: bool = False, rules: ImageRules | None = None
+) -> list[dict]:
     """Dataset dicts of registered data sets, checked, with `captions` and (for training) `has_masks`.
 
     Args:
         names: names in detectron2's DatasetCatalog.
         train: whether to check for what training needs; else for what evaluation needs.
+        rules: which images may be bad (default: none).
         filter_empty: drop pictures without an annotation that is no crowd; of one with captions, only the annotations.
     """
     records: list[dict] = []
     for name in names:
-        check_registered(name, train=train, masks=False)
+        as_stored = check_registered(name, train=train, masks=False, rules=rules)
         found = DatasetCatalog.get(name)
+        if as_stored:
+            found = [r | {"as_stored": True} for r in found]
         if train:
             captions = captions_of(name)
             has_masks = _have_masks(found, name)

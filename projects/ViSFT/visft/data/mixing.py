@@ -20,6 +20,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from visft.data.headers import ImageRules
 from visft.data.loader import (
     PictureCounts,
     Positions,
@@ -93,7 +94,12 @@ def load_labelled(
             for an objective among those that the heads are given.
     """
     names = tuple(cfg.DATASETS.TRAIN)
-    records = load_records(names, train=True, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records = load_records(
+        names,
+        train=True,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        rules=ImageRules.of(cfg),
+    )
     outlines = [_outline(record) for record in records]
     rows = {
         head: np.flatnonzero([labelled(outline) for outline in outlines])

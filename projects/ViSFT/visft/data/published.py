@@ -17,7 +17,6 @@ from detectron2.data import Metadata
 from visft.data.coco_json import (
     are_numbers,
     entries_of,
-    files_in,
     is_box,
     is_id,
     is_int,
@@ -59,7 +58,7 @@ def _lvis_path(url: str) -> str:
 LVIS = Format("LVIS", "coco_url", _lvis_path, has_polygons=True, federated=True, package="lvis")
 
 
-def check_published(layout: Format, meta: Metadata, *, train: bool) -> None:
+def check_published(layout: Format, meta: Metadata, *, train: bool) -> tuple[dict, ...]:
     """Check an annotation file. A file that has not changed since it passed is not read again.
 
     Args:
@@ -67,6 +66,9 @@ def check_published(layout: Format, meta: Metadata, *, train: bool) -> None:
         meta: the data set's, with `json_file`, `image_root`, `thing_classes`, and their ids if they are not 1, 2, ...
             (`thing_dataset_id_to_contiguous_id`).
         train: annotations are required, and one at least; else what evaluation reads, if there are annotations.
+
+    Returns:
+        `file_name` (with its folder), `width` and `height` of its images, without those known to be missing.
 
     Raises:
         DataError: names the file, the first entry that is wrong, what is wrong and what was expected.
@@ -78,26 +80,37 @@ def check_published(layout: Format, meta: Metadata, *, train: bool) -> None:
         )
     ids = meta.get("thing_dataset_id_to_contiguous_id") or range(1, len(meta.get("thing_classes") or ()) + 1)
     stat = os.stat(meta.json_file)
-    _check(layout, meta.json_file, meta.image_root, frozenset(ids), train, stat.st_mtime_ns, stat.st_size)
+    return _check(
+        layout, meta.json_file, meta.image_root, frozenset(ids), train, stat.st_mtime_ns, stat.st_size
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _check(
     layout: Format, path: str, image_root: str, known: frozenset, train: bool, _mtime_ns: int, _size: int
-) -> None:
+) -> tuple[dict, ...]:
     content = read_json(path)
     annotated = train or "annotations" in content
     evaluated = annotated and not train
     categories = entries_of(path, content, "categories")
     ids = _check_categories(layout, path, categories, known, evaluated)
-    images = _check_images(
-        layout, path, entries_of(path, content, "images"), image_root, ids, layout.federated and evaluated
-    )
+    entries = entries_of(path, content, "images")
+    images = _check_images(layout, path, entries, ids, layout.federated and evaluated)
     annotations = entries_of(path, content, "annotations") if annotated else []
     _check_annotations(layout, path, annotations, images, ids, evaluated)
     if train and not annotations:
         raise DataError(f"{path}: it has no annotations, so there is nothing to train on")
     logger.info("%s: %d pictures, %d annotations, nothing wrong", path, len(images), len(annotations))
+    found = [(layout.picture_path(entry[layout.picture_key]), entry) for entry in entries]
+    return tuple(
+        {
+            "file_name": os.path.join(image_root, file),
+            "width": entry["width"],
+            "height": entry["height"],
+        }
+        for file, entry in found
+        if file
+    )
 
 
 def _check_categories(
@@ -122,13 +135,9 @@ def _check_categories(
     return ids
 
 
-def _check_images(
-    layout: Format, path: str, entries: list, image_root: str, ids: set[int], federated: bool
-) -> set:
+def _check_images(layout: Format, path: str, entries: list, ids: set[int], federated: bool) -> set:
     keys = {"id": is_id, layout.picture_key: is_text, "width": is_positive_int, "height": is_positive_int}
     seen: set = set()
-    missing, first_missing = 0, ""
-    listing = functools.lru_cache(maxsize=None)(files_in)
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")
         require_keys(path, where, entry, keys)
@@ -141,18 +150,8 @@ def _check_images(
                     f"{path}: {where} has {key} {entry.get(key)!r}; expected a list of ids of `categories`, as LVIS's "
                     "evaluation reads it"
                 )
-        picture = layout.picture_path(entry[layout.picture_key])
-        folder, name = os.path.split(os.path.join(image_root, picture))
-        if picture and name not in listing(folder):
-            missing += 1
-            first_missing = first_missing or os.path.join(folder, name)
     if not seen:
         raise DataError(f"{path}: the data set is empty (`images` has no entries); expected at least one")
-    if missing:
-        raise DataError(
-            f"{path}: {missing} of its {len(seen)} pictures are not on disk, the first is {first_missing}; put them "
-            "there, or take them out of the file"
-        )
     return seen
 
 

@@ -1,5 +1,6 @@
 """Pictures of what the heads see, drawn by detectron2's Visualizer."""
 
+import logging
 import os
 import textwrap
 from collections.abc import Sequence
@@ -7,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 from torch import nn
 
-from visft.data import read_rgb
+from visft.data import PictureError
 from visft.data.captions import captions_of
+from visft.data.headers import ImageRules
+from visft.data.loader import load_records
 from visft.engine.report import WORDS
 from visft.engine.word_maps import draw_word_maps, plain
 from visft.heads import Caption
 from visft.heads.open_vocabulary import best_of_each
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.3
 _SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
@@ -117,14 +122,19 @@ def draw_predictions(
     a caption head also `folder/<picture>_words.png`. `classes` name what is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = captions_of(data_set)
-    records = DatasetCatalog.get(data_set)
+    # Those that cannot be read were named by the evaluation before.
+    records = load_records((data_set,), train=False, rules=ImageRules(mapper.max_pixels, skip_broken=True))
     metadata = MetadataCatalog.get(data_set)
     was_training = model.training
     model.eval()
     # Evenly over the data set, which may be sorted.
     step = max(1, len(records) // count)
     for record in records[::step][:count]:
-        image = read_rgb(record["file_name"])
+        try:
+            image = mapper.read(record)
+        except PictureError as error:
+            logger.warning("not drawn: %s", error)
+            continue
         output = model([mapper(dict(record))])[0]
         panels = [("ground truth", draw_ground_truth(image, record, metadata))]
         panels += draw(image, output, heads, classes)

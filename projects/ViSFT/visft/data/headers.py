@@ -1,0 +1,173 @@
+"""Headers of a data set's images, read before anything is computed: a bad image is known at the start.
+
+They are read once and kept beside the annotation file (`FILE.image-headers`), or in the cache folder where that may not
+be written. A file that has changed since is read again.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from PIL import Image
+from tqdm import tqdm
+
+from visft.checkpoint import files
+from visft.data.images import MAX_PIXELS, Header, PictureError, annotated_as_stored, read_header
+from visft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".image-headers"
+THREADS = 16
+"""Reading waits for the disk or the network most of the time."""
+_LINE_SECONDS = 10.0
+
+_Known = dict[str, list[int]]
+"""By file name: size in bytes and time of change of the file, then width, height and orientation."""
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """Which images a run takes (VISFT.DATA.MAX_PIXELS), and whether it goes on without the others
+    (DATALOADER.SKIP_BROKEN)."""
+
+    max_pixels: int = MAX_PIXELS
+    skip_broken: bool = False
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "ImageRules":
+        return cls(cfg.VISFT.DATA.MAX_PIXELS, cfg.DATALOADER.SKIP_BROKEN)
+
+
+def check_images(images: Sequence[dict], rules: ImageRules, *, name: str, json_file: str = "") -> bool:
+    """Check that images are there, have a header that can be read, and the size that their annotations say.
+
+    Args:
+        images: dicts with `file_name` and, if they are known, `width` and `height` as annotated.
+        name: of the data set, for messages.
+        json_file: beside which the headers are kept; "": they are not.
+
+    Returns:
+        `as_stored` of `visft.data.images.annotated_as_stored`: what most of the turned images say whose size does tell.
+
+    Raises:
+        DataError: an image is bad and `skip_broken` does not allow it (or all are).
+    """
+    if not images:
+        return False
+    headers = _read(images, rules, name, json_file)
+    faults, frames = [], []
+    for image, header in zip(images, headers, strict=True):
+        try:
+            if isinstance(header, PictureError):
+                raise header
+            stored = annotated_as_stored(image, header)
+        except PictureError as error:
+            faults.append(error)
+        else:
+            if header.orientation > 4 and header.width != header.height and "width" in image:
+                frames.append(stored)
+    if faults:
+        _report(faults, len(images), rules, json_file or name)
+    return 2 * sum(frames) > len(frames)
+
+
+def _report(faults: list[PictureError], total: int, rules: ImageRules, source: str) -> None:
+    count = f"{source}: {len(faults)} of its {total} images cannot be used"
+    if not rules.skip_broken or len(faults) == total:
+        raise DataError(f"{count}, the first: {faults[0]}")
+    first = ", ".join(str(fault).partition(": ")[0] for fault in faults[:3])
+    logger.warning(
+        "%s and are left out, as DATALOADER.SKIP_BROKEN says: %s%s", count, first, ", ..." * (len(faults) > 3)
+    )
+
+
+def _read(
+    images: Sequence[dict], rules: ImageRules, name: str, json_file: str
+) -> list[Header | PictureError]:
+    digest = files.sha256(json_file) if json_file else ""
+    places = _places(json_file, digest) if json_file else []
+    known = next(filter(None, (_load(place, digest) for place in places)), {})
+    paths = [os.fspath(image["file_name"]) for image in images]
+    read = functools.partial(_header, known=known, max_pixels=rules.max_pixels)
+    Image.init()  # its plugins, which threads would each load
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(_progress(pool.map(read, paths), len(paths), f"{name}: reading image headers"))
+    now = {
+        path: [*stat, header.width, header.height, header.orientation]
+        for path, (header, stat) in zip(paths, found, strict=True)
+        if isinstance(header, Header)
+    }
+    if places and now != known and comm.is_main_process():
+        _keep(places, {"annotations": digest, "images": now})
+    return [header for header, _ in found]
+
+
+def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | PictureError, tuple[int, int]]:
+    """The header, or what is wrong with it; size and time of the file."""
+    state = (0, 0)
+    with contextlib.suppress(OSError):  # reading it says why
+        stat = os.stat(path)
+        state = (stat.st_size, stat.st_mtime_ns)
+    size, changed, width, height, orientation = known.get(path, (0, 0, 0, 0, 0))
+    if width and state == (size, changed) and not 0 < max_pixels < width * height:
+        return Header(width, height, orientation), state
+    try:
+        return read_header(path, max_pixels=max_pixels), state
+    except PictureError as error:
+        return error, state
+
+
+def _places(json_file: str, digest: str) -> list[Path]:
+    """Where the headers of an annotation file's images are kept, in order of preference."""
+    from visft.model_zoo.cache import folder
+
+    return [Path(f"{json_file}{SUFFIX}"), folder() / "image-headers" / f"{digest}.json"]
+
+
+def _load(place: Path, digest: str) -> _Known:
+    """What is kept there of these annotations; nothing where it is not whole."""
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+        images = content["images"] if content["annotations"] == digest else {}
+        return {path: entry for path, entry in images.items() if _is_entry(entry)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 5 and all(isinstance(number, int) for number in entry)
+
+
+def _keep(places: list[Path], content: dict) -> None:
+    """Write to the first place that may be written."""
+    for place in places:
+        with contextlib.suppress(OSError), files.write_aside(place) as partial:
+            partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+            return
+    logger.info("image headers are read again at the next start: neither %s nor %s can be written", *places)
+
+
+def _progress(results: Iterable, total: int, what: str) -> Iterator:
+    """The results, with a bar on a terminal, else with a line now and then; nothing of what is quickly done."""
+    if not comm.is_main_process():
+        yield from results
+    elif sys.stderr.isatty():
+        yield from tqdm(results, what, total, unit=" images", delay=0.5)
+    else:
+        said = time.monotonic()
+        for number, result in enumerate(results, 1):
+            if time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                sys.stderr.write(f"{what}: {number:,} of {total:,}\n")
+            yield result
