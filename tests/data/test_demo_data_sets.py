@@ -4,6 +4,7 @@ import os
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
 from demoworld import catalogue, unseen_things
 from visft.data import demo_world
@@ -36,3 +37,13 @@ def test_a_world_that_is_not_there_or_not_ours(registered, tmp_path):
     (tmp_path / "world" / "demo_world.json").unlink()
     with pytest.raises(DataError, match="was not made by make_demo_data"):
         demo_world.make(tmp_path / "world")
+
+
+def test_that_ids_with_gaps_are_mapped_is_no_news(registered, caplog):
+    """The demo world has COCO's ids; detectron2 itself warns that it maps them."""
+    metadata = MetadataCatalog.get("visft_demo_train")
+    assert max(metadata.thing_dataset_id_to_contiguous_id) > len(metadata.thing_classes)
+    DatasetCatalog.get("visft_demo_train")
+    assert "Category ids" not in caplog.text
+    load_coco_json(metadata.json_file, metadata.image_root, "stock_loader")
+    assert "Category ids in annotations are not in [1, #categories]" in caplog.text

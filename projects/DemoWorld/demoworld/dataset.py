@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from demoworld import catalogue, scenes, unseen_things
 from demoworld.errors import DemoWorldError
@@ -160,7 +161,8 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     emoji, categories = catalogue.catalogue(), categories_of(split)
     images, instances, captions = [], [], []
     data.images(split).mkdir()
-    for image_id in numbers:
+    # None: a bar on a terminal alone.
+    for image_id in tqdm(numbers, f"{split} scenes", disable=None, leave=False):
         # A scene depends on seed, split and number alone: a longer data set starts with the shorter one.
         if split == "unseen":
             scene = unseen_things.scene(unseen_things.TEST, image_id - 1)

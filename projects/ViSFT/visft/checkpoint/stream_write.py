@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 import torch
 
+from .. import progress
 from ..errors import CheckpointError, ExportError
 from .stream import DTYPES, Entry, open_tensors
 
@@ -51,13 +52,14 @@ def write(
             f"{path.parent}: has {free / 1e9:.1f} GB left, the export takes {size / 1e9:.1f} GB; make space."
         )
     try:
-        with open(path, "wb") as file:
+        with open(path, "wb") as file, progress.bar(f"writing {path.name}", size, unit="B") as bar:
             file.write(header)
             for piece in pieces:
                 count = 0
                 for chunk in piece.content():
                     file.write(chunk)
                     count += len(chunk)
+                    bar.update(len(chunk))
                 if count != piece.entry.nbytes:
                     raise ExportError(
                         f"{piece.name}: {count} bytes came of {piece.entry.nbytes}; nothing was exported."
@@ -87,7 +89,8 @@ def verify(path: str | os.PathLike, pieces: Sequence[Piece]) -> None:
     odd = names ^ {piece.name for piece in pieces}
     if odd:
         raise ExportError(f"{path.name}: {sorted(odd)[0]} is there or missing against what was written.")
-    with found:
+    size = sum(piece.entry.nbytes for piece in pieces)
+    with found, progress.bar(f"verifying {path.name}", size, unit="B") as bar:
         if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's cache
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -98,6 +101,7 @@ def verify(path: str | os.PathLike, pieces: Sequence[Piece]) -> None:
                 raise ExportError(
                     f"{path.name}: {piece.name} reads back otherwise than written; is the disk sound?"
                 )
+            bar.update(piece.entry.nbytes)
 
 
 def _same_bytes(left: Iterator[memoryview], right: Iterator[memoryview]) -> bool:

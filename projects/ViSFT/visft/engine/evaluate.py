@@ -9,6 +9,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
+from visft import progress
 from visft.data import build_test_loader, build_test_mapper
 from visft.data.open_names import names_of
 from visft.engine.drawing import draw_predictions
@@ -31,9 +32,9 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         _set_names(cfg, model, name)
-        found = inference_on_dataset(
-            model, build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
-        )
+        loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
+        with progress.bar(f"evaluation on {name}", len(loader)) as bar:
+            found = inference_on_dataset(model, loader, evaluator, callbacks={"after_inference": bar.update})
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
             f"{prefix}{key}": float(value) for key, value in flatten_results_dict(found or {}).items()

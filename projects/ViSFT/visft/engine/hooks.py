@@ -1,11 +1,13 @@
 """Hooks of a stage: learning rate, checkpoints, and writers of metrics."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter
 
+from visft import progress
 from visft.engine.optim import set_learning_rate
 from visft.errors import TrainingError
 
@@ -47,6 +49,21 @@ class Checkpoints(HookBase):
                     "nothing is saved; lower BASE_LR"
                 )
             self._save(done)
+
+
+class Progress(HookBase):
+    """A bar over a stock trainer's iterations (see `visft.progress`)."""
+
+    def before_train(self) -> None:
+        self._open = contextlib.ExitStack()
+        bar = progress.bar("training", self.trainer.max_iter, done=self.trainer.start_iter)
+        self._bar = self._open.enter_context(bar)
+
+    def after_step(self) -> None:
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._open.close()
 
 
 class Writers(HookBase):

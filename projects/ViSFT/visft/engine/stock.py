@@ -26,6 +26,7 @@ from torch import nn
 
 from visft.backbone import lr_factor
 from visft.checkpoint import files
+from visft.engine.hooks import Progress
 from visft.errors import CheckpointError, ConfigError
 from visft.evaluation import InstancesEvaluator
 from visft.evaluation.average_precision import is_fast
@@ -57,7 +58,7 @@ class StockTrainer(DefaultTrainer):
         super().__init__(cfg)
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=self)
         self._hooks.clear()
-        self.register_hooks(self.build_hooks())
+        self.register_hooks([*self.build_hooks(), Progress()])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from visft import progress
 from visft.engine.hooks import Writers
 from visft.engine.optim import average_gradients
 from visft.errors import TrainingError
@@ -77,13 +78,15 @@ class StageTrainer(TrainerBase):
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage:
+        shown = progress.bar(f"stage {self.stage}", max_iter, done=start_iter)
+        with EventStorage(start_iter) as self.storage, shown as bar:
             try:
                 self.before_train()
                 for self.iter in range(start_iter, max_iter):
                     self.before_step()
                     self.run_step()
                     self.after_step()
+                    bar.update()
             except BaseException:
                 for hook in self._hooks:
                     if isinstance(hook, Writers):
