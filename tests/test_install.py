@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("visft", "demoworld")
+PACKAGES = ("visft", "towerbench", "demoworld")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

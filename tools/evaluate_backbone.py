@@ -8,7 +8,7 @@ tools/evaluate_backbone.py --model NAME --pretrained TAG_OR_FILE [--compare FILE
 
 import sys
 
-from visft.engine import evaluate_backbone
+from _start import main
 
 if __name__ == "__main__":
-    sys.exit(evaluate_backbone.main())
+    sys.exit(main("evaluate_backbone"))

@@ -20,13 +20,13 @@ import torch
 from detectron2.data import DatasetCatalog
 from torch import nn
 
+from towerbench import statistics
+from towerbench.captions import cider_by_picture
 from visft.checkpoint import load
 from visft.data import build_test_mapper, demo_world
 from visft.data.captions import captions_of
 from visft.engine import cli, settings, stages
 from visft.engine.vocabulary import with_vocabulary
-from visft.evaluation.benchmarks import statistics
-from visft.evaluation.captions import cider_by_picture
 from visft.model_zoo import get_config_file
 
 logger = logging.getLogger("visft.captions")

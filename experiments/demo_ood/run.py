@@ -38,13 +38,13 @@ from detectron2.data import MetadataCatalog
 
 from demoworld.dataset import DemoData
 from demoworld.tower import WEIGHTS_FILE
+from towerbench import Context, report, resolve, statistics, suite
+from towerbench.arguments import SPLITS
 from visft.checkpoint import files
 from visft.data import demo_world
 from visft.engine import cli, launch, sweep_plan
+from visft.engine.compared_towers import load
 from visft.errors import ConfigError, TrainingError
-from visft.evaluation.benchmarks import Context, report, resolve, statistics, suite
-from visft.evaluation.benchmarks.registry import SPLITS
-from visft.evaluation.benchmarks.towers import Tower
 from visft.model_zoo import get_config_file
 
 logger = logging.getLogger("visft.experiment")
@@ -232,9 +232,9 @@ class Runs:
         if self.kept(arm, seed) is not None:
             return
         if arm is None:
-            tower = Tower(TOWER, TAG)
+            tower = load(TOWER, TAG)
         else:
-            tower = Tower(TOWER, str(folder / EXPORT), label=f"{arm.name}, seed {seed}")
+            tower = load(TOWER, str(folder / EXPORT), label=f"{arm.name}, seed {seed}")
         tasks = self.tasks(arm, seed)
         start = time.monotonic()
         (folder / self.split).mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from families import NATIVE, TIMM, images_for, relative, small_clip
 from other_device import Elsewhere, other_device
 
 from visft.backbone import CLIPViT, lora
-from visft.evaluation.benchmarks.towers import Tower
+from visft.engine.compared_towers import load
 
 
 @pytest.mark.parametrize("name", NATIVE + TIMM)
@@ -44,10 +44,10 @@ def test_map_embedding_gradients_and_merge_are_those_of_the_cpu(name):
 def test_a_tower_of_the_benchmarks():
     pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     lines = ["a cat", "a dog on a blue background"]
-    tower = Tower("visft-tiny", "demo", device="cpu")
+    tower = load("visft-tiny", "demo", device="cpu")
     expected = [*tower.encode(pictures, dense=True), tower.text(lines)]
     with other_device() as device:
-        tower = Tower("visft-tiny", "demo", device=device.type)
+        tower = load("visft-tiny", "demo", device=device.type)
         found = [*tower.encode(pictures, dense=True), tower.text(lines)]
     assert all(tensor.device.type == "cpu" and not isinstance(tensor, Elsewhere) for tensor in found)
     assert max(relative(*pair) for pair in zip(found, expected, strict=True)) < 1e-4

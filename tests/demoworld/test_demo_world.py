@@ -353,7 +353,7 @@ def test_open_clip_loads_the_shipped_tower_and_it_knows_its_emoji():
 
 
 def test_unseen_scenes_are_those_of_the_suite_under_their_own_names(world):
-    from visft.evaluation.benchmarks.demo import unseen
+    from towerbench.demo import unseen
 
     content = json.loads(world.instances("unseen").read_text())
     assert len(content["images"]) == 100

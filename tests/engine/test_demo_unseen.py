@@ -6,17 +6,17 @@ import torch
 from PIL import Image
 
 from demoworld import tower as demo_tower
+from towerbench.demo import emoji, regions, unseen
+from towerbench.features import FeatureStore, Pictures
 from visft.engine import demo_unseen
-from visft.evaluation.benchmarks.demo import emoji, regions, unseen
-from visft.evaluation.benchmarks.features import FeatureStore, Pictures
-from visft.evaluation.benchmarks.towers import Tower
+from visft.engine.compared_towers import load
 
 SCENES = [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
 def towers():
-    base, tuned = (Tower(demo_tower.NAME, demo_tower.TAG) for _ in range(2))
+    base, tuned = (load(demo_tower.NAME, demo_tower.TAG) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for parameter in tuned.clip.visual.transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator) * parameter.data.abs()

@@ -10,10 +10,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 
+from towerbench.caption_tokens import ptb_words
 from visft import model_zoo
 from visft.errors import ConfigError
 from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator, captions
-from visft.evaluation.caption_tokens import ptb_words
 from visft.evaluation.captions import METRICS, caption_scores, check_metrics
 from visft.heads import Caption
 

@@ -11,10 +11,11 @@ from pycocotools import mask as mask_api
 from test_average_precision import Sample, tied
 from test_heads import IDS, NAME, guesses, run, truth  # noqa: F401  truth: a fixture
 
+from towerbench.captions import cider_by_picture
 from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
 from visft.evaluation.average_precision import COCOMetric
-from visft.evaluation.captions import caption_scores, cider_by_picture
+from visft.evaluation.captions import caption_scores
 
 # From the position in the file to an id.
 IDS_OF = {

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from visft.evaluation.benchmarks import Benchmark, Pictures, register
-from visft.evaluation.benchmarks.readout import chosen_on_validation
+from towerbench import Benchmark, Pictures, register
+from towerbench.readout import chosen_on_validation
 
 
 @register

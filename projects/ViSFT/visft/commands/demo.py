@@ -21,10 +21,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Make the demo world, run configs/visft_demo.yaml, and say what happened."""
     from demoworld.errors import DemoWorldError
+    from towerbench.errors import TowerBenchError
     from visft.engine import demo
 
     console.plain()
-    return cli.guard(demo.run, arguments, again=cli.RESUME, errors=(DemoWorldError,))
+    return cli.guard(demo.run, arguments, again=cli.RESUME, errors=(DemoWorldError, TowerBenchError))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from demoworld import dataset, tower
+from towerbench import Context, report, resolve, suite
 from visft import model_zoo
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.data import demo_world
 from visft.engine import checks, demo_report, demo_unseen, evaluate, launch, settings, stages
+from visft.engine.compared_towers import load
 from visft.errors import CheckpointError, TrainingError
-from visft.evaluation.benchmarks import Context, report, resolve, suite
-from visft.evaluation.benchmarks.towers import Tower
 from visft.model_zoo import get_config_file
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def evaluate_out_of_domain(folder: str | os.PathLike) -> dict:
     name, tag = tower.NAME, tower.TAG
     entries = [suite.Entry("base", tag), suite.Entry("tuned", str(folder / EXPORTED))]
     benchmarks = resolve(tuple(_SUITE))
-    found = suite.run(name, entries, benchmarks, Context(), seeds=1, output=folder / OUT_OF_DOMAIN)
+    found = suite.run(name, entries, benchmarks, Context(), seeds=1, output=folder / OUT_OF_DOMAIN, load=load)
     report.write(found, folder / OUT_OF_DOMAIN)
     return found
 
@@ -140,7 +140,7 @@ def write_page(folder: str | os.PathLike) -> Path:
     """
     folder, scenes = Path(folder), []
     if (folder / EXPORTED).is_file():
-        towers = [Tower(tower.NAME, weights) for weights in (tower.TAG, str(folder / EXPORTED))]
+        towers = [load(tower.NAME, weights) for weights in (tower.TAG, str(folder / EXPORTED))]
         scenes = demo_unseen.draw(towers, folder / UNSEEN)
     return demo_report.write(folder, suite=_SUITE, unseen=_UNSEEN, known=_FIGURES, scenes=scenes)
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from visft.backbone.patch_text import patch_embeddings
+from towerbench.demo import emoji, unseen
+from towerbench.encoder import patch_embeddings
+from towerbench.features import fitted
+from towerbench.region_pooling import coverage, mean_features
+from towerbench.towers import Tower
 from visft.checkpoint import files
-from visft.evaluation.benchmarks.demo import emoji, unseen
-from visft.evaluation.benchmarks.features import fitted
-from visft.evaluation.benchmarks.region_pooling import coverage, mean_features
-from visft.evaluation.benchmarks.towers import Tower
 from visft.visualization import colours, drawing, principal_components, similarity_maps, value_range
 
 SCENES, THINGS = 4, 3
@@ -115,7 +115,6 @@ class _Projected:
     features: torch.Tensor
     texts: torch.Tensor
 
-    @torch.no_grad()
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return patch_embeddings(self.tower.clip.visual, features).cpu()
 

@@ -14,13 +14,13 @@ from PIL import Image
 from visft.backbone import CLIPViT, open_clip_zoo
 from visft.backbone.class_text import check_prompts
 from visft.backbone.patch_text import patch_embeddings
+from visft.backbone.text_tower import TextTower
 from visft.checkpoint import files
 from visft.data import read_rgb
+from visft.engine import compared_towers
 from visft.engine.outputs import output_names
 from visft.engine.predict import find_pictures
 from visft.errors import CheckpointError, ConfigError, DataError
-from visft.evaluation.benchmarks import towers
-from visft.evaluation.benchmarks.features import fitted
 from visft.visualization import (
     colours,
     drawing,
@@ -72,10 +72,11 @@ def run(args: argparse.Namespace) -> list[Path]:
         output, paths, [f"{name}_{kind}.png" for name in names.values() for kind in ("features", "texts")]
     )
     images = {path: _sized(_read(path), side, patch) for path in paths}
-    labels = ["base", *towers.labels(args.compare)]
+    labels = ["base", *compared_towers.labels(args.compare)]
     seen, embeddings = {}, {}
     for label, pretrained in zip(labels, [args.pretrained, *args.compare], strict=True):
-        tower = towers.Tower(args.model, pretrained, label=label)
+        tower = CLIPViT.from_open_clip(args.model, pretrained).eval()
+        tower.to("cuda" if torch.cuda.is_available() else "cpu")
         seen[label] = [see(tower, image, patches=bool(texts)) for image in images.values()]
         if texts:
             embeddings[label] = text_embeddings(tower, texts, args.templates)
@@ -113,17 +114,21 @@ def run(args: argparse.Namespace) -> list[Path]:
 
 
 @torch.no_grad()
-def see(tower: towers.Tower, image: np.ndarray, *, patches: bool) -> Seen:
+def see(tower: CLIPViT, image: np.ndarray, *, patches: bool) -> Seen:
     """The features of an image `[H, W, 3]` uint8 whose sides are whole patches."""
-    _, maps = tower.encode(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], dense=True)
-    features = maps[0].permute(1, 2, 0)
-    return Seen(features, patch_embeddings(tower.clip.visual, features).cpu() if patches else None)
+    device = next(tower.parameters()).device
+    mean, std = (torch.tensor(values, device=device) for values in (tower.mean, tower.std))
+    pixels = (torch.from_numpy(image.copy()).to(device).float() / 255 - mean) / std
+    maps, _ = tower.map_and_embedding(pixels.permute(2, 0, 1)[None])
+    features = maps[0].permute(1, 2, 0).float().cpu()
+    return Seen(features, patch_embeddings(tower.tower, features).cpu() if patches else None)
 
 
-def text_embeddings(tower: towers.Tower, texts: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+def text_embeddings(tower: CLIPViT, texts: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """`[len(texts), D]`: the mean over templates, of unit length (CLIP, section 3.1.4)."""
-    lines = [template.replace("{}", text) for template in templates for text in texts]
-    return F.normalize(tower.text(lines).view(len(templates), len(texts), -1).mean(0), dim=-1)
+    lines, text = [template.replace("{}", text) for template in templates for text in texts], TextTower(tower)
+    embeddings = text(text.tokens(lines, next(tower.parameters()).device)).cpu()
+    return F.normalize(embeddings.view(len(templates), len(texts), -1).mean(0), dim=-1)
 
 
 def text_sheet(
@@ -162,7 +167,7 @@ def _texts(given: str | None) -> list[str]:
 def _check_towers(args: argparse.Namespace) -> tuple[int, int]:
     """The patch and the native side of the architecture, in pixels."""
     try:
-        towers.check(args.model, args.pretrained, args.compare)
+        compared_towers.check(args.model, args.pretrained, args.compare)
         backbone = CLIPViT(open_clip_zoo.meta_tower(args.model))
     except ConfigError as error:
         message = str(error)
@@ -212,7 +217,7 @@ def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:
     """An image whose longer side is `side`, and its shorter one the nearest number of whole patches."""
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(length * scale / patch)) * patch for length in image.shape[:2])
-    return fitted(image, height, width)
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _panel(image: np.ndarray) -> np.ndarray:

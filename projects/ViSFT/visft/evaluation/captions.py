@@ -1,6 +1,6 @@
 """Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
 
-Words are cut by `caption_tokens`, so that a figure does not depend on a Java being there. METEOR is a Java program that
+Words are cut by `ptb_words`, so that a figure does not depend on a Java being there. METEOR is a Java program that
 comes with pycocoevalcap, and is run where it is asked for; so is SPICE, where Stanford CoreNLP was put beside it.
 """
 
@@ -17,9 +17,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
+from towerbench.caption_tokens import ptb_words
 from visft.data.captions import captions_of
 from visft.errors import ConfigError
-from visft.evaluation.caption_tokens import ptb_words
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +87,6 @@ def caption_scores(
         else:
             scores[name] = 100 * float(value)
     return scores
-
-
-def cider_by_picture(references: Mapping, candidates: Mapping) -> dict:
-    """CIDEr-D of each picture by image id, not times 100; their mean is the figure. Arguments as `caption_scores`."""
-    from pycocoevalcap.cider.cider import Cider
-
-    truth, said = _words(references, candidates)
-    with contextlib.redirect_stdout(io.StringIO()):
-        _, scores = Cider().compute_score(truth, said)
-    return dict(zip(references, map(float, scores), strict=True))
 
 
 def _words(references: Mapping, candidates: Mapping) -> tuple[dict[int, list[str]], dict[int, list[str]]]:

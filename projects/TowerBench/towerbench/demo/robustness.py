@@ -1,0 +1,83 @@
+"""Zero-shot classification under corruption, after Hendrycks and Dietterich (arXiv:1903.12261)."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from towerbench.demo import emoji
+from towerbench.demo.zero_shot import hits
+from towerbench.features import FeatureStore, Pictures
+from towerbench.registry import Benchmark, register
+
+COUNT = 150
+"""Emoji that are shown, each under every corruption."""
+
+
+def blur(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian blur; radius in hundredths of the side."""
+    pixels = radius * picture.shape[0] / 100
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(pixels)))
+
+
+def noise(picture: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise; standard deviation as a share of the range."""
+    noisy = picture + 255 * deviation * rng.standard_normal(picture.shape)
+    return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+
+
+def jpeg(picture: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
+    """JPEG artefacts; quality from 1 to 95."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=int(quality))
+    return np.asarray(Image.open(buffer))
+
+
+def contrast(picture: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
+    """Less contrast about the mean colour."""
+    mean = picture.mean((0, 1), keepdims=True)
+    return np.clip(np.round((picture - mean) * factor + mean), 0, 255).astype(np.uint8)
+
+
+CORRUPTIONS: dict[Callable, tuple[float, ...]] = {
+    blur: (0.8, 1.4, 2.0, 3.0, 4.5),
+    noise: (0.04, 0.08, 0.12, 0.18, 0.26),
+    jpeg: (30, 20, 14, 9, 5),
+    contrast: (0.5, 0.4, 0.3, 0.2, 0.1),
+}
+"""Each with its five strengths."""
+
+
+def corrupted(picture: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """A picture `[H, W, 3]` uint8 under every corruption, 20 in all."""
+    for corrupt, strengths in CORRUPTIONS.items():
+        for strength in strengths:
+            yield corrupt(picture, strength, rng)
+
+
+@register
+class RobustnessEmoji(Benchmark):
+    """One view of each of 150 emoji under 4 corruptions of 5 strengths. Items are emoji, k the corruptions."""
+
+    name, family, metric = "robustness emoji", "robustness", "top-1 accuracy, mean over 20 corruptions"
+    readout_seconds = 0.1
+    max_seeds = 1
+
+    def indices(self) -> list[int]:
+        """What is shown, of `catalogue()`."""
+        return emoji.of_split(self.context.split)[:COUNT]
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        clean = emoji.views(self.indices(), 1, 3000 + seed)
+
+        def make() -> Iterator[np.ndarray]:
+            for number, picture in enumerate(clean.make()):
+                yield from corrupted(picture, np.random.default_rng([seed, number]))
+
+        kinds = ",".join(f"{f.__name__}{strengths}" for f, strengths in CORRUPTIONS.items())
+        return {"corrupted": Pictures(f"{clean.key}/{kinds}", clean.count * 20, make)}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        shown = [index for index in self.indices() for _ in range(20)]
+        return hits(tower, tower.embeddings(pictures["corrupted"]), shown).reshape(-1, 20)

@@ -1,0 +1,52 @@
+"""Zero-shot classification of emoji that no fine-tuning scene shows, among the names of all of these."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from towerbench.demo import emoji
+from towerbench.features import FeatureStore, Pictures
+from towerbench.registry import Benchmark, Context, register
+
+
+@register
+class ZeroShotEmoji(Benchmark):
+    """Views of the base vendor's drawings, a new one for each seed."""
+
+    name, family, metric = "zero-shot emoji", "zero-shot", "top-1 accuracy"
+
+    def indices(self) -> list[int]:
+        """What is shown, of `catalogue()`."""
+        return emoji.of_split(self.context.split)
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return {"views": emoji.views(self.indices(), 1, seed)}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        return hits(tower, tower.embeddings(pictures["views"]), self.indices())
+
+
+@register
+class ZeroShotVendor(ZeroShotEmoji):
+    """The same of another vendor's drawings."""
+
+    name, metric = "zero-shot vendor", "top-1 accuracy, another vendor"
+
+    @classmethod
+    def missing(cls, context: Context) -> str | None:
+        return None if context.pictures else "needs --pictures"
+
+    def indices(self) -> list[int]:
+        return [i for i in super().indices() if i in emoji.drawn_by(self.context.pictures)]
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return {"views": emoji.views(self.indices(), 1, seed, folder=self.context.pictures)}
+
+
+def hits(tower: FeatureStore, embeddings: torch.Tensor, indices: list[int]) -> np.ndarray:
+    """Whether each embedding `[N, D]` is nearest to its emoji's name among those of all unseen emoji: `[N]`."""
+    classes = tower.class_embeddings(emoji.names(emoji.unseen()), emoji.TEMPLATES)
+    place = {index: i for i, index in enumerate(emoji.unseen())}
+    labels = torch.tensor([place[i] for i in indices])
+    return ((embeddings @ classes.T).argmax(1) == labels).numpy()

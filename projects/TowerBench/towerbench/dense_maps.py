@@ -1,0 +1,31 @@
+"""A tower's maps of a set of pictures, some pictures at a time: as they are, or averaged to cells of a grid."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from towerbench.features import FeatureStore, Pictures
+
+CHUNK = 64
+"""Pictures whose maps are in memory at a time."""
+
+
+def in_chunks(
+    tower: FeatureStore, pictures: Pictures, stop: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Maps `[n, C, h, w]` of `CHUNK` pictures at a time, each with the number of its first picture.
+
+    Args:
+        pictures: `dense`.
+        stop: how many of them, from the first; None: all.
+    """
+    stop = pictures.count if stop is None else stop
+    for start in range(0, stop, CHUNK):
+        yield start, tower.dense(pictures, start, min(start + CHUNK, stop))
+
+
+def grid_cells(tower: FeatureStore, pictures: Pictures, grid: int) -> Iterator[torch.Tensor]:
+    """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` pictures at a time."""
+    for _, maps in in_chunks(tower, pictures):
+        yield F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)

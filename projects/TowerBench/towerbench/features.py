@@ -1,0 +1,209 @@
+"""Sets of pictures, and a tower's features of them: each picture passes a tower once, whoever asks for it."""
+
+import itertools
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from towerbench.encoder import patch_embeddings
+from towerbench.errors import ConfigError
+from towerbench.towers import Tower
+
+logger = logging.getLogger(__name__)
+
+BATCH_PIXELS, BATCH_PIXELS_CPU = 64 * 128 * 128, 8 * 128 * 128
+"""Pixels that pass a tower at once: a GPU wants much work at a time, a CPU no more than its caches hold."""
+
+FITS = ("squash", "crop")
+
+FOLDER = ".features-"
+"""A store's temporary folder is named by this, its machine and its process."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of pictures that can be made again.
+
+    Args:
+        key: says everything that the pictures depend on (source, seed, size, what was done to them): two sets of one
+            key, scale and fit are taken for the same, and are encoded once.
+        count: how many.
+        make: a function that yields them in order, `[H, W, 3]` uint8 RGB, of any sizes.
+        scale: side of what the tower sees, in its native sides.
+        fit: `squash`: both sides are resized to it, so that coordinates scale alone. `crop`: the shorter side is, and
+            the middle is cut out, as CLIP is evaluated.
+        dense: whether `FeatureStore.dense` will be asked for, else only embeddings are kept.
+    """
+
+    key: str
+    count: int
+    make: Callable[[], Iterable[np.ndarray]]
+    scale: float = 1.0
+    fit: str = "squash"
+    dense: bool = False
+
+    @property
+    def identity(self) -> tuple[str, float, str]:
+        """What makes two sets the same."""
+        return self.key, self.scale, self.fit
+
+
+class FeatureStore:
+    """A tower's features of sets of pictures, computed when first asked for and kept until released.
+
+    Embeddings are in memory, dense features in float16 in a temporary file, which the system pages in and out.
+
+    Args:
+        tower: what computes them.
+        announced: all sets that will be asked for: where one of several with the same identity is `dense`, the pictures
+            pass the tower once for both kinds of features.
+        folder: for the temporary file; None: the system's. What a killed process left in it is removed.
+        texts: embeddings of lines by this tower's text tower, which are added to; towers that share it may share them.
+        progress: called after each batch, with the set and how many of its pictures have passed in it.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        announced: Iterable[Pictures] = (),
+        *,
+        folder: Path | None = None,
+        texts: dict[str, torch.Tensor] | None = None,
+        progress: Callable[[Pictures, int], None] = lambda pictures, count: None,
+    ) -> None:
+        self.tower, self.progress = tower, progress
+        self._dense_wanted = {pictures.identity for pictures in announced if pictures.dense}
+        if folder is not None:
+            remove_leftovers(folder)
+        prefix = f"{FOLDER}{socket.gethostname()}-{os.getpid()}-"
+        self._folder = tempfile.TemporaryDirectory(prefix=prefix, dir=folder)
+        self._numbers = itertools.count()
+        self._embeddings: dict[tuple, torch.Tensor] = {}
+        self._maps: dict[tuple, np.memmap] = {}
+        self._texts = {} if texts is None else texts
+
+    def embeddings(self, pictures: Pictures) -> torch.Tensor:
+        """The CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
+        self._compute(pictures)
+        return self._embeddings[pictures.identity]
+
+    def dense(self, pictures: Pictures, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The last map `[stop - start, C, h, w]` of pictures `start` to `stop`, float32 on the CPU.
+
+        Raises:
+            ConfigError: the tower has no map (it is no plain vision transformer).
+        """
+        self._compute(pictures, dense=True)
+        return torch.from_numpy(self._maps[pictures.identity][start:stop].astype(np.float32))
+
+    def text(self, lines: Sequence[str]) -> torch.Tensor:
+        """The text tower's embeddings `[len(lines), D]`, of unit length; each line is encoded once."""
+        new = [line for line in dict.fromkeys(lines) if line not in self._texts]
+        if new:
+            self._texts |= dict(zip(new, self.tower.text(new), strict=True))
+        return torch.stack([self._texts[line] for line in lines])
+
+    def class_embeddings(
+        self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> torch.Tensor:
+        """Zero-shot classifiers `[len(names), D]`: the mean over templates, of unit length (CLIP, section 3.1.4)."""
+        total = sum(self.text([template.format(name) for name in names]) for template in templates)
+        return torch.nn.functional.normalize(total, dim=-1)
+
+    @torch.no_grad()
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
+        return patch_embeddings(self.tower.clip.visual, features).cpu()
+
+    def release(self, pictures: Pictures) -> None:
+        """Forget a set's features."""
+        self._embeddings.pop(pictures.identity, None)
+        held = self._maps.pop(pictures.identity, None)
+        if held is not None:
+            Path(held.filename).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._maps.clear()
+        self._folder.cleanup()
+
+    def _compute(self, pictures: Pictures, dense: bool = False) -> None:
+        identity = pictures.identity
+        if identity in self._embeddings and (not dense or identity in self._maps):
+            return
+        dense = dense or pictures.dense or identity in self._dense_wanted
+        if dense and not self.tower.has_map:
+            raise ConfigError(
+                f"{self.tower.label}: this tower has no map of features; leave the dense benchmarks out"
+            )
+        embeddings, done = [], 0
+        for batch in self._batches(pictures):
+            embedding, maps = self.tower.encode(batch, dense=dense)
+            embeddings.append(embedding)
+            if maps is not None:
+                if identity not in self._maps:
+                    file = Path(self._folder.name) / f"{next(self._numbers)}.bin"
+                    shape = (pictures.count, *maps.shape[1:])
+                    self._maps[identity] = np.memmap(file, np.float16, mode="w+", shape=shape)
+                self._maps[identity][done : done + len(batch)] = maps.to(torch.float16).numpy()
+            done += len(batch)
+            self.progress(pictures, len(batch))
+        if done != pictures.count:
+            raise ConfigError(f"the set `{pictures.key}` said {pictures.count} pictures and made {done}")
+        self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
+
+    def _batches(self, pictures: Pictures) -> Iterator[torch.Tensor]:
+        """`[N, 3, H, W]` uint8 of the size that the tower sees."""
+        height, width = self.tower.input_size(pictures.scale)
+        pixels = BATCH_PIXELS_CPU if torch.device(self.tower.device).type == "cpu" else BATCH_PIXELS
+        size, rows = max(1, pixels // (height * width)), []
+        for picture in pictures.make():
+            rows.append(torch.from_numpy(fitted(picture, height, width, pictures.fit)).permute(2, 0, 1))
+            if len(rows) == size:
+                yield torch.stack(rows)
+                rows = []
+        if rows:
+            yield torch.stack(rows)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders in `folder` whose processes, of this machine, are no more."""
+    for path in folder.glob(f"{FOLDER}*"):
+        owner = re.fullmatch(f"{re.escape(FOLDER + socket.gethostname())}-(\\d+)-[^-]*", path.name)
+        if owner is None:
+            continue
+        try:
+            os.kill(int(owner[1]), 0)  # sends nothing
+        except ProcessLookupError:
+            logger.info("%s: left by a run that was killed, removed", path)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # another user's process
+
+
+def fitted(picture: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
+    """A picture `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Pictures`."""
+    if fit not in FITS:
+        raise ConfigError(f"a set of pictures has fit `{fit}`; choose one of {', '.join(FITS)}")
+    if picture.shape[:2] == (height, width):
+        return np.array(picture)
+    image = Image.fromarray(picture)
+    if fit == "crop":
+        factor = max(height / image.height, width / image.width)
+        image = image.resize(
+            (max(width, round(image.width * factor)), max(height, round(image.height * factor))),
+            Image.Resampling.BICUBIC,
+        )
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return np.array(image.crop((left, top, left + width, top + height)))
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))

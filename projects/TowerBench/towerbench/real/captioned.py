@@ -1,0 +1,163 @@
+"""Sets of captioned pictures as they lie on disk: Karpathy's splits, COCO's format, DCI and Urban-1k."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from towerbench.errors import DataError
+from towerbench.features import Pictures
+from towerbench.real import sources
+from towerbench.real.sources import Source, field
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptionedSet:
+    """Pictures with captions.
+
+    Args:
+        name: what it is.
+        files: one a picture.
+        captions: of each picture, at least one.
+        annotations: the files that say so.
+    """
+
+    name: str
+    files: Sequence[Path]
+    captions: Sequence[tuple[str, ...]]
+    annotations: Sequence[Path]
+
+    def part(self, name: str, numbers: Sequence[int]) -> "CaptionedSet":
+        """Some of its pictures, under another name."""
+        files, captions = [self.files[i] for i in numbers], [self.captions[i] for i in numbers]
+        return CaptionedSet(name, files, captions, self.annotations)
+
+    def pictures(self, **how: Any) -> Pictures:
+        """Its pictures; `how` is of `sources.pictures`.
+
+        Raises:
+            DataError: one is not there.
+        """
+        files = [Source(file) for file in self.files]
+        return sources.pictures(files, self.name, annotations=self.annotations, **how)
+
+
+def collected(
+    name: str, rows: Iterable[tuple[Path, Iterable[str]]], annotations: Sequence[Path]
+) -> CaptionedSet:
+    """A set of pictures and their captions; captions without a word are dropped, and pictures that have no other.
+
+    Raises:
+        DataError: no picture has a caption.
+    """
+    files, captions, dropped = [], [], 0
+    for file, texts in rows:
+        kept = tuple(text.strip() for text in texts if any(map(str.isalnum, text)))
+        if kept:
+            files.append(file)
+            captions.append(kept)
+        else:
+            dropped += 1
+    if dropped:
+        logger.warning("%s: %d pictures without a caption are left out", name, dropped)
+    if not files:
+        raise DataError(
+            f"{annotations[0]}: no picture of `{name}` has a caption; is it the right file, and whole? Get it again"
+        )
+    return CaptionedSet(name, files, captions, annotations)
+
+
+def karpathy(name: str, file: Path, picture: Callable[[Mapping[str, Any]], Path]) -> CaptionedSet:
+    """The test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of a picture.
+
+    Args:
+        picture: the file of an entry of its `images`.
+    """
+
+    def rows() -> Iterable[tuple[Path, Iterable[str]]]:
+        for entry in field(sources.read_json(file), "images", file, list):
+            if field(entry, "split", file, str) == "test":
+                sentences = field(entry, "sentences", file, list)
+                yield picture(entry), [field(sentence, "raw", file, str) for sentence in sentences]
+
+    return collected(name, rows(), [file])
+
+
+def karpathy_flickr30k(file: Path, folder: Path) -> CaptionedSet:
+    """Flickr30k's test split: 1,000 pictures of `folder`."""
+    return karpathy("flickr30k test", file, lambda entry: folder / field(entry, "filename", file, str))
+
+
+def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
+    """COCO's test split: 5,000 pictures of val2014, which are in train2017 and val2017 under names of their own."""
+    whole = (coco / "val2014").is_dir()
+
+    def picture(entry: Mapping[str, Any]) -> Path:
+        if whole:
+            return coco / field(entry, "filepath", file, str) / field(entry, "filename", file, str)
+        number = f"{field(entry, 'cocoid', file, int):012d}.jpg"
+        held = coco / "val2017" / number
+        return held if held.exists() else coco / "train2017" / number
+
+    return karpathy("coco karpathy test", file, picture)
+
+
+def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) -> CaptionedSet:
+    """Captions in COCO's format, with all captions of a picture.
+
+    Args:
+        domain: of nocaps: pictures of this `domain` alone.
+    """
+    content = sources.read_json(file)
+    captions: dict[int | str, list[str]] = {}
+    for entry in field(content, "annotations", file, list):
+        key = field(entry, "image_id", file, (int, str))
+        captions.setdefault(key, []).append(field(entry, "caption", file, str))
+
+    def rows() -> Iterable[tuple[Path, Iterable[str]]]:
+        for entry in field(content, "images", file, list):
+            if domain is None or field(entry, "domain", file, str) == domain:
+                key = field(entry, "id", file, (int, str))
+                yield folder / field(entry, "file_name", file, str), captions.get(key, ())
+
+    return collected(name, rows(), [file])
+
+
+def dci(splits: Path, annotations: Path, photos: Path) -> CaptionedSet:
+    """Densely Captioned Images (arXiv:2312.08578): the pictures of all splits, each with its short caption followed by
+    the extra one, as those who report retrieval on it do.
+
+    Args:
+        splits: lists the names of annotation files by split.
+    """
+    content = sources.read_json(splits)
+    if not isinstance(content, Mapping) or not all(isinstance(names, list) for names in content.values()):
+        raise DataError(
+            f"{splits}: is no map of splits to lists of annotation files (`train`, `valid`, `test`); get dci.tar.gz "
+            "again"
+        )
+    files = [annotations / str(name) for name in dict.fromkeys(sum(content.values(), []))]
+
+    def rows() -> Iterable[tuple[Path, Iterable[str]]]:
+        for file in files:
+            entry = sources.read_json(file)
+            parts = [field(entry, key, file, str).strip() for key in ("short_caption", "extra_caption")]
+            yield photos / field(entry, "image", file, str), [" ".join(parts)]
+
+    return collected("dci", rows(), [splits, *files])
+
+
+def urban1k(folder: Path) -> CaptionedSet:
+    """Urban-1k (arXiv:2403.15378): `caption/STEM.txt`, whose first line describes `image/STEM.jpg`."""
+    files = sorted(file for file in (folder / "caption").glob("*.txt") if not file.name.startswith("."))
+    if not files:
+        raise DataError(f"{folder / 'caption'}: holds no .txt; unpack Urban1k.zip again")
+
+    def first_line(file: Path) -> str:
+        return next(iter(sources.read_text(file, "unpack Urban1k.zip again").splitlines()), "")
+
+    rows = ((folder / "image" / f"{file.stem}.jpg", [first_line(file)]) for file in files)
+    return collected("urban-1k", rows, files)

@@ -1,0 +1,146 @@
+"""A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' pictures: scored by CIDEr-D."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from towerbench import caption_readout, captions
+from towerbench.dense_maps import grid_cells
+from towerbench.errors import DataError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.real import captioned, sources
+from towerbench.real.captioned import CaptionedSet
+from towerbench.registry import Context, register
+from towerbench.standardise import Standardiser
+
+RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
+
+PICTURES = 9000
+"""Of train2017 that the readout sees, spread over the set, the same ones every time."""
+
+HELD = 9
+"""One in so many of them is the validation split."""
+
+COCO_CAPTIONS, COCO_PICTURES = "coco/annotations/captions_train2017.json", "coco/train2017"
+NOCAPS = "nocaps/nocaps_val_4500_captions.json|nocaps/annotations/nocaps_val_4500_captions.json"
+NOCAPS_PICTURES = "nocaps/images|nocaps/val"
+
+
+class NoCaps(sources.RealBenchmark):
+    """Items are pictures of one domain, scores their CIDEr-D among this domain's captions; it can be above 1."""
+
+    family, metric = "captioning", "CIDEr-D"
+    version = 2
+    domain = ""
+    needs = {
+        NOCAPS: "nocaps' validation captions",
+        NOCAPS_PICTURES: "their 4,500 pictures, of Open Images",
+        COCO_CAPTIONS: "of COCO's annotations_trainval2017.zip, for the readout",
+        COCO_PICTURES: "COCO's pictures train2017, for the readout",
+    }
+
+    @classmethod
+    def missing(cls, context: Context) -> str | None:
+        return captions.missing() or super().missing(context)
+
+    @functools.cached_property
+    def set(self) -> CaptionedSet:
+        """The domain's pictures."""
+        where = self.path(NOCAPS), self.path(NOCAPS_PICTURES)
+        return captioned.coco_format(f"nocaps {self.domain}", *where, self.domain)
+
+    @functools.cached_property
+    def readout(self) -> dict[str, CaptionedSet]:
+        """Pictures of COCO to train on, and to choose by."""
+        file = self.path(COCO_CAPTIONS)
+        return _readout_sets(file, self.path(COCO_PICTURES), file.stat().st_mtime_ns)
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        sets = {**self.readout, "test": self.set}
+        # Whole pictures: captions speak of what is at their borders, too.
+        return {part: each.pictures(fit="squash", dense=True) for part, each in sets.items()}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        told = dict(enumerate(self.told(tower, pictures, seed)))
+        scores = captions.cider_by_picture(dict(enumerate(self.set.captions)), told)
+        return np.array([scores[i] for i in told])
+
+    def told(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> list[str]:
+        """What the readout says of each picture."""
+        # The domains' benchmarks share it: it depends on the tower, COCO's pictures and the seed alone.
+        known = _readouts.setdefault(tower, {})
+        key = pictures["train"].identity, pictures["held"].identity, RECIPE, seed
+        if key not in known:
+            texts = {part: each.captions for part, each in self.readout.items()}
+            known[key] = Readout(tower, pictures, texts, seed)
+        return known[key].told(tower, pictures["test"])
+
+
+@functools.lru_cache(maxsize=1)
+def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, CaptionedSet]:
+    whole = captioned.coco_format("coco train2017", file, folder)
+    numbers = sources.spread(len(whole.files), PICTURES)
+    if len(numbers) < 2:
+        raise DataError(
+            f"{file}: has captions of {len(numbers)} picture; at least 2 are needed to train and to choose"
+        )
+    held = numbers[::HELD]
+    train = sorted(set(numbers) - set(held))
+    return {
+        "train": whole.part("coco to caption", train),
+        "held": whole.part("coco to choose captions by", held),
+    }
+
+
+class Readout:
+    """A decoder trained on one tower's features, which are standardised channel by channel.
+
+    Args:
+        pictures: `train` and `held`.
+        texts: the captions of each of these pictures.
+    """
+
+    def __init__(
+        self,
+        tower: FeatureStore,
+        pictures: Mapping[str, Pictures],
+        texts: Mapping[str, Sequence[Sequence[str]]],
+        seed: int,
+    ) -> None:
+        self.standardised = Standardiser.streamed(
+            grid_cells(tower, pictures["train"], RECIPE.grid), channels=2
+        )
+        sides = (
+            # Half precision: thousands of pictures are kept.
+            (torch.cat([part.half() for part in self._seen(tower, pictures[name])]), texts[name])
+            for name in ("train", "held")
+        )
+        self.captioner = caption_readout.trained(*sides, RECIPE, seed)
+
+    def told(self, tower: FeatureStore, pictures: Pictures) -> list[str]:
+        """What the readout says of each picture."""
+        return [text for part in self._seen(tower, pictures) for text in self.captioner.said(part)]
+
+    def _seen(self, tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
+        """Cells `[n, P, C]` as the decoder sees them, of some pictures at a time."""
+        return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
+
+
+_readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
+
+
+# The in-domain pictures show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
+for _domain in ("in-domain", "near-domain", "out-domain"):
+    _members = {
+        "name": f"captioning nocaps-{_domain.removesuffix('-domain')}",
+        "domain": _domain,
+        "in_domain": _domain == "in-domain",
+        "__doc__": f"nocaps' validation pictures that are {_domain}.",
+        "__module__": __name__,
+    }
+    _kind = _domain.removesuffix("-domain").capitalize()
+    register(type(f"NoCaps{_kind}", (NoCaps,), _members))

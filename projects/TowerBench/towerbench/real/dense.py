@@ -1,0 +1,351 @@
+"""Semantic segmentation of real pictures from each cell of the map: by a linear probe, and by the classes' names."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from towerbench import region_pooling, segmentation
+from towerbench.errors import DataError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.readout import chosen_on_validation
+from towerbench.real import maps, sources
+from towerbench.real.sources import Source
+from towerbench.registry import Context, register
+
+CELLS = 12
+"""Of a picture that a probe trains on: one of each class in it, then any."""
+
+SIDE = 256
+"""A picture is compared at SIDE x SIDE of its pixels at most, evenly spread; each counts for all those it stands for:
+larger pictures count for more, as ever in mIoU."""
+
+IGNORED, BROKEN = 255, 254
+
+VOC = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
+    "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
+)  # fmt: skip
+
+CONTEXT = (
+    "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle", "building", "bus",
+    "cabinet", "car", "cat", "ceiling", "chair", "cloth", "computer", "cow", "cup", "curtain", "dog", "door", "fence",
+    "floor", "flower", "food", "grass", "ground", "horse", "keyboard", "light", "motorbike", "mountain", "mouse",
+    "person", "plate", "platform", "potted plant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky",
+    "snow", "sofa", "table", "track", "train", "tree", "truck", "tv monitor", "wall", "water", "window", "wood",
+)  # fmt: skip
+"""In the order of their ids among the 459 classes, which is alphabetical: what mmsegmentation's conversion numbers from
+1."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures with label maps.
+
+    Args:
+        maps: files, one a picture. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
+    """
+
+    pictures: Sequence[Source]
+    maps: Sequence[Path]
+    table: np.ndarray
+
+    def labels(self, number: int) -> np.ndarray:
+        """A picture's classes `[H, W]`, or `IGNORED`.
+
+        Raises:
+            DataError: the map is missing or broken, or not of the picture's size, or has another label.
+        """
+        file = self.maps[number]
+        try:
+            values = np.asarray(Image.open(file))  # a palette's indices stay what they are
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{file}: is no readable label map ({error}); get the data set again") from error
+        if values.ndim != 2 or values.dtype != np.uint8:
+            raise DataError(
+                f"{file}: has shape {values.shape} of {values.dtype}; one 8-bit label a pixel was expected (not the "
+                "colours that it is shown in)"
+            )
+        found = self.table[values]
+        if (found == BROKEN).any():
+            raise DataError(
+                f"{file}: has the label {values[found == BROKEN][0]}; {self.allowed()} were expected; is it of this "
+                "data set, and converted as its annotations are used for segmentation?"
+            )
+        return found
+
+    def check(self) -> None:
+        """Read everything once, that nothing is found broken in the middle of a long run."""
+        for number, source in enumerate(self.pictures):
+            size = self.labels(number).shape
+            try:
+                with Image.open(source.file) as picture:
+                    shown = picture.height, picture.width
+            except (OSError, ValueError, SyntaxError) as error:
+                raise DataError(f"{source.file}: is no readable picture ({error}); get it again") from error
+            if shown != size:
+                raise DataError(
+                    f"{self.maps[number]}: is of height and width {size}, and its picture of {shown}; both of one "
+                    "size were expected; get the data set again"
+                )
+
+    def allowed(self) -> str:
+        """The values that maps may have."""
+        values = np.flatnonzero(self.table != BROKEN)
+        whole = values[values < IGNORED]
+        return f"{whole[0]} to {whole[-1]}" + (" and 255" if values[-1] == IGNORED else "")
+
+    def part(self, numbers: Sequence[int]) -> "Labelled":
+        """Some of its pictures."""
+        return Labelled([self.pictures[i] for i in numbers], [self.maps[i] for i in numbers], self.table)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where pictures and maps come from.
+
+    Args:
+        needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
+        files: from `--data` and whether it is to train to pictures and maps, in order.
+        names: a function that gives the words for each class.
+        first: the value of the first class in maps; those below have no class.
+        void: whether 255 stands for no class.
+        background: whether what is below is one more class for the probe; names are never asked about it.
+    """
+
+    needs: Mapping[str, str]
+    trains_on: Mapping[str, str]
+    files: Callable[[Path, bool], list[tuple[Path, Path]]]
+    names: Callable[[], list[tuple[str, ...]]]
+    first: int = 1
+    void: bool = False
+    background: bool = False
+    item_set: str = ""
+
+    def table(self, background: bool) -> np.ndarray:
+        """See `Labelled`; the background's class is the last."""
+        classes = len(self.names())
+        table = np.full(256, BROKEN, np.uint8)
+        table[: self.first] = classes if background else IGNORED
+        table[self.first : self.first + classes] = np.arange(classes)
+        if self.void:
+            table[255] = IGNORED
+        return table
+
+
+def _ade20k_files(data: Path, train: bool) -> list[tuple[Path, Path]]:
+    folder, split = data / "ADEChallengeData2016", "training" if train else "validation"
+    found = sources.listed(folder / "images" / split)
+    if not found:
+        raise DataError(
+            f"{folder / 'images' / split}: holds no pictures; unpack ADEChallengeData2016.zip there"
+        )
+    return [(file, folder / "annotations" / split / f"{file.stem}.png") for file in found]
+
+
+def _ade20k_names() -> list[tuple[str, ...]]:
+    names = Path(__file__).with_name("ade20k.txt").read_text(encoding="utf-8")
+    return [maps.words(name) for name in names.splitlines()]
+
+
+def _listed(folder: str, lists: str, labels: str, data: Path, train: bool) -> list[tuple[Path, Path]]:
+    """As the VOC devkit has them: names in a list."""
+    file = data / folder / "ImageSets" / lists / f"{'train' if train else 'val'}.txt"
+    names = sources.read_text(
+        file, "one name of a picture a line was expected; get the data set again"
+    ).split()
+    if not names:
+        raise DataError(f"{file}: names no pictures; one a line was expected; get the data set again")
+    root = data / folder
+    return [(root / "JPEGImages" / f"{name}.jpg", root / labels / f"{name}.png") for name in names]
+
+
+DATA_SETS = {
+    "ade20k": DataSet(
+        needs={
+            "ADEChallengeData2016/images/validation": "ADE20K's validation pictures, as the archive unpacks",
+            "ADEChallengeData2016/annotations/validation": "their label maps, of the same archive",
+        },
+        trains_on={
+            "ADEChallengeData2016/images/training": "ADE20K's training pictures",
+            "ADEChallengeData2016/annotations/training": "their label maps",
+        },
+        files=_ade20k_files,
+        names=_ade20k_names,
+        item_set="ade20k validation",
+    ),
+    "voc2012": DataSet(
+        needs={"VOCdevkit/VOC2012": "Pascal VOC 2012, as VOCtrainval_11-May-2012.tar unpacks"},
+        trains_on={},
+        files=functools.partial(_listed, "VOCdevkit/VOC2012", "Segmentation", "SegmentationClass"),
+        names=lambda: [(name,) for name in VOC],
+        void=True,
+        background=True,
+        item_set="voc2012 val",
+    ),
+    "pascal-context": DataSet(
+        needs={
+            "VOCdevkit/VOC2010/JPEGImages": "Pascal VOC 2010's pictures, as VOCtrainval_03-May-2010.tar unpacks",
+            "VOCdevkit/VOC2010/SegmentationClassContext": "mmsegmentation's pascal_context.py writes it",
+            "VOCdevkit/VOC2010/ImageSets/SegmentationContext": "the same script's train.txt and val.txt",
+        },
+        trains_on={},
+        files=functools.partial(
+            _listed, "VOCdevkit/VOC2010", "SegmentationContext", "SegmentationClassContext"
+        ),
+        names=lambda: [(name,) for name in CONTEXT],
+        item_set="pascal-context val",
+    ),
+}
+
+
+class _Dense(sources.RealBenchmark):
+    """Items are pictures, columns intersections and unions by class."""
+
+    family = "dense"
+    data_set: str
+    background = False
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        found = DATA_SETS[self.data_set]
+        self.names = found.names()
+        self.classes = len(self.names) + self.background
+        self.test = self.read(train=False, most=maps.TEST)
+
+    def read(self, *, train: bool, most: int) -> Labelled:
+        """At most so many pictures of a part, which have been checked."""
+        found = DATA_SETS[self.data_set]
+        rows = found.files(self.context.data, train)
+        rows = [rows[i] for i in sources.spread(len(rows), most)]
+        labelled = Labelled(
+            [Source(picture) for picture, _ in rows], [file for _, file in rows], found.table(self.background)
+        )
+        labelled.check()
+        return labelled
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return self.shown("test", self.test)
+
+    def shown(self, part: str, found: Labelled) -> Mapping[str, Pictures]:
+        """A part's pictures, and what stands for its label maps."""
+        return {
+            part: maps.pictures(found.pictures, self.data_set, part),
+            f"{part} label maps": maps.annotated(found.maps, f"{self.data_set} {part} label maps"),
+        }
+
+    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
+        """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
+        raise NotImplementedError
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        return segmentation.segmented(
+            tower,
+            pictures["test"],
+            lambda cells: class_by_class(self.scores(tower, cells)),
+            lambda number: compared(self.test.labels(number)),
+            self.classes,
+        )
+
+    def figure(self, means: np.ndarray) -> np.ndarray:
+        return segmentation.mean_iou(means)
+
+
+def class_by_class(scores: torch.Tensor) -> torch.Tensor:
+    """Scores `[N, h, w, classes]` laid out in memory class by class: they are interpolated five times as fast."""
+    return scores.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+def compared(labels: np.ndarray) -> tuple[torch.Tensor, float]:
+    """The pixels of a label map that are compared, `[h, w]`, and how many pixels each stands for; see `SIDE`."""
+    height, width = (min(side, SIDE) for side in labels.shape)
+    return segmentation.sampled(labels, height, width), labels.size / (height * width)
+
+
+def cell_labels(labels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """What covers most of each cell `[h, w]`: a class, or `IGNORED`."""
+    present = np.unique(labels)
+    shares = torch.stack([region_pooling.coverage(labels == label, grid) for label in present])
+    return torch.from_numpy(present.astype(np.int64))[shares.argmax(0)]
+
+
+class DenseProbe(_Dense):
+    """Logistic regression on each cell."""
+
+    version = 2
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        whole = self.read(train=True, most=maps.TRAIN)
+        train, held = maps.train_and_held(len(whole.pictures))
+        if not held:
+            raise DataError(
+                f"{whole.pictures[0].file.parent}: {len(whole.pictures)} pictures are to train on; at least "
+                f"{maps.HELD_OF} are needed, of which one is to choose by"
+            )
+        self.parts = {"train": whole.part(train), "validation": whole.part(held)}
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        found = dict(super().pictures(seed))
+        for part, labelled in self.parts.items():
+            found |= self.shown(part, labelled)
+        return found
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        rows = [
+            segmentation.training_cells(
+                tower,
+                pictures[part],
+                lambda number, grid, labelled=labelled: cell_labels(
+                    compared(labelled.labels(number))[0].numpy(), grid
+                ),
+                chosen,
+            )
+            for part, labelled in self.parts.items()
+        ]
+        self._model = chosen_on_validation(*rows, self.classes, maps.L2)
+        return super().items(tower, pictures, seed)
+
+    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(cells)
+
+
+def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
+    """The places of a picture's cells that a probe trains on, the same ones for every tower."""
+    places = np.random.default_rng([13, number]).permutation(np.flatnonzero(labels.numpy() != IGNORED))
+    _, first = np.unique(labels.numpy()[places], return_index=True)
+    first = np.sort(first)  # in the order of chance, not of classes
+    return np.concatenate((places[first], np.delete(places, first)))[:CELLS]
+
+
+class DenseText(_Dense):
+    """Each cell, brought into the space of texts, against the names of all classes; where there is one of them."""
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        self._names = maps.classifier(tower, self.names)
+        return super().items(tower, pictures, seed)
+
+    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
+        return tower.project(cells) @ self._names.T
+
+
+for _name, _found in DATA_SETS.items():
+    for _base, _kind, _metric in (
+        (DenseProbe, "probe", "mIoU of a linear probe"),
+        (DenseText, "text", "mIoU of patches against names"),
+    ):
+        _members = {
+            "name": f"dense {_kind} {_name}",
+            "metric": _metric,
+            "needs": {**_found.needs, **(_found.trains_on if _kind == "probe" else {})},
+            "data_set": _name,
+            "background": _found.background and _kind == "probe",
+            "item_set": _found.item_set,
+            "__doc__": f"{_name}.",
+            "__module__": __name__,
+        }
+        register(type(f"{_base.__name__} {_name}", (_base,), _members))

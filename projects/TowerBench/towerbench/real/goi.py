@@ -1,0 +1,301 @@
+"""Grounded object identification on real pictures: what is in this box, or under this mask?
+
+Each kind of region is a benchmark of its own: boxes and masks of things, masks of stuff.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from towerbench import region_pooling
+from towerbench.dense_maps import in_chunks
+from towerbench.errors import DataError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.readout import chosen_on_validation
+from towerbench.real import maps, regions, sources
+from towerbench.real.regions import RegionSet
+from towerbench.registry import Context, register
+
+PROBE_REGIONS = 10_000
+"""Regions that a probe trains on at most, as many of each class; its penalty is chosen on at most a quarter as many."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where the regions come from.
+
+    Args:
+        needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
+        load: from `--data`, whether it is to train, and a choice of pictures to the regions.
+        kinds: of regions that it has.
+        in_domain: its pictures are those that the fine-tuning sees.
+        item_set: as `Benchmark.item_set`.
+    """
+
+    needs: Mapping[str, str]
+    trains_on: Mapping[str, str]
+    load: Callable[[Path, bool, regions.Choice], RegionSet]
+    kinds: Sequence[str]
+    in_domain: bool = False
+    item_set: str = ""
+
+
+def _ade20k(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
+    folder = data / "ADEChallengeData2016"
+    short, long = ("train", "training") if train else ("val", "validation")
+    segments = folder / f"ade20k_panoptic_{short}"
+    return regions.panoptic(segments.with_suffix(".json"), folder / "images" / long, segments, choice)
+
+
+def _objects365(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
+    def other(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
+        """A probe trains on pictures that are not tested: the train split is two million pictures in 367 GB."""
+        tested = set(regions.evenly(labels, classes))
+        rest = [number for number in range(len(labels)) if number not in tested]
+        return [rest[i] for i in choice([labels[number] for number in rest], classes)]
+
+    json_file = data / "objects365" / "annotations" / "zhiyuan_objv2_val.json"
+    return regions.instances(
+        json_file,
+        data / "objects365" / "val",
+        # Named images/v1/patch8/NAME; the archive unpacks to patch8/NAME.
+        lambda image: "/".join(sources.field(image, "file_name", json_file, str).split("/")[-2:]),
+        other if train else choice,
+        masks=False,
+    )
+
+
+def _coco(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
+    split = "train2017" if train else "val2017"
+    json_file = data / "coco" / "annotations" / f"instances_{split}.json"
+    return regions.instances(
+        json_file,
+        data / "coco" / split,
+        lambda image: sources.field(image, "file_name", json_file, str),
+        choice,
+        masks=True,
+    )
+
+
+def _lvis(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
+    json_file = data / "lvis" / f"lvis_v1_{'train' if train else 'val'}.json"
+
+    def picture(image: Mapping[str, Any]) -> str:
+        # COCO's address of it: the last two parts are COCO's folder and the file.
+        return "/".join(sources.field(image, "coco_url", json_file, str).split("/")[-2:])
+
+    return regions.instances(json_file, data / "coco", picture, choice, masks=True)
+
+
+_COCO_PICTURES = {"coco/train2017": "COCO's training pictures", "coco/val2017": "COCO's validation pictures"}
+DATA_SETS = {
+    "ade20k": DataSet(
+        needs={
+            "ADEChallengeData2016/images/validation": "ADE20K's validation pictures, as the archive unpacks",
+            "ADEChallengeData2016/ade20k_panoptic_val.json": "Mask2Former's prepare_ade20k_pan_seg.py writes it",
+            "ADEChallengeData2016/ade20k_panoptic_val": "the same script's pictures of segments",
+        },
+        trains_on={
+            "ADEChallengeData2016/images/training": "ADE20K's training pictures",
+            "ADEChallengeData2016/ade20k_panoptic_train.json": "the same script's",
+            "ADEChallengeData2016/ade20k_panoptic_train": "the same script's pictures of segments",
+        },
+        load=_ade20k,
+        kinds=regions.KINDS,
+        item_set="ade20k validation",
+    ),
+    "objects365": DataSet(
+        needs={
+            "objects365/annotations/zhiyuan_objv2_val.json": "Objects365 v2's validation annotations",
+            "objects365/val": "its validation pictures, as the archives unpack: patch0, patch1, ...",
+        },
+        trains_on={},
+        load=_objects365,
+        kinds=("boxes",),
+        item_set="objects365 val",
+    ),
+    "coco": DataSet(
+        needs={
+            "coco/annotations/instances_val2017.json": "COCO's annotations",
+            "coco/val2017": "COCO's validation pictures",
+        },
+        trains_on={
+            "coco/annotations/instances_train2017.json": "COCO's annotations",
+            "coco/train2017": "COCO's training pictures",
+        },
+        load=_coco,
+        kinds=("boxes", "thing masks"),
+        in_domain=True,
+        item_set="coco val2017",
+    ),
+    "lvis": DataSet(
+        needs={"lvis/lvis_v1_val.json": "LVIS v1's annotations", **_COCO_PICTURES},
+        trains_on={"lvis/lvis_v1_train.json": "LVIS v1's annotations"},
+        load=_lvis,
+        kinds=("boxes", "thing masks"),
+        in_domain=True,
+        item_set="lvis val",
+    ),
+}
+
+
+@functools.lru_cache(maxsize=2 * len(DATA_SETS))
+def _read(name: str, data: Path, train: bool, stamp: tuple[int, ...]) -> RegionSet:
+    """A part of a data set, read once for all its benchmarks; the stamp is of the annotations as they are."""
+    if not train:
+        return DATA_SETS[name].load(data, train, regions.evenly)
+    # Pictures to choose the penalty by are of the same draw.
+    return DATA_SETS[name].load(
+        data, train, lambda labels, classes: regions.balanced(labels, classes, PROBE_REGIONS // classes)
+    )
+
+
+class _Goi(sources.RealBenchmark):
+    """Items are pictures; columns, by class, how many regions they have and how many are named right."""
+
+    family = "goi"
+    data_set: str
+    kind: str
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.test = self.read(train=False)
+        self.regions = self.test.of_kind(self.kind)
+        if not any(self.regions):
+            raise DataError(
+                f"{self.test.files[0]}: its pictures have no {self.kind}; is it {self.data_set}'s file?"
+            )
+
+    def read(self, *, train: bool) -> RegionSet:
+        """A part of the data set."""
+        needs = DATA_SETS[self.data_set].trains_on if train else {}
+        files = [self.context.data / path for path in needs or DATA_SETS[self.data_set].needs]
+        stamp = tuple(value for file in files for value in (file.stat().st_size, file.stat().st_mtime_ns))
+        return _read(self.data_set, self.context.data, train, stamp)
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return self.shown("test", self.test)
+
+    def shown(self, part: str, found: RegionSet) -> Mapping[str, Pictures]:
+        """A part's pictures, and what stands for its annotations."""
+        return {
+            part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
+            f"{part} annotations": maps.annotated(found.files, f"{self.data_set} {part} annotations"),
+        }
+
+    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
+        """Features `[M, C]` of regions -> scores of every class `[M, classes]`."""
+        raise NotImplementedError
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        present = sorted({region.label for found in self.regions for region in found})
+        column = {label: i for i, label in enumerate(present)}
+        scores = np.zeros((len(self.regions), len(present), 1 + len(region_pooling.AT)))
+        for number, labels, features in pooled(tower, pictures["test"], self.test, self.regions, self.kind):
+            right = region_pooling.within(self.named(tower, features), labels)
+            rows = np.column_stack((np.ones(len(labels)), right.numpy()))
+            np.add.at(scores, (number, [column[label] for label in labels.tolist()]), rows)
+        return scores.reshape(len(scores), -1)
+
+    def figure(self, means: np.ndarray) -> np.ndarray:
+        return region_pooling.class_means(means)
+
+
+def pooled(
+    tower: FeatureStore,
+    pictures: Pictures,
+    found: RegionSet,
+    taken: Sequence[Sequence[regions.Region]],
+    kind: str,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """By picture: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
+    for start, cells in in_chunks(tower, pictures):
+        for number, each in enumerate(cells, start):
+            if taken[number]:
+                weights = found.pictures[number].coverage(taken[number], kind, tuple(each.shape[1:]))
+                labels = torch.tensor([region.label for region in taken[number]])
+                yield number, labels, region_pooling.mean_features(each, weights)
+
+
+class GoiZeroShot(_Goi):
+    """The region's mean feature, brought into the space of texts, against the names of all classes."""
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        self._names = maps.classifier(tower, self.test.names)
+        return super().items(tower, pictures, seed)
+
+    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
+        return tower.project(features) @ self._names.T
+
+
+class GoiProbe(_Goi):
+    """Logistic regression on the region's mean feature."""
+
+    version = 2
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        whole = self.read(train=True)
+        if whole.names != self.test.names:
+            raise DataError(
+                f"{whole.files[0]}: its categories are not those of {self.test.files[0]}; get both again"
+            )
+        train, held = maps.train_and_held(len(whole.pictures))
+        self.parts = {"train": whole.part(train), "validation": whole.part(held)}
+        each = PROBE_REGIONS // len(whole.names)
+        self.taken = {
+            "train": self.parts["train"].of_kind(self.kind, each),
+            "validation": self.parts["validation"].of_kind(self.kind, max(1, each // 4)),
+        }
+        for part, taken in self.taken.items():
+            if not any(taken):
+                raise DataError(
+                    f"{whole.files[0]}: the {len(self.parts[part].pictures)} pictures drawn as {part} have no "
+                    f"{self.kind}; some are needed to train and to choose"
+                )
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        found = dict(super().pictures(seed))
+        for part, regions_of in self.parts.items():
+            found |= self.shown(part, regions_of)
+        return found
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        rows = []
+        for part, found in self.parts.items():
+            _, labels, features = zip(
+                *pooled(tower, pictures[part], found, self.taken[part], self.kind), strict=True
+            )
+            rows.append((torch.cat(features), torch.cat(labels)))
+        self._model = chosen_on_validation(*rows, len(self.test.names), maps.L2)
+        return super().items(tower, pictures, seed)
+
+    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(features)
+
+
+def _declare(name: str, found: DataSet, kind: str) -> None:
+    for base, method in ((GoiZeroShot, "zero-shot"), (GoiProbe, "probe")):
+        of = "" if method == "zero-shot" else " of a linear probe"
+        members = {
+            "name": f"goi {method} {name} {kind}",
+            "metric": f"class-mean top-1 and top-5 accuracy{of}",
+            "needs": {**found.needs, **(found.trains_on if method == "probe" else {})},
+            "data_set": name,
+            "kind": kind,
+            "in_domain": found.in_domain,
+            "item_set": found.item_set,
+            "__doc__": f"{name}, {kind}.",
+            "__module__": __name__,
+        }
+        register(type(f"{base.__name__} {name} {kind}", (base,), members))
+
+
+for _name, _found in DATA_SETS.items():
+    for _kind in _found.kinds:
+        _declare(_name, _found, _kind)

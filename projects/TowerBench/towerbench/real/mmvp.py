@@ -1,0 +1,134 @@
+"""MMVP-VLM's pairs of pictures that CLIP takes for alike, and their statements (arXiv:2401.06209)."""
+
+import csv
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from towerbench.errors import DataError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.real import sources
+from towerbench.real.sources import Source
+from towerbench.registry import register
+
+logger = logging.getLogger(__name__)
+
+PAIRS = 135
+"""Of nine visual patterns, 15 each; one pair is 0.74 points."""
+
+TEMPLATE = "a photo of {}"
+"""The authors' script puts it before each statement."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures, and what is said of each and not of the other."""
+
+    files: tuple[Path, Path]
+    statements: tuple[str, str]
+
+
+@functools.lru_cache(maxsize=1)
+def pairs(folder: Path) -> tuple[Pair, ...]:
+    """Two lines of Questions.csv after each other are a pair: an odd number, and the next.
+
+    Raises:
+        DataError: a line is broken or its pair's other one is missing.
+    """
+    file = folder / "Questions.csv"
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as handle:
+            header, *lines = [row for row in csv.reader(handle) if row] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{file}: is no readable CSV file ({error}); get it again") from error
+    if len(header) != 3 or header[0].strip().isdigit():
+        raise DataError(
+            f"{file}: its first line is {header}; the names of three columns (number, type, statement) were expected; "
+            "get it again"
+        )
+    rows = []
+    for row in lines:
+        if len(row) != 3 or not row[0].strip().isdigit() or not row[2].strip():
+            raise DataError(
+                f"{file}: a line is {row}; a number, a type and a statement were expected; mend it"
+            )
+        rows.append((int(row[0]), row[1].strip(), row[2].strip()))
+    found = []
+    for place in range(0, len(rows), 2):
+        first, *other = rows[place : place + 2]
+        if first[0] % 2 == 0 or not other or other[0][0] != first[0] + 1:
+            raise DataError(
+                f"{file}: question {first[0]} ({first[1]}) is followed by {other[0][:2] if other else 'nothing'}; "
+                "pairs of an odd number and the next were expected; get it again"
+            )
+        files = [
+            folder / "MLLM_VLM Images" / first[1] / f"{number}.jpg" for number in (first[0], other[0][0])
+        ]
+        found.append(Pair((files[0], files[1]), (first[2], other[0][2])))
+    if not found:
+        raise DataError(f"{file}: has no question; get it again")
+    if len(found) != PAIRS:
+        logger.warning(
+            "%s: has %d pairs, and MMVP-VLM %d: its figures are not those of others", file, len(found), PAIRS
+        )
+    return tuple(found)
+
+
+class Mmvp(sources.RealBenchmark):
+    """Items are pairs: whether both choices are right. What is exactly as near as the other counts as wrong."""
+
+    family = "vqa"
+    item_set = "mmvp-vlm"
+    needs = {
+        "MMVP_VLM/Questions.csv": "MMVP-VLM's statements",
+        "MMVP_VLM/MLLM_VLM Images": "its 270 pictures, in a folder for each of nine patterns",
+    }
+
+    @functools.cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pairs, read once."""
+        return pairs(self.path("MMVP_VLM/Questions.csv").parent)
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        files = [Source(file) for pair in self.pairs for file in pair.files]
+        questions = [self.path("MMVP_VLM/Questions.csv")]
+        return {"test": sources.pictures(files, "mmvp-vlm", annotations=questions)}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        seen = tower.embeddings(pictures["test"]).unflatten(0, (-1, 2))
+        said = tower.text([TEMPLATE.format(text) for pair in self.pairs for text in pair.statements])
+        similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, pictures, statements]
+        own = similar.diagonal(dim1=1, dim2=2)
+        return (own > self.others(similar)).all(1).numpy()
+
+    def others(self, similar: torch.Tensor) -> torch.Tensor:
+        """How near the wrong choice of each of two is, `[pairs, 2]`, of `[pairs, pictures, statements]`."""
+        raise NotImplementedError
+
+    def baselines(self) -> dict[str, float]:
+        return {"chance": 0.25}
+
+
+@register
+class MmvpStatements(Mmvp):
+    """As the authors' script counts, and published figures are: each statement chooses one of the two pictures."""
+
+    name, metric = "vqa mmvp-vlm", "pairs whose statements both choose their picture"
+
+    def others(self, similar: torch.Tensor) -> torch.Tensor:
+        return similar.flip(1).diagonal(dim1=1, dim2=2)
+
+
+@register
+class MmvpPictures(Mmvp):
+    """The other way: each picture chooses one of the two statements."""
+
+    name, metric = "vqa mmvp-vlm pictures", "pairs whose pictures both choose their statement"
+
+    def others(self, similar: torch.Tensor) -> torch.Tensor:
+        return similar.flip(2).diagonal(dim1=1, dim2=2)

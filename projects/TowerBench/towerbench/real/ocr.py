@@ -1,0 +1,278 @@
+"""Word pictures read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+
+from towerbench import ctc_readout
+from towerbench.ctc_readout import LINES
+from towerbench.demo import ocr as rendered
+from towerbench.errors import DataError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.real import sources, words
+from towerbench.real.words import WordSet
+from towerbench.registry import Context, register
+from towerbench.standardise import Standardiser
+
+TRAINING = ("ocr/train/real", "ocr/train/synth", "ocr/train", "data_lmdb_release/training")
+"""Where LMDBs to train the readout on may be, in any depth; the first that is there is taken."""
+
+COUNTS = {"train": 12000, "held": 1500}
+"""Words to train on and to choose by: as many of each LMDB as of the others, spread over it; or rendered."""
+
+EPOCHS = 20
+LEAST = 32
+"""Columns of a line: each says two letters or blanks, enough for words of 25 letters."""
+
+SIZES = (20, 48)
+"""Height in pixels of rendered words."""
+
+
+class Ocr(sources.RealBenchmark):
+    """Items are pictures of `LINES` words, columns right words, shares of right characters, and how many words."""
+
+    family = "ocr"
+    version = 2
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        folder = training(context.data)
+        how = f"words of {folder.relative_to(context.data)}" if folder else "rendered words"
+        self.metric = f"mean of word and character accuracy, readout trained on {how}"
+
+    @classmethod
+    def missing(cls, context: Context) -> str | None:
+        reason = super().missing(context)
+        if reason:
+            return reason
+        [tested] = cls.needs
+        folder = next(context.data / path for path in tested.split("|") if (context.data / path).exists())
+        train = training(context.data)
+        for each in (folder, *(databases(train)[:1] if train else ())):
+            if words.needs_package(each):
+                return words.needs_package(each)
+        if not train:
+            return rendered.OcrWords.missing(context)
+        return None
+
+    @functools.cached_property
+    def set(self) -> WordSet:
+        """What is read."""
+        return words.word_set(self.name.removeprefix("ocr "), self.path(next(iter(self.needs))))
+
+    @functools.cached_property
+    def readout(self) -> Mapping[str, WordSet]:
+        """`train` and `held`."""
+        return readout_sets(training(self.context.data), tuple(COUNTS.items()))
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return {name: each.pictures() for name, each in ({**self.readout, "test": self.set}).items()}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        # The sets share it: it depends on the tower, the words it is trained on and the seed alone.
+        known = _readouts.setdefault(tower, {})
+        key = pictures["train"].identity, pictures["held"].identity, EPOCHS, seed
+        if key not in known:
+            labels = {name: each.labels for name, each in self.readout.items()}
+            known[key] = Readout(tower, pictures, labels, seed)
+        read = known[key].read(tower, pictures["test"], len(self.set.labels))
+        return tallied(ctc_readout.accuracies(read, self.set.labels))
+
+    def figure(self, means: np.ndarray) -> np.ndarray:
+        return means[..., :2].mean(-1) / means[..., 2]
+
+
+class Readout:
+    """A reader trained on one tower's features, which are standardised channel by channel.
+
+    Args:
+        pictures: `train` and `held`.
+        labels: the words in these pictures, `LINES` a picture; the last may have fewer.
+    """
+
+    def __init__(
+        self,
+        tower: FeatureStore,
+        pictures: Mapping[str, Pictures],
+        labels: Mapping[str, Sequence[str]],
+        seed: int,
+    ) -> None:
+        self.standardised = Standardiser.streamed(
+            _columns(tower, pictures["train"], len(labels["train"])), channels=1
+        )
+        # Half precision: thousands of words are kept.
+        sides = (
+            (torch.cat([part.half() for part in self._seen(tower, pictures[name], len(texts))]), texts)
+            for name, texts in labels.items()
+        )
+        self.reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
+
+    def read(self, tower: FeatureStore, pictures: Pictures, count: int) -> list[str]:
+        """The first `count` words of pictures."""
+        return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
+
+    def _seen(self, tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
+        """Columns `[n, C, w]` as the reader sees them, of some words at a time."""
+        return map(self.standardised, _columns(tower, pictures, count))
+
+
+_readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
+
+
+def _columns(tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
+    """Columns `[n, C, w]` of the first `count` words, some at a time."""
+    for part in ctc_readout.columns(tower, pictures, LEAST):
+        yield part[:count]
+        count -= len(part)
+
+
+def tallied(scores: np.ndarray) -> np.ndarray:
+    """Sums of words' scores `[N, k]` by picture, and how many words it has: `[ceil(N / LINES), k + 1]`."""
+    scores = np.concatenate((scores, np.ones((len(scores), 1))), 1)
+    empty = np.zeros((-len(scores) % LINES, scores.shape[1]))
+    return np.concatenate((scores, empty)).reshape(-1, LINES, scores.shape[1]).sum(1)
+
+
+# ---------------------------------------------------------------- what the readout is trained on
+
+
+def training(data: Path) -> Path | None:
+    """The folder below `data` with LMDBs to train on; None: there is none."""
+    return next((data / path for path in TRAINING if databases(data / path)), None)
+
+
+def databases(folder: Path) -> list[Path]:
+    """The LMDBs in a folder, in any depth."""
+    return sorted(file.parent for file in folder.rglob("data.mdb"))
+
+
+@functools.lru_cache(maxsize=1)
+def readout_sets(folder: Path | None, counts: tuple[tuple[str, int], ...]) -> dict[str, WordSet]:
+    """`train` and `held`: words of the LMDBs in a folder, or rendered ones.
+
+    Raises:
+        DataError: an LMDB is broken.
+    """
+    if folder is None:
+        return {name: rendered_words(name, count) for name, count in counts}
+    every = databases(folder)
+    wanted = sum(count for _, count in counts)
+    parts = [words.database(each, most) for each, most in shares(every, wanted).items()]
+    known = [
+        (part, i)
+        for part in parts
+        for i, text in enumerate(part.texts)
+        if 0 < len(words.letters(text)) <= words.LONGEST
+    ]
+    order = np.random.default_rng(0).permutation(len(known))
+    held = max(1, len(known) * dict(counts)["held"] // wanted)
+    files = [file for part in parts for file in part.files]
+
+    def of(name: str, numbers: np.ndarray) -> WordSet:
+        # In any order within an LMDB, so that the readout does not learn which words are neighbours there.
+        chosen = sorted((known[i] for i in numbers), key=lambda entry: parts.index(entry[0]))
+        labels = [words.letters(part.texts[i]) for part, i in chosen]
+
+        def read() -> Iterator[np.ndarray]:
+            for part in parts:
+                yield from part.read([i for other, i in chosen if other is part])
+
+        return WordSet(f"words/to read by, {name}", labels, read, files)
+
+    if len(known) <= held:
+        raise DataError(
+            f"{folder}: its LMDBs have {len(known)} words with letters or digits; more are needed to train a readout"
+        )
+    return {"train": of("train", order[held:]), "held": of("held", order[:held])}
+
+
+def shares(folders: list[Path], wanted: int) -> dict[Path, int]:
+    """How many words of each LMDB: as many of each, and more of the others where one has fewer."""
+    sizes = {folder: words.size(folder) for folder in folders}
+    found: dict[Path, int] = {}
+    for folder in sorted(folders, key=lambda each: (sizes[each], each)):
+        left = len(folders) - len(found)
+        found[folder] = min(sizes[folder], -(-(wanted - sum(found.values())) // left))
+    return {folder: found[folder] for folder in folders}
+
+
+def rendered_words(part: str, count: int) -> WordSet:
+    """Words and letters at random, in the demo suite's typefaces: of its training, to choose by of its test."""
+    rng = np.random.default_rng([16, list(COUNTS).index(part)])
+    fonts = rendered.TRAIN_FONTS if part == "train" else rendered.TEST_FONTS
+    faces = [f"{package}/{name}" for package, names in fonts.items() for name in names]
+    vocabulary = rendered.words()["train" if part == "train" else "validation"]
+    shown = []
+    for number in range(count):
+        word = str(rng.choice(vocabulary))
+        if number % 2:
+            word = "".join(rng.choice(list(words.LETTERS), rng.integers(1, 13)))
+        cased = (word, word.upper(), word.capitalize())[rng.integers(3)]
+        shown.append((cased, str(rng.choice(faces))))
+
+    def read() -> Iterator[np.ndarray]:
+        files = rendered.font_files(fonts)
+        for number, (word, face) in enumerate(shown):
+            draw = np.random.default_rng([17, list(COUNTS).index(part), number])
+            yield word_picture(word, files[face], draw)
+
+    labels = [word.lower() for word, _ in shown]
+    return WordSet(f"words/rendered, {part}, {faces}", labels, read)
+
+
+def word_picture(word: str, file: Path, rng: np.random.Generator) -> np.ndarray:
+    """A word in a typeface `[H, W, 3]` uint8, cut out narrowly: any two colours that differ, turned a little, noise."""
+    tile = rendered.inked(word, file)
+    height = int(rng.integers(*SIZES))
+    width = max(4, round(tile.width * height / tile.height * rng.uniform(0.8, 1.2)))
+    tile = tile.resize((width, height), Image.Resampling.LANCZOS)
+    margin = int(rng.integers(2, 7))
+    ink = Image.new("L", (width + 2 * margin, height + 2 * margin), 0)
+    ink.paste(tile, (margin, margin))
+    ink = ink.rotate(rng.uniform(-4, 4), Image.Resampling.BICUBIC)
+    colours = rng.integers(0, 256, (2, 3))
+    while abs(colours.mean(1) @ (1, -1)) < 60:
+        colours = rng.integers(0, 256, (2, 3))
+    share = np.asarray(ink, np.float32)[..., None] / 255
+    pixels = colours[0] * (1 - share) + colours[1] * share + rng.normal(0, 6, (*share.shape[:2], 1))
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
+# By set: its folders in PARSeq's layout, deep-text-recognition-benchmark's and MMOCR's, and how many words it has.
+_SETS = {
+    "iiit5k": ("ocr/test/IIIT5k", "data_lmdb_release/evaluation/IIIT5k_3000", "mixture/III5K", "3,000"),
+    "svt": ("ocr/test/SVT", "data_lmdb_release/evaluation/SVT", "mixture/svt", "647"),
+    "ic13": (
+        "ocr/test/IC13_1015",
+        "ocr/test/IC13_857",
+        "data_lmdb_release/evaluation/IC13_1015",
+        "data_lmdb_release/evaluation/IC13_857",
+        "mixture/icdar_2013",
+        "1,015 or 857",
+    ),
+    "ic15": (
+        "ocr/test/IC15_2077",
+        "ocr/test/IC15_1811",
+        "data_lmdb_release/evaluation/IC15_2077",
+        "data_lmdb_release/evaluation/IC15_1811",
+        "mixture/icdar_2015",
+        "2,077 or 1,811",
+    ),
+    "svtp": ("ocr/test/SVTP", "data_lmdb_release/evaluation/SVTP", "mixture/svtp", "645"),
+    "cute80": ("ocr/test/CUTE80", "data_lmdb_release/evaluation/CUTE80", "mixture/ct80", "288"),
+}
+
+for _name, (*_paths, _count) in _SETS.items():
+    _members = {
+        "name": f"ocr {_name}",
+        "metric": "mean of word and character accuracy",
+        "needs": {"|".join(_paths): f"{_count} word pictures, an LMDB or a folder with a list of labels"},
+        "__doc__": f"{_name}, letters and digits, case not told apart.",
+        "__module__": __name__,
+    }
+    register(type(f"Ocr{_name.capitalize()}", (Ocr,), _members))

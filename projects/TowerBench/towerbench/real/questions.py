@@ -1,0 +1,180 @@
+"""Questions on pictures in VQA's files, and how an answer is scored (arXiv:1505.00468, visualqa.org/evaluation)."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from towerbench.errors import DataError
+from towerbench.real import sources
+from towerbench.real.sources import field
+
+NUMBERS = {"none": "0"} | {
+    name: str(value)
+    for value, name in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a picture.
+
+    Args:
+        scores: of every answer that a person gave, what it is worth; of any other 0.
+    """
+
+    text: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pictures and what is asked on each.
+
+    Args:
+        pictures: their numbers in COCO.
+        questions: of each, at least one.
+    """
+
+    pictures: Sequence[int]
+    questions: Sequence[Sequence[Question]]
+
+    def part(self, places: Iterable[int]) -> "Asked":
+        """Some of its pictures."""
+        places = list(places)
+        return Asked([self.pictures[i] for i in places], [self.questions[i] for i in places])
+
+    @property
+    def every(self) -> list[Question]:
+        """All questions, picture by picture."""
+        return [question for several in self.questions for question in several]
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def normalised(answer: str) -> str:
+    """An answer as it is compared: punctuation, articles and case taken off, number words in digits.
+
+    A sign is taken out where a space is beside it, or where the answer has a comma between digits; elsewhere it becomes
+    a space. A full stop is kept before a digit. Apostrophes are in the files as they should be.
+    """
+    found = answer.replace("\n", " ").replace("\t", " ").strip()
+    grouped = re.search(r"\d,\d", found) is not None
+    for sign in PUNCTUATION:
+        beside = f"{sign} " in answer or f" {sign}" in answer
+        found = found.replace(sign, "" if beside or grouped else " ")
+    found = re.sub(r"\.(?!\d)", "", found)
+    words = (NUMBERS.get(word, word) for word in found.lower().split())
+    return " ".join(word for word in words if word not in ARTICLES)
+
+
+def soft_accuracy(matches: int, people: int) -> float:
+    """What an answer is worth that `matches` of so many people gave: min(matches / 3, 1) among all but one of them, the
+    mean over who is left out."""
+    own, other = min((matches - 1) / 3, 1), min(matches / 3, 1)
+    return (matches * own + (people - matches) * other) / people
+
+
+def scores(answers: Sequence[str]) -> dict[str, float]:
+    """Of every answer that was given, normalised, its soft accuracy."""
+    counted = Counter(map(normalised, answers))
+    return {answer: soft_accuracy(count, len(answers)) for answer, count in counted.items()}
+
+
+def read(questions: Path, annotations: Path, most: int) -> Asked:
+    """The questions on at most so many pictures, spread over the set, the same ones every time.
+
+    Raises:
+        DataError: a file is broken, a question has no annotation or the other way round, or they differ in the picture.
+    """
+    asked: dict[int, tuple[int, str]] = {}
+    for entry in field(sources.read_json(questions), "questions", questions, list):
+        number = field(entry, "question_id", questions, int)
+        if number in asked:
+            raise DataError(f"{questions}: question {number} is there twice; get the file again")
+        text = field(entry, "question", questions, str).strip()
+        asked[number] = field(entry, "image_id", questions, int), text
+    if not asked:
+        raise DataError(f"{questions}: has no question; get it again")
+    every = sorted({picture for picture, _ in asked.values()})
+    chosen = {every[i] for i in sources.spread(len(every), most)}
+    by_picture: dict[int, list[tuple[int, Question]]] = {}
+    seen = set()
+    for entry in field(sources.read_json(annotations), "annotations", annotations, list):
+        number = field(entry, "question_id", annotations, int)
+        picture = field(entry, "image_id", annotations, int)
+        if number in seen:
+            raise DataError(f"{annotations}: question {number} is there twice; get the file again")
+        seen.add(number)
+        if asked.get(number, (None,))[0] != picture:
+            raise DataError(
+                f"{annotations}: question {number} on picture {picture} is not in {questions}; get both of one version"
+            )
+        if picture in chosen:
+            given = field(entry, "answers", annotations, list)
+            texts = [field(answer, "answer", annotations, str) for answer in given]
+            if len(texts) < 2:
+                raise DataError(
+                    f"{annotations}: question {number} has {len(texts)} answers; ten were expected; get it again"
+                )
+            question = Question(asked[number][1], scores(texts))
+            by_picture.setdefault(picture, []).append((number, question))
+    if len(seen) < len(asked):
+        number = next(number for number in asked if number not in seen)
+        raise DataError(
+            f"{annotations}: has no annotation of question {number}, which {questions} asks; get both of one version"
+        )
+    pictures = sorted(by_picture)
+    return Asked(
+        pictures, [[each for _, each in sorted(by_picture[p], key=lambda e: e[0])] for p in pictures]
+    )
+
+
+# ---------------------------------------------------------------- what needs no picture
+
+BEGINNING = 5
+"""Words of a question that are looked at, where it is answered without its picture."""
+
+FREQUENT = 5
+"""Questions of the training that begin alike, at least, before their answers are believed."""
+
+
+def most_frequent(train: Sequence[Question], count: int) -> list[str]:
+    """The answers that are worth most over the training, the best first."""
+    total: Counter[str] = Counter()
+    for question in train:
+        total.update(question.scores)
+    return sorted(total, key=lambda answer: (-total[answer], answer))[:count]
+
+
+def worth(test: Sequence[Question], answers: Iterable[str]) -> float:
+    """The mean soft accuracy of one answer to each question."""
+    found = [question.scores.get(answer, 0.0) for question, answer in zip(test, answers, strict=True)]
+    return sum(found) / len(found)
+
+
+def guessed(train: Sequence[Question], test: Sequence[Question]) -> list[str]:
+    """To each question the best answer of the training to questions with the same first words, as many as are frequent
+    there."""
+    alike: dict[tuple[str, ...], list[Question]] = {}
+    for question in train:
+        for beginning in _beginnings(question.text):
+            alike.setdefault(beginning, []).append(question)
+    known: dict[tuple[str, ...], str] = {}
+    found = []
+    for question in test:
+        several = _beginnings(question.text)
+        chosen = next((b for b in several if len(alike.get(b, ())) >= FREQUENT), ())
+        if chosen not in known:
+            known[chosen] = most_frequent(alike.get(chosen, train), 1)[0]
+        found.append(known[chosen])
+    return found
+
+
+def _beginnings(text: str) -> list[tuple[str, ...]]:
+    """The longest first, which may be the whole question, and that without a word last."""
+    words = tuple(re.findall(r"[\w']+", text.lower()))[:BEGINNING]
+    return [words[:length] for length in range(len(words), -1, -1)]

@@ -1,0 +1,327 @@
+"""Regions of pictures as data sets give them: panoptic segments, and COCO's instances."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from towerbench import region_pooling
+from towerbench.errors import DataError
+from towerbench.real import maps, sources
+from towerbench.real.sources import Source, field
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("boxes", "thing masks", "stuff masks")
+
+Choice = Callable[[Sequence[Sequence[int]], int], list[int]]
+"""From the labels of the regions in each picture, and the number of classes, to the pictures that are taken."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region of a picture.
+
+    Args:
+        label: index of its class.
+        box: `(x, y, width, height)` in pixels, within the picture.
+        mask: the id of a segment, or COCO's run lengths; None: none is given, or no pixel is in it.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    mask: int | dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with regions.
+
+    Args:
+        size: (height, width), which boxes and masks are of.
+        segments: a file of segment ids, which regions name; None: there is none.
+    """
+
+    source: Source
+    size: tuple[int, int]
+    regions: tuple[Region, ...]
+    segments: Path | None = None
+
+    def coverage(self, regions: Sequence[Region], kind: str, grid: tuple[int, int]) -> torch.Tensor:
+        """How much of each cell some of its regions cover, `[M, h, w]`."""
+        if kind == "boxes":
+            return torch.stack([region_pooling.box_coverage(r.box, self.size, grid) for r in regions])
+        if self.segments is not None:
+            ids = segment_ids(self.segments)
+            return torch.stack([region_pooling.coverage(ids == r.mask, grid) for r in regions])
+        from pycocotools import mask as mask_api
+
+        masks = (mask_api.decode(r.mask).astype(bool) for r in regions)
+        return torch.stack([region_pooling.coverage(mask, grid) for mask in masks])
+
+
+@dataclass(frozen=True)
+class RegionSet:
+    """Pictures with regions.
+
+    Args:
+        names: the words for each class.
+        things: whether a class is of things; else it is stuff.
+        files: that hold the annotations.
+    """
+
+    pictures: Sequence[Shown]
+    names: Sequence[tuple[str, ...]]
+    things: Sequence[bool]
+    files: tuple[Path, ...]
+
+    def of_kind(self, kind: str, per_class: int | None = None) -> list[list[Region]]:
+        """The regions of a kind by picture; at most `per_class` of each class, the first ones."""
+        seen = [0] * len(self.names)
+        found: list[list[Region]] = []
+        for shown in self.pictures:
+            found.append([])
+            for region in shown.regions:
+                if self.things[region.label] == (kind == "stuff masks"):
+                    continue
+                if kind != "boxes" and region.mask is None:
+                    continue
+                if per_class is None or seen[region.label] < per_class:
+                    seen[region.label] += 1
+                    found[-1].append(region)
+        return found
+
+    def part(self, numbers: Sequence[int]) -> "RegionSet":
+        """Some of its pictures."""
+        return replace(self, pictures=[self.pictures[i] for i in numbers])
+
+
+def evenly(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
+    """The pictures that are tested, a `Choice`."""
+    return sources.spread(len(labels), maps.TEST)
+
+
+def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> list[int]:
+    """A `Choice` of at most `maps.TRAIN` pictures to train on, the same ones at every call: pictures of the rarest
+    class first, until there are `per_class` of its regions, then of the next."""
+    holders: list[list[int]] = [[] for _ in range(classes)]
+    for picture in np.random.default_rng(0).permutation(len(labels)):
+        for label in set(labels[picture]):
+            holders[label].append(int(picture))
+    count, taken = np.zeros(classes, np.int64), set()
+    for label in sorted(range(classes), key=lambda label: len(holders[label])):
+        for picture in holders[label]:
+            if count[label] >= per_class or len(taken) >= maps.TRAIN:
+                break
+            if picture not in taken:
+                taken.add(picture)
+                np.add.at(count, labels[picture], 1)
+    return sorted(taken)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> RegionSet:
+    """COCO's panoptic format: a JSON file, and pictures whose colours are the segments' ids.
+
+    Args:
+        folder: of the pictures. segments: folder of the pictures of segments.
+
+    Raises:
+        DataError: a file is missing or broken, or they contradict each other; all that are chosen are read.
+    """
+    data = sources.read_json(json_file)
+    classes, names, things = _categories(data, json_file)
+    images = _images(data, json_file)
+    entries = field(data, "annotations", json_file, list)
+    by_image = {}
+    for entry in entries:
+        known = field(entry, "segments_info", json_file, list)
+        infos = [info for info in known if not field(info, "iscrowd", json_file, int)]
+        ids = {field(info, "id", json_file, int) for info in known}
+        by_image[_known(entry, "image_id", images, json_file)] = entry, infos, ids
+    order = sorted(by_image, key=lambda image: field(images[image], "file_name", json_file, str))
+    labels = [
+        [classes[_known(info, "category_id", classes, json_file)] for info in by_image[image][1]]
+        for image in order
+    ]
+    pictures = []
+    for number in choice(labels, len(names)):
+        image, (entry, infos, ids) = images[order[number]], by_image[order[number]]
+        size = _size(image, json_file)
+        file = segments / field(entry, "file_name", json_file, str)
+        there = _check_segments(file, size, ids, json_file)
+        regions = []
+        for info, label in zip(infos, labels[number], strict=True):
+            box = _box(info, size, json_file)
+            if box is not None:
+                regions.append(Region(label, box, info["id"] if info["id"] in there else None))
+        pictures.append(Shown(Source(folder / image["file_name"]), size, tuple(regions), file))
+    return RegionSet(pictures, names, things, (json_file, *(shown.segments for shown in pictures)))
+
+
+def segment_ids(file: Path) -> np.ndarray:
+    """The ids `[H, W]` int32 that a picture of segments has as colours: R + 256 G + 65536 B.
+
+    Raises:
+        DataError: it is missing, or no colour picture.
+    """
+    try:
+        colours = np.asarray(Image.open(file))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"{file}: is no readable picture of segments ({error}); make the panoptic annotations again"
+        ) from error
+    if colours.ndim != 3 or colours.shape[2] != 3:
+        raise DataError(
+            f"{file}: has shape {colours.shape}; a colour picture `[H, W, 3]` was expected, whose colours are the ids "
+            "of segments; make the panoptic annotations again"
+        )
+    return colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+
+
+def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_file: Path) -> set[int]:
+    """The ids in a picture of segments, which are all known but 0 (nothing)."""
+    ids = segment_ids(file)
+    if ids.shape != size:
+        raise DataError(
+            f"{file}: is of height and width {ids.shape}, and {json_file} says {size} for its picture; make the "
+            "panoptic annotations again"
+        )
+    flat = ids.ravel()
+    starts = flat[np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))]  # of runs: few, where pixels are many
+    there = set(np.unique(starts).tolist())
+    unknown = sorted(there - known - {0})
+    if unknown:
+        raise DataError(
+            f"{file}: has the segment {unknown[0]}, which {json_file} does not name for it; ids in `segments_info` "
+            "were expected; make the panoptic annotations again"
+        )
+    return there
+
+
+def instances(
+    json_file: Path, folder: Path, picture: Callable[[Mapping[str, Any]], str], choice: Choice, *, masks: bool
+) -> RegionSet:
+    """COCO's format of instances, as Objects365 and LVIS have it too. Crowds, and boxes without area, are left out.
+
+    Args:
+        folder: what paths of pictures begin with.
+        picture: from an entry of `images` to its path below; "": it is known to be missing.
+        masks: whether `segmentation` is read too.
+
+    Raises:
+        DataError: the file is missing, broken, or contradicts itself; regions are read of what is chosen.
+    """
+    data = sources.read_json(json_file)
+    classes, names, things = _categories(data, json_file)
+    images = _images(data, json_file)
+    by_image: dict[Any, list] = {image: [] for image, entry in images.items() if picture(entry)}
+    for entry in field(data, "annotations", json_file, list):
+        image = _known(entry, "image_id", images, json_file)
+        _known(entry, "category_id", classes, json_file)
+        if image in by_image and not entry.get("iscrowd"):
+            by_image[image].append(entry)
+    order = sorted(by_image)
+    labels = [[classes[entry["category_id"]] for entry in by_image[image]] for image in order]
+    pictures, flat = [], 0
+    for number in choice(labels, len(names)):
+        image = images[order[number]]
+        size, regions = _size(image, json_file), []
+        for entry, label in zip(by_image[order[number]], labels[number], strict=True):
+            box = _box(entry, size, json_file)
+            if box is None:
+                flat += 1
+                continue
+            regions.append(Region(label, box, _run_lengths(entry, size, json_file) if masks else None))
+        pictures.append(Shown(Source(folder / picture(image)), size, tuple(regions)))
+    if flat:
+        logger.warning("%s: %d boxes without area are left out", json_file, flat)
+    return RegionSet(pictures, names, things, (json_file,))
+
+
+def _categories(data: Any, file: Path) -> tuple[dict[int, int], list[tuple[str, ...]], list[bool]]:
+    """The place of each category by its id, in the order of ids; their words; whether they are things."""
+    entries = sorted(field(data, "categories", file, list), key=lambda entry: field(entry, "id", file, int))
+    classes = {entry["id"]: place for place, entry in enumerate(entries)}
+    if len(classes) != len(entries) or not entries:
+        raise DataError(
+            f"{file}: has {len(entries)} categories with {len(classes)} different ids; one id each was expected"
+        )
+    names = []
+    for entry in entries:
+        several = entry.get("synonyms")  # LVIS has them
+        given = several if isinstance(several, list) and several else [field(entry, "name", file, str)]
+        names.append(tuple(dict.fromkeys(word for name in given for word in maps.words(str(name)))))
+        if not names[-1]:
+            raise DataError(f"{file}: the category {entry['id']} has no name; words were expected")
+    return classes, names, [bool(entry.get("isthing", 1)) for entry in entries]
+
+
+def _images(data: Any, file: Path) -> dict[Any, Mapping[str, Any]]:
+    return {field(entry, "id", file, (int, str)): entry for entry in field(data, "images", file, list)}
+
+
+def _known(entry: Any, key: str, known: Mapping[Any, Any], file: Path) -> Any:
+    value = field(entry, key, file, (int, str))
+    if value not in known:
+        what = {"category_id": "categories", "image_id": "images"}[key]
+        raise DataError(
+            f"{file}: an annotation has `{key}` {value!r}, which is none of its `{what}`; get it again"
+        )
+    return value
+
+
+def _size(image: Mapping[str, Any], file: Path) -> tuple[int, int]:
+    size = field(image, "height", file, int), field(image, "width", file, int)
+    if min(size) < 1:
+        raise DataError(
+            f"{file}: the image {image['id']!r} has height and width {size}; pixels were expected"
+        )
+    return size
+
+
+def _box(entry: Any, size: tuple[int, int], file: Path) -> tuple[float, float, float, float] | None:
+    """A box cut to its picture; None: it has no area. Published boxes reach a little over the edge."""
+    box = field(entry, "bbox", file, list)
+    if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+        raise DataError(f"{file}: `bbox` is {box}; four numbers x, y, width, height were expected")
+    x, y, width, height = (float(v) for v in box)
+    if width <= 0 or height <= 0:
+        return None
+    left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, size[1]), min(y + height, size[0])
+    if left >= right or top >= bottom:
+        raise DataError(
+            f"{file}: the box {box} lies outside its picture, which has height and width {size}; are the pictures "
+            "and annotations of one version?"
+        )
+    return left, top, right - left, bottom - top
+
+
+def _run_lengths(entry: Any, size: tuple[int, int], file: Path) -> dict[str, Any] | None:
+    """COCO's run lengths of what `segmentation` holds; None: it covers no pixel."""
+    from pycocotools import mask as mask_api
+
+    shape = field(entry, "segmentation", file, (list, dict))
+    try:
+        if isinstance(shape, list):
+            encoded = mask_api.merge(mask_api.frPyObjects(shape, *size))
+        else:
+            encoded = (
+                shape if isinstance(shape["counts"], str | bytes) else mask_api.frPyObjects(shape, *size)
+            )
+        area, of = int(mask_api.area(encoded)), tuple(encoded["size"])
+    except Exception as error:  # whatever pycocotools meets: its errors are of many kinds
+        raise DataError(
+            f"{file}: a `segmentation` can not be read ({error}); polygons or run lengths were expected"
+        ) from error
+    if of != size:
+        raise DataError(f"{file}: a `segmentation` is of size {of}, and its picture of {size}; get it again")
+    return encoded if area else None

@@ -1,0 +1,55 @@
+"""Zero-shot classification under the demo suite's 20 corruptions, on every set of `zero_shot`."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from towerbench.demo import robustness
+from towerbench.features import FeatureStore, Pictures, fitted
+from towerbench.real import sources, zero_shot
+from towerbench.registry import Context, register
+
+COUNT = 500
+"""Pictures of a set that are shown, each under every corruption; spread over the set, the same ones every time."""
+
+SIDE = 224
+"""Pictures are corrupted at this size, as ImageNet-C is (arXiv:1903.12261): strengths then mean the same on any set."""
+
+
+class _Robustness(sources.RealBenchmark):
+    """Items are pictures, k the corruptions."""
+
+    family, metric = "robustness", "top-1 accuracy, mean over 20 corruptions"
+    tested: type[zero_shot.ZeroShot]
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        whole = self.tested(context).set
+        self.set = whole.part(sources.spread(len(whole.labels), COUNT))
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        border, kinds = self.set.border, sum(map(len, robustness.CORRUPTIONS.values()))
+
+        def corrupted(picture: np.ndarray, number: int) -> Iterator[np.ndarray]:
+            [picture] = zero_shot.without_border(picture, border)
+            picture = fitted(picture, SIDE, SIDE, "crop")
+            yield from robustness.corrupted(picture, np.random.default_rng([seed, number]))
+
+        what = ",".join(f"{f.__name__}{strengths}" for f, strengths in robustness.CORRUPTIONS.items())
+        name = f"{self.name} at {SIDE}, {border} pixels of border, {what}"
+        return {"test": sources.pictures(self.set.sources, name, change=corrupted, times=kinds)}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        found = (tower.embeddings(pictures["test"]) @ self.set.classifier(tower).T).argmax(1)
+        return (found.view(len(self.set.labels), -1) == torch.tensor(self.set.labels)[:, None]).numpy()
+
+
+for _name, _tested in zero_shot.BY_NAME.items():
+    _members = {
+        "name": f"robustness {_name}",
+        "tested": _tested,
+        "needs": _tested.needs,
+        "__module__": __name__,
+    }
+    register(type(f"Robustness {_name}", (_Robustness,), _members | {"__doc__": f"Corrupted {_name}."}))

@@ -1,0 +1,195 @@
+"""Pictures and annotations on disk: what all benchmarks of the real suite share."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from towerbench.errors import DataError
+from towerbench.features import Pictures
+from towerbench.registry import Benchmark, Context
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+
+
+class RealBenchmark(Benchmark):
+    """A benchmark on the user's data.
+
+    Attributes:
+        needs: what has to be where, by its path below `--data`; alternatives are separated by `|`.
+    """
+
+    suite = "real"
+    max_seeds = 1
+    """Nothing is drawn, unless a subclass says otherwise."""
+
+    needs: Mapping[str, str] = {}
+
+    @classmethod
+    def missing(cls, context: Context) -> str | None:
+        if context.data is None:
+            return f"needs --data DIR with {cls._wanted(cls.needs)}"
+        if context.split != "test":
+            return "has no development split: no recipe is chosen by it"
+        absent = {
+            paths: what
+            for paths, what in cls.needs.items()
+            if not any((context.data / path).exists() for path in paths.split("|"))
+        }
+        return f"not found in {context.data}: {cls._wanted(absent)}" if absent else None
+
+    @staticmethod
+    def _wanted(needs: Mapping[str, str]) -> str:
+        return ", ".join(f"{paths.replace('|', ' or ')} ({what})" for paths, what in needs.items())
+
+    def path(self, paths: str) -> Path:
+        """The first of the alternatives that is there, below `--data`."""
+        found = [self.context.data / path for path in paths.split("|")]
+        return next((path for path in found if path.exists()), found[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """An encoded picture: a file, or a part of one.
+
+    Args:
+        offset, size: of the part in bytes; size None: the whole file.
+    """
+
+    file: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        try:
+            with open(self.file, "rb") as handle:
+                handle.seek(self.offset)
+                return handle.read(-1 if self.size is None else self.size)
+        except OSError as error:
+            raise DataError(
+                f"{self.file}: cannot be read ({error.strerror}); a picture was expected"
+            ) from error
+
+
+def decoded(data: bytes, what: object) -> np.ndarray:
+    """Encoded bytes as `[H, W, 3]` uint8 RGB; `what` names them in the error.
+
+    Raises:
+        DataError: they are no picture, or a broken one.
+    """
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{what}: is no readable picture ({error}); get the file again") from error
+
+
+def pictures(
+    sources: Sequence[Source],
+    name: str,
+    *,
+    annotations: Iterable[Path] = (),
+    change: Callable[[np.ndarray, int], Iterable[np.ndarray]] | None = None,
+    times: int = 1,
+    fit: str = "crop",
+    scale: float = 1.0,
+    dense: bool = False,
+) -> Pictures:
+    """A set of pictures from disk.
+
+    Args:
+        name: what it is; says also what `change` does.
+        annotations: files that scores depend on: where they change, results of an earlier run are not taken up.
+        change: makes `times` pictures of each decoded one `[H, W, 3]` and its number.
+    """
+    digest = hashlib.sha256(name.encode())
+    sizes: dict[Path, int] = {}
+    for source in sources:
+        if source.file not in sizes:
+            sizes[source.file] = _size(source.file)
+        digest.update(f"{source.file}\0{source.offset}\0{sizes[source.file]}\n".encode())
+    for file in annotations:
+        digest.update(f"{file}\0{_size(file)}\0{file.stat().st_mtime_ns}\n".encode())
+
+    def make() -> Iterator[np.ndarray]:
+        for number, source in enumerate(sources):
+            picture = decoded(source.read(), source.file)
+            if change is None:
+                yield picture
+            else:
+                yield from change(picture, number)
+
+    key = f"{name}/{digest.hexdigest()[:16]}"
+    return Pictures(key, len(sources) * times, make, fit=fit, scale=scale, dense=dense)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{file}: there is no such file, and annotations name it; complete the data set"
+        ) from error
+
+
+def listed(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def read_text(file: Path, advice: str = "get it again") -> str:
+    """A text file's content, UTF-8 with or without a byte order mark.
+
+    Args:
+        advice: what to do where it cannot be read, the end of the error's sentence.
+
+    Raises:
+        DataError: it is no UTF-8, or is not there.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: is no readable text ({error}); {advice}") from error
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        DataError: it is no JSON, or is not there.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: is no readable JSON file ({error}); get it again") from error
+
+
+def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = object) -> Any:
+    """`entry[key]` of what a JSON file holds.
+
+    Raises:
+        DataError: the entry has no such key, or something else under it.
+    """
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind) or key not in entry:
+        found = sorted(entry)[:8] if isinstance(entry, Mapping) else type(entry).__name__
+        raise DataError(
+            f"{file}: no usable `{key}` where one was expected (found {found}); is it the right file?"
+        )
+    return entry[key]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, the same ones at every call, in order."""
+    if count <= most:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).permutation(count)[:most].tolist())

@@ -1,0 +1,95 @@
+"""Zero-shot classification: ImageNet and its relatives with CLIP's 80 templates, VTAB with clip-benchmark's."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+
+from towerbench.features import FeatureStore, Pictures
+from towerbench.real import sources
+from towerbench.real.classification import (
+    IMAGENET_VARIANTS,
+    OBJECTNET,
+    VTAB,
+    LabelledSet,
+    imagenet_like,
+    objectnet,
+    webdataset,
+    webdataset_paths,
+)
+from towerbench.registry import register
+
+
+class ZeroShot(sources.RealBenchmark):
+    """Items are pictures: whether the nearest of the classes' names is right."""
+
+    family, metric = "zero-shot", "top-1 accuracy"
+
+    def load(self) -> LabelledSet:
+        """The set."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def set(self) -> LabelledSet:
+        """The set, read once."""
+        return self.load()
+
+    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+        return {"test": pictures_of(self.set, self.name.removeprefix("zero-shot "))}
+
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+        classes = self.set.classifier(tower)
+        return (
+            (tower.embeddings(pictures["test"]) @ classes.T).argmax(1) == torch.tensor(self.set.labels)
+        ).numpy()
+
+
+def pictures_of(labelled: LabelledSet, name: str) -> Pictures:
+    """A set's pictures as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
+    if not labelled.border:
+        return sources.pictures(labelled.sources, name)
+    name = f"{name} without {labelled.border} pixels of border"
+    return sources.pictures(
+        labelled.sources, name, change=lambda picture, _: without_border(picture, labelled.border)
+    )
+
+
+def without_border(picture: np.ndarray, border: int) -> Iterator[np.ndarray]:
+    """`[H, W, 3]` less so many pixels on every side."""
+    yield picture[border : picture.shape[0] - border, border : picture.shape[1] - border]
+
+
+BY_NAME: dict[str, type[ZeroShot]] = {}
+"""The benchmarks of this file by their sets, which others show too."""
+
+
+def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], LabelledSet]) -> None:
+    kind = "".join(part.capitalize() for part in name.replace("/", "-").replace("_", "-").split("-"))
+    members = {
+        "name": f"zero-shot {name}",
+        "needs": needs,
+        "load": load,
+        "item_set": name,
+        "__doc__": f"{name}, all its pictures.",
+    }
+    BY_NAME[name] = register(type(f"ZeroShot{kind}", (ZeroShot,), members | {"__module__": __name__}))
+
+
+for _name, (_paths, _what, _classes) in IMAGENET_VARIANTS.items():
+    _declare(
+        _name,
+        {_paths: _what},
+        lambda self, paths=_paths, classes=_classes: imagenet_like(self.path(paths), classes),
+    )
+_declare(
+    "objectnet",
+    {OBJECTNET: "ObjectNet, as its archive unpacks: images and mappings"},
+    lambda self: objectnet(self.path(OBJECTNET)),
+)
+for _name in VTAB:
+    _declare(
+        f"vtab/{_name}",
+        {webdataset_paths(_name, "test"): "of clip-benchmark's webdataset, to be tested"},
+        lambda self, name=_name: webdataset(self.path(webdataset_paths(name, "test")).parent, "test"),
+    )

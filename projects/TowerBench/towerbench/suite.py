@@ -1,0 +1,363 @@
+"""Runs benchmarks on towers: tower by tower, benchmark by benchmark, seed by seed; what is finished is not repeated."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from demoworld import files
+from towerbench import statistics
+from towerbench.errors import CheckpointError
+from towerbench.features import FeatureStore, Pictures
+from towerbench.registry import FAMILIES, Benchmark, Context
+from towerbench.towers import Tower
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+SCORES = "scores"
+
+PICTURE_SECONDS = 0.0085
+"""What a picture of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tower to be compared: its label, and the tag or file of its CLIP."""
+
+    label: str
+    pretrained: str
+
+
+def run(
+    name: str,
+    towers: Sequence[Entry],
+    benchmarks: Sequence[type[Benchmark]],
+    context: Context,
+    *,
+    seeds: int,
+    output: str | os.PathLike,
+    load: Callable[..., Tower] = Tower.load,
+) -> dict[str, Any]:
+    """Evaluate, compare with the first tower, and return what `results.json` holds.
+
+    Args:
+        name: open_clip's name of the architecture.
+        towers: the first is the base.
+        seeds: 0 to seeds - 1 are used.
+        output: gets `scores/TOWER/BENCHMARK.safetensors`, from which an interrupted run goes on.
+        load: as `Tower.load`: what makes a tower of its architecture's name, a tag or file, and a label.
+
+    Raises:
+        TowerBenchError: a tower or data set is broken.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    ready, left_out = [], {}
+    for cls in benchmarks:
+        reason = cls.missing(context)
+        if reason:
+            left_out[cls.name] = reason
+        else:
+            ready.append(Task(cls(context), range(seeds)))
+    about, scores = [], {}
+    texts: dict[str, dict] = {}
+    progress = Progress(len(towers) * _seconds(ready))
+    for entry in towers:
+        tower = load(name, entry.pretrained, label=entry.label)
+        about.append({"label": entry.label, "weights": entry.pretrained, "sha256": tower.sha256})
+        if not tower.has_map:
+            whole = _seconds(ready)
+            for task in [task for task in ready if task.needs_map]:
+                left_out[task.benchmark.name] = f"{name} is no plain vision transformer"
+                logger.info("not run: %s: %s", task.benchmark.name, left_out[task.benchmark.name])
+                ready.remove(task)
+            progress.skip(len(towers) * (whole - _seconds(ready)))
+        shared = texts.setdefault(tower.text_sha256, {})
+        scores[entry.label] = evaluate(tower, ready, output, shared, progress)
+        del tower
+    progress.end()
+    return _results(name, about, [task.benchmark for task in ready], scores, context, seeds, left_out)
+
+
+class Task:
+    """A benchmark with its sets of pictures for every seed.
+
+    Args:
+        seeds: those that are asked for; a benchmark that knows fewer takes them modulo its number.
+        every_seed: readouts too are trained once a seed, however long it takes (`quick_seeds` is not asked).
+    """
+
+    def __init__(self, benchmark: Benchmark, seeds: Sequence[int], *, every_seed: bool = False) -> None:
+        self.benchmark = benchmark
+        limits = [benchmark.max_seeds, None if every_seed else benchmark.quick_seeds]
+        most = min((limit for limit in limits if limit is not None), default=None)
+        self.seeds = sorted({seed if most is None else seed % most for seed in seeds})
+        self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
+
+    @property
+    def pictures(self) -> list[Pictures]:
+        return [pictures for named in self.sets for pictures in named.values()]
+
+    @property
+    def needs_map(self) -> bool:
+        return any(pictures.dense or pictures.scale != 1 for pictures in self.pictures)
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the scores besides the tower."""
+        cls = type(self.benchmark)
+        sets = [[(n, *p.identity, p.count, p.dense) for n, p in named.items()] for named in self.sets]
+        parts = [cls.name, cls.version, self.benchmark.context.split, self.seeds, sets]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _seconds(tasks: Sequence[Task]) -> float:
+    """What tasks cost a tower together: each picture once, and every readout."""
+    passed = {pictures.identity: pictures for task in tasks for pictures in task.pictures}
+    readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
+    return readouts + sum(_passing_seconds(pictures, pictures.count) for pictures in passed.values())
+
+
+def _passing_seconds(pictures: Pictures, count: int) -> float:
+    """What `count` of a set's pictures cost."""
+    return PICTURE_SECONDS * pictures.scale**2 * count
+
+
+def evaluate(
+    tower: Tower,
+    tasks: Sequence[Task],
+    output: Path,
+    texts: dict[str, torch.Tensor] | None = None,
+    progress: "Progress | None" = None,
+) -> dict[str, np.ndarray]:
+    """Scores `[seeds, items, k]` of one tower by benchmark; what `output` has of them is not computed again.
+
+    Args:
+        tasks: all on data that are there.
+        texts: text embeddings, shared among towers of one text tower.
+        progress: None: one of its own.
+    """
+    progress = progress or Progress(_seconds(tasks))
+    folder = output / SCORES / tower.sha256[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(folder)
+    found = {task.benchmark.name: _read(folder, task) for task in tasks}
+    open_tasks = [task for task in tasks if found[task.benchmark.name] is None]
+    progress.skip(_seconds(tasks) - _seconds(open_tasks))
+    for task in tasks:
+        if task not in open_tasks:
+            progress.say(f"{tower.label}: {task.benchmark.name}: finished before")
+    users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
+    announced = [pictures for task in open_tasks for pictures in task.pictures]
+
+    def passed(pictures: Pictures, count: int) -> None:
+        progress.spent(_passing_seconds(pictures, count))
+
+    store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)
+    try:
+        for task in open_tasks:
+            rows = []
+            for seed, sets in zip(task.seeds, task.sets, strict=True):
+                progress.say(f"{tower.label}: {task.benchmark.name}, seed {seed}")
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
+                rows.append(scores.reshape(len(scores), -1))
+                progress.spent(task.benchmark.readout_seconds)
+                users.subtract(pictures.identity for pictures in sets.values())
+                for pictures in sets.values():
+                    if users[pictures.identity] == 0:
+                        store.release(pictures)
+            found[task.benchmark.name] = np.stack(rows)
+            _write(folder, task, found[task.benchmark.name])
+    finally:
+        store.close()
+    return found
+
+
+def _file(folder: Path, task: Task) -> Path:
+    return folder / f"{task.benchmark.name.replace('/', '-')}.safetensors"
+
+
+def _read(folder: Path, task: Task) -> np.ndarray | None:
+    file = _file(folder, task)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="np") as content:
+            same = content.metadata()["fingerprint"] == task.fingerprint()
+            return content.get_tensor("scores") if same else None
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: is no whole file of scores ({error}); remove it") from error
+
+
+def _write(folder: Path, task: Task, scores: np.ndarray) -> None:
+    metadata = {"fingerprint": task.fingerprint(), "benchmark": task.benchmark.name}
+    files.write_tensors(_file(folder, task), {"scores": torch.from_numpy(scores)}, metadata)
+
+
+# ---------------------------------------------------------------- results
+
+
+def _results(
+    name: str,
+    about: list[dict],
+    benchmarks: Sequence[Benchmark],
+    scores: dict[str, dict[str, np.ndarray]],
+    context: Context,
+    seeds: int,
+    left_out: dict[str, str],
+) -> dict[str, Any]:
+    base, *others = [entry["label"] for entry in about]
+    tables = {}
+    for other in others or [None]:
+        parts = {
+            benchmark.name: statistics.compare(
+                benchmark.name,
+                scores[base][benchmark.name],
+                scores[other][benchmark.name] if other else None,
+                benchmark.figure,
+                item_set=benchmark.item_set,
+            )
+            for benchmark in benchmarks
+        }
+        tables[other] = compared(benchmarks, parts)
+    found = {
+        "schema": SCHEMA,
+        "model": name,
+        "towers": about,
+        "split": context.split,
+        "seeds": seeds,
+        "rule": statistics.RULE,
+        "left_out": left_out,
+    }
+    for key in ("families", "mean", "benchmarks"):
+        several = {other: table[key] for other, table in tables.items()}
+        found[key] = several if len(others) > 1 else next(iter(several.values()))
+    return found
+
+
+def compared(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Comparison]) -> dict[str, Any]:
+    """`families`, `mean` (over those that are out of domain) and `benchmarks` of results.json.
+
+    Args:
+        parts: one comparison a benchmark, by its name.
+    """
+    families, in_domain, metrics = {}, {}, {}
+    for family in FAMILIES:
+        own = [benchmark for benchmark in benchmarks if benchmark.family == family]
+        outside = [benchmark for benchmark in own if not benchmark.in_domain]
+        counted = outside or own  # one that is in-domain altogether is shown, and marked
+        if counted:
+            families[family] = statistics.mean([parts[benchmark.name] for benchmark in counted])
+            in_domain[family] = not outside
+            names = list(dict.fromkeys(benchmark.metric for benchmark in counted))
+            metrics[family] = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    tested = {name: part.p_value() for name, part in families.items() if not in_domain[name]}
+    adjusted = statistics.holm({name: p for name, p in tested.items() if p is not None})
+    rows = [
+        _row(name, metrics[name], part, adjusted.get(name)) | {"in_domain": in_domain[name]}
+        for name, part in families.items()
+    ]
+    outside = [part for name, part in families.items() if not in_domain[name]]
+    mean = None
+    if outside:
+        whole = statistics.mean(outside)
+        mean = _row("mean", f"mean over {len(outside)} families out of domain", whole, whole.p_value())
+    details = [
+        _row(benchmark.name, benchmark.metric, parts[benchmark.name], None)
+        | {"family": benchmark.family, "in_domain": benchmark.in_domain}
+        | {"baselines": {name: _rounded(100 * value) for name, value in benchmark.baselines().items()}}
+        for benchmark in benchmarks
+    ]
+    for row in details:
+        del row["verdict"], row["p_adjusted"]  # verdicts are on families
+    return {"families": rows, "mean": mean, "benchmarks": details}
+
+
+def _row(name: str, metric: str, part: statistics.Comparison, adjusted: float | None) -> dict[str, Any]:
+    low, high = part.interval()
+    return {
+        "name": name,
+        "metric": metric,
+        "base": _rounded(part.base),
+        "tuned": _rounded(part.tuned),
+        "difference": _rounded(part.difference),
+        "low": _rounded(low),
+        "high": _rounded(high),
+        "verdict": statistics.verdict(part.difference, adjusted),
+        "n": part.n,
+        "p": _rounded(part.p_value()),
+        "p_adjusted": _rounded(adjusted),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
+
+    Args:
+        total: what all will cost, in seconds of the machine that costs were measured on.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self.skipped = total, 0.0, 0.0
+        self.start, self.what = time.monotonic(), ""
+        self.terminal = sys.stderr.isatty()
+
+    def spent(self, cost: float) -> None:
+        """What cost so much is done."""
+        self.done += cost
+        if self.terminal:
+            self._print()
+
+    def skip(self, cost: float) -> None:
+        """What would cost so much need not be done."""
+        self.skipped += cost
+
+    def say(self, what: str) -> None:
+        """What is done now."""
+        self.what = what
+        if self.terminal:
+            self._print()
+        else:
+            logger.info("%s", self.line())
+
+    def end(self) -> None:
+        """The last line."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        logger.info("evaluated in %s", _clock(time.monotonic() - self.start))
+
+    def line(self) -> str:
+        """As it is shown: share, what, time gone, and time left where it can be told."""
+        gone = time.monotonic() - self.start
+        share = (self.done + self.skipped) / self.total if self.total else 1.0
+        left = ""
+        if self.done and share < 1:
+            left = f", about {_clock(gone / self.done * self.total * (1 - share))} left"
+        return f"[{100 * share:3.0f} %] {self.what} ({_clock(gone)} gone{left})"
+
+    def _print(self) -> None:
+        print(f"\r\033[K{self.line()}", end="", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

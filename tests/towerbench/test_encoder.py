@@ -1,0 +1,34 @@
+"""open_clip's own pass at any size: its maps and embeddings are those of visft's CLIPViT, which has another code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from towerbench.encoder import OpenClipEncoder
+from visft.backbone import CLIPViT, open_clip_zoo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backbone"))
+from families import NATIVE, REFUSED, TIMM, images_for, relative, small_clip  # noqa: E402
+
+
+@pytest.mark.parametrize("name", NATIVE + TIMM)
+@torch.no_grad()
+def test_maps_and_embeddings_at_the_native_size_and_at_twice_that(name):
+    clip = small_clip(name)
+    assert OpenClipEncoder.fits(clip.visual)
+    encoder, backbone, images = OpenClipEncoder(clip.visual), CLIPViT(clip.visual).eval(), images_for(clip)
+    height, width = (2 * side // encoder.stride * encoder.stride for side in images.shape[-2:])
+    larger = torch.nn.functional.interpolate(images, (height, width - encoder.stride))
+    for batch in (images, larger, images):
+        for found, expected in zip(
+            encoder.map_and_embedding(batch), backbone.map_and_embedding(batch), strict=True
+        ):
+            assert found.shape == expected.shape and relative(found, expected) < 1e-4
+    assert relative(encoder.map_and_embedding(images)[1], clip.encode_image(images, normalize=False)) < 1e-5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_plain_vision_transformer_has_no_map(name):
+    assert not OpenClipEncoder.fits(open_clip_zoo.meta_tower(name))
