@@ -8,7 +8,9 @@ It stands in for a GPU in one respect only, where tensors are. Nothing is said a
 """
 
 import contextlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -24,6 +26,17 @@ _aten = torch.ops.aten
 _MOVES = {_aten._to_copy.default, _aten.copy_.default}
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _JOINING = {_aten.cat.default, _aten.stack.default}
+_READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+_SIZED_BY_VALUES = {
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_dim.default,
+    _aten.repeat_interleave.Tensor,
+}
+
+waits: list[str] = []
+"""Where the program waited for the device: it read a value, or made a tensor whose size depends on values."""
 
 
 class Elsewhere(torch.Tensor):
@@ -62,12 +75,25 @@ def _run(func, args, kwargs):
     here = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     if "device" in kwargs:
         here["device"] = torch.device("cpu")
+    if any(isinstance(leaf, Elsewhere) for leaf in tree_leaves((args, kwargs))) and _waits(func, args, there):
+        _note(str(func))
     held_args, held_kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, here))
     result = func(*held_args, **held_kwargs)
     if not there:
         return result
     result = tree_map_only(torch.Tensor, Elsewhere, result)
     return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def _waits(func, args, there: bool) -> bool:
+    if func in _INDEXING:
+        return any(isinstance(part, Elsewhere) and part.dtype == torch.bool for part in args[1])
+    return func in _READS | _SIZED_BY_VALUES or (func in _MOVES and not there)
+
+
+def _note(what: str) -> None:
+    own = [frame for frame in traceback.extract_stack() if "/visft/" in frame.filename]
+    waits.append(f"{what}, {Path(own[-1].filename).name}:{own[-1].lineno}" if own else what)
 
 
 def _check(func, args, kwargs) -> None:
@@ -103,6 +129,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.tolist and isinstance(args[0], Elsewhere):
+            _note("tolist")
             return args[0].held.detach().tolist()
         if func is torch.Tensor.new_tensor:
             device = kwargs.pop("device", args[0].device)

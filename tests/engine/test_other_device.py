@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from other_device import DEVICE, Elsewhere, other_device
+from other_device import DEVICE, Elsewhere, other_device, waits
 from safetensors.torch import load_file
 from tiny_run import tiny_arguments
 
@@ -135,6 +135,33 @@ def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path
     assert moved.keys() == expected.keys() and expected
     for name, tensor in expected.items():
         torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "heads_that_match"),
+    [("heads", 2), ("heads, transformer", 0), ("lora", 2), ("lora, balanced", 2), ("lora, objectives", 0)],
+)
+def test_a_step_waits_for_the_device_once_and_once_for_each_matching(
+    case, heads_that_match, shapes_train, captions, tmp_path, monkeypatch
+):
+    """However large the batch is: the losses and the norm come together, and scipy assigns on the host."""
+    stage, keys = CASES[case]
+    run_step, found = StageTrainer.run_step, []
+
+    def noted(trainer: StageTrainer) -> None:
+        waits.clear()
+        run_step(trainer)
+        found.append(list(waits))
+
+    monkeypatch.setattr(StageTrainer, "run_step", noted)
+    for size in (1, 3):
+        batch = {f"VISFT.SOLVER.{stage.upper()}.IMS_PER_BATCH": size}
+        with other_device():
+            trained(DEVICE.type, stage, keys | batch, shapes_train, captions, tmp_path / str(size))
+    assert len(found) == 4
+    for step in found:
+        assert sum("matcher.py" in wait for wait in step) == heads_that_match
+        assert len(step) == heads_that_match + 1, step
 
 
 def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):

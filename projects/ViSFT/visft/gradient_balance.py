@@ -40,6 +40,6 @@ class _EqualNorms(torch.autograd.Function):
             torch.distributed.all_reduce(squares)
         there = squares > 0
         norms = squares.sqrt() / ctx.weights
-        mean = norms[there].sum() / there.sum().clamp(min=1)
+        mean = torch.where(there, norms, 0).sum() / there.sum().clamp(min=1)
         factors = torch.where(there, mean / norms, torch.ones_like(norms))
         return sum(f.to(g.dtype) * g for f, g in zip(factors, gradients, strict=True)), None

@@ -102,51 +102,73 @@ class StageTrainer(TrainerBase):
             TrainingError: if a loss or the gradient is not finite; the weights are then as before the step.
         """
         seed_iteration(self.seed, self.stage, self.iter)
-        metrics: dict[str, float] = {}
-        images: list[dict] = []
+        passes: list[tuple[list[dict], dict[str, torch.Tensor]]] = []
         data_time = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.accumulate):
             start = time.perf_counter()
             batch = next(self.batches)
             data_time += time.perf_counter() - start
-            images += batch
             with self._autocast():
                 losses = self.model(batch)
-            values = _values(losses)
-            self._require_finite(values, images)
-            for name, value in values.items():
-                metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
+            passes.append((batch, {name: loss.detach() for name, loss in losses.items()}))
             total = sum(losses.values())
             if total.requires_grad:
                 self.scaler.scale(total / self.accumulate).backward()
         average_gradients(self.parameters)
-        if any(parameter.grad is not None for parameter in self.parameters):
-            self._step(images)
+        norm = self._clip()
+        metrics = self._read(passes, norm)
+        if norm is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self._log(metrics, data_time)
 
-    def _step(self, images: list[dict]) -> None:
+    def _clip(self) -> torch.Tensor | None:
+        """Clip the gradient; its norm before, None if there is no gradient."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            return None
         self.scaler.unscale_(self.optimizer)
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not np.isfinite(norm) and not self.scaler.is_enabled():
-            raise self._error("the gradient's norm", norm, images)
-        self.storage.put_scalar("grad_norm", norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def _read(
+        self, passes: list[tuple[list[dict], dict[str, torch.Tensor]]], norm: torch.Tensor | None
+    ) -> dict[str, float]:
+        """The losses' means over the passes, checked, as is the gradient's norm.
+
+        All numbers of a step come from the device at once: each time the program waits for it, it falls idle after.
+
+        Raises:
+            TrainingError: one is not finite, here or in another process.
+        """
+        scalars = [loss for _, losses in passes for loss in losses.values()] + (
+            [] if norm is None else [norm]
+        )
+        values = iter(torch.stack([scalar.float() for scalar in scalars]).tolist())
+        metrics: dict[str, float] = {}
+        broken: list[TrainingError] = []
+        for images, losses in passes:
+            for name, value in zip(losses, values, strict=False):
+                metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
+                if not np.isfinite(value):
+                    broken.append(self._error(f"the loss {name}", value, images))
+        # Every process has to stop, or the others would wait for this one's gradients.
+        if sum(comm.all_gather(len(broken))) if comm.get_world_size() > 1 else broken:
+            if broken:
+                raise broken[0]
+            raise TrainingError(f"stage {self.stage}, iteration {self.iter}: another process stopped")
+        if norm is not None:
+            value = next(values)
+            if not np.isfinite(value) and not self.scaler.is_enabled():
+                images = [image for batch, _ in passes for image in batch]
+                raise self._error("the gradient's norm", value, images)
+            self.storage.put_scalar("grad_norm", value)
+        return metrics
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _require_finite(self, values: dict[str, float], images: list[dict]) -> None:
-        broken = [name for name, value in values.items() if not np.isfinite(value)]
-        # Every process has to stop, or the others would wait for this one's gradients.
-        if sum(comm.all_gather(len(broken))) if comm.get_world_size() > 1 else broken:
-            if broken:
-                raise self._error(f"the loss {broken[0]}", values[broken[0]], images)
-            raise TrainingError(f"stage {self.stage}, iteration {self.iter}: another process stopped")
 
     def _error(self, what: str, value: float, images: list[dict]) -> TrainingError:
         names = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in images)
@@ -168,10 +190,3 @@ class StageTrainer(TrainerBase):
         if mean:
             self.storage.put_scalar("total_loss", sum(mean.values()))
             self.storage.put_scalars(**mean)
-
-
-def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """All losses as numbers, in one transfer from the device."""
-    return dict(
-        zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True)
-    )

@@ -124,7 +124,7 @@ class CaptioningHead(VisftHead):
         captions = self._captions(images)
         tokens = pad_sequence(captions, batch_first=True, padding_value=self.vocabulary.pad)
         tokens = tokens.to(features.device)
-        lengths = torch.tensor([len(caption) - 1 for caption in captions], device=features.device)
+        lengths = torch.tensor([len(caption) - 1 for caption in captions])
         return self.caption_losses(self.cells(features), tokens, lengths, normalizers)
 
     def caption_losses(
@@ -135,15 +135,16 @@ class CaptioningHead(VisftHead):
         Args:
             cells: `[N, P, C]`.
             tokens: captions `[N, T]`, start and end included, padded.
-            lengths: `[N]` words to be said, ends included.
+            lengths: `[N]` words to be said, ends included; on the CPU, or the program waits for the device.
             normalizers: `[2]`, of `normalizers`.
         """
         hidden, attention = self.decoder(cells, tokens[:, :-1])
-        said = torch.arange(hidden.shape[1], device=tokens.device) < lengths[:, None]
+        said = torch.arange(hidden.shape[1], device=lengths.device) < lengths[:, None]
+        words_at, said = said.flatten().nonzero()[:, 0].to(tokens.device), said.to(tokens.device)
         # Only where there is a word: the vocabulary makes scores the largest tensor by far.
-        scores = self.decoder.scores(hidden[said]).float()
+        scores = self.decoder.scores(hidden.flatten(0, 1).index_select(0, words_at)).float()
         words, captions = nonzero_count(normalizers.to(scores.device)).unbind()
-        loss = F.cross_entropy(scores, tokens[:, 1:][said], reduction="sum") / words
+        loss = F.cross_entropy(scores, tokens[:, 1:].flatten()[words_at], reduction="sum") / words
         return {"loss_words": loss, **self.attention_losses(attention * said[..., None], captions)}
 
     def attention_losses(self, attention: Tensor, captions: Tensor) -> dict[str, Tensor]:
