@@ -10,6 +10,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from detectron2.config import get_cfg
 from families import relative, small_clip
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ import demoworld
 import visft
 from demoworld import tower as demo_tower
 from visft.backbone import CLIPViT, open_clip_zoo
+from visft.engine import checks
 from visft.errors import CheckpointError, ConfigError
 
 PACKAGES = [str(Path(package.__file__).parents[1]) for package in (visft, demoworld)]
@@ -172,6 +174,13 @@ def test_activation_is_the_tags(quick_tag, known, tmp_path, monkeypatch, caplog)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, wrong, atol=1e-3)
     assert base.name == ("visft-tiny-quickgelu" if known else "visft-tiny")
+    # A run names its tower so; the config that it was started with, which has the other name, is that of the run.
+    run, cfg = tmp_path / "run.safetensors", get_cfg()
+    save_file({"heads.detection.x": torch.ones(1)}, run, {"visft": json.dumps({"base": {"name": base.name}})})
+    visft.add_visft_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "ViSFT", str(run)
+    cfg.MODEL.CLIP_VIT.NAME, cfg.MODEL.CLIP_VIT.PRETRAINED = "visft-tiny", quick_tag
+    checks._weight_files(cfg)
     assert "want QuickGELU" in caplog.text
 
 

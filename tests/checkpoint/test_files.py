@@ -106,6 +106,23 @@ def test_cut_off_files_are_refused_by_name(tmp_path, kind):
             files.read_shapes(path)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_cause_is_what_the_bytes_tell(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    for content, words in (
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page: fetch"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of Git LFS"),
+        (b"nothing that is known here", "it was cut off, or is of another format"),
+        (safetensors.torch.save({"a": torch.zeros(100)})[:-7], "it was cut off after"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            files.read_tensors(path)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    with pytest.raises(CheckpointError, match="is a TorchScript archive, which holds code"):
+        files.read_shapes(tmp_path / "script.pt")
+
+
 def test_missing_files_folders_and_other_content(tmp_path):
     with pytest.raises(CheckpointError, match="no such weight file"):
         files.read_tensors(tmp_path / "absent.pt")

@@ -14,7 +14,8 @@ def _add_backbone(cfg: CN) -> None:
     cfg.MODEL.CLIP_VIT = vit = CN()
     # Architecture: a name that open_clip knows (`open_clip.list_models()`), or `visft-tiny`.
     vit.NAME = "ViT-B-16"
-    # Its weights: an open_clip tag, a file (.safetensors, .pt; also `visft://NAME`), or "" for random weights.
+    # Its weights: an open_clip tag, a file (.safetensors, .pt; also `visft://NAME`), the folder of a CLIP of
+    # transformers (a path with a separator, as ./clip), or "" for random weights.
     vit.PRETRAINED = ""
     # `keep`: the class token stays in the sequence, as in CLIP. `drop`: the authors' dense forward (patches alone).
     vit.CLASS_TOKEN = "keep"

@@ -118,7 +118,7 @@ def _embed(text: TextTower, tokens: Tensor) -> Tensor:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(file, {"embeddings": embeddings}, {"base": text.sha256})
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         logger.info("text embeddings are not cached: %s", error)
     return embeddings
 

@@ -1,6 +1,5 @@
 """Models of open_clip by name, the demo tower `visft-tiny` among them; open_clip is imported when first needed."""
 
-import contextlib
 import difflib
 import hashlib
 import importlib
@@ -8,19 +7,17 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from detectron2.utils.file_io import PathManager
-from safetensors.torch import save_file
 from torch import nn
 
-from ..checkpoint import files
 from ..errors import CheckpointError, ConfigError
+from . import base_file, hugging_face_base
 
 logger = logging.getLogger(__name__)
 
@@ -138,17 +135,20 @@ def check_pretrained(name: str, pretrained: str | None) -> None:
 
 
 def local_file(pretrained: str) -> str:
-    """Where a base lies that is given by an address which detectron2's PathManager knows, as `visft://NAME`.
+    """The file of a base that is given by an address which detectron2's PathManager knows, as `visft://NAME`, or by a
+    folder of a model of transformers.
 
-    It is downloaded if need be. A tag or a path is returned as it is.
+    The former is downloaded if need be. A tag or another path is returned as it is.
 
     Raises:
         CheckpointError: it cannot be had.
     """
-    if "://" not in pretrained:
-        return pretrained
     try:
-        return PathManager.get_local_path(pretrained)
+        if "://" in pretrained:
+            return PathManager.get_local_path(pretrained)
+        if os.sep in pretrained and os.path.isdir(pretrained):
+            return str(hugging_face_base.weights_in(Path(pretrained)))
+        return pretrained
     except CheckpointError as error:
         raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
 
@@ -221,8 +221,8 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     Args:
         name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
             `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
-        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`), or None for random
-            weights.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; what is seen through
+            says `base_file.as_open_clip_reads`), a folder with a CLIP of transformers, or None for random weights.
 
     Raises:
         ConfigError: unknown name or tag.
@@ -239,10 +239,33 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
             nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
         return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
     path = weight_file(name, pretrained)
+    asked, (name, quick_gelu) = name, trained_name(name, pretrained)
+    if quick_gelu:
+        logger.warning(
+            "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s-quickgelu, so loading an "
+            "export takes force_quick_gelu=True",
+            pretrained,
+            name,
+            name,
+        )
+    elif name != asked:
+        logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, asked, name)
+    tag = module.get_pretrained_cfg(name, pretrained)
     try:
-        name, quick_gelu = _with_activation_of_tag(name, pretrained)
-        with _as_open_clip_reads(name, pretrained, path) as given:
-            clip = module.create_model(name, pretrained=given, weights_only=True, force_quick_gelu=quick_gelu)
+        if tag or path.endswith(".npz"):  # big_vision's, which open_clip knows by its suffix
+            clip = _create(name, pretrained if tag else path, quick_gelu)
+        else:
+            expected = meta_clip(name).state_dict()
+            with base_file.as_open_clip_reads(path, expected) as given:
+                try:
+                    clip = _create(name, given, quick_gelu)
+                except RuntimeError as error:
+                    reason = base_file.misfit(given, expected) or _first_line(error)
+                    raise CheckpointError(
+                        f"{path} cannot be loaded as a whole {name}: {reason}; give a whole CLIP of this architecture, "
+                        "or name the file's in MODEL.CLIP_VIT.NAME."
+                    ) from error
+        base_file.require_finite(clip, path)
     except CheckpointError as error:
         raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
     except Exception as error:
@@ -253,45 +276,37 @@ def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Ba
     return clip.eval(), BaseTower(name, pretrained, _sha256_file(path))
 
 
-@contextlib.contextmanager
-def _as_open_clip_reads(name: str, pretrained: str, path: str) -> Iterator[str]:
-    """A tag as it is; a file, or where its names are wrapped in a way that open_clip does not know, a copy without.
-
-    open_clip itself takes off `state_dict` and `module.`.
-    """
-    tag = open_clip().get_pretrained_cfg(name, pretrained)
-    # open_clip also reads big_vision's .npz, by its suffix.
-    if tag or path.endswith(".npz") or not files.is_wrapped(path):
-        yield pretrained if tag else path
-        return
-    logger.info("%s: its names are wrapped, as by torch.compile; they are read without that", path)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, "unwrapped.safetensors")
-        save_file({key: value.clone() for key, value in files.read_tensors(path).items()}, copy)
-        yield copy
-
-
-def _with_activation_of_tag(name: str, pretrained: str) -> tuple[str, bool]:
-    """The architecture that a tag's weights were trained as, and whether QuickGELU must be forced on it.
+def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
+    """The architecture that weights were trained as, and whether QuickGELU must be forced on it.
 
     Weights do not tell the activation that they were trained with; loaded under the other one they are worse, silently.
+    A tag tells it, or the `config.json` beside weights of transformers.
+
+    Raises:
+        CheckpointError: the weights want GELU, the architecture has QuickGELU.
     """
     module = open_clip()
-    tag = module.get_pretrained_cfg(name, pretrained) or {}
-    if not tag.get("quick_gelu") or (module.get_model_config(name) or {}).get("quick_gelu"):
+    tag = module.get_pretrained_cfg(name, pretrained) if pretrained else None
+    quick = (module.get_model_config(name) or {}).get("quick_gelu", False)
+    if tag or not pretrained:
+        wanted = "quick_gelu" if (tag or {}).get("quick_gelu") else ""
+    else:
+        wanted = hugging_face_base.activation_of(Path(local_file(pretrained)))
+    if wanted == "gelu" and quick:
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: the config.json of {pretrained} says hidden_act gelu, and {name} has "
+            f"QuickGELU; set MODEL.CLIP_VIT.NAME {name.removesuffix('-quickgelu')}"
+        )
+    if wanted != "quick_gelu" or quick:
         return name, False
     other = f"{name}-quickgelu"
-    if other in module.list_models() and module.get_pretrained_cfg(other, pretrained):
-        logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, name, other)
+    if other in module.list_models() and (not tag or module.get_pretrained_cfg(other, pretrained)):
         return other, False
-    logger.warning(
-        "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s, so loading an export "
-        "takes force_quick_gelu=True",
-        pretrained,
-        name,
-        other,
-    )
     return name, True
+
+
+def _create(name: str, weights: str, quick_gelu: bool) -> nn.Module:
+    return open_clip().create_model(name, pretrained=weights, weights_only=True, force_quick_gelu=quick_gelu)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pickle
-import pickletools
 import re
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .damage import cut_off, fault, is_torchscript, names_code
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +116,15 @@ def read_json(path: str | os.PathLike) -> Any:
         CheckpointError: the file is missing or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error}); it may have been cut off.") from error
+        cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+        raise CheckpointError(
+            f"{path}: is no valid JSON ({error}){'; it was cut off' if cut else ''}; write or fetch it again."
+        ) from error
 
 
 def write_safetensors(
@@ -149,7 +153,9 @@ def write_safetensors(
             safetensors.torch.save_file(ready, partial, dict(metadata) if metadata else None)
             _sort_metadata(partial)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        full = "No space left" in str(error)
+        todo = "free some space on its disk" if full else "check the folder and its permissions"
+        raise CheckpointError(f"{path}: cannot be written ({error}); {todo}.") from error
 
 
 def _sort_metadata(path: Path) -> None:
@@ -294,8 +300,7 @@ def _open_safetensors(path: Path) -> Any:
         return safetensors.safe_open(path, framework="pt", device="cpu")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: is no whole safetensors file ({error}); it was cut off or is of another format: "
-            f"fetch it again."
+            f"{path}: is no whole safetensors file ({error}); {fault(path)}: fetch it again."
         ) from error
 
 
@@ -306,10 +311,17 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
             # Advice on pickle protocols, which a user of the file cannot act on.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if is_torchscript(path):
+            raise CheckpointError(
+                f"{path}: is a TorchScript archive, which holds code beside weights, so it was not loaded; give a "
+                "safetensors file or a .pt file of tensors alone (of OpenAI's models, the tag `openai`)."
+            ) from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise cut_off(path, error) from error
         found = _GLOBAL.search(str(error))
-        if found is None and not _names_code(path):
-            raise _cut_off(path, error) from error
+        if found is None and not names_code(path):
+            raise cut_off(path, error) from error
         what = f" ({found.group(1)})" if found else ""
         raise CheckpointError(
             f"{path}: holds pickled objects other than tensors{what}; such a file can run code, so it was not "
@@ -317,25 +329,7 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
         ) from error
     except Exception as error:
         # A damaged archive fails in many ways (RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...).
-        raise _cut_off(path, error) from error
-
-
-def _names_code(path: Path) -> bool:
-    """Whether a bare pickle names a function or class; it is read opcode by opcode, and nothing is run."""
-    try:
-        with open(path, "rb") as file:
-            return any(
-                code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(file)
-            )
-    except ValueError:  # no pickle, or cut off before anything was named
-        return False
-
-
-def _cut_off(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-    return CheckpointError(
-        f"{path}: is no whole weight file ({reason}); it was cut off or is no such file: fetch it again."
-    )
+        raise cut_off(path, error) from error
 
 
 def _flat(content: Any, path: Path, quiet: bool = False) -> dict[str, Tensor]:

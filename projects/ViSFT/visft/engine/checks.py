@@ -253,14 +253,15 @@ def _weight_files(cfg: CfgNode) -> None:
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit") and _is_file(vit.PRETRAINED):
         open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
         try:
-            files.read_shapes(vit.PRETRAINED)
+            files.read_shapes(open_clip_zoo.local_file(vit.PRETRAINED))
         except CheckpointError as error:
             raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+        architecture, _ = open_clip_zoo.trained_name(vit.NAME, vit.PRETRAINED)
         if cfg.MODEL.WEIGHTS:
-            load.check_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS", architecture=vit.NAME)
+            load.check_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS", architecture=architecture)
         for file in cfg.MODEL.VISFT.HEAD_FILES:
-            load.check_file(file, key="MODEL.VISFT.HEAD_FILES", architecture=vit.NAME, heads_only=True)
+            load.check_file(file, key="MODEL.VISFT.HEAD_FILES", architecture=architecture, heads_only=True)
     elif cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
         try:
             files.read_shapes(cfg.MODEL.WEIGHTS)

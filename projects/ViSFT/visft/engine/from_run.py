@@ -39,7 +39,7 @@ def record_of(cfg: CfgNode, model: nn.Module, seed: int) -> RunRecord:
     cfg.defrost()
     cfg.MODEL.PIXEL_MEAN = model.pixel_mean.flatten().tolist()
     cfg.MODEL.PIXEL_STD = model.pixel_std.flatten().tolist()
-    if os.path.isfile(cfg.MODEL.CLIP_VIT.PRETRAINED):
+    if cfg.MODEL.CLIP_VIT.PRETRAINED and _is_path(cfg.MODEL.CLIP_VIT.PRETRAINED):
         cfg.MODEL.CLIP_VIT.PRETRAINED = os.path.abspath(cfg.MODEL.CLIP_VIT.PRETRAINED)
     return RunRecord(yaml.safe_load(cfg.dump()), Classes.known(cfg).to_json(), seed)
 
@@ -191,6 +191,11 @@ def differences(cfg: CfgNode, record: RunRecord) -> list[str]:
     return found
 
 
+def _is_path(base: str) -> bool:
+    """A file; or a folder, which is told from a tag of its name by a separator."""
+    return os.path.isfile(base) or (os.path.sep in base and os.path.isdir(base))
+
+
 def _has_heads(weights: str) -> bool:
     names = [name for file in run_files(weights) for name in files.read_shapes(file)]
     return any(name.startswith("heads.") for name in names)
@@ -234,7 +239,7 @@ def _other_classes(cfg: CfgNode, record: RunRecord) -> list[str]:
 def _check_base(cfg: CfgNode) -> None:
     """Say of a base that is a file, and is not there any more, how it is given."""
     base = cfg.MODEL.CLIP_VIT.PRETRAINED
-    if os.path.sep in base and "://" not in base and not os.path.isfile(base):
+    if os.path.sep in base and "://" not in base and not os.path.exists(base):
         sha256 = (describe(run_files(cfg.MODEL.WEIGHTS)[-1]).get("base") or {}).get("sha256") or "unknown"
         raise CheckpointError(
             f"{cfg.MODEL.WEIGHTS}: was trained on the base {base}, which is not there (SHA-256 {sha256[:12]}...; a run "
