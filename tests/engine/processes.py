@@ -4,6 +4,7 @@ that has. Otherwise they are processes like any other, and can be killed."""
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -25,6 +26,35 @@ def run(tool: str, arguments: list[str], log: Path, **environment: str) -> tuple
     process.join(300)
     assert process.exitcode is not None, f"{tool} hangs: {log.read_text()}"
     return process.exitcode, log.read_text()
+
+
+def start_group(tool: str, arguments: list[str], log: Path, count: int = 2) -> list[multiprocessing.Process]:
+    """Start `count` processes that find each other as torchrun's do. `log` gets a suffix `.0`, `.1`, ..."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    return [
+        start(
+            tool,
+            arguments,
+            log.with_name(f"{log.name}.{rank}"),
+            **common,
+            MASTER_PORT=port,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )
+        for rank in range(count)
+    ]
+
+
+def descendants(pid: int) -> list[int]:
+    """The process ids of the children of a process, and of theirs."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in file.read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
 
 
 def _run(tool: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:

@@ -256,6 +256,8 @@ def _add_run(cfg: CN) -> None:
     # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR, SPICE (Java programs; SPICE
     # also needs Stanford CoreNLP 3.6.0 in pycocoevalcap's spice/lib).
     run.CAPTION_METRICS = ("BLEU", "ROUGE_L", "CIDEr")
+    # Minutes that processes wait for one another before they give up; more than one of them takes to score or to save.
+    run.PROCESS_TIMEOUT = 60.0
     # Formats written to OUTPUT_DIR/export after the last stage, of open_clip, timm, hf, onnx, safetensors, lora,
     # authors, peft; (): none.
     run.EXPORT = ("open_clip",)

@@ -23,3 +23,17 @@ class ExportError(VisftError, RuntimeError):
 
 class TrainingError(VisftError, RuntimeError):
     """Training cannot go on, as when a loss is not finite."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end; its message says how far it has come.
+
+    No `Exception`, as Ctrl-C is none: whoever survives errors must not survive this.
+
+    Attributes:
+        status: exit status of a process that a signal ends, 143 for SIGTERM.
+    """
+
+    def __init__(self, signal: int, message: str = "") -> None:
+        super().__init__(message)
+        self.status = 128 + signal

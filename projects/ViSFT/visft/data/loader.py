@@ -29,6 +29,7 @@ from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
 from visft.data.masks import all_masked, usable
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
+from visft.data.workers import outlive_signals
 from visft.errors import ConfigError, DataError, VisftError
 
 logger = logging.getLogger(__name__)
@@ -278,6 +279,7 @@ class TrainLoader:
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
             generator=own_generator(),
+            worker_init_fn=outlive_signals,
         )
         self._batches: Iterator | None = None
 
@@ -318,6 +320,7 @@ class TestLoader:
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
             generator=own_generator(),
+            worker_init_fn=outlive_signals,
         )
 
     def __len__(self) -> int:

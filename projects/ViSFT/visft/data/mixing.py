@@ -35,6 +35,7 @@ from visft.data.loader import (
 )
 from visft.data.mappers import ViSFTMapper
 from visft.data.repeat_factor import build_repeats, epoch_length
+from visft.data.workers import outlive_signals
 from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -324,6 +325,7 @@ class MixedLoader:
             num_workers=num_workers,
             collate_fn=_as_it_is,
             generator=own_generator(),
+            worker_init_fn=outlive_signals,
         )
         self._batches: Iterator | None = None
 

@@ -169,6 +169,8 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_objectives(cfg)
     check_tasks(cfg, processes)
     _exports(cfg)
+    if not cfg.VISFT.PROCESS_TIMEOUT > 0:
+        raise ConfigError(f"VISFT.PROCESS_TIMEOUT is {cfg.VISFT.PROCESS_TIMEOUT}; expected minutes, above 0")
     is_fast(cfg.VISFT.COCO_METRIC)
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":

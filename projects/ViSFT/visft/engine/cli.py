@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from visft.errors import VisftError
+from visft.errors import Stopped, VisftError
 
 RESUME = "a training goes on with --resume"
 SAME = "the same command continues"
@@ -18,7 +18,8 @@ def guard(
     errors: tuple[type[Exception], ...] = (),
     **kwargs,
 ) -> int:
-    """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C).
+    """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C,
+    143: SIGTERM that a run has heeded).
 
     Args:
         again: how to go on after Ctrl-C; empty: nothing is said of it.
@@ -27,18 +28,22 @@ def guard(
     The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
     Errors that are nobody's input but a defect of ours keep their traceback.
     """
-    if os.environ.get("VISFT_DEBUG", "") not in ("", "0"):
-        function(*args, **kwargs)
-        return 0
+    debug = os.environ.get("VISFT_DEBUG", "") not in ("", "0")
     try:
         function(*args, **kwargs)
+    except Stopped as stop:  # the run has said so in its log
+        return stop.status
     except (VisftError, *errors) as error:
+        if debug:
+            raise
         return _say(str(error))
     except KeyboardInterrupt:
+        if debug:
+            raise
         _say(f"stopped from the keyboard{f' ({again})' if again else ''}")
         return 130
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if debug or (error.filename is None and error.errno is None):
             raise
         return _say(f"{error.filename or 'the system'}: {error.strerror or error}")
     return 0

@@ -8,6 +8,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter
 
 from visft import progress
+from visft.engine import stopping
 from visft.engine.optim import set_learning_rate
 from visft.errors import TrainingError
 
@@ -29,19 +30,24 @@ class LearningRate(HookBase):
 
 
 class Checkpoints(HookBase):
-    """Saves every `period` iterations and after the last; raises TrainingError rather than save broken weights.
+    """Saves at each multiple of the periods and after the last iteration, and when the run is asked to stop.
 
     Args:
         save: called with the number of iterations done, in every process.
-        period: 0: after the last iteration only.
+        periods: of checkpoints, and of what may be interrupted after one (evaluation). 0: never.
+
+    Raises:
+        TrainingError: a weight is not finite; nothing is saved then.
+        Stopped: after the checkpoint, when a process was sent a signal.
     """
 
-    def __init__(self, save: Callable[[int], None], period: int) -> None:
-        self._save, self._period = save, period
+    def __init__(self, save: Callable[[int], None], *periods: int) -> None:
+        self._save, self._periods = save, [period for period in periods if period > 0]
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+        done, end = self.trainer.iter + 1, self.trainer.max_iter
+        stop = stopping.requested()
+        if stop or done == end or any(done % period == 0 for period in self._periods):
             # A finite gradient can still end in weights that are not, with a rate that is far too high.
             if not all(torch.isfinite(parameter).all() for parameter in self.trainer.parameters):
                 raise TrainingError(
@@ -49,6 +55,8 @@ class Checkpoints(HookBase):
                     "nothing is saved; lower BASE_LR"
                 )
             self._save(done)
+        if stop:
+            raise stopping.stopped(stop, f"stage {self.trainer.stage} stops after iteration {done} of {end}")
 
 
 class Progress(HookBase):

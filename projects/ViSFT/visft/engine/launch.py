@@ -1,6 +1,7 @@
 """What `tools/train_net.py` does with its arguments: checks, processes."""
 
 import argparse
+import datetime
 import os
 import socket
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.data import register_own_data
-from visft.engine import checks, cli, from_run, settings, stages, stock
-from visft.errors import ConfigError, TrainingError
+from visft.engine import checks, cli, from_run, run_lock, settings, stages, stock, stopping
+from visft.errors import ConfigError, Stopped, TrainingError
 
 
 def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> int:
@@ -35,10 +36,7 @@ def train(args: argparse.Namespace) -> None:
         _worker(int(os.environ["LOCAL_RANK"]), args, cfg, "env://")
     elif args.num_gpus * args.num_machines > 1:
         url = args.dist_url if args.num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}"
-        context = torch.multiprocessing.start_processes(
-            _guarded_worker, args=(args, cfg, url), nprocs=args.num_gpus, join=False, start_method="spawn"
-        )
-        _join(context)
+        _start_processes(args, cfg, url)
     else:
         run(args, cfg)
 
@@ -77,10 +75,12 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     # (MKL_DYNAMIC), so that a run that is resumed with as many threads has the same bits.
     torch.set_num_threads(torch.get_num_threads())
     runner = stages if cfg.MODEL.META_ARCHITECTURE == "ViSFT" else stock
-    if args.eval_only:
-        runner.evaluate_only(cfg, args)
-    else:
-        runner.run(cfg, args)
+    with stopping.on_signals():
+        if args.eval_only:  # writes nothing that a run writes
+            runner.evaluate_only(cfg, args)
+            return
+        with run_lock.locked(cfg.OUTPUT_DIR):
+            runner.run(cfg, args)
 
 
 def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
@@ -95,15 +95,29 @@ def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo", init_method=url, rank=rank, world_size=world
-    )
+    join_group("nccl" if cuda else "gloo", url, rank, world, cfg.VISFT.PROCESS_TIMEOUT)
     try:
         comm.create_local_process_group(local_world)
         comm.synchronize()
         run(args, cfg)
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():  # a run that ended well has left
+            torch.distributed.destroy_process_group()
+
+
+def join_group(backend: str, url: str, rank: int, world: int, minutes: float) -> None:
+    """Make the process group of a run.
+
+    Args:
+        minutes: VISFT.PROCESS_TIMEOUT, of all that the processes do together.
+    """
+    timeout = datetime.timedelta(minutes=minutes)
+    torch.distributed.init_process_group(
+        backend, init_method=url, rank=rank, world_size=world, timeout=timeout
+    )
+    # What detectron2 gathers goes through a gloo group that it makes without a timeout, of 30 minutes then.
+    gathering = comm._get_global_gloo_group()
+    gathering._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
 
 def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
@@ -115,11 +129,21 @@ def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url
         os._exit(status)  # at once: the other processes are waiting for this one
 
 
-def _join(context: torch.multiprocessing.ProcessContext) -> None:
+def _start_processes(args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
+    """Start one process a GPU and wait for all of them."""
+    pids: list[int] = []
     try:
-        while not context.join():
-            pass
+        with stopping.forwarded(lambda: pids):
+            context = torch.multiprocessing.start_processes(
+                _guarded_worker, args=(args, cfg, url), nprocs=args.num_gpus, join=False, start_method="spawn"
+            )
+            pids += context.pids()
+            while not context.join():
+                pass
     except torch.multiprocessing.ProcessExitedException as error:
+        for number in stopping.SIGNALS:
+            if error.exit_code in (-number, 128 + number):
+                raise Stopped(number) from error
         raise TrainingError(
             f"process {error.error_index} of {len(context.processes)} ended with status {error.exit_code}, so the "
             "others were stopped; its own message stands above"

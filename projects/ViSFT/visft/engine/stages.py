@@ -23,7 +23,7 @@ from visft.checkpoint import files, load
 from visft.checkpoint.run import RunCheckpointer, keep_start, trained_tensors
 from visft.checkpoint.run_folder import PARTS, START, run_files
 from visft.data import LabelledPictures, build_stage_loader, load_labelled
-from visft.engine import evaluate, exporting, report, zero_shot
+from visft.engine import evaluate, exporting, report, stopping, zero_shot
 from visft.engine.feature_cache import cached_features
 from visft.engine.from_run import record_of, seed_of
 from visft.engine.hooks import Checkpoints, LearningRate, Writers
@@ -78,8 +78,18 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
             continue
         _run_stage(cfg, model, stage, state, pictures)
     _require_heads(cfg, folder)
-    _finish(cfg, model, folder, state)
+    if _let_others_go():
+        _finish(cfg, model, folder, state)
     return state.evaluations
+
+
+def _let_others_go() -> bool:
+    """End what the processes do together; True in the main one, which goes on alone for as long as it takes."""
+    main = comm.is_main_process()
+    comm.synchronize()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return main
 
 
 def _are(names: Iterable[str]) -> str:
@@ -144,6 +154,7 @@ class _State:
 def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
     _loggers(folder)
     if comm.is_main_process():
+        files.remove_leftovers(folder)
         if not resume:
             _set_earlier_run_aside(folder)
         report.write_atomically(folder / "config.yaml", cfg.dump())
@@ -284,13 +295,13 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
         )
 
     def periodic_evaluation() -> dict[str, float]:
-        with cache.bypassed():
+        with stopping.released(), cache.bypassed():
             return report.finite_only(_figures(cfg, model, with_zero_shot=False))
 
     made = [
         hooks.IterationTimer(),
         LearningRate(rate),
-        Checkpoints(checkpointer.save, solver.CHECKPOINT_PERIOD),
+        Checkpoints(checkpointer.save, solver.CHECKPOINT_PERIOD, solver.EVAL_PERIOD),
         # The last evaluation is the run's own: it is remembered, so that a kill does not repeat it.
         hooks.EvalHook(solver.EVAL_PERIOD, periodic_evaluation, eval_after_train=False),
     ]
@@ -357,9 +368,6 @@ def _log_figures(step: str, figures: Mapping[str, float]) -> None:
 
 
 def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None:
-    if not comm.is_main_process():
-        comm.synchronize()
-        return
     model.eval()
     exporting.export(cfg, model.backbone, folder / "export")
     if cfg.DATASETS.TEST:
@@ -368,4 +376,3 @@ def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None
     title = f"ViSFT of {cfg.MODEL.CLIP_VIT.NAME} ({cfg.MODEL.CLIP_VIT.PRETRAINED or 'random weights'})"
     evaluations = {step: figures for step, figures in state.evaluations.items() if figures}
     report.write_report(folder, evaluations, title=title)
-    comm.synchronize()

@@ -10,7 +10,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -26,6 +27,7 @@ from torch import nn
 
 from visft.backbone import lr_factor
 from visft.checkpoint import files
+from visft.engine import stopping
 from visft.engine.hooks import Progress
 from visft.errors import CheckpointError, ConfigError
 from visft.evaluation import InstancesEvaluator
@@ -51,6 +53,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         return content if "model" in content else {"model": content}
 
 
+class _Interruptions(HookBase):
+    """Saves a checkpoint after the iteration in which the run is asked to stop, and before each evaluation."""
+
+    def __init__(self, evaluation_period: int) -> None:
+        self._period = evaluation_period
+
+    def after_step(self) -> None:
+        done, stop = self.trainer.iter + 1, stopping.requested()
+        if stop or (self._period > 0 and done % self._period == 0):
+            self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        if stop:
+            raise stopping.stopped(stop, f"training stops after iteration {done} of {self.trainer.max_iter}")
+
+
 class StockTrainer(DefaultTrainer):
     """DefaultTrainer whose optimizer treats a CLIP tower as ViTDet does, and which evaluates by the data set's kind."""
 
@@ -59,6 +75,21 @@ class StockTrainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=self)
         self._hooks.clear()
         self.register_hooks([*self.build_hooks(), Progress()])
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's, and one that heeds signals, before evaluation."""
+        made = super().build_hooks()
+        place = next((i for i, hook in enumerate(made) if isinstance(hook, EvalHook)), len(made))
+        return [*made[:place], _Interruptions(self.cfg.TEST.EVAL_PERIOD), *made[place:]]
+
+    def train(self) -> None:
+        with stopping.held():
+            super().train()
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        with stopping.released():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -13,7 +13,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from visft import progress
+from visft import progress, shared_random
+from visft.engine import stopping
 from visft.engine.hooks import Writers
 from visft.engine.optim import average_gradients
 from visft.errors import TrainingError
@@ -21,18 +22,33 @@ from visft.errors import TrainingError
 _AMP = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def seed_iteration(seed: int, stage: str, iteration: int) -> None:
-    """Seed every global generator for one iteration, alike in all processes.
+def seed_iteration(seed: int, stage: str, iteration: int, rank: int = 0) -> None:
+    """Seed every global generator for one iteration.
 
-    What an iteration draws (dropout, sampled points) then depends on its number alone. A run that was killed
-    continues as if it had not been, whatever ran in between. Sampled points are those of one process with the joined
-    batch (they also depend on the picture), so that the number of processes changes nothing but dropout.
+    What an iteration draws then depends on its number and the process alone. A run that was killed continues as if it
+    had not been, whatever ran in between.
     """
-    text = f"{seed} {stage} {iteration}".encode()
-    value = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    value = _seed_of(seed, stage, iteration, *([rank] if rank else []))
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value % 2**63)
+
+
+def _seed_of(*words: object) -> int:
+    text = " ".join(map(str, words)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@contextlib.contextmanager
+def seeded_iteration(seed: int, stage: str, iteration: int) -> Iterator[None]:
+    """Draws of one iteration: dropout of this process's own; sampled points and the like shared.
+
+    Shared draws are those of one process with the joined batch (they also depend on the image), so that the number of
+    processes changes nothing but dropout.
+    """
+    seed_iteration(seed, stage, iteration, comm.get_rank())
+    with shared_random.seeded(_seed_of(seed, stage, iteration) % 2**63):
+        yield
 
 
 class StageTrainer(TrainerBase):
@@ -82,11 +98,12 @@ class StageTrainer(TrainerBase):
         with EventStorage(start_iter) as self.storage, shown as bar:
             try:
                 self.before_train()
-                for self.iter in range(start_iter, max_iter):
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
-                    bar.update()
+                with stopping.held():
+                    for self.iter in range(start_iter, max_iter):
+                        self.before_step()
+                        self.run_step()
+                        self.after_step()
+                        bar.update()
             except BaseException:
                 for hook in self._hooks:
                     if isinstance(hook, Writers):
@@ -101,7 +118,10 @@ class StageTrainer(TrainerBase):
         Raises:
             TrainingError: if a loss or the gradient is not finite; the weights are then as before the step.
         """
-        seed_iteration(self.seed, self.stage, self.iter)
+        with seeded_iteration(self.seed, self.stage, self.iter):
+            self._run_step()
+
+    def _run_step(self) -> None:
         passes: list[tuple[list[dict], dict[str, torch.Tensor]]] = []
         data_time = 0.0
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from visft import shared_random
 from visft.errors import ConfigError
 from visft.heads.base import VisftHead, nonzero_count
 from visft.heads.caption_search import CaptionDecoder, beam_search
@@ -114,7 +115,7 @@ class CaptioningHead(VisftHead):
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[2]: number of words to be said, ends included; number of captions. Draws the captions of this pass."""
-        self._draw = int(torch.randint(2**62, (1,)))
+        self._draw = shared_random.number()
         lengths = [len(tokens) - 1 for tokens in self._captions(images)]
         return torch.tensor([float(sum(lengths)), float(len(lengths))])
 

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
+from visft import shared_random
 from visft.errors import ConfigError
 from visft.heads.base import num_targets
 from visft.heads.labels import LabelSpace
@@ -42,7 +43,7 @@ class Federated:
     def draw(self, present: Tensor) -> Tensor:
         """[outputs + 1] bool: the classes that take part, and no-object.
 
-        Processes with one state of the CPU's global generator draw the same.
+        All processes draw the same (see `visft.shared_random`).
 
         Args:
             present: [outputs + 1], above 0 for classes annotated in the pictures of any process.
@@ -51,7 +52,7 @@ class Federated:
         weights = torch.where(chosen, 0.0, self.weights)
         missing = min(self.num_classes - int(chosen.sum()), int((weights > 0).sum()))
         if missing > 0:
-            chosen[torch.multinomial(weights, missing)] = True
+            chosen[torch.multinomial(weights, missing, generator=shared_random.generator())] = True
         chosen[-1] = True
         return chosen
 

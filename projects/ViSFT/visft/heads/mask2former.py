@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from visft import shared_random
 from visft.errors import ConfigError
 from visft.heads.base import VisftHead, has_targets, loss_names, nonzero_count, num_targets, original_size
 from visft.heads.classification import best_pairs, build_classification, class_weight_sum
@@ -315,7 +316,7 @@ class Mask2FormerHead(VisftHead):
         All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
         """
         count = self.num_points + self.num_candidates + self.num_points - self.num_important
-        base = int(torch.randint(2**62, (1,)))
+        base = shared_random.number()
         points = []
         for index, image in enumerate(images):
             key = str(image.get("image_id", image.get("file_name", index)))

@@ -6,6 +6,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
+from visft import shared_random
 from visft.backbone.original import OriginalTower
 from visft.objectives.base import Objective
 from visft.objectives.batch import Batch
@@ -59,8 +60,9 @@ class ObjectiveGroup:
 
 
 def draw_number() -> int:
-    """A number of the CPU's generator, which is then as it was: heads draw what they would without objectives."""
-    state = torch.get_rng_state()
-    number = int(torch.randint(2**62, (1,)))
-    torch.set_rng_state(state)
+    """A shared number, after which the generator is as it was: heads draw what they would without objectives."""
+    generator = shared_random.generator()
+    state = generator.get_state()
+    number = shared_random.number()
+    generator.set_state(state)
     return number

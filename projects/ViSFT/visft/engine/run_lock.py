@@ -1,0 +1,74 @@
+"""One run in a folder at a time."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.utils import comm
+
+from visft.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+FILE = ".lock"
+
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Within it no other run can enter `folder`. Every process calls it; the main one holds the lock.
+
+    The lock is POSIX's, on a file in the folder: it ends with its process, however that ends. It is not handed on to
+    loaders' workers, as flock's would be, which outlive a killed process by seconds. NFS has it between machines.
+
+    Raises:
+        TrainingError: another run has it; names its machine and process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = _lock(Path(folder), stack) if comm.is_main_process() else ""
+        if refusal := comm.all_gather(refusal)[0]:
+            raise TrainingError(refusal)
+        yield
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> str:
+    """Take the lock until the stack is closed; returns why that cannot be, or ""."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Opened once: closing any descriptor of a file ends a process's locks on it.
+    file = stack.enter_context(open(folder / FILE, "a+", encoding="utf-8"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            file.seek(0)
+            return (
+                f"OUTPUT_DIR {folder}: another run is writing to it, {_owner(file.read())}; wait for its end, stop "
+                "it, or set OUTPUT_DIR to another folder"
+            )
+        logger.warning(
+            "%s: this file system has no locks (%s), so that a second run in %s would not be refused",
+            folder / FILE,
+            error.strerror,
+            folder,
+        )
+        return ""
+    file.truncate(0)
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    print(json.dumps(about), file=file, flush=True)
+    return ""
+
+
+def _owner(text: str) -> str:
+    try:
+        about = json.loads(text)
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):  # it has not written this yet
+        return "which has just started"

@@ -1,0 +1,29 @@
+"""Draws that are alike in all processes: sampled points, captions, classes. Dropout is each process's own."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_generator: torch.Generator | None = None
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it, `generator` is one of this seed, whatever the processes draw from their global ones."""
+    global _generator
+    before, _generator = _generator, torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        _generator = before
+
+
+def generator() -> torch.Generator:
+    """A generator on the CPU; the global one outside of `seeded`, as under detectron2's own trainer."""
+    return _generator or torch.default_generator
+
+
+def number() -> int:
+    """A number below 2^62, to seed other generators with."""
+    return int(torch.randint(2**62, (1,), generator=generator()))
