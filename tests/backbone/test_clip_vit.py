@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver.build import get_default_optimizer_params
 from families import NATIVE, TIMM, images_for, relative, small_clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visft.backbone import CLIPViT, lora, lr_factor
 from visft.errors import ConfigError
@@ -127,6 +128,7 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(name
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_frozen_weights_in_low_precision_compute_as_if_rounded(name, dtype):
+    """To the precision of the type, which the activations are rounded to as well."""
     rounded = lora.inject(CLIPViT(small_clip(name).visual), rank=2)
     for site in lora.sites(rounded):
         torch.nn.init.normal_(site.adapter.lora_B)
@@ -145,14 +147,37 @@ def test_frozen_weights_in_low_precision_compute_as_if_rounded(name, dtype):
     images = torch.randn(2, 3, 64, 64)
     loss, gradients = loss_and_gradients(rounded.train(), images)
     loss_again, gradients_again = loss_and_gradients(stored.train(), images)
-    assert loss_again == pytest.approx(loss, rel=1e-6)
-    assert all(relative(gradients_again[n], gradients[n]) < 1e-4 for n in gradients)
+    assert loss_again == pytest.approx(loss, rel={"bfloat16": 0.02, "float16": 0.003}[dtype])
+    limit = {"bfloat16": 0.1, "float16": 0.02}[dtype]
+    assert all(relative(gradients_again[n], gradients[n]) < limit for n in gradients)
     before = copy.deepcopy(stored.state_dict())
     lora.merge(stored)
     lora.unmerge(stored)
     assert all(torch.equal(t, before[n]) for n, t in stored.state_dict().items())
     with pytest.raises(ConfigError, match="FROZEN_DTYPE"):
         stored.set_train("full")
+
+
+class Conversions(TorchDispatchMode):
+    """Notes the shapes of tensors that are copied to another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is not None:
+            self.shapes.add(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_frozen_weights_are_never_converted_in_a_forward_pass(name):
+    backbone = CLIPViT(small_clip(name).visual, frozen_dtype="bfloat16")
+    weights = {tuple(p.shape) for b in backbone.blocks for p in b.parameters() if p.dtype == torch.bfloat16}
+    with torch.no_grad(), Conversions() as conversions:
+        backbone(torch.randn(1, 3, 64, 64))
+    assert conversions.shapes and not conversions.shapes & weights
 
 
 def test_frozen_weights_are_kept_for_the_backward_pass_in_low_precision():

@@ -33,7 +33,8 @@ def _add_backbone(cfg: CN) -> None:
     vit.LAYER_DECAY = 1.0
     # Recompute each block's activations in the backward pass: less memory, about a third more time.
     vit.ACTIVATION_CHECKPOINTING = False
-    # Store weights that do not train as `float16` or `bfloat16`; "": leave them as they are.
+    # Store the blocks' weight matrices, while they do not train, as `float16` or `bfloat16`, and compute with them in
+    # that type; `auto`: in that of AMP, if all stages have the same; "": leave them as they are.
     vit.FROZEN_DTYPE = ""
     # Channels of the pyramid's levels (build_clip_vit_fpn_backbone).
     vit.FPN_CHANNELS = 256
@@ -322,6 +323,8 @@ def _solver(base_lr: float, max_iter: int) -> CN:
     solver.ACCUMULATE = 1  # batches a step: gradients are averaged over them
     solver.CHECKPOINT_PERIOD = 5000
     solver.KEEP_CHECKPOINTS = 2  # the latest stay; 0: all, as for a curve over iterations
-    solver.EVAL_PERIOD = 0  # 0: after the stage's last iteration only
-    solver.AMP = ""  # "" (float32), "bfloat16" (CPU and CUDA) or "float16" (CUDA, with loss scaling)
+    solver.EVAL_PERIOD = 0  # after a checkpoint of its own; 0: after the stage's last iteration only
+    # "" (float32), "bfloat16" (CPU and CUDA), "float16" (CUDA, with loss scaling), or "auto": bfloat16 on a GPU that
+    # computes in it, else float32. Evaluation and prediction have the last stage's.
+    solver.AMP = ""
     return solver

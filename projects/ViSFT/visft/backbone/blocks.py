@@ -62,15 +62,16 @@ def projections(block: nn.Module) -> list[Projection]:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """A linear layer whose frozen weight is stored in another type than it is computed in.
+    """A linear layer in the type that its frozen weight is stored in, whatever the activations' type.
 
-    Plain autograd would keep the converted copy of every weight until the backward pass; this converts it again.
+    No weight is converted in the forward pass. In the backward pass it is: gradients are too small for float16.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), bias)
+        low = weight.dtype
+        return F.linear(x.to(low), weight, None if bias is None else bias.to(low)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

@@ -38,8 +38,8 @@ class CLIPViT(Backbone):
             last included.
         train: `none`, `lora` or `full`; see `set_train`.
         activation_checkpointing: recompute each block in the backward pass.
-        frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train. They
-            are computed with in the activations' type. None or "": as they are.
+        frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train, and
+            computed with outside of autocast; other types are kept between them. None or "": as they are.
         base: what the tower's weights came from, when known.
 
     Raises:

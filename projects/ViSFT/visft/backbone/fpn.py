@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
+from .. import precision
 from ..errors import ConfigError
 from . import lora
 from .clip_vit import FEATURE, CLIPViT
@@ -49,7 +50,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
         window_size=node.WINDOW_SIZE,
         global_blocks=node.GLOBAL_BLOCKS,
         activation_checkpointing=node.ACTIVATION_CHECKPOINTING,
-        frozen_dtype=node.FROZEN_DTYPE,
+        frozen_dtype=precision.frozen_type(cfg),
     )
     if wants_lora(cfg):
         adapters = cfg.MODEL.LORA

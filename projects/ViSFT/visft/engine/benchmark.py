@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from visft import precision
 from visft.checkpoint import files
 from visft.data import ViSFTMapper, load_labelled
 from visft.data.loader import TrainLoader
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         build_optimizer(model, solver),
         stage=args.stage,
         clip_norm=solver.CLIP_NORM,
-        amp=solver.AMP,
+        amp=precision.amp_type(cfg, args.stage),
     )
     found = summary(measure(trainer, images, rounds=args.rounds))
     found |= {

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
+from visft import precision
 from visft.backbone import open_clip_zoo
 from visft.backbone.class_text import check_prompts
 from visft.backbone.towers import adapt
@@ -113,7 +114,7 @@ def _tower(cfg: CfgNode) -> None:
     adapt(open_clip_zoo.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
     _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
     _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
-    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, ("", "float16", "bfloat16"))
+    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, precision.FROZEN_TYPES)
     for key in ("PATCH_SIZE", "WINDOW_SIZE"):
         if vit[key] < 0:
             raise ConfigError(
@@ -200,7 +201,7 @@ def _exports(cfg: CfgNode) -> None:
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
-    _one_of(f"{key}.AMP", solver.AMP, ("", "bfloat16", "float16"))
+    _one_of(f"{key}.AMP", solver.AMP, precision.AMP_TYPES)
     if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
     for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):

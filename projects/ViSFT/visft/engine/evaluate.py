@@ -9,7 +9,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from visft import progress
+from visft import precision, progress
 from visft.data import build_test_loader, build_test_mapper
 from visft.data.open_names import names_of
 from visft.engine.drawing import draw_predictions
@@ -33,7 +33,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         _set_names(cfg, model, name)
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
-        with progress.bar(f"evaluation on {name}", len(loader)) as bar:
+        with progress.bar(f"evaluation on {name}", len(loader)) as bar, precision.evaluating(cfg):
             found = inference_on_dataset(model, loader, evaluator, callbacks={"after_inference": bar.update})
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
@@ -49,7 +49,8 @@ def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     _set_names(cfg, model, cfg.DATASETS.TEST[0])
     mapper = build_test_mapper(cfg)
     heads, classes = cfg.MODEL.VISFT.HEADS, named_classes(model)
-    draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
+    with precision.evaluating(cfg):
+        draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
 
 
 def named_classes(model: nn.Module) -> Metadata:

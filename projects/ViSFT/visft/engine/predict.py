@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from visft import precision
 from visft.checkpoint.run_folder import START, newest_checkpoint
 from visft.data import build_test_mapper, read_rgb
 from visft.data.open_names import read_names
@@ -112,15 +113,16 @@ def run(args: argparse.Namespace) -> list[Path]:
     setup_logger(name="visft")
     cfg = with_vocabulary(cfg)
     model = stages.initial_model(cfg, seed_of(weights, cfg.SEED))
-    return predict_files(
-        model,
-        build_test_mapper(cfg),
-        files,
-        Path(args.output),
-        heads=cfg.MODEL.VISFT.HEADS,
-        metadata=named_classes(model),
-        threshold=THRESHOLD if args.threshold is None else args.threshold,
-    )
+    with precision.evaluating(cfg):
+        return predict_files(
+            model,
+            build_test_mapper(cfg),
+            files,
+            Path(args.output),
+            heads=cfg.MODEL.VISFT.HEADS,
+            metadata=named_classes(model),
+            threshold=THRESHOLD if args.threshold is None else args.threshold,
+        )
 
 
 def _config(args: argparse.Namespace) -> CfgNode:

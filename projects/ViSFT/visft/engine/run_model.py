@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
+from visft import precision
 from visft.checkpoint.run import generator_state, set_generator_state
 from visft.data import build_test_mapper
 from visft.data.images import as_rgb
@@ -78,7 +79,8 @@ class RunModel:
             DataError: it is no image, or the channels of an array are not said.
         """
         mapped, _ = self._mapper.resized(as_rgb(image, channels, max_pixels=self.cfg.VISFT.DATA.MAX_PIXELS))
-        output = {name: self._named(found) for name, found in self.model([mapped])[0].items()}
+        with precision.evaluating(self.cfg):
+            output = {name: self._named(found) for name, found in self.model([mapped])[0].items()}
         found = output.pop("instances", None)
         size = (mapped["height"], mapped["width"])
         if found is None:

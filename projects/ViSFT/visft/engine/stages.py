@@ -19,6 +19,7 @@ from detectron2.utils.events import CommonMetricPrinter, JSONWriter, Tensorboard
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from visft import precision
 from visft.checkpoint import files, load
 from visft.checkpoint.run import RunCheckpointer, keep_start, trained_tensors
 from visft.checkpoint.run_folder import PARTS, START, run_files
@@ -58,6 +59,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """
     folder = Path(cfg.OUTPUT_DIR)
     state = _start(cfg, folder, resume=args.resume)
+    _warn_of_untrained_heads(cfg)
     cfg = with_vocabulary(cfg, folder)
     model = initial_model(cfg, state.seed)
     state.record = record_of(cfg, model, state.seed).to_metadata()
@@ -77,7 +79,6 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
             )
             continue
         _run_stage(cfg, model, stage, state, pictures)
-    _require_heads(cfg, folder)
     if _let_others_go():
         _finish(cfg, model, folder, state)
     return state.evaluations
@@ -112,6 +113,7 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
 def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
     """The model before any stage: tower from its base, heads from HEAD_FILES (or fresh), then MODEL.WEIGHTS."""
+    precision.allow_tf32(cfg)
     seed_iteration(seed, "build", 0)
     model = build_model(cfg)
     if cfg.MODEL.WEIGHTS:
@@ -232,7 +234,7 @@ def _run_stage(
         stage=stage,
         accumulate=solver.ACCUMULATE,
         clip_norm=solver.CLIP_NORM,
-        amp=solver.AMP,
+        amp=precision.amp_type(cfg, stage),
         seed=state.seed,
     )
     checkpointer = RunCheckpointer(
@@ -343,19 +345,23 @@ def _share_weights(model: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-def _require_heads(cfg: CfgNode, folder: Path) -> None:
-    """Said when the tower was trained through frozen heads that nobody has trained."""
+def _warn_of_untrained_heads(cfg: CfgNode) -> None:
+    """Said before the tower is trained through frozen heads that nobody has trained."""
     node, stages = cfg.MODEL.VISFT, cfg.VISFT.STAGES
     trained = "heads" in stages or node.HEAD_FILES or cfg.MODEL.WEIGHTS
     weighty = [head for head in node.HEADS if node[head.upper()].HEAD != "RegionTextHead"]
     if weighty and node.FREEZE_HEADS and not trained:
-        logger.warning("stage lora ran through fresh heads: set MODEL.VISFT.HEAD_FILES, or add stage heads")
+        logger.warning(
+            "stage lora will go through fresh heads, which nobody has trained: set MODEL.VISFT.HEAD_FILES, or add "
+            "stage heads to VISFT.STAGES"
+        )
 
 
 def _figures(cfg: CfgNode, model: nn.Module, with_zero_shot: bool = True) -> dict[str, float]:
     figures = evaluate.evaluate(cfg, model)
     if with_zero_shot and comm.is_main_process() and zero_shot.applies(cfg):
-        figures |= zero_shot.demo_zero_shot(model.backbone)
+        with precision.evaluating(cfg):
+            figures |= zero_shot.demo_zero_shot(model.backbone)
     comm.synchronize()
     return figures
 

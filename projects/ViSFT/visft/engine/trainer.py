@@ -13,13 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from visft import progress, shared_random
+from visft import precision, progress, shared_random
 from visft.engine import stopping
 from visft.engine.hooks import Writers
 from visft.engine.optim import average_gradients
 from visft.errors import TrainingError
-
-_AMP = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def seed_iteration(seed: int, stage: str, iteration: int, rank: int = 0) -> None:
@@ -82,7 +80,7 @@ class StageTrainer(TrainerBase):
         self.stage, self.accumulate, self.clip_norm, self.seed = stage, accumulate, clip_norm, seed
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
-        self.dtype = _AMP[amp]
+        self.amp = amp
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
         model.train()
 
@@ -129,7 +127,7 @@ class StageTrainer(TrainerBase):
             start = time.perf_counter()
             batch = next(self.batches)
             data_time += time.perf_counter() - start
-            with self._autocast():
+            with precision.autocast(self.device, self.amp):
                 losses = self.model(batch)
             passes.append((batch, {name: loss.detach() for name, loss in losses.items()}))
             total = sum(losses.values())
@@ -184,11 +182,6 @@ class StageTrainer(TrainerBase):
                 raise self._error("the gradient's norm", value, images)
             self.storage.put_scalar("grad_norm", value)
         return metrics
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _error(self, what: str, value: float, images: list[dict]) -> TrainingError:
         names = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in images)

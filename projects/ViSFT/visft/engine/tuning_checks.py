@@ -2,6 +2,7 @@
 
 from detectron2.config import CfgNode
 
+from visft import precision
 from visft.engine.settings import unknown
 from visft.errors import ConfigError
 from visft.meta_arch import TUNES
@@ -17,7 +18,7 @@ def check_tuning(cfg: CfgNode) -> None:
     node, vit = cfg.MODEL.VISFT, cfg.MODEL.CLIP_VIT
     if node.TUNE not in TUNES:
         raise unknown("MODEL.VISFT.TUNE", node.TUNE, TUNES)
-    if node.TUNE == "full" and vit.FROZEN_DTYPE:
+    if node.TUNE == "full" and precision.frozen_type(cfg):
         raise ConfigError(
             f"MODEL.VISFT.TUNE is full and MODEL.CLIP_VIT.FROZEN_DTYPE is {vit.FROZEN_DTYPE}: all weights train, so "
             'none can be stored in low precision; set FROZEN_DTYPE to ""'
