@@ -23,7 +23,7 @@ def _seen(image: torch.Tensor, channel: int) -> torch.Tensor:
     return image[channel] > 127
 
 
-@pytest.mark.parametrize("recipe", ["detection", "lsj", "fixed"])
+@pytest.mark.parametrize("recipe", ["detection", "lsj", "fixed", "square"])
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
 def test_annotations_lie_where_the_objects_are_seen(cfg, recipe: str, flip: str) -> None:
     cfg.VISFT.INPUT.AUGMENTATION = recipe
@@ -37,6 +37,8 @@ def test_annotations_lie_where_the_objects_are_seen(cfg, recipe: str, flip: str)
     for record in records * 3:
         mapped = mapper(record)
         image, instances = mapped["image"], mapped["instances"]
+        if recipe == "square":
+            assert image.shape[1:] == (cfg.VISFT.INPUT.SIZE, cfg.VISFT.INPUT.SIZE)
         assert image.dtype == torch.uint8 and instances.image_size == tuple(image.shape[1:])
         assert isinstance(instances.gt_masks, BitMasks)
         assert (mapped["height"], mapped["width"]) == (record["height"], record["width"])

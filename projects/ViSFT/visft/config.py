@@ -279,7 +279,8 @@ def _add_run(cfg: CN) -> None:
     # Of detectron2's INPUT, tools/train_net.py reads MIN_SIZE_*, MAX_SIZE_* and RANDOM_FLIP for ViSFT runs; FORMAT must
     # be RGB. MASK_FORMAT and CROP are for detectron2's stock mapper alone: ours reads polygons and bitmaps alike.
     # How training pictures are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
-    # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop).
+    # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop),
+    # `square` (both sides INPUT_SIZE).
     run.INPUT = inp = CN()
     inp.AUGMENTATION = "detection"
     inp.SIZE = 1024
@@ -289,7 +290,7 @@ def _add_run(cfg: CN) -> None:
     inp.CROP_PROBABILITY = 0.5
 
     # Memory in GiB, in each process, for the frozen tower's features in stage `heads`: a picture that comes again
-    # unchanged (AUGMENTATION `fixed`) is not computed again. Then each picture passes the tower alone. 0: off.
+    # unchanged (`fixed`, `square`) is not computed again. Then each picture passes the tower alone. 0: off.
     run.FEATURE_CACHE = 0.0
 
     run.SOLVER = CN()
@@ -306,7 +307,7 @@ def task() -> CN:
     node = CN()
     node.IMS_PER_BATCH = 0  # over all processes, in both stages (VISFT.SOLVER.<STAGE>.IMS_PER_BATCH)
     node.AUGMENTATION = ""  # (VISFT.INPUT.AUGMENTATION)
-    node.SIZE = 0  # of `lsj` and `fixed` (VISFT.INPUT.SIZE)
+    node.SIZE = 0  # of all but `detection` (VISFT.INPUT.SIZE)
     node.MIN_SIZE_TRAIN = ()  # of `detection` (INPUT.MIN_SIZE_TRAIN)
     node.MAX_SIZE_TRAIN = 0  # of `detection` (INPUT.MAX_SIZE_TRAIN)
     return node

@@ -38,7 +38,7 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
     `detection`: DETR's (Carion et al. 2020, section A.4): flip; half the time a first resize and a random crop; resize
     to a random short side. `lsj`: large-scale jitter (Ghiasi et al. 2021, section 3), without its padding, which the
-    model does after normalising. `fixed`: the long side to one size, nothing cut.
+    model does after normalising. `fixed`: the long side to one size, nothing cut. `square`: both sides to it.
 
     Raises:
         ConfigError: the recipe or INPUT.RANDOM_FLIP is unknown.
@@ -71,9 +71,11 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         ]
     elif inp.AUGMENTATION == "fixed":
         augmentations.append(_ResizeShortestEdge(inp.SIZE, inp.SIZE, "choice"))
+    elif inp.AUGMENTATION == "square":
+        augmentations.append(T.Resize(inp.SIZE))
     else:
         raise ConfigError(
-            f"VISFT.INPUT.AUGMENTATION is `{inp.AUGMENTATION}`; expected detection, lsj or fixed"
+            f"VISFT.INPUT.AUGMENTATION is `{inp.AUGMENTATION}`; expected detection, lsj, fixed or square"
         )
     return augmentations
 

@@ -8,7 +8,7 @@ from visft.engine.settings import unknown
 from visft.errors import ConfigError
 
 MIXINGS = ("joint", "ratio")
-RECIPES = ("detection", "lsj", "fixed")
+RECIPES = ("detection", "lsj", "fixed", "square")
 
 
 def check_tasks(cfg: CfgNode, processes: int) -> None:
