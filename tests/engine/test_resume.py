@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import kill_runs
 import processes
 import pytest
 from safetensors.torch import load_file
@@ -98,8 +99,10 @@ def test_three_kills(shapes_train, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_kills(shapes_train, uninterrupted, tmp_path):
-    _check(shapes_train, tmp_path, uninterrupted, kills=10, seed=time.time_ns() % 1000)
+def test_twenty_kills_half_of_them_while_a_file_is_written(shapes_train, tmp_path):
+    counts = kill_runs.kill_and_resume(shapes_train, tmp_path, kills=20, seed=time.time_ns() % 1000)
+    assert counts["struck"] == 20 and counts["left_half_written"] >= 5 and counts["finished"]
+    assert counts["broken"] == counts["different"] == 0, counts
 
 
 def test_finished_stage_is_not_repeated_and_lora_starts_from_its_heads(shapes_train, uninterrupted, tmp_path):
