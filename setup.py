@@ -97,8 +97,13 @@ setup(
         *DETECTRON2_NEEDS,
     ],
     extras_require={
-        # Drawing (detectron2's Visualizer imports cv2), and the demo world.
-        "demo": [*DEMO_WORLD_NEEDS, "opencv-python>=4.6"],
+        # Drawing (detectron2's Visualizer imports cv2; fonts for names in any script), and the demo world.
+        "demo": [
+            *DEMO_WORLD_NEEDS,
+            "cvttf-notosanscjk-regular>=1.0",
+            "manimgx-fonts>=2026.9",
+            "opencv-python>=4.6",
+        ],
         "bench": [*DEMO_WORLD_NEEDS, *BENCHMARKS_NEED],
         "eval": [*BENCHMARKS_NEED, "faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6"],
         # What writes and checks the exports beyond open_clip and timm, which are requirements.

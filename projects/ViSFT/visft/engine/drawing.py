@@ -1,5 +1,6 @@
 """Pictures of what the heads see, drawn by detectron2's Visualizer."""
 
+import functools
 import logging
 import os
 import textwrap
@@ -18,16 +19,16 @@ from visft.data.captions import captions_of
 from visft.data.headers import ImageRules
 from visft.data.loader import load_records
 from visft.engine.report import WORDS
-from visft.engine.word_maps import draw_word_maps, plain
+from visft.engine.word_maps import draw_word_maps
 from visft.heads import Caption
 from visft.heads.open_vocabulary import best_of_each
+from visft.visualization.fonts import families, length, write
 
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.3
 _SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
-_CAPTION_HEIGHT = 22
-_LETTER_WIDTH = 7
+_CAPTION_HEIGHT, _SIZE = 22, 12
 
 
 def draw(
@@ -66,29 +67,45 @@ def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
 
 
 def _visualizer(image: np.ndarray, metadata):
-    from detectron2.utils.visualizer import Visualizer
+    return _visualizer_class()(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
 
-    return Visualizer(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
+
+@functools.cache
+def _visualizer_class() -> type:
+    from detectron2.utils.visualizer import Visualizer  # imports cv2, of the extra `demo`
+
+    class AnyNames(Visualizer):
+        """Names in any script, in one line, and as they are: a name with two dollar signs is no formula."""
+
+        def draw_text(self, text, position, **options):
+            text = " ".join(text.split())
+            output = super().draw_text(text, position, **options)
+            output.ax.texts[-1].set(family=families(text), parse_math=False)
+            return output
+
+    return AnyNames
 
 
 def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
     """Panels of one height side by side, each under its name; below them captions, each after whose it is."""
     width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
     height = max(panel.shape[0] for _, panel in panels)
-    rows = [
-        row
-        for name, text in captions
-        for row in textwrap.wrap(f"{name}: {text}", max(20, width // _LETTER_WIDTH), subsequent_indent="    ")
-    ]
+    rows = [row for name, text in captions for row in _lines(f"{name}: {text}", width)]
     sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT * (1 + len(rows))), "white")
     pen, x = ImageDraw.Draw(sheet), 0
     for number, row in enumerate(rows):
-        pen.text((4, height + _CAPTION_HEIGHT * (1 + number) + 5), plain(row), fill="black")
+        write(pen, (4, height + _CAPTION_HEIGHT * (1 + number) + 3), row, size=_SIZE)
     for name, panel in panels:
-        pen.text((x + 4, 5), name, fill="black")
+        write(pen, (x + 4, 3), name, size=_SIZE)
         sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
         x += panel.shape[1] + 4
     return sheet
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """A text in lines of about `width` pixels."""
+    letter = length(text, _SIZE) / len(text)
+    return textwrap.wrap(text, max(20, int((width - 8) / letter)), subsequent_indent="    ")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -6,16 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from visft.heads import Caption
+from visft.visualization.fonts import shortened, write
 
 _SIDE = 160  # longer side of a panel
-_LINE = 16  # height of a line of text
+_LINE, _SIZE = 16, 12  # height of a line of text, and of its letters
 _COLUMNS = 6
 _DARKEST = 0.2  # brightness of what was not looked at
-
-
-def plain(text: str) -> str:
-    """Text with what Pillow's own font can draw; the rest as question marks."""
-    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def draw_word_maps(image: np.ndarray, caption: Caption) -> Image.Image:
@@ -41,6 +37,6 @@ def _sheet(panels: Sequence[np.ndarray], words: Sequence[str]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for number, (panel, word) in enumerate(zip(panels, words, strict=True)):
         x, y = (number % _COLUMNS) * (width + 4), (number // _COLUMNS) * (height + _LINE + 4)
-        pen.text((x + 2, y + 2), plain(word), fill="black")
+        write(pen, (x + 2, y), shortened(word, width, _SIZE), size=_SIZE)
         sheet.paste(Image.fromarray(panel), (x, y + _LINE))
     return sheet

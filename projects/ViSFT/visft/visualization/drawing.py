@@ -1,12 +1,13 @@
 """Panels of feature maps, and sheets of panels."""
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from visft.visualization.fonts import font, length, shortened, write
 
 Panel = np.ndarray
 """`[H, W, 3]` uint8 RGB."""
@@ -20,14 +21,6 @@ RIGHT, WRONG = (0, 114, 178), (213, 94, 0)
 GAP, _TITLE, _ROW_TITLE = 8, 30, 22
 _KEPT = 0.35
 """Share of the image that shows through a map."""
-
-
-@functools.cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and knows most scripts of Europe and many signs."""
-    from matplotlib import font_manager
-
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def enlarged(image: np.ndarray, height: int, width: int) -> Panel:
@@ -91,7 +84,7 @@ def named_masks(
         if len(rows):
             labels.append(((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2, name, good))
     sheet = Image.fromarray(canvas.round().astype(np.uint8))
-    _labels(sheet, labels, font(max(12, width // 19)))
+    _labels(sheet, labels, max(12, width // 19))
     return np.asarray(sheet)
 
 
@@ -102,15 +95,12 @@ def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     return mask & near
 
 
-def _labels(
-    sheet: Image.Image, labels: Sequence[tuple[float, float, str, bool]], type_: ImageFont.FreeTypeFont
-) -> None:
+def _labels(sheet: Image.Image, labels: Sequence[tuple[float, float, str, bool]], size: int) -> None:
     """Write each label about its place, shifted into the sheet and below those that it would cover."""
     pen, taken = ImageDraw.Draw(sheet), []
     for x, y, name, good in sorted(labels, key=lambda label: label[1]):
         text = f"{'✓' if good else '✗'} {name}"
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=type_)
-        width, height = right - left + 8, bottom - top + 8
+        width, height = length(text, size) + 8, sum(font(size).getmetrics()) + 4
         x0 = min(max(0, x - width / 2), max(0, sheet.width - width))
         y0 = min(max(0, y - height / 2), sheet.height - height)
         # Down past what is in the way; where the sheet ends, up.
@@ -125,7 +115,7 @@ def _labels(
                 break
         taken.append((x0, y0, x0 + width, y0 + height))
         pen.rectangle(taken[-1], fill=RIGHT if good else WRONG)
-        pen.text((x0 + 4 - left, y0 + 4 - top), text, font=type_, fill="white")
+        write(pen, (x0 + 4, y0 + 2), text, size=size, fill="white")
 
 
 def _hits(boxes: Sequence[tuple], box: tuple) -> bool:
@@ -182,22 +172,12 @@ def sheet(rows: Sequence[tuple[str, Sequence[Panel]]], titles: Sequence[str] = (
     pen = ImageDraw.Draw(image)
     lefts = [GAP + sum(widths[:i]) + GAP * i for i in range(columns)]
     for title, x, width in zip(titles, lefts, widths, strict=False):
-        pen.text((x, 6), shortened(title, width, 16), font=font(16), fill="black")
+        write(pen, (x, 6), shortened(title, width, 16), size=16)
     y = top
     for (title, panels), height in zip(rows, heights, strict=True):
         if title:
-            pen.text((GAP, y), shortened(title, image.width - 2 * GAP, 14), font=font(14), fill="black")
+            write(pen, (GAP, y), shortened(title, image.width - 2 * GAP, 14), size=14)
         for panel, x in zip(panels, lefts, strict=False):
             image.paste(Image.fromarray(panel), (x, y + _ROW_TITLE * bool(title)))
         y += height + GAP
     return image
-
-
-def shortened(text: str, width: int, size: int) -> str:
-    """A line of text, its end left out where it is longer than `width` pixels."""
-    text = " ".join(text.split())
-    if font(size).getlength(text) <= width:
-        return text
-    while text and font(size).getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
