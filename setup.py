@@ -108,6 +108,6 @@ setup(
         "eval": [*BENCHMARKS_NEED, "faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6"],
         # What writes and checks the exports beyond open_clip and timm, which are requirements.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
-        "dev": ["pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
+        "dev": ["markdown-it-py>=3", "pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
     },
 )

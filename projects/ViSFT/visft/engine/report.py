@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from visft.checkpoint import markdown
+
 WORDS = "_words"
 """End of the names of pictures of where a caption head looked."""
 
@@ -68,12 +70,17 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
     )
     figures = {"before": before, "after": after}
     write_atomically(folder / "report.json", json.dumps(figures, indent=2) + "\n")
-    lines = [f"# {title}", "", f"Before: {_STEPS[first]}. After: {_STEPS[last]}. Per cent.", ""]
+    lines = [
+        f"# {markdown.plain(title)}",
+        "",
+        f"Before: {_STEPS[first]}. After: {_STEPS[last]}. Per cent.",
+        "",
+    ]
     lines += ["| | before | after | change |", "|---|---:|---:|---:|"]
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         change = "" if old is None or new is None else f"{new - old:+.2f}"
-        lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
+        lines.append(markdown.row([markdown.plain(name), _cell(old), _cell(new), change]))
     lines.append("")
     for picture in ("loss_curves.png",):
         if (folder / picture).is_file():
@@ -85,7 +92,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         ("Where the caption head looked at each word:", words),
     ):
         if group:
-            lines += [text, "", *(f"![{picture.stem}](predictions/{picture.name})" for picture in group), ""]
+            lines += [text, "", *(markdown.image(p.stem, f"predictions/{p.name}") for p in group), ""]
     write_atomically(folder / "report.md", "\n".join(lines))
     logger.info("wrote %s", folder / "report.md")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft.checkpoint import files
+from visft.checkpoint import files, markdown
 from visft.engine.report import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
         f"Points of difference from the untuned tower; mean{' ± standard deviation' if seeds > 1 else ''} over "
         f"{seeds} seed{'s' if seeds > 1 else ''}.",
         "",
-        f"| run | {' | '.join(measure)} | seconds |",
+        markdown.row(["run", *map(markdown.plain, measure), "seconds"]),
         f"|---|{'---:|' * (len(measure) + 1)}",
         f"| the untuned tower | {' | '.join(_untuned(results, figure) for figure in measure)} | |",
     ]
@@ -49,12 +49,11 @@ def table(results: dict[str, Any]) -> str:
             cells = [_cell(differences(results, name, amount, figure)) for figure in measure]
             seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
             took = f"{sum(seconds) / len(seconds):.0f}" if seconds and amount == amounts[-1] else ""
-            lines.append(f"| {label} | {' | '.join(cells)} | {took} |")
+            lines.append(markdown.row([markdown.plain(label), *cells, took]))
         for run in runs:
             if run["status"] == "failed":
-                lines.append(
-                    f"| {name}, seed {run['seed']} failed: {run['error']} |{' |' * (len(measure) + 1)}"
-                )
+                failure = markdown.plain(f"{name}, seed {run['seed']} failed: {run['error']}")
+                lines.append(markdown.row([failure, *[""] * (len(measure) + 1)]))
     return "\n".join(lines)
 
 

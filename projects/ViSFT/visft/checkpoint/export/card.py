@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...backbone import lora
+from .. import markdown
 from ..export_check import Check
 from ..files import put_in_place
 from .source import Source
@@ -62,7 +63,7 @@ class Tower:
 
 def base_weights(pretrained: str | None, sha256: str) -> str:
     """The phrase for a base that has a tag or file (None: random weights) and a hash."""
-    return (f"`{pretrained}`" if pretrained else "random") + f", SHA-256 `{sha256}`"
+    return (markdown.code(pretrained) if pretrained else "random") + f", SHA-256 `{sha256}`"
 
 
 def text(
@@ -90,13 +91,16 @@ def text(
     )
     rows = [
         ("Holds", content),
-        ("Architecture", f"`{name}` of open_clip" if tower.name else name),
+        ("Architecture", f"{markdown.code(name)} of open_clip" if tower.name else name),
         ("Base weights", tower.weights),
         ("Tuned by", tower.tuned_by),
         ("Mixed with the base", mixture),
-        ("Tuned on", ", ".join(f"`{one}`" for one in facts.data) or "not told to the export"),
-        ("Of the run or file", f"`{facts.run}`" if facts.run else "not told to the export"),
-        ("Written by", f"`{facts.command}`" if facts.command else "a call of `visft.checkpoint.export`"),
+        ("Tuned on", ", ".join(map(markdown.code, facts.data)) or "not told to the export"),
+        ("Of the run or file", markdown.code(facts.run) if facts.run else "not told to the export"),
+        (
+            "Written by",
+            markdown.code(facts.command) if facts.command else "a call of `visft.checkpoint.export`",
+        ),
         ("Checked by", check),
     ]
     preprocess = tower.preprocess
@@ -113,7 +117,7 @@ def text(
         "- visft",
         "---",
         MARK,
-        f"# {name}, tuned by ViSFT",
+        f"# {markdown.plain(name)}, tuned by ViSFT",
         "",
         "A vision tower of CLIP after supervised fine-tuning on vision tasks (ViSFT, arXiv:2401.10222).",
         "",
@@ -194,10 +198,10 @@ def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [
         "As the run measured them after each of its steps, in per cent; of a mixture with the base none were.",
         "",
-        f"| | {' | '.join(steps)} |",
+        markdown.row(["", *map(markdown.plain, steps)]),
         f"|---|{'---|' * len(steps)}",
         *(
-            f"| {name} | {' | '.join('' if v is None else f'{v:.2f}' for v in values)} |"
+            markdown.row([markdown.plain(name), *("" if v is None else f"{v:.2f}" for v in values)])
             for name, values in cells.items()
         ),
     ]
