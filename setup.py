@@ -94,6 +94,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "filelock>=3.12",
+        "orjson>=3.8",  # big annotation files
         *DETECTRON2_NEEDS,
     ],
     extras_require={

@@ -13,7 +13,7 @@ from detectron2.data.datasets import load_coco_json as load_stock
 from pycocotools import mask as mask_api
 
 from visft.data import ViSFTMapper, check_data_set, register_own_data
-from visft.data.coco_check import check_coco_json
+from visft.data.coco import check_coco_json
 from visft.data.loader import load_records
 from visft.data.masks import run_lengths_of
 from visft.errors import ConfigError, DataError
@@ -109,7 +109,7 @@ def test_what_is_broken_is_named(coco, case: str) -> None:
     changed = change(content)
     coco.write(changed if isinstance(changed, str) else content)
     with pytest.raises(DataError) as raised:
-        check_coco_json(str(coco.json_file), str(coco.images), train=True)
+        check_coco_json(str(coco.json_file), train=True)
     message = str(raised.value)
     assert message.startswith(str(coco.json_file)) and "\n" not in message
     assert not [word for word in expected if word not in message], message
@@ -127,7 +127,7 @@ def test_sound_files_pass(coco) -> None:
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 7]
     coco.write(content)
     for train in (True, False):
-        summary = check_coco_json(str(coco.json_file), str(coco.images), train=train)
+        summary = check_coco_json(str(coco.json_file), train=train)
         assert summary.classes == ("green", "red", "blue") and summary.category_ids == (3, 7, 11)
 
 
@@ -136,7 +136,7 @@ def test_boxes_alone_are_sound_too(coco) -> None:
     for annotation in content["annotations"]:
         annotation["segmentation"] = []
     coco.write(content)
-    check_coco_json(str(coco.json_file), str(coco.images), train=True)
+    check_coco_json(str(coco.json_file), train=True)
 
 
 def test_areas_are_computed_where_they_are_missing_and_else_read_by_evaluation_alone(coco) -> None:
@@ -145,12 +145,12 @@ def test_areas_are_computed_where_they_are_missing_and_else_read_by_evaluation_a
     _annotation(content, 105).update(area=None, iscrowd=None)
     coco.write(content)
     for train in (True, False):
-        check_coco_json(str(coco.json_file), str(coco.images), train=train)
+        check_coco_json(str(coco.json_file), train=train)
     _annotation(content, 104)["area"] = float("nan")
     coco.write(content)
-    check_coco_json(str(coco.json_file), str(coco.images), train=True)
+    check_coco_json(str(coco.json_file), train=True)
     with pytest.raises(DataError, match="annotation 104 has area nan"):
-        check_coco_json(str(coco.json_file), str(coco.images), train=False)
+        check_coco_json(str(coco.json_file), train=False)
 
 
 @pytest.mark.parametrize("mask", [None, [], [[]], [[5, 5, 9, 9]]], ids=str)
@@ -193,7 +193,7 @@ def test_files_as_tools_write_them(cfg, coco) -> None:
 
 
 def test_a_file_is_read_again_only_when_it_changed(coco) -> None:
-    arguments = (str(coco.json_file), str(coco.images))
+    arguments = (str(coco.json_file),)
     first = check_coco_json(*arguments, train=True)
     assert check_coco_json(*arguments, train=True) is first
     content = coco.content()

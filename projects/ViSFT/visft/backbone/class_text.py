@@ -2,10 +2,8 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 
 from visft.checkpoint import files
 from visft.errors import CheckpointError, ConfigError
+from visft.user_cache import cache_folder
 
 from .text_tower import TextTower
 
@@ -90,12 +89,6 @@ def class_text(
     return ClassText(
         F.normalize(means, dim=-1), torch.tensor(rows), tuple(classes[number][0] for number in kept)
     )
-
-
-def cache_folder() -> Path:
-    """Where embeddings are kept: `visft` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "visft"
 
 
 def _embed(text: TextTower, tokens: Tensor) -> Tensor:

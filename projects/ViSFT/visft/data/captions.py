@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from visft.data.coco_json import entries_of, name_of, read_json
+from visft.data.coco_records import outlines_of, records_of
+from visft.data.packed import PackedMapping, Rows, packed, row
 from visft.errors import DataError
 
 _KEYS = "`images` and `annotations`"
@@ -22,7 +24,7 @@ def register_coco_captions() -> None:
                 meta.caption_json = f"{folder}captions_{file}"
 
 
-def captions_of(name: str) -> Mapping[int, list[str]]:
+def captions_of(name: str) -> Mapping[int | str, list[str]]:
     """The captions of a registered data set's pictures by image id; empty if it has none.
 
     They come from the file that the metadata name (`caption_json`), or from the records' own key `captions`.
@@ -35,11 +37,11 @@ def captions_of(name: str) -> Mapping[int, list[str]]:
         return read_captions(path) if os.path.isfile(path) else {}
     if MetadataCatalog.get(name).get("json_file"):
         return {}  # its format has no captions, so the records need not be loaded to see
-    records = DatasetCatalog.get(name)
+    records = outlines_of(records_of(name))
     return {r["image_id"]: list(r["captions"]) for r in records if r.get("captions")}
 
 
-def read_captions(path: str) -> Mapping[int, list[str]]:
+def read_captions(path: str) -> Mapping[int | str, list[str]]:
     """The captions in a file by image id, in the file's order. A file that has not changed is not read again.
 
     Raises:
@@ -53,9 +55,16 @@ def read_captions(path: str) -> Mapping[int, list[str]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: str, _mtime_ns: int, _size: int) -> dict[int, list[str]]:
-    captions: dict[int, list[str]] = {}
-    content = read_json(path, _KEYS)
+def _read(path: str, _mtime_ns: int, _size: int) -> Mapping[int | str, list[str]]:
+    def build() -> tuple[dict, Rows]:
+        return {}, {"captions": [row(entry) for entry in _captions(path, read_json(path, _KEYS)).items()]}
+
+    file = packed(path, "captions", build)
+    return _captions(path, read_json(path, _KEYS)) if file is None else PackedMapping(file, "captions")
+
+
+def _captions(path: str, content: dict) -> dict[int | str, list[str]]:
+    captions: dict[int | str, list[str]] = {}
     for number, entry in enumerate(entries_of(path, content, "annotations", _KEYS)):
         where = name_of(entry, number)
         if not isinstance(entry, dict):
@@ -98,7 +107,7 @@ def check_captions(name: str) -> int:
     captions = captions_of(name)
     if not captions:
         return 0
-    found = sum(record.get("image_id") in captions for record in DatasetCatalog.get(name))
+    found = sum(record.get("image_id") in captions for record in outlines_of(records_of(name)))
     if not found:
         raise DataError(
             f"{MetadataCatalog.get(name).get('caption_json')}: none of its {len(captions)} image ids is a picture of "

@@ -3,22 +3,24 @@
 import difflib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from visft.data.captions import load_captioned
 from visft.data.classes import places_by_name
-from visft.data.coco_check import check_coco_json
-from visft.data.coco_json import some
-from visft.data.coco_records import load_coco_json
+from visft.data.coco_check import CocoSummary, check_content, summary_of
+from visft.data.coco_json import entries_of, read_json, some
+from visft.data.coco_records import PackedRecords, load_coco_json, packed_coco
 from visft.data.headers import ImageRules, check_images
 from visft.data.published import LVIS, check_published
 from visft.errors import ConfigError, DataError
 
 OWN_TRAIN = "visft_own_train"
 OWN_TEST = "visft_own_test"
+
+_IMAGE = ("file_name", "width", "height")
 
 
 def check_data_set(cfg: CfgNode, name: str) -> None:
@@ -98,7 +100,7 @@ def check_registered(name: str, *, train: bool, masks: bool = True, rules: Image
     return check_images(images, rules or ImageRules(), name=name, json_file=json_file)
 
 
-def check_annotations(name: str, *, train: bool, masks: bool = True) -> Sequence[dict] | None:
+def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable[dict] | None:
     """Check a data set's annotations. Metadata that its annotation file gives (classes and their ids) is filled in if
     it was not there.
 
@@ -125,8 +127,7 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Sequence
         return check_published(meta.get("annotation_format") or LVIS, meta, train=train)
     # Test sets whose annotations are kept secret have a file without any.
     annotated = train or not name.startswith("coco_2017_test")
-    root = meta.get("image_root") or ""
-    summary = check_coco_json(json_file, root, train=train, annotated=annotated, masks=masks)
+    summary = check_coco_json(json_file, train=train, annotated=annotated, masks=masks)
     expected = meta.get("thing_classes")
     if expected is None:
         ids = {dataset_id: i for i, dataset_id in enumerate(summary.category_ids)}
@@ -137,7 +138,64 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Sequence
             f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
             "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
         )
-    return summary.images
+    return _images_of(json_file, meta.get("image_root") or "")
+
+
+def check_coco_json(
+    json_file: str, *, train: bool, annotated: bool = True, masks: bool = True
+) -> CocoSummary:
+    """Check a COCO instance file. A file that has not changed since it passed is not read again.
+
+    Args:
+        json_file: path of the annotation file.
+        train: something to learn from is required (an annotation that is no crowd).
+        annotated: whether `annotations` must be there.
+        masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+
+    Raises:
+        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
+            what was expected.
+    """
+    try:
+        stat = os.stat(json_file)
+    except OSError as error:
+        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
+    summary, _ = _checked(json_file, stat.st_mtime_ns, stat.st_size)
+    if annotated and not summary.annotated:
+        entries_of(json_file, {}, "annotations")
+    if train and not summary.learnable:
+        raise DataError(
+            f"{json_file}: none of its {summary.pictures} pictures has an annotation that is no crowd, so there is "
+            "nothing to train on; expected at least one"
+        )
+    if not train and summary.no_area:
+        raise DataError(f"{json_file}: {summary.no_area}")
+    unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
+    if masks and summary.masked and unmasked:
+        raise DataError(
+            f"{json_file}: {unmasked} while {summary.masked} has a mask; give all annotations masks, or none, or leave "
+            "out the heads that learn masks"
+        )
+    return summary
+
+
+@functools.lru_cache(maxsize=16)
+def _checked(json_file: str, _mtime_ns: int, _size: int) -> tuple[CocoSummary, Sequence[dict]]:
+    """The summary, and `file_name`, `width` and `height` of the images."""
+    file = packed_coco(json_file)
+    if file is not None:
+        return summary_of(file.summary), file.rows("outlines")
+    content = read_json(json_file)
+    summary = check_content(json_file, content)
+    return summary, tuple({key: image[key] for key in _IMAGE} for image in content["images"])
+
+
+def _images_of(json_file: str, image_root: str) -> Iterable[dict]:
+    """`file_name`, `width` and `height` of a checked file's images."""
+    stat = os.stat(json_file)
+    _, images = _checked(json_file, stat.st_mtime_ns, stat.st_size)
+    for image in images:
+        yield image | {"file_name": os.path.join(image_root, image["file_name"])}
 
 
 def register_own_data(cfg: CfgNode) -> None:
@@ -184,7 +242,7 @@ def _register_own(name: str, json_file: str, image_root: str, caption_json: str)
     MetadataCatalog.get(name).set(image_root=image_root, caption_json=caption_json)
 
 
-def _load_own(name: str, json_file: str, image_root: str) -> list[dict]:
+def _load_own(name: str, json_file: str, image_root: str) -> list[dict] | PackedRecords:
     check_annotations(name, train=name == OWN_TRAIN, masks=False)
     return load_coco_json(json_file, image_root, name)
 

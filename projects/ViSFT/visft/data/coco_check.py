@@ -1,8 +1,7 @@
 """COCO annotation files, checked whole before training."""
 
-import functools
 import logging
-import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from visft.data import masks as mask_formats
@@ -15,7 +14,6 @@ from visft.data.coco_json import (
     is_positive_int,
     is_text,
     name_of,
-    read_json,
     require_keys,
     some,
 )
@@ -38,8 +36,7 @@ class CocoSummary:
     classes: tuple[str, ...]
     """Names in the order of their category ids."""
     category_ids: tuple[int, ...]
-    images: tuple[dict, ...]
-    """`file_name` (with its folder), `width` and `height` of each."""
+    pictures: int
     annotated: bool
     """Whether it has `annotations`."""
     learnable: int
@@ -53,72 +50,35 @@ class CocoSummary:
     """The first annotation whose `area` is no number, which evaluation reads."""
 
 
-def check_coco_json(
-    json_file: str, image_root: str, *, train: bool, annotated: bool = True, masks: bool = True
-) -> CocoSummary:
-    """Check a COCO instance file whole. A file that has not changed since it passed is not read again.
+def summary_of(values: Mapping) -> CocoSummary:
+    """A summary from its values as JSON keeps them."""
+    lists = {key: tuple(values[key]) for key in ("classes", "category_ids")}
+    return CocoSummary(**{**values, **lists})
+
+
+def check_content(path: str, content: dict, annotations: Iterable | None = None) -> CocoSummary:
+    """Check what a COCO instance file holds, all but whether its images are there.
 
     Args:
-        json_file: path of the annotation file.
-        image_root: folder that `file_name`s are relative to.
-        train: something to learn from is required (an annotation that is no crowd).
-        annotated: whether `annotations` must be there.
-        masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+        annotations: those of the file, where they are not in its content; each is checked before the next is asked for.
 
     Raises:
-        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
-            what was expected.
+        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and what was
+            expected.
     """
-    try:
-        stat = os.stat(json_file)
-    except OSError as error:
-        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
-    summary = _check(json_file, image_root, stat.st_mtime_ns, stat.st_size)
-    if annotated and not summary.annotated:
-        entries_of(json_file, {}, "annotations")
-    if train and not summary.learnable:
-        raise DataError(
-            f"{json_file}: none of its {len(summary.images)} pictures has an annotation that is no crowd, so there is "
-            "nothing to train on; expected at least one"
-        )
-    if not train and summary.no_area:
-        raise DataError(f"{json_file}: {summary.no_area}")
-    unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
-    if masks and summary.masked and unmasked:
-        raise DataError(
-            f"{json_file}: {unmasked} while {summary.masked} has a mask; give all annotations masks, or none, or leave "
-            "out the heads that learn masks"
-        )
-    return summary
-
-
-@functools.lru_cache(maxsize=16)
-def _check(json_file: str, image_root: str, _mtime_ns: int, _size: int) -> CocoSummary:
-    content = read_json(json_file)
-    categories = _check_categories(json_file, entries_of(json_file, content, "categories"))
-    entries = entries_of(json_file, content, "images")
-    sizes = _check_images(json_file, entries)
-    annotations = entries_of(json_file, content, "annotations") if "annotations" in content else []
-    masked, unmasked, unmasked_crowd, no_area = _check_annotations(json_file, annotations, sizes, categories)
-    logger.info("%s: %d pictures, %d annotations, nothing wrong", json_file, len(sizes), len(annotations))
+    categories = _check_categories(path, entries_of(path, content, "categories"))
+    sizes = _check_images(path, entries_of(path, content, "images"))
+    annotated = annotations is not None or "annotations" in content
+    if annotations is None:
+        annotations = entries_of(path, content, "annotations") if annotated else []
+    found = _check_annotations(path, annotations, sizes, categories)
     ids = tuple(sorted(categories))
     return CocoSummary(
         classes=tuple(categories[i] for i in ids),
         category_ids=ids,
-        images=tuple(
-            {
-                "file_name": os.path.join(image_root, entry["file_name"]),
-                "width": entry["width"],
-                "height": entry["height"],
-            }
-            for entry in entries
-        ),
-        annotated="annotations" in content,
-        learnable=sum(not a.get("iscrowd") for a in annotations),
-        masked=masked,
-        unmasked=unmasked,
-        unmasked_crowd=unmasked_crowd,
-        no_area=no_area,
+        pictures=len(sizes),
+        annotated=annotated,
+        **found,
     )
 
 
@@ -153,10 +113,10 @@ def _check_images(path: str, entries: list) -> dict[int | str, tuple[int, int]]:
 
 
 def _check_annotations(
-    path: str, entries: list, sizes: dict[int | str, tuple[int, int]], categories: dict[int, str]
-) -> tuple[str, str, str, str]:
-    """`masked`, `unmasked`, `unmasked_crowd` and `no_area` of the summary."""
-    seen = set()
+    path: str, entries: Iterable, sizes: dict[int | str, tuple[int, int]], categories: dict[int, str]
+) -> dict:
+    """What a summary says of annotations."""
+    seen, learnable = set(), 0
     masked = unmasked = unmasked_crowd = no_area = ""
     keys = {"id": is_id, "image_id": is_id, "category_id": is_int, "bbox": is_box}
     for number, entry in enumerate(entries):
@@ -185,6 +145,7 @@ def _check_annotations(
             raise DataError(
                 f"{path}: {where} has `ignore` set, which COCO does not have; use iscrowd 1 instead"
             )
+        learnable += not crowd
         _check_box(path, where, entry, size)
         segmentation = entry.get("segmentation")
         missing = f"{where} has no segmentation"
@@ -196,7 +157,14 @@ def _check_annotations(
             unmasked_crowd = unmasked_crowd or missing
         else:
             unmasked = unmasked or missing
-    return masked, unmasked, unmasked_crowd, no_area
+    logger.info("%s: %d pictures, %d annotations, nothing wrong", path, len(sizes), len(seen))
+    return {
+        "learnable": learnable,
+        "masked": masked,
+        "unmasked": unmasked,
+        "unmasked_crowd": unmasked_crowd,
+        "no_area": no_area,
+    }
 
 
 def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> None:

@@ -6,6 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import orjson
 
 from visft.errors import DataError
 
@@ -25,8 +28,7 @@ def read_json(path: str, keys: str = KEYS) -> dict:
         DataError: the file is missing, empty, broken, or holds something else.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file, without_garbage_collection():
-            content = json.load(file)
+        content = _parse(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
     except json.JSONDecodeError as error:
@@ -41,6 +43,29 @@ def read_json(path: str, keys: str = KEYS) -> dict:
     if not isinstance(content, dict):
         raise DataError(f"{path}: the file holds a {type(content).__name__}; expected an object with {keys}")
     return content
+
+
+def _parse(text: bytes) -> object:
+    """orjson is several times as fast as Python's own parser, which knows byte order marks, NaN and numbers of any
+    length and says where a text is broken."""
+    with without_garbage_collection():
+        try:
+            content = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return json.loads(text.decode("utf-8-sig"))
+        if has_rounded_ids(content):
+            return json.loads(text)
+        return content
+
+
+def has_rounded_ids(content: object) -> bool:
+    """Whether an id is a float, which orjson makes of a whole number above 64 bits."""
+    lists = [v for v in content.values() if isinstance(v, list)] if isinstance(content, dict) else []
+    return any(
+        float in {type(entry.get(key)) for entry in entries if isinstance(entry, dict)}
+        for entries in lists
+        for key in ("id", "image_id")
+    )
 
 
 @contextlib.contextmanager
@@ -138,7 +163,7 @@ def is_text(value: object) -> bool:
 
 def is_box(value: object) -> bool:
     """Whether it is a box's four numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+    return isinstance(value, list) and len(value) == 4 and are_numbers(value)
 
 
 _EXPECTED = {

@@ -11,23 +11,21 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from visft.data.captions import captions_of
-from visft.data.coco import check_registered
+from visft.data.coco_records import as_dataset
 from visft.data.headers import ImageRules
 from visft.data.images import PictureError
 from visft.data.mappers import ViSFTMapper, build_test_mapper
-from visft.data.masks import all_masked, usable
+from visft.data.records import load_records
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
 from visft.data.workers import outlive_signals
 from visft.errors import ConfigError, DataError, VisftError
@@ -93,78 +91,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
         num_workers=num_workers(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
-
-
-def load_records(
-    names: tuple[str, ...], *, train: bool, filter_empty: bool = False, rules: ImageRules | None = None
-) -> list[dict]:
-    """Dataset dicts of registered data sets, checked, with `captions` and (for training) `has_masks`.
-
-    Args:
-        names: names in detectron2's DatasetCatalog.
-        train: whether to check for what training needs; else for what evaluation needs.
-        rules: which images may be bad (default: none).
-        filter_empty: drop pictures without an annotation that is no crowd; of one with captions, only the annotations.
-    """
-    records: list[dict] = []
-    for name in names:
-        as_stored = check_registered(name, train=train, masks=False, rules=rules)
-        found = DatasetCatalog.get(name)
-        if as_stored:
-            found = [r | {"as_stored": True} for r in found]
-        if train:
-            captions = captions_of(name)
-            has_masks = _have_masks(found, name)
-            found = [
-                r
-                | {
-                    "has_masks": has_masks,
-                    "captions": captions.get(r.get("image_id")) or r.get("captions") or [],
-                }
-                for r in found
-            ]
-            if filter_empty:
-                found = _without_empty(found, name)
-        records += found
-    if not records:
-        raise DataError(
-            f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one picture"
-        )
-    return records
-
-
-def _have_masks(records: list[dict], name: str) -> bool:
-    """Whether the annotations have masks; a mask here and there is as good as none."""
-    annotations = [a for record in records for a in record.get("annotations", ())]
-    if all_masked(annotations):
-        return True
-    masks = sum(usable(a.get("segmentation")) is not None for a in annotations)
-    if masks:
-        logger.warning(
-            "%s: %d of %d annotations have masks: boxes alone are used", name, masks, len(annotations)
-        )
-    return False
-
-
-def _without_empty(records: list[dict], name: str) -> list[dict]:
-    def empty(record: dict) -> bool:
-        return "annotations" in record and all(a.get("iscrowd", 0) for a in record["annotations"])
-
-    kept = [
-        {key: value for key, value in record.items() if key != "annotations"} if empty(record) else record
-        for record in records
-        if record["captions"] or not empty(record)
-    ]
-    dropped, bare = len(records) - len(kept), sum(empty(record) for record in records)
-    if bare:
-        logger.info(
-            "%s: %d of %d pictures have nothing but crowds annotated; %d are left out, the others have captions",
-            name,
-            bare,
-            len(records),
-            dropped,
-        )
-    return kept
 
 
 def derived_seed(seed: int, word: str) -> int:
@@ -267,8 +193,7 @@ class TrainLoader:
         rank = comm.get_rank() if rank is None else rank
         world_size = comm.get_world_size() if world_size is None else world_size
         share = share_of(batch_size, world_size, "IMS_PER_BATCH")
-        if isinstance(records, list):
-            records = DatasetFromList(records, copy=False)
+        records = as_dataset(records)
         epoch = len(records) if repeats is None else epoch_length(repeats)
         self._counts = PictureCounts(epoch, batch_size, start_iteration)
         self._loader = DataLoader(
@@ -306,7 +231,7 @@ class TestLoader:
 
     def __init__(
         self,
-        records: list[dict],
+        records: Sequence[dict],
         mapper: Callable[[dict], dict],
         *,
         num_workers: int = 0,
@@ -314,7 +239,7 @@ class TestLoader:
     ):
         self._skip_broken = skip_broken
         self._loader = DataLoader(
-            _TestSamples(DatasetFromList(records, copy=False), mapper),
+            _TestSamples(as_dataset(records), mapper),
             batch_size=1,
             sampler=InferenceSampler(len(records)),
             num_workers=num_workers,

@@ -6,7 +6,7 @@ import numpy as np
 from detectron2.structures.masks import polygons_to_bitmask
 from pycocotools import mask as mask_api
 
-from visft.data.coco_json import are_numbers, is_int
+from visft.data.coco_json import are_numbers
 
 NO_POLYGON = "no polygon has three points"
 
@@ -41,11 +41,12 @@ def decode(segmentation: list | dict | np.ndarray, size: tuple[int, int]) -> np.
 
 
 def compressed(run_lengths: dict) -> dict:
-    """Run lengths `{size, counts}` with compressed counts, from these or from a list of counts."""
-    if isinstance(run_lengths["counts"], list | tuple | np.ndarray):
-        counts = list(run_lengths["counts"])
-        return mask_api.frPyObjects({**run_lengths, "counts": counts}, *run_lengths["size"])
-    return run_lengths
+    """Run lengths `{size, counts}` with compressed counts, from these or from a list of counts, which become a text."""
+    if not isinstance(run_lengths["counts"], list | tuple | np.ndarray):
+        return run_lengths
+    counts = list(run_lengths["counts"])
+    made = mask_api.frPyObjects({**run_lengths, "counts": counts}, *run_lengths["size"])
+    return {"size": list(made["size"]), "counts": made["counts"].decode()}
 
 
 def area(segmentation: list | dict, size: tuple[int, int]) -> float:
@@ -76,7 +77,7 @@ def fault(segmentation: object, size: tuple[int, int]) -> str:
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         counts = run_lengths_of(counts)
-    if not isinstance(counts, list) or not all(is_int(c) and c >= 0 for c in counts):
+    if not isinstance(counts, list) or not {int}.issuperset(map(type, counts)) or min(counts, default=0) < 0:
         return "its counts are no run lengths"
     if sum(counts) != width * height:
         return f"its run lengths cover {sum(counts)} of {width * height} pixels"

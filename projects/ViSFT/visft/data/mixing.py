@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from visft.data.coco_records import as_dataset, outlines_of
 from visft.data.headers import ImageRules
 from visft.data.loader import (
     PictureCounts,
@@ -101,7 +101,7 @@ def load_labelled(
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         rules=ImageRules.of(cfg),
     )
-    outlines = [_outline(record) for record in records]
+    outlines = [_outline(record) for record in outlines_of(records)]
     rows = {
         head: np.flatnonzero([labelled(outline) for outline in outlines])
         for head, labelled in has_labels.items()
@@ -131,7 +131,7 @@ def load_labelled(
             len(records),
         )
     return LabelledPictures(
-        DatasetFromList(records, copy=False),
+        as_dataset(records),
         rows,
         build_repeats(cfg, records),
         None if mask_readers is None else frozenset(mask_readers),
@@ -381,10 +381,15 @@ def _outline(record: dict) -> dict:
     image = {key: record[key] for key in ("file_name", "image_id", "captions") if record.get(key)}
     if "annotations" in record:
         count = sum(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
-        instances = Instances((1, 1))
-        instances.gt_boxes = Boxes(torch.zeros(count, 4))
-        instances.gt_classes = torch.zeros(count, dtype=torch.int64)
-        if record["has_masks"]:
-            instances.gt_masks = BitMasks(torch.zeros(count, 1, 1, dtype=torch.bool))
-        image["instances"] = instances
+        image["instances"] = _empty_instances(count, record["has_masks"])
     return image
+
+
+@functools.lru_cache(maxsize=1024)  # of a hundred thousand images most have one of a few counts
+def _empty_instances(count: int, has_masks: bool) -> Instances:
+    instances = Instances((1, 1))
+    instances.gt_boxes = Boxes(torch.zeros(count, 4))
+    instances.gt_classes = torch.zeros(count, dtype=torch.int64)
+    if has_masks:
+        instances.gt_masks = BitMasks(torch.zeros(count, 1, 1, dtype=torch.bool))
+    return instances

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from detectron2.config import CfgNode
 
+from visft.data.coco_records import outlines_of
 from visft.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def repeat_factors(records: Iterable[dict], threshold: float, sqrt: bool = True)
         threshold: the part of the pictures below which classes are repeated.
         sqrt: without, the factor of a class is max(1, threshold / f).
     """
-    classes = [{a["category_id"] for a in record.get("annotations", ())} for record in records]
+    classes = [{a["category_id"] for a in record.get("annotations", ())} for record in outlines_of(records)]
     counts = Counter(itertools.chain.from_iterable(classes))
     factor = {c: max(1.0, (threshold * len(classes) / n) ** (0.5 if sqrt else 1)) for c, n in counts.items()}
     return np.array([max((factor[c] for c in own), default=1.0) for own in classes])
