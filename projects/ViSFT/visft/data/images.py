@@ -87,7 +87,7 @@ def read_rgb(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.nda
             whose range the format does not tell (32-bit integers, floats).
     """
     with _opened(os.fspath(path), max_pixels) as (image, header):
-        return np.asarray(_upright_rgb(image, header, os.fspath(path)))
+        return np.array(_upright_rgb(image, header, os.fspath(path)))  # a copy, which may be written to
 
 
 def as_rgb(
@@ -154,7 +154,7 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         image = _upright_rgb(image, header, path)
         if stored and header.orientation in _TURNS:
             image = image.transpose(_TURNS[header.orientation][1])
-        return np.asarray(image)
+        return np.array(image)
 
 
 def annotated_as_stored(record: dict, header: Header) -> bool:

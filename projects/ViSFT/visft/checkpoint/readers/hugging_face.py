@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 given, found = load_file(task["given"]), {}
 for name in task["classes"]:
     loaded = getattr(transformers, name).from_pretrained(task["path"], output_loading_info=True)

@@ -11,7 +11,8 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 path = task["path"]
 tensors = torch.load(path, weights_only=True) if path.endswith(".pt") else load_file(path)
 found = {}

@@ -11,7 +11,8 @@ import onnx
 import onnxruntime
 from safetensors.numpy import load_file, save_file
 
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 onnx.checker.check_model(task["path"])
 session = onnxruntime.InferenceSession(task["path"], providers=["CPUExecutionProvider"])
 (entry,) = session.get_inputs()

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 given = load_file(task["given"])
 model, transform = open_clip.create_model_from_pretrained(f"local-dir:{task['path']}")
 with torch.no_grad():

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 base = getattr(transformers, task["class"]).from_pretrained(task["base"])
 model = peft.PeftModel.from_pretrained(base, task["path"]).eval()
 stored = load_file(os.path.join(task["path"], "adapter_model.safetensors"))

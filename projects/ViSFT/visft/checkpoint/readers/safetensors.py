@@ -10,7 +10,8 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 state = {name.removeprefix("visual."): tensor for name, tensor in load_file(task["path"]).items()}
 if "config" in task:
     import open_clip

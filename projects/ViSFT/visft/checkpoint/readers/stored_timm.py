@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 folder, path = sys.argv[1:]
 tensors = load_file(path)
-about = json.load(open(f"{folder}/config.json", encoding="utf-8"))
+with open(f"{folder}/config.json", encoding="utf-8") as file:
+    about = json.load(file)
 sizes = {**about["model_args"], "num_classes": about["num_classes"]}
 model = timm.create_model(about["architecture"], checkpoint_path=path, **sizes)
 for key, value in model.state_dict().items():

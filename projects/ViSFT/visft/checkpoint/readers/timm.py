@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-task = json.load(open(sys.argv[1], encoding="utf-8"))
+with open(sys.argv[1], encoding="utf-8") as file:
+    task = json.load(file)
 pictures = load_file(task["given"])["pictures"]
 model = timm.create_model(task["name"], checkpoint_path=task["path"], **task["arguments"]).eval()
 folder = timm.create_model(f"local-dir:{os.path.dirname(task['path'])}", pretrained=True).eval()
