@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""What the authors' towers cost, tried with drawn weights: the export of a LoRA file, and a stage-2 step on the CPU.
+"""What the authors' towers cost, tried with drawn weights: the export of a LoRA file, the start of a run in several
+processes, and a stage-2 step on the CPU.
 
     scripts/big_tower.py export --name EVA01-g-14 --folder DIR      5 GB in, 5 GB out (EVA02-E-14-plus: 20 and 20)
+    scripts/big_tower.py start --name EVA01-g-14 --folder DIR       5 GB of disk, 10 GB of memory for 2 processes
     scripts/big_tower.py step --name EVA01-g-14 --folder DIR        6 GB of memory
 
 Each prints one line of JSON. Files are drawn into DIR, which must be new or empty, and removed at the end.
@@ -36,6 +38,37 @@ start = time.perf_counter()
 lines = open("/proc/self/status").read().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 print("measured", status, peak, time.perf_counter() - start)
+"""
+STARTED = """
+import gc, json, sys, time
+import torch
+from detectron2.utils import comm
+from visft.engine import settings, stages
+processes, rank = int(sys.argv[1]), int(sys.argv[2])
+cfg = settings.load_config({config!r}, {words!r})
+import open_clip, timm
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{meeting}", rank=rank, world_size=processes
+)
+comm.create_local_process_group(processes)
+comm.synchronize()
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(key + ":"))
+before, start, worked = resident("VmRSS"), time.perf_counter(), time.process_time()
+model = stages.initial_model(cfg, 0)
+built = time.perf_counter()
+stages._share_weights(model)
+seconds = time.perf_counter() - start
+gc.collect()
+tower = sum(p.numel() for p in model.backbone.tower.parameters())
+found = dict(
+    parameters=tower, libraries_gb=before, keeps_gb=resident("VmRSS"), peak_gb=resident("VmHWM"),
+    seconds_to_build=built - start, seconds=seconds, seconds_of_cpu=time.process_time() - worked,
+)
+found["peak_over_kept"] = found["peak_gb"] / found["keeps_gb"]
+comm.synchronize()
+print(json.dumps({{key: round(value, 3) for key, value in found.items()}}), flush=True)
 """
 
 
@@ -142,10 +175,67 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
     if int(about["MemAvailable"].split()[0]) * 1024 < 1.2 * need + (2 << 30):
         return {"load": "not tried: too little memory free"}
     peak, seconds, _ = measured(
-        "import torch\nfrom visft.checkpoint import stream_load\n"
-        f"stream_load.load_clip({arguments.name!r}, {str(base)!r}, {dtype})\nstatus = 0"
+        "import torch\nfrom visft.backbone import open_clip_zoo\n"
+        f"open_clip_zoo.create_clip({arguments.name!r}, {str(base)!r}, {dtype})\nstatus = 0"
     )
     return {"load_seconds": round(seconds, 1), "load_peak_gb": round(peak / 1e9, 2)}
+
+
+def start(arguments: argparse.Namespace) -> dict:
+    """Stage `lora` with the anchor, in gloo processes: from nothing to the first iteration's model."""
+    base = arguments.folder / "base.safetensors"
+    draw_base(arguments.name, base, eva_clip=False)
+    keys = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.CLIP_VIT.NAME": arguments.name,
+        "MODEL.CLIP_VIT.PRETRAINED": base,
+        "MODEL.CLIP_VIT.FROZEN_DTYPE": "",
+        "MODEL.VISFT.HEADS": (),
+        "MODEL.VISFT.OBJECTIVES": ("anchor",),
+        "VISFT.STAGES": ("lora",),
+        "VISFT.TASK_RATIOS": (),
+    }
+    words = [str(word) for pair in keys.items() for word in pair]
+    code = STARTED.format(
+        config=str(ROOT / "configs" / "visft_eva_g.yaml"),
+        words=words,
+        meeting=str(arguments.folder / "meeting"),
+    )
+    command = [sys.executable, "-c", code, str(arguments.processes)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(arguments.processes)
+    ]
+    peaks = [{"RssAnon": 0, "RssFile": 0} for _ in ranks]
+    while any(rank.poll() is None for rank in ranks):
+        for rank, peak in zip(ranks, peaks, strict=True):
+            for key, value in resident(rank.pid).items():
+                peak[key] = max(peak[key], value)
+        time.sleep(0.02)
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a process failed")
+    return {
+        "base_gb": round(base.stat().st_size / 1e9, 2),
+        "ranks": [
+            json.loads(rank.stdout.read().splitlines()[-1])
+            | {f"peak_{key}_gb": round(value / 1e9, 2) for key, value in peak.items()}
+            for rank, peak in zip(ranks, peaks, strict=True)
+        ],
+    }
+
+
+def resident(process: int) -> dict[str, int]:
+    """Resident bytes of a process: its own memory, and pages of mapped files; none when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {
+        key: int(line.split()[1]) * 1024
+        for line in lines
+        for key in ("RssAnon", "RssFile")
+        if line.startswith(f"{key}:")
+    }
 
 
 def step(arguments: argparse.Namespace) -> dict:
@@ -200,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("export", "step"))
+    parser.add_argument("what", choices=("export", "start", "step"))
     parser.add_argument(
         "--name", default="EVA01-g-14", help="an architecture of open_clip with a tower like the authors'"
     )
@@ -221,6 +311,7 @@ def main() -> None:
         default=3,
         help="step: how many, at least 3: times are of those after the second",
     )
+    parser.add_argument("--processes", type=int, default=2, help="start: how many")
     parser.add_argument("--size", type=int, default=224, help="step: side of the pictures in pixels")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -230,16 +321,16 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if any(arguments.folder.iterdir()):
         raise SystemExit(f"{arguments.folder} is not empty")
-    start = time.perf_counter()
+    begun = time.perf_counter()
     try:
-        found = export(arguments) if arguments.what == "export" else step(arguments)
+        found = {"export": export, "start": start, "step": step}[arguments.what](arguments)
     finally:
         shutil.rmtree(arguments.folder)
     about = {
         "what": arguments.what,
         "name": arguments.name,
         **found,
-        "all_seconds": round(time.perf_counter() - start),
+        "all_seconds": round(time.perf_counter() - begun),
     }
     about |= {
         "torch": torch.__version__,

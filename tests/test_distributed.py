@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from visft.backbone import CLIPViT, lora
+from visft.backbone.open_clip_zoo import BaseTower
+from visft.engine import stages
 from visft.engine.optim import average_gradients
 from visft.heads import DETRHead, LabelSpace, Mask2FormerHead, RegionTextHead
 from visft.meta_arch import UNLABELLED, ViSFT
@@ -138,6 +140,20 @@ def backward(model: nn.Module, images: list[dict]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
+FILES = {"random weights": None, "one file": ("a", "a"), "two files": ("a", "b")}
+
+
+def shared(rank: int, hashes: tuple[str, str] | None) -> dict[str, torch.Tensor]:
+    """What a process holds once weights that differ between the two were shared."""
+    model = build("lora")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(rank)
+    model.backbone.base = BaseTower("test", "file" if hashes else None, hashes[rank] if hashes else "random")
+    stages._share_weights(model)
+    return model.state_dict()
+
+
 def work(rank: int, store: str, output: str) -> None:
     """One of two processes: every batch in both stages, by DistributedDataParallel and by our own averaging."""
     torch.set_num_threads(1)
@@ -159,6 +175,7 @@ def work(rank: int, store: str, output: str) -> None:
                 losses = backward(ours, images)
                 average_gradients(p for p in ours.parameters() if p.requires_grad)
                 found[stage, name, "ours"] = (losses, gradients(ours))
+        found |= {name: shared(rank, hashes) for name, hashes in FILES.items()}
         torch.save(found, f"{output}/{comm.get_rank()}.pt")
     finally:
         dist.destroy_process_group()
@@ -242,3 +259,13 @@ def test_the_drawn_task_trains_its_head_alone(single):
         losses, found = single["heads", f"task {task}"]
         assert losses and all(name.startswith(f"{task}/") for name in losses)
         assert all((gradient is None) == (f"heads.{other}." in name) for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_the_main_process_gives_all_but_a_tower_that_all_read_from_one_file(processes, files):
+    main, other = (found[files] for found in processes)
+    kept = {name for name, tensor in other.items() if not torch.equal(tensor, main[name])}
+    tower = {
+        name for name, _ in build("lora").backbone.named_parameters(prefix="backbone") if ".lora." not in name
+    }
+    assert kept == (tower if files == "one file" else set()) and len(tower) > 10

@@ -1,7 +1,9 @@
 """Small random instances of every flavour of vision tower in open_clip, made by shrinking its own configurations."""
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -52,8 +54,10 @@ REFUSED = (
 DEPTH, WIDTH, GRID = 3, 64, 4
 
 
-def small_clip(name: str, depth: int = DEPTH, seed: int = 0) -> torch.nn.Module:
-    """A CLIP with `depth` blocks of width 64 on a grid of 4 x 4 patches, all weights random, in evaluation mode."""
+@contextlib.contextmanager
+def shrunk(name: str, depth: int = DEPTH) -> Iterator[str]:
+    """Within the block open_clip can build the architecture with `depth` blocks of width 64 on a grid of 4 x 4 patches,
+    under the name that is given."""
     open_clip = open_clip_zoo.open_clip()
     config = open_clip.get_model_config(name)
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -61,11 +65,9 @@ def small_clip(name: str, depth: int = DEPTH, seed: int = 0) -> torch.nn.Module:
     if "multimodal_cfg" in config:
         config["multimodal_cfg"] = text
     vision = config["vision_cfg"]
-    patches = []
 
     def create(timm_name, **options):
         patch = int(timm_name.split("patch")[1].split("_")[0])
-        patches.append(patch)
         # A side that the patch does not divide stays one, as that of SO400M/14 at 384 pixels.
         rest = vision["image_size"] % patch
         size = {"img_size": GRID * patch + rest, "embed_dim": WIDTH, "depth": depth, "num_heads": 4}
@@ -79,12 +81,18 @@ def small_clip(name: str, depth: int = DEPTH, seed: int = 0) -> torch.nn.Module:
             "image_size": GRID * vision["patch_size"],
         }
     real_create = timm.create_model
-    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(timm, "create_model", create):
         file = Path(folder) / f"small-{name}.json"
         file.write_text(json.dumps(config))
         open_clip.add_model_config(file)
-        model = open_clip.create_model(file.stem).eval()
+        yield file.stem
+
+
+def small_clip(name: str, depth: int = DEPTH, seed: int = 0) -> torch.nn.Module:
+    """A small CLIP (see `shrunk`), all weights random, in evaluation mode."""
+    torch.manual_seed(seed)
+    with shrunk(name, depth) as small:
+        model = open_clip_zoo.open_clip().create_model(small).eval()
     randomise(model)
     return model
 

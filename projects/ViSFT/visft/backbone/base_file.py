@@ -3,18 +3,15 @@
 What open_clip reads by itself is left to it.
 """
 
-import contextlib
 import logging
 import math
-import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import files
 from ..errors import CheckpointError
 from . import hugging_face_base
 from .resample import resize_position
@@ -24,43 +21,31 @@ logger = logging.getLogger(__name__)
 _POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
 
 
-@contextlib.contextmanager
-def as_open_clip_reads(path: str, expected: Mapping[str, Tensor]) -> Iterator[str]:
-    """The file itself, or where open_clip does not read it as it is, a copy in float32 that it does.
+def for_open_clip(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str
+) -> dict[str, Tensor]:
+    """A file's tensors as open_clip reads them; those that need no change are the same ones.
 
-    Seen through are: what training programs put around and in front of names (`files.read_tensors`); any prefix of all
-    names, as `model.` or `module.backbone.`; transformers' names of a CLIP; position embeddings of another image size,
-    which open_clip resamples in the file's type, half precision too, and timm's towers not at all.
+    Seen through are, beside what training programs put around and in front of names (`files.read_tensors`): any prefix
+    of all names, as `model.` or `module.backbone.`; transformers' names of a CLIP; position embeddings of another image
+    size, which open_clip resamples in the file's type, half precision too, and timm's towers not at all.
 
     Args:
+        tensors: of the file.
         expected: what the model has, by name, as its `state_dict`.
+        path: the file.
 
     Raises:
-        CheckpointError: the file is broken, or holds several models.
+        CheckpointError: the file holds several models, or a part of one.
     """
-    shapes = files.read_shapes(path)
-    prefix = common_prefix(shapes, expected, path)
-    hugging_face = hugging_face_base.is_clip(name.removeprefix(prefix) for name in shapes)
-    sizes = [
-        (shapes[prefix + name], tuple(expected[name].shape))
-        for name in _POSITIONS
-        if prefix + name in shapes and name in expected
-    ]
-    resized = any(prefix_tokens(old, new) is not None for old, new in sizes)
-    if not (prefix or hugging_face or resized or files.is_wrapped(path)):
-        yield path
-        return
-    tensors = files.read_tensors(path)
     said = []
-    if prefix:
+    if prefix := common_prefix(tensors, expected, path):
         said.append(f"its names begin with `{prefix}`")
         outside = [name for name in tensors if not name.startswith(prefix)]
         if outside:
             said.append(f"{len(outside)} tensors that do not are ignored ({outside[0]}, ...)")
         tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    elif files.is_wrapped(path):
-        said.append("its names are wrapped, as by torch.compile")
-    if hugging_face:
+    if hugging_face_base.is_clip(tensors):
         told = (
             ""
             if hugging_face_base.config_of(Path(path))
@@ -68,18 +53,19 @@ def as_open_clip_reads(path: str, expected: Mapping[str, Tensor]) -> Iterator[st
         )
         said.append(f"its names are those of transformers{told}")
         tensors = hugging_face_base.to_open_clip(tensors, Path(path))
-    tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    tensors = dict(tensors)
+    for name in tensors:
+        if name.endswith(("positional_embedding", "pos_embed")):  # what open_clip resamples itself, too
+            tensors[name] = tensors[name].float()
     for name in _POSITIONS:
         if name in tensors and name in expected:
             old, new = tensors[name], expected[name].shape
             if (extra := prefix_tokens(old.shape, new)) is not None:
                 tensors[name] = _resized_positions(old, new, extra)
                 said.append(f"{name} is resampled from {list(old.shape)} to {list(new)}")
-    logger.info("%s: %s", path, "; ".join(said))
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "base.safetensors"
-        files.write_safetensors(copy, tensors)
-        yield str(copy)
+    if said:
+        logger.info("%s: %s", path, "; ".join(said))
+    return tensors
 
 
 def common_prefix(names: Collection[str], expected: Collection[str], path: str) -> str:
@@ -132,9 +118,9 @@ def _resized_positions(embedding: Tensor, shape: Sequence[int], extra: int) -> T
     return torch.cat([flat[:extra], grid.reshape(new * new, -1)]).reshape(tuple(shape))
 
 
-def misfit(given: str, expected: Mapping[str, Tensor]) -> str:
-    """In what a file that open_clip could not load differs from the model; "": not in names and shapes."""
-    found = files.read_shapes(given)
+def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """In what tensors that open_clip could not load differ from the model; "": not in names and shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not any(name.startswith("visual.") for name in found):
         return (
             f"it has no names of a vision tower, `visual.` (its own are like {', '.join(sorted(found)[:2])})"
@@ -163,13 +149,13 @@ def misfit(given: str, expected: Mapping[str, Tensor]) -> str:
 
 
 def require_finite(model: nn.Module, path: str) -> None:
-    """Refuse weights that are not numbers.
+    """Refuse weights that are not numbers. What is on `meta` has none.
 
     Raises:
         CheckpointError: names the first tensor with NaN or infinity.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = tensor[~torch.isfinite(tensor)]
             raise CheckpointError(
                 f"{path}: {name} has {len(bad)} of {tensor.numel()} values that are NaN or infinite; fetch or save the "

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from .open_clip_zoo import OPENAI_MEAN, OPENAI_STD, BaseTower, create_clip
+from .open_clip_zoo import OPENAI_MEAN, OPENAI_STD, BaseTower, StoredClip, create_clip
 from .towers import adapt
 from .window import Windows
 
@@ -91,20 +91,35 @@ class CLIPViT(Backbone):
         self.set_train(train)
 
     @classmethod
-    def from_open_clip(cls, name: str, pretrained: str | None = None, **options) -> "CLIPViT":
-        """The vision tower of an open_clip model.
+    def from_open_clip(
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        **options,
+    ) -> "CLIPViT":
+        """The vision tower of an open_clip model. Of pretrained weights, the tower's alone are read.
 
         Args:
             name: an architecture that open_clip knows, or `visft-tiny`.
             pretrained: a tag of open_clip, `demo` for `visft-tiny`, a file, or None for random weights.
+            device: where the tower goes, tensor by tensor.
             options: the constructor's keywords.
 
         Raises:
             ConfigError: unknown name or tag, or a tower that is no plain vision transformer.
             CheckpointError: the weights are missing, unreadable or of another model.
         """
-        clip, base = create_clip(name, pretrained)
-        return cls(clip.visual, base=base, **options)
+        if not pretrained:
+            clip, base = create_clip(name)
+            return cls(clip.visual, base=base, **options).to(device)
+        stored = StoredClip(name, pretrained)
+        clip = stored.build()
+        backbone = cls(clip.visual, **options)  # which decides the types that weights are stored in
+        stored.load(clip, lambda name: name.startswith("visual."), device)
+        backbone.base = stored.base()
+        return backbone.to(device)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -125,8 +140,8 @@ class CLIPViT(Backbone):
         """Parameters that act before the first block: patch and position embedding, class token, norm."""
         return list(self._parts.stem_parameters(prefix=True))
 
-    def base_clip(self) -> nn.Module:
-        """The whole CLIP that the tower came from; see `BaseTower.clip`.
+    def base_clip(self, *, visual: bool = True) -> nn.Module:
+        """The whole CLIP that the tower came from, or all but its `visual`; see `BaseTower.clip`.
 
         Raises:
             ConfigError: the tower was given without `base`.
@@ -135,7 +150,7 @@ class CLIPViT(Backbone):
             raise ConfigError(
                 "This CLIPViT was made of a bare tower; pass the whole CLIP (open_clip model, file or tag) as base."
             )
-        return self.base.clip()
+        return self.base.clip(visual=visual)
 
     # What trains
 

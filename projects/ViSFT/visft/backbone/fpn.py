@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid
@@ -51,6 +52,8 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
         global_blocks=node.GLOBAL_BLOCKS,
         activation_checkpointing=node.ACTIVATION_CHECKPOINTING,
         frozen_dtype=precision.frozen_type(cfg),
+        # Where the whole model will go: with eight processes the machine's memory would not hold eight towers.
+        device=cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu",
     )
     if wants_lora(cfg):
         adapters = cfg.MODEL.LORA

@@ -1,74 +1,28 @@
-"""Models of open_clip by name, the demo tower `visft-tiny` among them; open_clip is imported when first needed."""
+"""Models of open_clip by name: their weight files, and the models made of them."""
 
+import contextlib
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import logging
 import os
-import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..checkpoint import files, stream_load
 from ..errors import CheckpointError, ConfigError
 from . import base_file, hugging_face_base
+from .open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
 
 logger = logging.getLogger(__name__)
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def register(open_clip: ModuleType) -> None:
-    """Make an imported open_clip know `visft-tiny` and its tag `demo`, the shipped weights. May be called again."""
-    from demoworld import tower
-
-    tower.register(open_clip)
-
-
-class _AfterImport:
-    """Finds open_clip as everybody does, and registers `visft-tiny` once its module has run."""
-
-    searching = False
-
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        if fullname != "open_clip" or self.searching:
-            return None
-        self.searching = True  # the other finders are asked now, not this one again
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.searching = False
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                register(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-def install() -> None:
-    """Let open_clip know `visft-tiny`: now, if it is imported already, else as soon as it is. May be called again."""
-    if "open_clip" in sys.modules:
-        register(sys.modules["open_clip"])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-def open_clip() -> ModuleType:
-    """The module open_clip, imported now if need be, knowing `visft-tiny`."""
-    module = importlib.import_module("open_clip")
-    register(module)
-    return module
 
 
 @dataclass
@@ -86,13 +40,122 @@ class BaseTower:
     sha256: str
     _clip: nn.Module | None = field(default=None, repr=False, compare=False)
 
-    def clip(self) -> nn.Module:
+    def clip(self, *, visual: bool = True) -> nn.Module:
         """The whole CLIP, for what an export copies beside the tower.
 
         Built anew from name and weights. Random weights cannot be: then it is the very model that the tower was taken
         from, whose `visual` is that tower.
+
+        Args:
+            visual: False: its `visual` is not needed, and not read from the file (`nn.Identity`).
         """
-        return self._clip if self._clip is not None else create_clip(self.name, self.pretrained)[0]
+        if self._clip is not None:
+            return self._clip
+        stored = StoredClip(self.name, self.pretrained)
+        clip = stored.build()
+        stored.load(clip, lambda name: visual or not name.startswith("visual."))
+        if not visual:
+            clip.visual = nn.Identity()
+        return clip
+
+
+class StoredClip:
+    """A pretrained CLIP in its file. `build` and `load` hold nothing in memory but what is asked for.
+
+    Args:
+        name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
+            `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; what is seen through
+            says `base_file.for_open_clip`), or a folder with a CLIP of transformers.
+
+    Raises:
+        ConfigError: unknown name or tag.
+        CheckpointError: the weights cannot be had, or want another activation than the architecture's.
+    """
+
+    def __init__(self, name: str, pretrained: str) -> None:
+        check_name(name)
+        self.path, self.pretrained = weight_file(name, pretrained), pretrained
+        self.name, self._quick_gelu = trained_name(name, pretrained)
+        if self._quick_gelu:
+            logger.warning(
+                "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s-quickgelu, so loading "
+                "an export takes force_quick_gelu=True",
+                pretrained,
+                name,
+                name,
+            )
+        elif self.name != name:
+            logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, name, self.name)
+
+    def base(self) -> BaseTower:
+        """What the weights are; reads the file once, for its hash."""
+        return BaseTower(self.name, self.pretrained, files.sha256(self.path))
+
+    def build(self) -> nn.Module:
+        """The model in float32 and evaluation mode, its parameters on `meta`; see `stream_load.build`.
+
+        big_vision's .npz, which open_clip loads itself, is loaded here.
+
+        Raises:
+            CheckpointError: the .npz is of another model.
+        """
+        module = open_clip()
+        if self._is_npz():
+            with self._explained():
+                return module.create_model(self.name, self.path, force_quick_gelu=self._quick_gelu).eval()
+        described = meta_clip(self.name, self.pretrained, force_quick_gelu=self._quick_gelu)
+        config = module.get_model_config(self.name) | ({"quick_gelu": True} if self._quick_gelu else {})
+        return stream_load.build(described, config)
+
+    def load(
+        self,
+        clip: nn.Module,
+        wanted: Callable[[str], bool] = lambda name: True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Read the wanted parameters of what `build` made; see `stream_load.load`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        if self._is_npz():
+            return
+        expected, tag = clip.state_dict(), open_clip().get_pretrained_cfg(self.name, self.pretrained)
+        found: dict[str, torch.Tensor] = {}
+
+        def seen(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            found.update(tensors if tag else base_file.for_open_clip(tensors, expected, self.path))
+            return found
+
+        with self._explained():
+            try:
+                stream_load.load(clip, self.path, self.name, seen=seen, wanted=wanted, device=device)
+            except CheckpointError:  # a RuntimeError, too
+                raise
+            except RuntimeError as error:
+                reason = base_file.misfit(found, expected) or _first_line(error)
+                raise CheckpointError(
+                    f"{self.path} cannot be loaded as a whole {self.name}: {reason}; give a whole CLIP of this "
+                    "architecture, or name the file's in MODEL.CLIP_VIT.NAME."
+                ) from error
+            base_file.require_finite(clip, self.path)
+
+    def _is_npz(self) -> bool:
+        return self.path.endswith(".npz")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
+        except Exception as error:
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: {self.path} cannot be loaded as a whole {self.name} "
+                f"({_first_line(error)}); give a file of this architecture as open_clip writes it (.safetensors, or "
+                ".pt with tensors alone)."
+            ) from error
 
 
 def check_name(name: str) -> None:
@@ -199,81 +262,58 @@ def weight_file(name: str, pretrained: str) -> str:
     return path
 
 
-def meta_clip(name: str) -> nn.Module:
+def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
     """A whole CLIP of an architecture without memory for its weights, to check names and shapes by.
+
+    Args:
+        name: of the architecture.
+        pretrained: a tag, whose preprocessing it gets.
+        options: further ones of open_clip's `create_model`.
 
     Raises:
         ConfigError: open_clip does not know the name.
     """
     check_name(name)
-    level = logging.root.manager.disable
+    module, level = open_clip(), logging.root.manager.disable
+    tag = pretrained if pretrained and module.get_pretrained_cfg(name, pretrained) else None
+    options |= {"load_weights": False, "pretrained_text": False, "device": "meta"}
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random; there are none
     try:
-        with torch.device("meta"):
-            return open_clip().create_model(name, load_weights=False, pretrained_text=False, device="meta")
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the activation, which is seen to elsewhere
+            return module.create_model(name, pretrained=tag, **options)
     finally:
         logging.disable(level)
 
 
-def create_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, BaseTower]:
-    """A whole CLIP of open_clip, on the CPU in float32 and evaluation mode.
+def create_clip(
+    name: str, pretrained: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, BaseTower]:
+    """A whole CLIP of open_clip, on the CPU and in evaluation mode.
 
     Args:
-        name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
-            `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
-        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; what is seen through
-            says `base_file.as_open_clip_reads`), a folder with a CLIP of transformers, or None for random weights.
+        name: an architecture that open_clip knows; see `StoredClip`.
+        pretrained: as `StoredClip`'s, or None for random weights.
+        dtype: of the parameters that are read.
 
     Raises:
         ConfigError: unknown name or tag.
         CheckpointError: the weights cannot be had, cannot be read, or are of another model.
     """
+    if pretrained:
+        stored = StoredClip(name, pretrained)
+        clip = stored.build()
+        for parameter in clip.parameters():
+            parameter.data = parameter.data.to(dtype)
+        stored.load(clip)
+        return clip, stored.base()
     check_name(name)
-    check_pretrained(name, pretrained)
-    module = open_clip()
-    if not pretrained:
-        clip = module.create_model(name, pretrained_text=False).eval()
-        if hasattr(clip, "text_decoder"):
-            # open_clip leaves CoCa's projection to words as the memory was: not the same for a seed, perhaps nan.
-            projection = clip.text_decoder.text_projection
-            nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-        return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
-    path = weight_file(name, pretrained)
-    asked, (name, quick_gelu) = name, trained_name(name, pretrained)
-    if quick_gelu:
-        logger.warning(
-            "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s-quickgelu, so loading an "
-            "export takes force_quick_gelu=True",
-            pretrained,
-            name,
-            name,
-        )
-    elif name != asked:
-        logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, asked, name)
-    tag = module.get_pretrained_cfg(name, pretrained)
-    try:
-        if tag or path.endswith(".npz"):  # big_vision's, which open_clip knows by its suffix
-            clip = _create(name, pretrained if tag else path, quick_gelu)
-        else:
-            expected = meta_clip(name).state_dict()
-            with base_file.as_open_clip_reads(path, expected) as given:
-                try:
-                    clip = _create(name, given, quick_gelu)
-                except RuntimeError as error:
-                    reason = base_file.misfit(given, expected) or _first_line(error)
-                    raise CheckpointError(
-                        f"{path} cannot be loaded as a whole {name}: {reason}; give a whole CLIP of this architecture, "
-                        "or name the file's in MODEL.CLIP_VIT.NAME."
-                    ) from error
-        base_file.require_finite(clip, path)
-    except CheckpointError as error:
-        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
-    except Exception as error:
-        raise CheckpointError(
-            f"MODEL.CLIP_VIT.PRETRAINED: {path} cannot be loaded as a whole {name} ({_first_line(error)}); give a "
-            "file of this architecture as open_clip writes it (.safetensors, or .pt with tensors alone)."
-        ) from error
-    return clip.eval(), BaseTower(name, pretrained, _sha256_file(path))
+    clip = open_clip().create_model(name, pretrained_text=False).eval()
+    if hasattr(clip, "text_decoder"):
+        # open_clip leaves CoCa's projection to words as the memory was: not the same for a seed, perhaps nan.
+        projection = clip.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+    return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
 
 
 def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
@@ -305,21 +345,9 @@ def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
     return name, True
 
 
-def _create(name: str, weights: str, quick_gelu: bool) -> nn.Module:
-    return open_clip().create_model(name, pretrained=weights, weights_only=True, force_quick_gelu=quick_gelu)
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[:2])[:200]
-
-
-def _sha256_file(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sha256_tensors(module: nn.Module) -> str:

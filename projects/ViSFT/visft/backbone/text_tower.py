@@ -28,9 +28,8 @@ class TextTower:
 
     def __init__(self, backbone: CLIPViT) -> None:
         with torch.random.fork_rng(devices=[]):  # a CLIP draws weights before it loads some
-            self._clip = backbone.base_clip()
+            self._clip = backbone.base_clip(visual=False)
         if self._clip.visual is not backbone.tower:  # a random base is the very one that is tuned
-            self._clip.visual = nn.Identity()
             self._clip.eval().requires_grad_(False)
         name = backbone.base.name
         try:

@@ -191,13 +191,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = require_file(path)
     if is_safetensors(path):
-        with _open_safetensors(path) as file:
-            return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
+        return _mapped_safetensors(path)
     return _flat(_load_pickled(path, mmap=False), path)
 
 
 def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Tensor]:
-    """As `read_tensors`, of a PyTorch file whose tensors stay in the file, memory-mapped: values are read when used.
+    """As `read_tensors`, of tensors that stay in the file, memory-mapped: values are read when used.
 
     Files older than PyTorch's zip format cannot be mapped and are read whole, which is logged.
 
@@ -208,9 +207,16 @@ def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Te
         CheckpointError: as `read_tensors`.
     """
     path = require_file(path)
+    if is_safetensors(path):
+        return _mapped_safetensors(path)
     if not quiet and not _is_archive(path):
         logger.warning("%s: is of PyTorch's old format, which takes its whole size in memory", path)
     return _flat(_load_pickled(path, mmap=True), path, quiet)
+
+
+def _mapped_safetensors(path: Path) -> dict[str, Tensor]:
+    with _open_safetensors(path) as file:
+        return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -225,29 +231,6 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
             return _without_wrappers({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
     tensors = _flat(_load_pickled(path, mmap=True), path)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def is_wrapped(path: str | os.PathLike) -> bool:
-    """Whether a file's names are wrapped in more than `state_dict` and one `module.`, which open_clip takes off itself.
-
-    Raises:
-        CheckpointError: as `read_tensors`.
-    """
-    path = require_file(path)
-    if is_safetensors(path):
-        with _open_safetensors(path) as file:
-            names = list(file.keys())
-    else:
-        content = _load_pickled(path, mmap=True)
-        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
-        if not isinstance(content, Mapping):
-            return False
-        if any(isinstance(content.get(key), Mapping) for key in _NESTS):
-            return True
-        names = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
-    names = [name.removeprefix("module.") for name in names]
-    return any(all(name.startswith(wrapper) for name in names) for wrapper in _WRAPPERS)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -14,9 +14,24 @@ import torch
 
 from .. import progress
 from ..errors import CheckpointError, ExportError
-from .stream import DTYPES, Entry, open_tensors
+from .stream import Entry, TensorFile
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""Names of types in safetensors files."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ def verify(path: str | os.PathLike, pieces: Sequence[Piece]) -> None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = set(file.keys())
-        found = open_tensors(path)
+        found = TensorFile(path)
     except (safetensors.SafetensorError, CheckpointError, OSError) as error:
         raise ExportError(f"What was just written does not read back: {error}") from error
     odd = names ^ {piece.name for piece in pieces}

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from visft.backbone import CLIPViT, lora, open_clip_zoo
 from visft.backbone.towers import adapt
-from visft.checkpoint import authors, export, files, load, stream_load, stream_names
+from visft.checkpoint import authors, export, files, load
 from visft.checkpoint.run_folder import describe
 from visft.engine import export_stream, exporting
 from visft.engine.settings import load_config
@@ -165,12 +165,7 @@ def _build(cfg: CfgNode, seed: int | None, with_lora: bool) -> CLIPViT:
     if seed is not None:
         seed_iteration(seed, "build", 0)
     vit, settings = cfg.MODEL.CLIP_VIT, cfg.MODEL.LORA
-    path = open_clip_zoo.weight_file(vit.NAME, vit.PRETRAINED) if vit.PRETRAINED else None
-    if path and export_stream.base_kind(path) == stream_names.EVA_CLIP:  # which open_clip does not load
-        clip, base = stream_load.load_clip(vit.NAME, path)
-        backbone = CLIPViT(clip.visual, base=base)
-    else:
-        backbone = CLIPViT.from_open_clip(vit.NAME, vit.PRETRAINED or None)
+    backbone = CLIPViT.from_open_clip(vit.NAME, vit.PRETRAINED or None)
     if with_lora:
         lora.inject(
             backbone,

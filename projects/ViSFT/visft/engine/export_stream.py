@@ -28,7 +28,7 @@ from visft.checkpoint import (
     stream_write,
 )
 from visft.checkpoint.export import Facts, card, open_clip_file, place, timm_file, tower_file
-from visft.checkpoint.stream import TensorFile, open_tensors
+from visft.checkpoint.stream import TensorFile
 from visft.engine import memory
 from visft.errors import CheckpointError, ExportError
 
@@ -138,7 +138,7 @@ def run(
             raise ExportError(f"--output {path}: is the base itself; give another name.")
     lora_path = next(p for p in weights if stream_merge.is_lora_alone(files.read_shapes(p)))
     sha256 = _check_base(lora_path, base)
-    with open_tensors(base) as source, open_tensors(lora_path) as adapters:
+    with TensorFile(base) as source, TensorFile(lora_path) as adapters:
         names = _base_names(source, expected, name, kind)
         lora = stream_merge.LoraFile(adapters, where, cfg.MODEL.LORA.ALPHA, name)
         written = []

@@ -337,12 +337,19 @@ def _settings(cfg: CfgNode, stage: str) -> dict:
 
 
 def _share_weights(model: nn.Module) -> None:
-    """Give every process the main one's weights, should fresh ones differ by platform."""
+    """Give every process the main one's weights, should fresh ones differ by platform.
+
+    A tower that all read from the same file is the same everywhere, and is not sent.
+    """
     if comm.get_world_size() > 1:
         import torch.distributed as dist
 
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+        base = getattr(model.backbone, "base", None)
+        hashes = comm.all_gather(base.sha256 if base and base.pretrained else None)
+        read = hashes[0] is not None and len(set(hashes)) == 1
+        for name, tensor in model.state_dict().items():
+            if not (read and name.startswith("backbone.tower.") and ".lora." not in name):
+                dist.broadcast(tensor, 0)
 
 
 def _warn_of_untrained_heads(cfg: CfgNode) -> None:

@@ -43,7 +43,7 @@ def demo_zero_shot(backbone: nn.Module) -> dict[str, float]:
     backbone.eval()
     with demo_world.errors():
         views = Views()
-    classes = tower.class_embeddings(backbone.base_clip().eval(), views.names)
+    classes = tower.class_embeddings(backbone.base_clip(visual=False).eval(), views.names)
     found = tower.zero_shot(_Encoder(backbone), views.evaluation(0, views=1), classes)
     backbone.train(training)
     return {"zero_shot/top1": found["top1"], "zero_shot/top5": found["top5"]}
