@@ -7,7 +7,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow lint docs setup clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -21,6 +21,9 @@ test-slow: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+docs: setup
+	$(RUN) docs/build.py
 
 setup:
 	@$(PYTHON) scripts/install.py --venv "$(VENV)"

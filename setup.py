@@ -109,6 +109,15 @@ setup(
         "eval": [*BENCHMARKS_NEED, "faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6"],
         # What writes and checks the exports beyond open_clip and timm, which are requirements.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
-        "dev": ["markdown-it-py>=3", "pytest>=7.4", "pytest-timeout>=2.2", "ruff>=0.6", "wheel>=0.40"],
+        "docs": ["zensical>=0.1.3", "mkdocstrings-python>=2.0"],
+        "dev": [
+            "ipykernel>=6.20",
+            "markdown-it-py>=3",
+            "nbclient>=0.8",
+            "pytest-timeout>=2.2",
+            "pytest>=7.4",
+            "ruff>=0.6",
+            "wheel>=0.40",
+        ],
     },
 )

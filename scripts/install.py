@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "demo,dev,eval,export"
+EXTRAS = "demo,dev,docs,eval,export"
 
 # PyPI has no package named detectron2. This one is a third party's build of upstream's sources of 2024; except for one
 # compiled file, which ViSFT does not use, it is Python, so that it fits every Python 3 although its tag says 3.10.

@@ -265,10 +265,11 @@ def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_resu
 
 def test_the_table_of_the_model_zoo_is_that_of_the_results():
     script = module()
-    text = script.DOCUMENT.read_text()
+    text, short = (document.read_text() for document in script.DOCUMENTS)
     for folder, place in script.PLACES.items():
         found = json.loads((folder / "results.json").read_text())
         assert script.filled(text, found, place) == text and script.overview(found) in text
+        assert script.filled(short, found, place) == short
     found = json.loads((script.RESULTS / "results.json").read_text())
     (row,) = [row for row in found["families"]["recipe"] if row["name"] == "goi"]
     assert f"{row['difference']:+.2f}" in script.overview(found)

@@ -51,9 +51,11 @@ logger = logging.getLogger("visft.experiment")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULTS, DOCUMENT = HERE / "results", ROOT / "MODEL_ZOO.md"
+RESULTS, DOCUMENTS = HERE / "results", (ROOT / "docs" / "experiments.md", ROOT / "MODEL_ZOO.md")
 PLACES = {RESULTS: "experiment", RESULTS / "region_text": "region-text"}
-"""Folders of reports whose table is also in DOCUMENT, between comments of this name."""
+"""Folders of reports whose table is also in DOCUMENTS, between comments of this name."""
+MAIN_ROWS = 5
+"""How many arms, the first ones of the plan, are in the short table between comments `<name>-rows`."""
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
@@ -529,22 +531,30 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """results.json, report.md, report.html, forest.png, overview.md, and, of PLACES, MODEL_ZOO.md's table."""
+    """results.json, report.md, report.html, forest.png, overview.md, and, of PLACES, the tables in DOCUMENTS."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(found, folder)
     with files.write_aside(folder / "overview.md") as partial:
         partial.write_text(overview(found), encoding="utf-8")
     place = PLACES.get(folder.resolve())
     if place:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        with files.write_aside(DOCUMENT) as partial:
-            partial.write_text(filled(text, found, place), encoding="utf-8")
+        for document in DOCUMENTS:
+            text = filled(document.read_text(encoding="utf-8"), found, place)
+            with files.write_aside(document) as partial:
+                partial.write_text(text, encoding="utf-8")
 
 
 def filled(document: str, found: dict[str, Any], place: str) -> str:
-    """A document with the overview between the comments `<!-- place -->` and `<!-- /place -->` made anew."""
-    pattern = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", re.S)
-    return pattern.sub(lambda at: f"{at[1]}{overview(found)}{at[2]}", document)
+    """A document with the overview between the comments `<!-- place -->` and `<!-- /place -->` made anew.
+
+    Between `<!-- place-rows -->` and its end are only the rows of the first arms.
+    """
+    whole = overview(found)
+    rows = "".join(whole.splitlines(keepends=True)[: 2 + MAIN_ROWS])
+    for name, text in ((place, whole), (f"{place}-rows", rows)):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        document = pattern.sub(lambda at, text=text: f"{at[1]}{text}{at[2]}", document)
+    return document
 
 
 def _run(args: argparse.Namespace) -> None:
