@@ -12,7 +12,14 @@ BELOW = {"demoworld": (), "towerbench": ("demoworld",), "visft": ("demoworld", "
 PLUGIN_ALONE = ("demoworld", "towerbench")
 """Packages that need neither detectron2 nor what comes with it."""
 
-COMMANDS = {"commands/evaluate_backbone.py", "engine/demo.py", "engine/demo_unseen.py"}
+COMMANDS = {
+    "commands/evaluate_backbone.py",
+    "commands/fetch_emoji_vendors.py",
+    "commands/make_demo_data.py",
+    "commands/pretrain_demo_tower.py",
+    "engine/demo.py",
+    "engine/demo_unseen.py",
+}
 SHARED = {"evaluation/captions.py"}
 WHEN_CALLED = {
     "backbone/open_clip_zoo.py",
