@@ -22,7 +22,7 @@ COMMANDS = {
 }
 SHARED = {"evaluation/captions.py"}
 WHEN_CALLED = {
-    "backbone/open_clip_zoo.py",
+    "backbone/open_clip_import.py",
     "commands/demo.py",
     "commands/train_demo_heads.py",
     "data/demo_world.py",
