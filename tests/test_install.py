@@ -70,11 +70,13 @@ print(cfg.MODEL.CLIP_VIT.NAME)
     assert done.stdout.split() == ["True"] * 4 + ["ViT-B-16"]
 
 
-def test_only_the_two_named_messages_are_filtered():
+def test_only_the_three_named_messages_are_filtered():
     code = """
 import logging, warnings
 import visft
-import detectron2.engine
+import detectron2.engine, torch
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+_create_grid_offsets([2, 2], 4, 0.0, torch.zeros(1))
 from torch.fx._symbolic_trace import is_fx_tracing
 is_fx_tracing()
 logging.getLogger("torch.fx._symbolic_trace").warning("another message of that module")
@@ -84,6 +86,7 @@ warnings.warn("a warning", DeprecationWarning)
     shown = python(code).stderr
     assert "`torch.jit.script` is deprecated" not in shown
     assert "is_fx_tracing will return true" not in shown
+    assert "torch.meshgrid" not in shown
     assert "another message of that module" in shown
     assert "`torch.jit.trace` is another matter" in shown
     assert "DeprecationWarning: a warning" in shown
@@ -91,6 +94,12 @@ warnings.warn("a warning", DeprecationWarning)
 
 def test_without_the_filter_the_first_message_is_there():
     """Else the test above would say nothing."""
+    code = """
+import torch
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+_create_grid_offsets([2, 2], 4, 0.0, torch.zeros(1))
+"""
+    assert "torch.meshgrid: in an upcoming release" in python(code).stderr
     code = "import warnings, torch\nwarnings.warn('`torch.jit.script` is deprecated', FutureWarning)\n"
     assert "`torch.jit.script` is deprecated" in python(code).stderr
     assert "`torch.jit.script` is deprecated" not in python("import visft\n" + code).stderr
