@@ -109,7 +109,7 @@ setup(
         "eval": [*BENCHMARKS_NEED, "faster-coco-eval>=1.6", "lvis>=0.5.3", "opencv-python>=4.6"],
         # What writes and checks the exports beyond open_clip and timm, which are requirements.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
-        "docs": ["zensical>=0.1.3", "mkdocstrings-python>=2.0"],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings-python>=1.10"],
         "dev": [
             "ipykernel>=6.20",
             "markdown-it-py>=3",

@@ -5,6 +5,7 @@ of docs/, and MODEL_ZOO.md and CONTRIBUTING.md from the root. A link from a page
 page is shown as text.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,14 +59,17 @@ def main() -> int:
         command = [
             sys.executable,
             "-m",
-            "zensical",
+            "mkdocs",
             "build",
             "--clean",
             "--strict",
+            "--quiet",
             "-f",
             str(project / "mkdocs.yml"),
         ]
-        status = subprocess.run(command, cwd=project).returncode
+        # The theme announces its successor at every build.
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        status = subprocess.run(command, cwd=project, env=environment).returncode
         if status == 0:
             shutil.rmtree(ROOT / "output/site", ignore_errors=True)
             shutil.copytree(project / "output/site", ROOT / "output/site")
