@@ -138,6 +138,16 @@ def register(cls: _Class) -> _Class:
     return cls
 
 
+def variant(base: type[Benchmark], name: str, about: str, **attributes: object) -> type[Benchmark]:
+    """Make a benchmark known that differs from `base` in attributes alone.
+
+    Args:
+        about: its docstring.
+    """
+    body = {"name": name, "__doc__": about, "__module__": base.__module__}
+    return register(type(f"{base.__name__} {name}", (base,), body | attributes))
+
+
 def registered() -> dict[str, type[Benchmark]]:
     """All benchmarks by name, in the order of their families; those of the package are imported now."""
     for suite in SUITES:

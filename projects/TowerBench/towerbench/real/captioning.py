@@ -14,7 +14,7 @@ from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Pictures
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 from towerbench.standardise import Standardiser
 
 RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
@@ -135,12 +135,10 @@ _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictio
 
 # The in-domain pictures show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
 for _domain in ("in-domain", "near-domain", "out-domain"):
-    _members = {
-        "name": f"captioning nocaps-{_domain.removesuffix('-domain')}",
-        "domain": _domain,
-        "in_domain": _domain == "in-domain",
-        "__doc__": f"nocaps' validation pictures that are {_domain}.",
-        "__module__": __name__,
-    }
-    _kind = _domain.removesuffix("-domain").capitalize()
-    register(type(f"NoCaps{_kind}", (NoCaps,), _members))
+    variant(
+        NoCaps,
+        f"captioning nocaps-{_domain.removesuffix('-domain')}",
+        f"nocaps' validation pictures that are {_domain}.",
+        domain=_domain,
+        in_domain=_domain == "in-domain",
+    )

@@ -15,7 +15,7 @@ from towerbench.features import FeatureStore, Pictures
 from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, sources
 from towerbench.real.sources import Source
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 
 CELLS = 12
 """Of a picture that a probe trains on: one of each class in it, then any."""
@@ -61,10 +61,8 @@ class Labelled:
             DataError: the map is missing or broken, or not of the picture's size, or has another label.
         """
         file = self.maps[number]
-        try:
+        with sources.readable(file, "label map", "get the data set again"):
             values = np.asarray(Image.open(file))  # a palette's indices stay what they are
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{file}: is no readable label map ({error}); get the data set again") from error
         if values.ndim != 2 or values.dtype != np.uint8:
             raise DataError(
                 f"{file}: has shape {values.shape} of {values.dtype}; one 8-bit label a pixel was expected (not the "
@@ -82,11 +80,8 @@ class Labelled:
         """Read everything once, that nothing is found broken in the middle of a long run."""
         for number, source in enumerate(self.pictures):
             size = self.labels(number).shape
-            try:
-                with Image.open(source.file) as picture:
-                    shown = picture.height, picture.width
-            except (OSError, ValueError, SyntaxError) as error:
-                raise DataError(f"{source.file}: is no readable picture ({error}); get it again") from error
+            with sources.readable(source.file, "picture"), Image.open(source.file) as picture:
+                shown = picture.height, picture.width
             if shown != size:
                 raise DataError(
                     f"{self.maps[number]}: is of height and width {size}, and its picture of {shown}; both of one "
@@ -334,18 +329,21 @@ class DenseText(_Dense):
 
 
 for _name, _found in DATA_SETS.items():
-    for _base, _kind, _metric in (
-        (DenseProbe, "probe", "mIoU of a linear probe"),
-        (DenseText, "text", "mIoU of patches against names"),
-    ):
-        _members = {
-            "name": f"dense {_kind} {_name}",
-            "metric": _metric,
-            "needs": {**_found.needs, **(_found.trains_on if _kind == "probe" else {})},
-            "data_set": _name,
-            "background": _found.background and _kind == "probe",
-            "item_set": _found.item_set,
-            "__doc__": f"{_name}.",
-            "__module__": __name__,
-        }
-        register(type(f"{_base.__name__} {_name}", (_base,), _members))
+    _same = {"data_set": _name, "item_set": _found.item_set}
+    variant(
+        DenseProbe,
+        f"dense probe {_name}",
+        f"{_name}.",
+        metric="mIoU of a linear probe",
+        needs={**_found.needs, **_found.trains_on},
+        background=_found.background,
+        **_same,
+    )
+    variant(
+        DenseText,
+        f"dense text {_name}",
+        f"{_name}.",
+        metric="mIoU of patches against names",
+        needs=_found.needs,
+        **_same,
+    )

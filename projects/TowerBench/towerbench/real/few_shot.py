@@ -21,7 +21,7 @@ from towerbench.real.classification import (
     webdataset,
     webdataset_paths,
 )
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 
 SHOTS, HELD = 16, 4
 """Pictures of each class of ImageNet to train on, and to choose by."""
@@ -165,20 +165,18 @@ def _read(folder: Path) -> LabelledSet:
 
 
 def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
-    for method in ("linear probe", "kNN"):
-        members = {
-            "name": f"{method} {name}",
-            "method": method,
-            "metric": f"accuracy of a {method}"
-            if method == "linear probe"
-            else "accuracy of nearest neighbours",
-            "needs": needs,
-            "item_set": zero_shot.BY_NAME[name].item_set,
-            "tested": zero_shot.BY_NAME[name],
-            "__doc__": f"{method} on {name}.",
-            "__module__": __name__,
-        }
-        register(type(f"{method} {name}", (base,), members))
+    tested = zero_shot.BY_NAME[name]
+    for method, words in (("linear probe", "a linear probe"), ("kNN", "nearest neighbours")):
+        variant(
+            base,
+            f"{method} {name}",
+            f"{method} on {name}.",
+            method=method,
+            metric=f"accuracy of {words}",
+            needs=needs,
+            item_set=tested.item_set,
+            tested=tested,
+        )
 
 
 _TRAIN = {"imagenet/train": "ImageNet's training pictures, in 1000 folders"}

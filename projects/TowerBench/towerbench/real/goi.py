@@ -19,7 +19,7 @@ from towerbench.features import FeatureStore, Pictures
 from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, regions, sources
 from towerbench.real.regions import RegionSet
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 
 PROBE_REGIONS = 10_000
 """Regions that a probe trains on at most, as many of each class; its penalty is chosen on at most a quarter as many."""
@@ -279,23 +279,27 @@ class GoiProbe(_Goi):
         return self._model.logits(features)
 
 
-def _declare(name: str, found: DataSet, kind: str) -> None:
-    for base, method in ((GoiZeroShot, "zero-shot"), (GoiProbe, "probe")):
-        of = "" if method == "zero-shot" else " of a linear probe"
-        members = {
-            "name": f"goi {method} {name} {kind}",
-            "metric": f"class-mean top-1 and top-5 accuracy{of}",
-            "needs": {**found.needs, **(found.trains_on if method == "probe" else {})},
-            "data_set": name,
-            "kind": kind,
-            "in_domain": found.in_domain,
-            "item_set": found.item_set,
-            "__doc__": f"{name}, {kind}.",
-            "__module__": __name__,
-        }
-        register(type(f"{base.__name__} {name} {kind}", (base,), members))
-
-
 for _name, _found in DATA_SETS.items():
     for _kind in _found.kinds:
-        _declare(_name, _found, _kind)
+        _same = {
+            "data_set": _name,
+            "kind": _kind,
+            "in_domain": _found.in_domain,
+            "item_set": _found.item_set,
+        }
+        variant(
+            GoiZeroShot,
+            f"goi zero-shot {_name} {_kind}",
+            f"{_name}, {_kind}.",
+            metric="class-mean top-1 and top-5 accuracy",
+            needs=_found.needs,
+            **_same,
+        )
+        variant(
+            GoiProbe,
+            f"goi probe {_name} {_kind}",
+            f"{_name}, {_kind}.",
+            metric="class-mean top-1 and top-5 accuracy of a linear probe",
+            needs={**_found.needs, **_found.trains_on},
+            **_same,
+        )

@@ -16,7 +16,7 @@ from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Pictures
 from towerbench.real import sources, words
 from towerbench.real.words import WordSet
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 from towerbench.standardise import Standardiser
 
 TRAINING = ("ocr/train/real", "ocr/train/synth", "ocr/train", "data_lmdb_release/training")
@@ -268,11 +268,10 @@ _SETS = {
 }
 
 for _name, (*_paths, _count) in _SETS.items():
-    _members = {
-        "name": f"ocr {_name}",
-        "metric": "mean of word and character accuracy",
-        "needs": {"|".join(_paths): f"{_count} word pictures, an LMDB or a folder with a list of labels"},
-        "__doc__": f"{_name}, letters and digits, case not told apart.",
-        "__module__": __name__,
-    }
-    register(type(f"Ocr{_name.capitalize()}", (Ocr,), _members))
+    variant(
+        Ocr,
+        f"ocr {_name}",
+        f"{_name}, letters and digits, case not told apart.",
+        metric="mean of word and character accuracy",
+        needs={"|".join(_paths): f"{_count} word pictures, an LMDB or a folder with a list of labels"},
+    )

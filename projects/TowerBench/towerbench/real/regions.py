@@ -173,12 +173,8 @@ def segment_ids(file: Path) -> np.ndarray:
     Raises:
         DataError: it is missing, or no colour picture.
     """
-    try:
+    with sources.readable(file, "picture of segments", "make the panoptic annotations again"):
         colours = np.asarray(Image.open(file))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(
-            f"{file}: is no readable picture of segments ({error}); make the panoptic annotations again"
-        ) from error
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise DataError(
             f"{file}: has shape {colours.shape}; a colour picture `[H, W, 3]` was expected, whose colours are the ids "

@@ -10,7 +10,7 @@ from towerbench.demo.retrieval import AT
 from towerbench.features import FeatureStore, Pictures
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
-from towerbench.registry import register
+from towerbench.registry import variant
 
 CHUNK = 128
 """Queries that are compared with all pictures or captions at a time."""
@@ -84,16 +84,14 @@ def _declare(
     in_domain: bool = False,
 ) -> None:
     """Register a set; `load` gets the path of each of `needs`, in their order."""
-    members = {
-        "name": f"retrieval {name}",
-        "needs": needs,
-        "load": lambda self: load(*map(self.path, needs)),
-        "in_domain": in_domain,
-        "__doc__": about,
-        "__module__": __name__,
-    }
-    kind = "".join(part.capitalize() for part in name.split("-"))
-    register(type(f"Retrieval{kind}", (Retrieval,), members))
+    variant(
+        Retrieval,
+        f"retrieval {name}",
+        about,
+        needs=needs,
+        load=lambda self: load(*map(self.path, needs)),
+        in_domain=in_domain,
+    )
 
 
 _declare(

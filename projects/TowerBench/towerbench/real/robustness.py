@@ -8,7 +8,7 @@ import torch
 from towerbench.demo import robustness
 from towerbench.features import FeatureStore, Pictures, fitted
 from towerbench.real import sources, zero_shot
-from towerbench.registry import Context, register
+from towerbench.registry import Context, variant
 
 COUNT = 500
 """Pictures of a set that are shown, each under every corruption; spread over the set, the same ones every time."""
@@ -46,10 +46,4 @@ class _Robustness(sources.RealBenchmark):
 
 
 for _name, _tested in zero_shot.BY_NAME.items():
-    _members = {
-        "name": f"robustness {_name}",
-        "tested": _tested,
-        "needs": _tested.needs,
-        "__module__": __name__,
-    }
-    register(type(f"Robustness {_name}", (_Robustness,), _members | {"__doc__": f"Corrupted {_name}."}))
+    variant(_Robustness, f"robustness {_name}", f"Corrupted {_name}.", tested=_tested, needs=_tested.needs)

@@ -1,5 +1,6 @@
 """Pictures and annotations on disk: what all benchmarks of the real suite share."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -82,16 +83,23 @@ class Source:
             ) from error
 
 
+@contextlib.contextmanager
+def readable(what: object, kind: str, advice: str = "get it again") -> Iterator[None]:
+    """Turn what Pillow, json and the system raise within the block into a DataError that names `what` and its kind."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{what}: is no readable {kind} ({error}); {advice}") from error
+
+
 def decoded(data: bytes, what: object) -> np.ndarray:
     """Encoded bytes as `[H, W, 3]` uint8 RGB; `what` names them in the error.
 
     Raises:
         DataError: they are no picture, or a broken one.
     """
-    try:
+    with readable(what, "picture", "get the file again"):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{what}: is no readable picture ({error}); get the file again") from error
 
 
 def pictures(
@@ -156,10 +164,8 @@ def read_text(file: Path, advice: str = "get it again") -> str:
     Raises:
         DataError: it is no UTF-8, or is not there.
     """
-    try:
+    with readable(file, "text", advice):
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: is no readable text ({error}); {advice}") from error
 
 
 def read_json(file: Path) -> Any:
@@ -168,10 +174,8 @@ def read_json(file: Path) -> Any:
     Raises:
         DataError: it is no JSON, or is not there.
     """
-    try:
+    with readable(file, "JSON file"):
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: is no readable JSON file ({error}); get it again") from error
 
 
 def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = object) -> Any:

@@ -16,7 +16,7 @@ from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Pictures
 from towerbench.real import questions, sources
 from towerbench.real.questions import Asked
-from towerbench.registry import register
+from towerbench.registry import variant
 from towerbench.standardise import Standardiser
 
 TRAIN, TEST = 9000, 5000
@@ -228,8 +228,7 @@ def _declare(name: str, folder: str, prefix: str, about: str) -> None:
         needs[f"{folder}/{prefix}mscoco_{split}_annotations.json"] = f"{about}'s answers"
     needs["coco/train2014|coco/train2017"] = "COCO's pictures train2014, or train2017 and val2017"
     needs["coco/val2014|coco/val2017"] = "COCO's pictures val2014, or train2017 and val2017"
-    members = {"name": f"vqa {name}", "needs": needs, "__doc__": f"{about}.", "__module__": __name__}
-    register(type(f"Vqa{name.title().replace('-', '')}", (Vqa,), members))
+    variant(Vqa, f"vqa {name}", f"{about}.", needs=needs)
 
 
 _declare("vqav2", "vqav2", "v2_", "VQAv2")

@@ -18,7 +18,7 @@ from towerbench.real.classification import (
     webdataset,
     webdataset_paths,
 )
-from towerbench.registry import register
+from towerbench.registry import variant
 
 
 class ZeroShot(sources.RealBenchmark):
@@ -65,15 +65,8 @@ BY_NAME: dict[str, type[ZeroShot]] = {}
 
 
 def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], LabelledSet]) -> None:
-    kind = "".join(part.capitalize() for part in name.replace("/", "-").replace("_", "-").split("-"))
-    members = {
-        "name": f"zero-shot {name}",
-        "needs": needs,
-        "load": load,
-        "item_set": name,
-        "__doc__": f"{name}, all its pictures.",
-    }
-    BY_NAME[name] = register(type(f"ZeroShot{kind}", (ZeroShot,), members | {"__module__": __name__}))
+    about = f"{name}, all its pictures."
+    BY_NAME[name] = variant(ZeroShot, f"zero-shot {name}", about, needs=needs, load=load, item_set=name)
 
 
 for _name, (_paths, _what, _classes) in IMAGENET_VARIANTS.items():
