@@ -49,7 +49,8 @@ def test_keys_that_documents_name_exist(root):
         named = re.findall(
             r"\b((?:MODEL|VISFT|DATALOADER)(?:\.[A-Z0-9_]+)+)\b", (root / document).read_text()
         )
-        assert [name for name in named if name not in known and "HEAD>" not in name] == [], document
+        missing = {name for name in named if name not in known} - {"MODEL.VISFT.TAGS"}  # the example of a head
+        assert missing == set(), document
 
 
 @pytest.mark.timeout(600)
