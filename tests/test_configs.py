@@ -66,7 +66,7 @@ def test_the_authors_recipe(name, tower):
     assert (mixing.INPUT.AUGMENTATION, second.IMS_PER_BATCH) == ("detection", 8)
     tasks = {head: mixing.TASKS[head.upper()] for head in cfg.MODEL.VISFT.HEADS}
     assert [tasks["captioning"][key] for key in ("AUGMENTATION", "SIZE", "IMS_PER_BATCH")] == [
-        "fixed",
+        "square",
         256,
         64,
     ]

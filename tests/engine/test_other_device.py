@@ -133,8 +133,10 @@ def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path
         assert [set(output) for output in found_there] == [set(output) for output in found]
     assert there == pytest.approx(losses, rel=1e-4)
     assert moved.keys() == expected.keys() and expected
+    # Where the tower computes in bfloat16, Adam's first steps of gradients near zero may differ by a part of the rate.
+    atol = 1e-3 if "bfloat16" in case else 1e-4
     for name, tensor in expected.items():
-        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize(
