@@ -134,7 +134,7 @@ def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path
     assert there == pytest.approx(losses, rel=1e-4)
     assert moved.keys() == expected.keys() and expected
     # Where the tower computes in bfloat16, Adam's first steps of gradients near zero may differ by a part of the rate.
-    atol = 1e-3 if "bfloat16" in case else 1e-4
+    atol = 5e-3 if "bfloat16" in case else 1e-4
     for name, tensor in expected.items():
         torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=atol)
 

@@ -31,7 +31,8 @@ def frozen_type(cfg: CfgNode) -> str:
         return vit.FROZEN_DTYPE
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT" or "full" in (cfg.MODEL.VISFT.TUNE, vit.TRAIN):
         return ""
-    types = {amp_type(cfg, stage) for stage in cfg.VISFT.STAGES}
+    # An unknown stage is said by the model, which knows the names.
+    types = {amp_type(cfg, stage) for stage in cfg.VISFT.STAGES if stage.upper() in cfg.VISFT.SOLVER}
     return types.pop() if len(types) == 1 else ""
 
 
