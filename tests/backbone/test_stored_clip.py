@@ -23,6 +23,8 @@ import small_eva  # noqa: E402
 def stored(name: str, path: Path) -> str:
     """A file of an architecture's random weights, no norm or bias at its first value."""
     clip = open_clip.create_model(name, pretrained_text=False)
+    if hasattr(clip, "text_decoder"):  # which open_clip leaves as the memory was, perhaps NaN
+        torch.nn.init.zeros_(clip.text_decoder.text_projection)
     randomise(clip)
     save_file({n: t.contiguous() for n, t in clip.state_dict().items()}, path)
     return str(path)
@@ -170,7 +172,8 @@ if sys.argv[3] == "whole":
 else:
     options = {"frozen_dtype": "bfloat16"} if sys.argv[3] == "low" else {}
     made = CLIPViT.from_open_clip(name, sys.argv[2], **options)
-print((peak() - before) * 1024 / sum(p.numel() * p.element_size() for p in made.parameters()))
+kept = sum(p.numel() * p.element_size() for p in made.parameters())
+print((peak() - before) * 1024 - kept)
 """
 
 
@@ -183,4 +186,4 @@ def test_what_is_kept_is_in_memory_once(tmp_path, monkeypatch, kept, words):
     command = [sys.executable, "-c", PROCESS, str(HERE), str(tmp_path / "base.safetensors"), kept, str(words)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split()[-1]) < 1.3
+    assert int(result.stdout.split()[-1]) < 30e6

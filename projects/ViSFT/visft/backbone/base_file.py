@@ -155,7 +155,10 @@ def require_finite(model: nn.Module, path: str) -> None:
         CheckpointError: names the first tensor with NaN or infinity.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # Of a tensor with NaN both are NaN; nothing as large as the tensor is made.
+        if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
             bad = tensor[~torch.isfinite(tensor)]
             raise CheckpointError(
                 f"{path}: {name} has {len(bad)} of {tensor.numel()} values that are NaN or infinite; fetch or save the "

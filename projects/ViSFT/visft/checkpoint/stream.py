@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .files import map_tensors
 
-CHUNK = 16 << 20
+CHUNK = 8 << 20
 """Bytes that are read of a tensor at a time."""
 
-REMAP = 64 << 20
+REMAP = 32 << 20
 """Bytes read of a mapped file after which it is mapped anew."""
 
 
@@ -55,7 +55,10 @@ class TensorFile:
         self.entries = {name: Entry(t.dtype, tuple(t.shape)) for name, t in self.mapped.items()}
 
     def _parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor's values in order, row by row: flat, mapped, about `CHUNK` bytes at a time."""
+        """A tensor's values in order, row by row: flat, mapped, about `CHUNK` bytes at a time.
+
+        Who holds on to a part holds on to its mapping.
+        """
         entry = self.entries[name]
         step = max(1, CHUNK // entry.dtype.itemsize)
         for start in range(0, math.prod(entry.shape), step):
@@ -63,14 +66,18 @@ class TensorFile:
                 self.mapped.clear()  # before the new mapping, so that never two are there
                 self.mapped, self._touched = map_tensors(self.path, quiet=True), 0
             # A transposed or cut-out view is copied, which is rare in weight files.
-            tensor = self.mapped[name] = self.mapped[name].contiguous()
-            part = tensor.detach().view(-1)[start : start + step]
+            self.mapped[name] = self.mapped[name].contiguous()
+            part = self.mapped[name].detach().view(-1)[start : start + step]
             self._touched += part.nbytes
             yield part
+            del part
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor's values, in order and in pieces."""
-        return (memoryview(as_bytes(part)) for part in self._parts(name))
+        """The bytes of a tensor's values, in order and in pieces, in memory of their own."""
+        for part in self._parts(name):
+            own = memoryview(as_bytes(part.clone()))
+            del part
+            yield own
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
         """Fill `out`, of as many elements and any type and device, with a tensor's values; returns `out`."""
@@ -78,6 +85,7 @@ class TensorFile:
         for part in self._parts(name):
             flat[start : start + len(part)].copy_(part)
             start += len(part)
+            del part
         return out
 
     def read(self, name: str) -> Tensor:
