@@ -60,7 +60,7 @@ def test_images_above_the_limit(cfg) -> None:
 @pytest.mark.parametrize("read_only", [False, True])
 def test_headers_are_read_once(cfg, coco, monkeypatch, tmp_path, read_only) -> None:
     """Beside the annotations, or in the cache folder; a file that changes is read again, and no other."""
-    monkeypatch.setenv("VISFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = coco.json_file.with_name(coco.json_file.name + SUFFIX)
     if read_only:
         kept.mkdir()  # nothing can take its place, also for root, who may write anywhere

@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from demoworld import catalogue, scenes
-from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower
+from towerbench import Context
 from towerbench.demo import emoji, few_shot, retrieval, robustness, unseen, zero_shot
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -11,20 +11,13 @@ import torch
 from PIL import Image
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, registered
+from towerbench import Context, FeatureStore, registered
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.readout import chosen_on_validation
 from towerbench.real import classification, few_shot, robustness, sources, zero_shot
 
 COLOURS = {"n01440764": (200, 30, 30), "n01443537": (30, 200, 30), "n01484850": (30, 30, 200)}
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 def picture(colour, seed=0, size=(40, 60), suffix="jpeg") -> bytes:

@@ -11,19 +11,12 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, registered, segmentation
+from towerbench import Context, registered, segmentation
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import dense, maps
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 def blocks(seed: int, values, size=(64, 96)) -> tuple[np.ndarray, np.ndarray]:

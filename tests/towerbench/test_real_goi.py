@@ -14,7 +14,7 @@ from pycocotools import mask as mask_api
 from sklearn.metrics import balanced_accuracy_score
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, region_pooling, registered
+from towerbench import Context, region_pooling, registered
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import goi, maps, regions
@@ -28,13 +28,6 @@ THINGS, STUFF = (7, 12, 149), (0, 2, 9)
 """ADE20K's bed, person, flag; wall, sky, grass."""
 
 ADE = "ADEChallengeData2016"
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, ctc_readout, registered
+from towerbench import Context, ctc_readout, registered
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import ocr, words
@@ -59,13 +59,6 @@ def listed(folder: Path, name: str, separator: str, labels=LABELS, below: str = 
         rows.append(f"{below}/{file.name}{separator}{text}")
     (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 @pytest.fixture

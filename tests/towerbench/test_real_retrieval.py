@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, registered, statistics
+from towerbench import Context, registered, statistics
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import captioned, retrieval
@@ -124,13 +124,6 @@ def data(tmp_path_factory) -> Path:
         save(urban / "image" / f"{i + 1:05d}.jpg", i)
         (urban / "caption" / f"{i + 1:05d}.txt").write_text(f"{texts(i)[1]} {texts(i, 6)[-1]}\nnot this line")
     return root
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

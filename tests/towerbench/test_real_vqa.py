@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, registered
+from towerbench import Context, registered
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import questions, vqa
@@ -67,13 +67,6 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write(root)
     return root
-
-
-@pytest.fixture(scope="module")
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    yield made
-    made.close()
 
 
 def test_soft_accuracy_by_hand():

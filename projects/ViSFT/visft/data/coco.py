@@ -22,6 +22,9 @@ OWN_TEST = "visft_own_test"
 
 _IMAGE = ("file_name", "width", "height")
 
+_as_stored: dict[tuple, bool] = {}
+"""What `check_registered` found, by data set, the state of its file, and rules."""
+
 
 def check_data_set(cfg: CfgNode, name: str) -> None:
     """Check one of the data sets that a config names, for what it is used for: training, evaluation, or both.
@@ -75,7 +78,9 @@ def _needs_masks(cfg: CfgNode) -> bool:
     return any(head.needs_masks(cfg) for head in classes)
 
 
-def check_registered(name: str, *, train: bool, masks: bool = True, rules: ImageRules | None = None) -> bool:
+def check_registered(
+    name: str, *, train: bool, masks: bool = True, rules: ImageRules | None = None, again: bool = True
+) -> bool:
     """Check a data set by its name in detectron2's DatasetCatalog, whatever the config: its annotations as
     `check_annotations` does, then the headers of its images.
 
@@ -84,6 +89,7 @@ def check_registered(name: str, *, train: bool, masks: bool = True, rules: Image
         train: it must have something to learn from; else it must have what COCO's evaluation reads.
         masks: whether masks are used (see `check_coco_json`).
         rules: which images may be bad (default: none).
+        again: False: images that this process has checked by the same file and rules are not checked again.
 
     Returns:
         Whether annotations are of the stored pixels where an image's size does not tell (see `check_images`).
@@ -93,11 +99,17 @@ def check_registered(name: str, *, train: bool, masks: bool = True, rules: Image
     """
     images = check_annotations(name, train=train, masks=masks)
     meta = MetadataCatalog.get(name)
-    json_file = meta.get("json_file") or meta.get("caption_json") or ""
+    json_file, rules = meta.get("json_file") or meta.get("caption_json") or "", rules or ImageRules()
+    there = os.path.isfile(json_file)
+    stat = os.stat(json_file) if there else None
+    key = (name, json_file, stat and (stat.st_mtime_ns, stat.st_size), rules)
+    if not again and there and key in _as_stored:
+        return _as_stored[key]
     if images is None:
-        images, json_file = DatasetCatalog.get(name), json_file if os.path.isfile(json_file) else ""
+        images, json_file = DatasetCatalog.get(name), json_file if there else ""
     images = [image for image in images if "://" not in os.fspath(image["file_name"])]
-    return check_images(images, rules or ImageRules(), name=name, json_file=json_file)
+    _as_stored[key] = check_images(images, rules, name=name, json_file=json_file)
+    return _as_stored[key]
 
 
 def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable[dict] | None:

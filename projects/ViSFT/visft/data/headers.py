@@ -24,6 +24,7 @@ from tqdm import tqdm
 from visft.checkpoint import files
 from visft.data.images import MAX_PIXELS, Header, PictureError, annotated_as_stored, read_header
 from visft.errors import DataError
+from visft.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +131,7 @@ def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | Pict
 
 def _places(json_file: str, digest: str) -> list[Path]:
     """Where the headers of an annotation file's images are kept, in order of preference."""
-    from visft.model_zoo.cache import folder
-
-    return [Path(f"{json_file}{SUFFIX}"), folder() / "image-headers" / f"{digest}.json"]
+    return [Path(f"{json_file}{SUFFIX}"), cache_folder() / "image-headers" / f"{digest}.json"]
 
 
 def _load(place: Path, digest: str) -> _Known:

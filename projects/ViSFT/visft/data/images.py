@@ -251,7 +251,7 @@ def _orientation(image: Image.Image) -> int:
         found = exif.get(ExifTags.Base.Orientation)
     except (
         Exception
-    ):  # broken Exif data do not make an image unreadable: it is taken as it is, as by detectron2
+    ):  # broken Exif data do not make an image unreadable: as detectron2, it is taken as stored
         return 1
     return found if found in _TURNS else 1
 

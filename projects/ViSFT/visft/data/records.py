@@ -28,7 +28,7 @@ def load_records(
     """
     parts: list[Sequence[dict]] = []
     for name in names:
-        as_stored = check_registered(name, train=train, masks=False, rules=rules)
+        as_stored = check_registered(name, train=train, masks=False, rules=rules, again=False)
         found = records_of(name)
         if as_stored and isinstance(found, PackedRecords):
             found = found.labelled({"as_stored": True})
