@@ -85,7 +85,8 @@ def captions(shapes_train, tmp_path_factory) -> Path:
 
 
 def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
-    """Two iterations: the losses by iteration, what was trained, and what the heads find in two pictures."""
+    """Two iterations: the losses by iteration, the model, its optimizer, what the heads find in two pictures, and what
+    the trained tensors were before."""
     words = tiny_arguments(train, None, folder)
     keys = {"VISFT.DATA.TRAIN_CAPTIONS": captions, "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1} | keys
     keys |= {"MODEL.DEVICE": device}
@@ -110,6 +111,7 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
     pictures = load_labelled(cfg, {name: part.has_labels for name, part in parts})
     batches = build_stage_loader(cfg, stage, pictures, seed=1)
     trainer = StageTrainer(model, iter(batches), optimizer, stage=stage, clip_norm=solver.CLIP_NORM, seed=1)
+    start = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     trainer.train(0, 2)
     history = trainer.storage.history("total_loss").values()
     model.eval()
@@ -117,26 +119,28 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
     if cfg.MODEL.VISFT.HEADS:
         mapper = build_test_mapper(cfg)
         found = model([mapper(dict(record)) for record in DatasetCatalog.get(OWN_TRAIN)[:2]])
-    return [value for value, _ in history], model, optimizer, found
+    return [value for value, _ in history], model, optimizer, found, start
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path):
     stage, keys = CASES[case]
-    losses, model, _, found = trained("cpu", stage, keys, shapes_train, captions, tmp_path)
+    losses, model, _, found, start = trained("cpu", stage, keys, shapes_train, captions, tmp_path)
     expected = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     with other_device():
-        there, model, _, found_there = trained(DEVICE.type, stage, keys, shapes_train, captions, tmp_path)
+        there, model, _, found_there, _ = trained(DEVICE.type, stage, keys, shapes_train, captions, tmp_path)
         tensors = [*model.parameters(), *model.buffers()]
         assert all(isinstance(tensor, Elsewhere) for tensor in tensors)
         moved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
         assert [set(output) for output in found_there] == [set(output) for output in found]
     assert there == pytest.approx(losses, rel=1e-4)
     assert moved.keys() == expected.keys() and expected
-    # Where the tower computes in bfloat16, Adam's first steps of gradients near zero may differ by a part of the rate.
-    atol = 5e-3 if "bfloat16" in case else 1e-4
     for name, tensor in expected.items():
-        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=atol)
+        if "bfloat16" in case:
+            # Adam's first steps have the length of the rate, whichever way a gradient near zero is rounded.
+            assert (moved[name] - tensor).norm() < 0.3 * (tensor - start[name]).norm(), name
+        else:
+            torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_a_step_waits_for_the_device_once_and_once_for_each_matching(
 
 def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):
     with other_device():
-        _, model, optimizer, _ = trained(DEVICE.type, "lora", {}, shapes_train, captions, tmp_path / "run")
+        _, model, optimizer, *_ = trained(DEVICE.type, "lora", {}, shapes_train, captions, tmp_path / "run")
         saved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
         moments = [state["exp_avg"].cpu() for state in optimizer.state.values()]
         RunCheckpointer(tmp_path, model, optimizer, stage="lora").save(2)
