@@ -200,6 +200,7 @@ def test_each_fault_has_its_reason(tmp_path, kind, reason) -> None:
         ViSFTMapper(augmentations=[T.NoOpTransform()], is_train=True)({"file_name": str(path)})
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # beside our own refusal
 def test_large_images_need_a_larger_limit(tmp_path, monkeypatch) -> None:
     """Pillow refuses 182 million pixels of its own accord; the limit is the key's, above Pillow's and below."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards

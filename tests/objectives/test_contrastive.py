@@ -18,7 +18,7 @@ def embeddings(model, images, captions) -> tuple[torch.Tensor, torch.Tensor, flo
     with torch.no_grad():
         texts = base.encode_text(tokens, normalize=True)
     found = torch.nn.functional.normalize(model.backbone.image_embedding(pixels), dim=-1)
-    return found, texts, float(base.logit_scale.exp())
+    return found, texts, float(base.logit_scale.detach().exp())
 
 
 def test_loss_and_gradient_are_open_clips():

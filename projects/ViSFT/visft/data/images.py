@@ -218,11 +218,11 @@ def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.
 
 
 def _let_pillow_open(max_pixels: int) -> None:
-    """Raise Pillow's own limit, a global, to ours; it is never lowered. Pillow refuses twice its MAX_IMAGE_PIXELS."""
+    """Raise Pillow's own limit, a global above which it warns, to ours; it is never lowered."""
     if not max_pixels:
         Image.MAX_IMAGE_PIXELS = None
-    elif Image.MAX_IMAGE_PIXELS is not None and 2 * Image.MAX_IMAGE_PIXELS < max_pixels:
-        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
+    elif Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def _too_large(path: str, pixels: int, max_pixels: int) -> PictureError:

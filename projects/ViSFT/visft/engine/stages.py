@@ -259,8 +259,8 @@ def _run_stage(
 
     gibibytes = cfg.VISFT.FEATURE_CACHE if stage == "heads" else 0
     with cached_features(model.backbone, gibibytes) as cache:
-        trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
         if start < solver.MAX_ITER:
+            trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
             trainer.train(start, solver.MAX_ITER)
     # Of fresh heads, the first evaluation is what the report compares with.
     wanted = cfg.VISFT.EVAL_BETWEEN_STAGES or stage == cfg.VISFT.STAGES[-1] or not state.evaluations

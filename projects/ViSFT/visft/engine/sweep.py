@@ -147,13 +147,9 @@ class _Sweep:
         start = time.monotonic()
         with open(folder / "process.log", "a", encoding="utf-8") as log:
             begin = log.tell()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "visft.engine.sweep_job", str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-            )
-            status = process.wait()
+            command = [sys.executable, "-m", "visft.engine.sweep_job", str(folder)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
+                status = process.wait()
         seconds = time.monotonic() - start
         if status == 0:
             self._add_seconds(folder, seconds)
