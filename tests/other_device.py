@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import visft
+
 # A type of device that needs no driver, and whose backward pass runs in the calling thread.
 DEVICE = torch.device("lazy")
 
@@ -34,6 +36,8 @@ _SIZED_BY_VALUES = {
     _aten.unique_dim.default,
     _aten.repeat_interleave.Tensor,
 }
+
+_PACKAGE = Path(visft.__file__).parent
 
 waits: list[str] = []
 """Where the program waited for the device: it read a value, or made a tensor whose size depends on values."""
@@ -92,7 +96,7 @@ def _waits(func, args, there: bool) -> bool:
 
 
 def _note(what: str) -> None:
-    own = [frame for frame in traceback.extract_stack() if "/visft/" in frame.filename]
+    own = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(_PACKAGE)]
     waits.append(f"{what}, {Path(own[-1].filename).name}:{own[-1].lineno}" if own else what)
 
 
