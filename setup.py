@@ -76,9 +76,9 @@ setup(
             "model_zoo/weights/*",
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
-            "checkpoint/readers/*.py",  # run as scripts, in processes without visft
-            "checkpoint/pictures/*",  # what exports are compared on
-            "data/*.txt",
+            "export/readers/*.py",  # run as scripts, in processes without visft
+            "export/pictures/*",  # what exports are compared on
+            "data/datasets/*.txt",
         ],
         "towerbench": ["real/*.txt"],
         "demoworld": ["*.json", "weights/*"],

@@ -24,10 +24,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from visft.backbone import open_clip_zoo
-from visft.checkpoint import stream_write
 from visft.checkpoint.stream import Entry, as_bytes
-from visft.data import demo_world
+from visft.data.datasets import demo_world
+from visft.export import stream_write
+from visft.modeling.backbone import open_clip_models
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 64
@@ -79,7 +79,7 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
     """
     numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     pieces = []
-    for i, (key, tensor) in enumerate(open_clip_zoo.meta_clip(name).state_dict().items()):
+    for i, (key, tensor) in enumerate(open_clip_models.meta_clip(name).state_dict().items()):
         size = tensor.numel()
 
         def content(count=size, start=7919 * i):
@@ -94,7 +94,7 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
 
 def draw_lora(name: str, path: Path) -> None:
     """LoRA of rank 64 in the authors' layout."""
-    trunk, generator = open_clip_zoo.meta_tower(name).trunk, torch.Generator().manual_seed(1)
+    trunk, generator = open_clip_models.meta_tower(name).trunk, torch.Generator().manual_seed(1)
     tensors = {}
     for i in range(len(trunk.blocks)):
         block = f"visual.blocks.{i}.attn.qkv.lora_"
@@ -175,8 +175,8 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
     if int(about["MemAvailable"].split()[0]) * 1024 < 1.2 * need + (2 << 30):
         return {"load": "not tried: too little memory free"}
     peak, seconds, _ = measured(
-        "import torch\nfrom visft.backbone import open_clip_zoo\n"
-        f"open_clip_zoo.create_clip({arguments.name!r}, {str(base)!r}, {dtype})\nstatus = 0"
+        "import torch\nfrom visft.modeling.backbone import open_clip_models\n"
+        f"open_clip_models.create_clip({arguments.name!r}, {str(base)!r}, {dtype})\nstatus = 0"
     )
     return {"load_seconds": round(seconds, 1), "load_peak_gb": round(peak / 1e9, 2)}
 

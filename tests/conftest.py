@@ -1,8 +1,10 @@
 """What every test shares: threads, and a path to the packages for the processes that tests start."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,3 +45,56 @@ def one_thread() -> Iterator[None]:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def logged(monkeypatch) -> Iterator[None]:
+    """Let pytest see our log lines, whatever a command-line tool called in this process has set up."""
+    logger = logging.getLogger("visft")
+    handlers, level = list(logger.handlers), logger.level
+    monkeypatch.setattr(logger, "propagate", True)
+    yield
+    logger.handlers, logger.level = handlers, level
+
+
+@pytest.fixture(scope="session")
+def shapes_train(tmp_path_factory) -> tuple[Path, Path]:
+    """Annotation file and images to train on."""
+    import shapes
+
+    return shapes.make(tmp_path_factory.mktemp("train"), images=12, seed=0)
+
+
+@pytest.fixture(scope="session")
+def shapes_test(tmp_path_factory) -> tuple[Path, Path]:
+    """The same to evaluate on."""
+    import shapes
+
+    return shapes.make(tmp_path_factory.mktemp("test"), images=4, seed=1)
+
+
+@pytest.fixture
+def tiny(shapes_train, shapes_test, tmp_path) -> list[str]:
+    """Arguments of a run of seconds over configs/visft_demo.yaml, into `tmp_path/run`."""
+    from tiny_run import tiny_arguments
+
+    return tiny_arguments(shapes_train, shapes_test, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory) -> ModuleType:
+    """The module `small_towers`, its towers known to open_clip."""
+    import small_towers
+
+    small_towers.register(tmp_path_factory.mktemp("towers"))
+    return small_towers
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> None:
+    """The exports' readers run in this process, where a process of their own is not what is tested."""
+    import small_towers
+
+    from visft.export import verification
+
+    monkeypatch.setattr(verification, "read", small_towers.read_here)

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from visft import model_zoo
-from visft.heads import VISFT_HEADS_REGISTRY
+from visft.modeling.heads import VISFT_HEADS_REGISTRY
 
 EXAMPLE = "tests/examples/my_head.py"
 

@@ -1,6 +1,5 @@
 """Every shipped ViSFT config: known keys and names, the recipe's figures, CLIP's normalisation, a stock trainer."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from visft.engine import checks, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "engine"))
 
 CONFIGS = sorted((ROOT / "configs").glob("visft_*.yaml"))
 NO_WEIGHTS = ["MODEL.DEVICE", "cpu", "MODEL.CLIP_VIT.PRETRAINED", "", "MODEL.VISFT.HEAD_FILES", "()"]

@@ -20,9 +20,10 @@ from demoworld import dataset
 from demoworld.tower import WEIGHTS_FILE
 from towerbench import Benchmark, Pictures, registry
 from visft import model_zoo
+from visft.applications import sweep_plan
 from visft.checkpoint import load
-from visft.engine import evaluate, settings, stages, sweep_plan
-from visft.engine.vocabulary import with_vocabulary
+from visft.engine import evaluate, settings, stages
+from visft.engine.run_vocabulary import with_vocabulary
 from visft.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,20 +3,15 @@
 `pytest tests/test_golden.py -rP` prints the largest difference of each quantity.
 """
 
-import sys
-from pathlib import Path
-
+import golden
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 
-sys.path.insert(0, str(Path(__file__).parent))
-import golden  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-
-from visft.backbone import lora  # noqa: E402
-from visft.checkpoint.authors import split_heads  # noqa: E402
-from visft.heads import CaptionHead, DETRHead, LabelSpace, Mask2FormerHead, Vocabulary  # noqa: E402
-from visft.heads.position import sine_position_encoding  # noqa: E402
+from visft.checkpoint.authors import split_heads
+from visft.modeling.backbone import lora
+from visft.modeling.heads import CaptionHead, DETRHead, LabelSpace, Mask2FormerHead, Vocabulary
+from visft.modeling.heads.common.position_encoding import sine_position_encoding
 
 
 @pytest.fixture(params=golden.FLAVOURS, scope="module")

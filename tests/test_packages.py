@@ -17,21 +17,40 @@ COMMANDS = {
     "commands/fetch_emoji_vendors.py",
     "commands/make_demo_data.py",
     "commands/pretrain_demo_tower.py",
-    "engine/demo.py",
-    "engine/demo_unseen.py",
+    "applications/demo.py",
+    "applications/demo_unseen.py",
 }
-SHARED = {"evaluation/captions.py"}
+SHARED = {"evaluation/caption_metrics.py"}
 WHEN_CALLED = {
-    "backbone/open_clip_import.py",
+    "modeling/backbone/open_clip_import.py",
     "commands/demo.py",
     "commands/train_demo_heads.py",
-    "data/demo_world.py",
-    "engine/compared_towers.py",
-    "engine/zero_shot.py",
+    "data/datasets/demo_world.py",
+    "applications/compared_towers.py",
+    "evaluation/demo_zero_shot.py",
 }
 """Files of visft that import what is not the method: the demo's and the comparison's commands; what takes COCO's words
 from towerbench, whose captions are scored by them too; and, within functions alone, what registers the demo's names,
 tests its tower, or hands towers to towerbench."""
+
+
+LAYERS = (
+    *(
+        "errors",
+        "config",
+        "utils",
+        "checkpoint",
+        "classes",
+        "modeling",
+        "data",
+        "evaluation",
+        "visualization",
+    ),
+    *("export", "engine", "model_zoo", "applications", "commands"),
+)
+"""The folders of visft. Each imports from those before it alone."""
+
+EARLIER_PLACES = {"visft.backbone", "visft.checkpoint.export"}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -96,3 +115,15 @@ def test_the_plugin_is_the_method_alone(root):
             if {target.partition(".")[0] for target in imports(name, path, inner=inner)} & others:
                 found.add(path.relative_to(root / "projects/ViSFT/visft").as_posix())
         assert found <= allowed, inner
+
+
+def test_folders_of_the_plugin_import_one_way(root):
+    known = modules(root, "visft")
+    for name, path in known.items():
+        if name in EARLIER_PLACES or name == "visft":
+            continue
+        layer = LAYERS.index(name.split(".")[1])
+        for target in imports(name, path, inner=True):
+            parts = target.split(".")
+            if parts[0] == "visft" and len(parts) > 1 and parts[1] in LAYERS:
+                assert LAYERS.index(parts[1]) <= layer, f"{path} imports {target}"

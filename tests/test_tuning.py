@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from demo_models import build, losses_of, picture
 from detectron2.config import CfgNode
-from test_meta_arch import build, losses_of, picture
 
-from visft.engine.optim import build_optimizer
+from visft.engine.optimizer import build_optimizer
 from visft.errors import ConfigError
 
 LORA_ALONE = ("VISFT.STAGES", ("lora",))

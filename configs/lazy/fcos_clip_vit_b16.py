@@ -6,7 +6,7 @@ from detectron2.model_zoo import get_config
 from detectron2.modeling import SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from visft.backbone import CLIPViT
+from visft.modeling.backbone import CLIPViT
 
 model = get_config("common/models/fcos.py").model
 model.backbone = L(SimpleFeaturePyramid)(

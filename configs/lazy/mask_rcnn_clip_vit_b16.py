@@ -6,7 +6,7 @@ Train it with detectron2's `tools/lazyconfig_train_net.py`, after `import visft`
 from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 
-from visft.backbone import CLIPViT
+from visft.modeling.backbone import CLIPViT
 
 model = get_config("common/models/mask_rcnn_vitdet.py").model
 model.backbone.net = L(CLIPViT.from_open_clip)(

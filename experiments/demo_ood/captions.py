@@ -23,11 +23,13 @@ from torch import nn
 from towerbench import statistics
 from towerbench.captions import cider_by_picture
 from visft.checkpoint import load
-from visft.data import build_test_mapper, demo_world
-from visft.data.captions import captions_of
-from visft.engine import cli, settings, stages
-from visft.engine.vocabulary import with_vocabulary
+from visft.data import build_test_mapper
+from visft.data.datasets import demo_world
+from visft.data.datasets.captions import captions_of
+from visft.engine import settings, stages
+from visft.engine.run_vocabulary import with_vocabulary
 from visft.model_zoo import get_config_file
+from visft.utils import cli
 
 logger = logging.getLogger("visft.captions")
 

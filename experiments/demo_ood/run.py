@@ -40,12 +40,14 @@ from demoworld.dataset import DemoData
 from demoworld.tower import WEIGHTS_FILE
 from towerbench import Context, report, resolve, statistics, suite
 from towerbench.arguments import SPLITS
+from visft.applications import sweep_plan
+from visft.applications.compared_towers import load
 from visft.checkpoint import files
-from visft.data import demo_world
-from visft.engine import cli, launch, sweep_plan
-from visft.engine.compared_towers import load
+from visft.data.datasets import demo_world
+from visft.engine import launch
 from visft.errors import ConfigError, TrainingError
 from visft.model_zoo import get_config_file
+from visft.utils import cli
 
 logger = logging.getLogger("visft.experiment")
 

@@ -1,21 +1,18 @@
 """The authors' head files, made by the golden layout, through `MODEL.VISFT.HEAD_FILES`: golden outputs come out."""
 
-import sys
 from pathlib import Path
 
+import golden
 import pytest
+import small_eva
 import torch
 from detectron2.modeling import build_model
 from torch.nn.utils.rnn import pack_padded_sequence
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import golden  # noqa: E402
-import small_eva  # noqa: E402
-
-from visft.checkpoint import authors, load  # noqa: E402
-from visft.engine.settings import load_config  # noqa: E402
-from visft.errors import CheckpointError  # noqa: E402
-from visft.heads import Vocabulary  # noqa: E402
+from visft.checkpoint import authors, load
+from visft.engine.settings import load_config
+from visft.errors import CheckpointError
+from visft.modeling.heads import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 FILES = {"detection": "detection", "segment": "segmentation", "caption": "captioning"}

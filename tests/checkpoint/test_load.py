@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from visft.backbone import CLIPViT, lora
 from visft.checkpoint import authors, load
 from visft.checkpoint.run import RunCheckpointer
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.errors import CheckpointError
-from visft.heads.detr import DETRHead
-from visft.heads.labels import LabelSpace
-from visft.heads.mask2former import Mask2FormerHead
+from visft.modeling.backbone import CLIPViT, lora
+from visft.modeling.heads.common.label_space import LabelSpace
+from visft.modeling.heads.detr.detr_head import DETRHead
+from visft.modeling.heads.mask2former.mask2former_head import Mask2FormerHead
 
 
 class Head(nn.Module):

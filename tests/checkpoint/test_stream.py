@@ -7,9 +7,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from visft.checkpoint import stream, stream_names, stream_write
+from visft.checkpoint import stream, stream_names
 from visft.checkpoint.files import map_tensors
 from visft.errors import CheckpointError, ExportError
+from visft.export import stream_write
 
 
 def tensors() -> dict[str, torch.Tensor]:

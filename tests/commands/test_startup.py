@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from detectron2.engine import default_argument_parser
 
-from visft.checkpoint import export
+from visft import export
 from visft.commands import benchmark, export_backbone, predict, train_net
-from visft.engine import checks, drawing
+from visft.engine import checks
+from visft.visualization import predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = sorted(p.stem for p in (ROOT / "tools").glob("[a-z]*.py") if "from _start" in p.read_text())
@@ -67,4 +68,4 @@ def test_what_parsers_say_without_importing_is_what_the_package_has(capsys):
     assert "{" + ",".join(checks.STAGES) + "}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         predict.parse(["--help"])
-    assert f"(default: {drawing.THRESHOLD})" in " ".join(capsys.readouterr().out.split())
+    assert f"(default: {predictions.THRESHOLD})" in " ".join(capsys.readouterr().out.split())

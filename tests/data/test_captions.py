@@ -12,13 +12,13 @@ from detectron2.data import transforms as T
 
 from visft import add_visft_config
 from visft.data import ViSFTMapper, register_own_data
-from visft.data.captions import captions_of, check_captions, load_captioned, read_captions
-from visft.data.coco import OWN_TRAIN, check_registered
+from visft.data.caption_vocabulary import build_vocabulary
+from visft.data.datasets.captions import captions_of, check_captions, load_captioned, read_captions
+from visft.data.datasets.catalog import OWN_TRAIN, check_registered
 from visft.data.loader import load_records
-from visft.data.mappers import mirror
-from visft.data.vocabulary import build_vocabulary
+from visft.data.mapper import mirror
 from visft.errors import ConfigError, DataError
-from visft.heads import Vocabulary
+from visft.modeling.heads import Vocabulary
 
 COLOURS = [category["name"] for category in CATEGORIES]
 

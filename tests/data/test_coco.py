@@ -13,7 +13,7 @@ from detectron2.data.datasets import load_coco_json as load_stock
 from pycocotools import mask as mask_api
 
 from visft.data import ViSFTMapper, check_data_set, register_own_data
-from visft.data.coco import check_coco_json
+from visft.data.datasets.catalog import check_coco_json
 from visft.data.loader import load_records
 from visft.data.masks import run_lengths_of
 from visft.errors import ConfigError, DataError

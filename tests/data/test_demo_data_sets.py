@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from demoworld import catalogue, unseen_things
-from visft.data import demo_world
+from visft.data.datasets import demo_world
 from visft.errors import DataError
 
 

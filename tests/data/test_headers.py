@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from visft.data import register_own_data
-from visft.data.coco import OWN_TRAIN, check_data_set, check_registered
+from visft.data.datasets.catalog import OWN_TRAIN, check_data_set, check_registered
 from visft.data.headers import SUFFIX, ImageRules
 from visft.data.images import read_header
 from visft.data.loader import build_test_loader, build_train_loader, load_records

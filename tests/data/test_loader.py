@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from visft.data import PictureError, ViSFTMapper, build_test_loader, build_train_loader, register_own_data
+from visft.data import (
+    PictureError,
+    ViSFTMapper,
+    build_test_loader,
+    build_train_loader,
+    register_own_data,
+)
 from visft.data.loader import TrainLoader, load_records
 from visft.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from visft.data import ViSFTMapper, build_test_mapper
 from visft.data.loader import load_records
-from visft.data.mappers import build_augmentations
+from visft.data.mapper import build_augmentations
 from visft.data.masks import run_lengths_of
 from visft.errors import ConfigError
 

@@ -11,7 +11,7 @@ from coco_shapes import make_coco
 
 from visft.data import PictureError, build_stage_loader, load_labelled
 from visft.data.loader import TrainLoader, derived_seed
-from visft.data.mixing import MixedLoader, Task, TaskDraws
+from visft.data.task_mixing import MixedLoader, Task, TaskDraws
 from visft.errors import ConfigError, DataError
 
 HEADS = ("detection", "segmentation", "captioning")

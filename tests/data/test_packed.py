@@ -11,13 +11,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json as load_stock
 from detectron2.data.datasets import register_coco_instances
 
-from visft.data import build_train_loader, check_data_set, coco, json_arrays, register_own_data
-from visft.data import packed as packed_files
-from visft.data.captions import check_captions
-from visft.data.coco_records import PackedRecords, outlines_of
+from visft.data import build_train_loader, check_data_set, register_own_data
+from visft.data.datasets import catalog, json_arrays
+from visft.data.datasets import packed as packed_files
+from visft.data.datasets.captions import check_captions
+from visft.data.datasets.coco import PackedRecords, outlines_of
 from visft.data.loader import load_records
-from visft.data.mixing import load_labelled
 from visft.data.repeat_factor import repeat_factors
+from visft.data.task_mixing import load_labelled
 from visft.errors import DataError
 
 
@@ -89,8 +90,8 @@ def as_text(value: object) -> str:
 
 
 def clear() -> None:
-    coco._checked.cache_clear()
-    from visft.data import captions
+    catalog._checked.cache_clear()
+    from visft.data.datasets import captions
 
     captions._read.cache_clear()
 
@@ -101,11 +102,11 @@ def test_a_file_is_parsed_once_and_again_when_it_changed(captioned, coco, cache,
     with monkeypatch.context() as patched:
         for name in (
             "captions.read_json",
+            "catalog.read_json",
             "coco.read_json",
-            "coco_records.read_json",
-            "coco_records.JSONArrays",
+            "coco.JSONArrays",
         ):
-            patched.setattr(f"visft.data.{name}", None)
+            patched.setattr(f"visft.data.datasets.{name}", None)
         everything(captioned)
     assert len(list(cache.glob("*.rows"))) == 2 and not list(cache.glob(".*.tmp"))
     content = coco.content()

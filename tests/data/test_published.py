@@ -11,7 +11,8 @@ from detectron2.data.datasets import register_lvis_instances
 from detectron2.data.datasets.lvis import get_lvis_instances_meta
 
 from visft import add_visft_config
-from visft.data import ViSFTMapper, check_registered, objects365
+from visft.data import ViSFTMapper, check_registered
+from visft.data.datasets import objects365
 from visft.data.loader import load_records
 from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
@@ -152,7 +153,7 @@ def test_splits_without_annotations_can_be_tested_on(lvis):
 
 def test_lvis_needs_its_package(lvis, monkeypatch):
     name = lvis(lambda body: None)
-    monkeypatch.setattr("visft.data.published.find_spec", lambda name: None)
+    monkeypatch.setattr("visft.data.datasets.published.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install lvis"):
         check_registered(name, train=True)
 

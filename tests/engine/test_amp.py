@@ -5,11 +5,11 @@ import torch
 from tiny_run import ROOT, tiny_arguments
 from torch.overrides import TorchFunctionMode
 
-from visft import precision
 from visft.data import build_stage_loader, load_labelled, register_own_data
 from visft.engine import evaluate, settings, stages
 from visft.engine.trainer import StageTrainer
-from visft.heads import Vocabulary
+from visft.modeling.heads import Vocabulary
+from visft.utils import mixed_precision
 
 
 class Linears(TorchFunctionMode):
@@ -72,14 +72,14 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(amp, device, has, expected, monke
     cfg.MODEL.CLIP_VIT.FROZEN_DTYPE = "auto"
     for stage in ("HEADS", "LORA"):
         cfg.VISFT.SOLVER[stage].AMP = amp
-        assert precision.amp_type(cfg, stage.lower()) == expected
-    assert precision.frozen_type(cfg) == expected
+        assert mixed_precision.amp_type(cfg, stage.lower()) == expected
+    assert mixed_precision.frozen_type(cfg) == expected
     cfg.VISFT.SOLVER.HEADS.AMP = "float16" if amp != "float16" else ""
-    assert precision.frozen_type(cfg) == ""  # stages differ
+    assert mixed_precision.frozen_type(cfg) == ""  # stages differ
     cfg.VISFT.STAGES = ("lora",)
-    assert precision.frozen_type(cfg) == expected
+    assert mixed_precision.frozen_type(cfg) == expected
     cfg.MODEL.VISFT.TUNE = "full"
-    assert precision.frozen_type(cfg) == ""
+    assert mixed_precision.frozen_type(cfg) == ""
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_amp_leaves_in_float32_is_tf32_on_a_gpu_alone():
     try:
         for device, expected in (("cpu", "highest"), ("cuda", "high")):
             torch.set_float32_matmul_precision("highest")
-            precision.allow_tf32(settings.load_config(None, ["MODEL.DEVICE", device]))
+            mixed_precision.allow_tf32(settings.load_config(None, ["MODEL.DEVICE", device]))
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import shapes
+from captioned_shapes import SMALL, captioned
 from detectron2.engine import default_argument_parser
 from PIL import Image
 from tiny_run import tiny_arguments
@@ -13,35 +13,10 @@ from tiny_run import tiny_arguments
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import describe, newest_checkpoint
 from visft.commands import predict, train_net
-from visft.data.vocabulary import build_vocabulary
-from visft.engine import checks, launch, settings, stages, vocabulary
+from visft.data.caption_vocabulary import build_vocabulary
+from visft.engine import checks, launch, run_vocabulary, settings, stages
 from visft.errors import ConfigError, DataError
-from visft.heads import Vocabulary
-
-SMALL = {
-    "MODEL.VISFT.HEADS": "('detection', 'captioning')",
-    "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1,
-    "MODEL.VISFT.CAPTIONING.EMBEDDING_DIM": 8,
-    "MODEL.VISFT.CAPTIONING.ATTENTION_DIM": 8,
-    "MODEL.VISFT.CAPTIONING.HIDDEN_DIM": 8,
-    "MODEL.VISFT.CAPTIONING.GRID": 4,
-    "MODEL.VISFT.CAPTIONING.MAX_LENGTH": 6,
-}
-
-
-def captioned(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
-    """Shapes, with two captions a picture; the last picture has none."""
-    instances, pictures = shapes.make(folder, seed=seed)
-    content = json.loads(instances.read_text())
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    annotations = []
-    for image in content["images"][:-1]:
-        found = [names[a["category_id"]] for a in content["annotations"] if a["image_id"] == image["id"]]
-        for text in (" and ".join(f"a {name}" for name in found), f"{len(found)} shapes, a {found[0]} first"):
-            annotations.append({"id": len(annotations), "image_id": image["id"], "caption": text})
-    captions = folder / "captions.json"
-    captions.write_text(json.dumps({"images": content["images"], "annotations": annotations}))
-    return instances, pictures, captions
+from visft.modeling.heads import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +97,7 @@ def test_a_run_elsewhere_is_found_by_its_weights(run, data, tmp_path):
     shutil.copy(newest_checkpoint(output / "heads"), alone)
     cfg = settings.load_config(None, words[2:])
     cfg.OUTPUT_DIR, cfg.MODEL.VISFT.HEAD_FILES = str(tmp_path / "none"), (str(alone),)
-    assert vocabulary.with_vocabulary(cfg).MODEL.VISFT.CAPTIONING.VOCABULARY == str(alone)
+    assert run_vocabulary.with_vocabulary(cfg).MODEL.VISFT.CAPTIONING.VOCABULARY == str(alone)
 
 
 def test_predict_draws_words_and_says_the_caption(run, data, tmp_path, caplog):
@@ -168,12 +143,12 @@ def test_words_may_be_learned_anew(run, data, tmp_path):
     content["annotations"][0]["caption"] = "an unheard word"
     (tmp_path / "captions.json").write_text(json.dumps(content))
     start = [*words, *more, "MODEL.VISFT.HEAD_FILES", f"('{output}',)"]
-    cfg = vocabulary.with_vocabulary(prepare(start))
+    cfg = run_vocabulary.with_vocabulary(prepare(start))
     assert Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY) == Vocabulary.read(
         output / "vocabulary.json"
     )
     cfg = prepare([*start, "MODEL.VISFT.CAPTIONING.REINIT_CLASSES", "True"])
-    cfg = vocabulary.with_vocabulary(cfg, tmp_path)
+    cfg = run_vocabulary.with_vocabulary(cfg, tmp_path)
     assert "unheard" in Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY).words
     ours, theirs = (
         stages.initial_model(cfg, 0).heads["captioning"].state_dict(),
@@ -223,6 +198,6 @@ def test_heads_without_captions_need_no_vocabulary(data, tmp_path):
         data, tmp_path / "out", "MODEL.VISFT.HEADS", "('detection',)", "VISFT.DATA.TRAIN_CAPTIONS", ""
     )
     cfg = prepare(words)
-    assert vocabulary.with_vocabulary(cfg, tmp_path / "out") is cfg
-    assert vocabulary.words_of(cfg) == []
+    assert run_vocabulary.with_vocabulary(cfg, tmp_path / "out") is cfg
+    assert run_vocabulary.words_of(cfg) == []
     checks.check(cfg, train=True)

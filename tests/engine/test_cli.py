@@ -2,7 +2,7 @@
 
 import pytest
 
-from visft.engine import cli
+from visft.utils import cli
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_towers
 import torch
 from detectron2.config import get_cfg
 from torch import nn
 
 from visft import add_visft_config
-from visft.backbone import CLIPViT, lora
-from visft.checkpoint import export_check
 from visft.engine import checks, exporting
 from visft.errors import ConfigError, ExportError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "checkpoint"))
-import small_towers  # noqa: E402
+from visft.export import verification
+from visft.modeling.backbone import CLIPViT, lora
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def cfg():
 
 
 def test_a_run_writes_every_format_asked_for_and_its_figures(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_check, "read", small_towers.read_here)
+    monkeypatch.setattr(verification, "read", small_towers.read_here)
     monkeypatch.setattr(sys, "argv", ["/some/where/train_net.py", "--config-file", "a b.yaml"])
     torch.manual_seed(0)
     backbone = lora.inject(CLIPViT.from_open_clip("visft-tiny", "demo"), rank=2)

@@ -13,11 +13,11 @@ from tiny_run import tiny_arguments
 
 from visft.checkpoint.run import RunCheckpointer, trained_tensors
 from visft.data import build_stage_loader, build_test_mapper, load_labelled, register_own_data
-from visft.data.coco import OWN_TRAIN
+from visft.data.datasets.catalog import OWN_TRAIN
 from visft.engine import settings, stages
-from visft.engine.optim import build_optimizer
+from visft.engine.optimizer import build_optimizer
+from visft.engine.run_vocabulary import with_vocabulary
 from visft.engine.trainer import StageTrainer
-from visft.engine.vocabulary import with_vocabulary
 
 ALL = "('detection', 'segmentation', 'captioning')"
 OBJECTIVES = "('anchor', 'contrastive', 'self_distillation')"

@@ -7,9 +7,9 @@ import processes
 import torch
 from tiny_run import tiny_arguments
 
-from visft import shared_random
 from visft.engine.launch import join_group
 from visft.engine.trainer import seeded_iteration
+from visft.utils import shared_random
 
 WORLD = 2
 

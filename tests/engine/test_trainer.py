@@ -9,7 +9,7 @@ from torch import nn
 
 from visft.engine.feature_cache import cached_features
 from visft.engine.hooks import Checkpoints, LearningRate
-from visft.engine.optim import learning_rate
+from visft.engine.optimizer import learning_rate
 from visft.engine.trainer import StageTrainer, seed_iteration
 from visft.errors import TrainingError
 

@@ -13,9 +13,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from towerbench.caption_tokens import ptb_words
 from visft import model_zoo
 from visft.errors import ConfigError
-from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator, captions
-from visft.evaluation.captions import METRICS, caption_scores, check_metrics
-from visft.heads import Caption
+from visft.evaluation import CaptionEvaluator, HeadsEvaluator, build_evaluator, caption_metrics
+from visft.evaluation.caption_metrics import METRICS, caption_scores, check_metrics
+from visft.modeling.heads import Caption
 
 SAMPLE = json.loads(Path(__file__).with_name("caption_sample.json").read_text())
 IMAGES = SAMPLE["images"]
@@ -67,11 +67,11 @@ def test_spice_is_asked_for_its_parser_before_anything_is_run(tmp_path, monkeypa
     java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(captions, "find_spec", lambda name: package)
+    monkeypatch.setattr(caption_metrics, "find_spec", lambda name: package)
     with pytest.raises(ConfigError, match="SPICE, and .*spice/lib/stanford-corenlp-3.6.0.jar is not there"):
         check_metrics(("SPICE",))
     (tmp_path / "spice" / "lib").mkdir(parents=True)
-    for name in captions.CORENLP:
+    for name in caption_metrics.CORENLP:
         (tmp_path / "spice" / "lib" / name).touch()
     check_metrics(("SPICE",))
 

@@ -15,7 +15,7 @@ from towerbench.captions import cider_by_picture
 from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
 from visft.evaluation.average_precision import COCOMetric
-from visft.evaluation.captions import caption_scores
+from visft.evaluation.caption_metrics import caption_scores
 
 # From the position in the file to an id.
 IDS_OF = {

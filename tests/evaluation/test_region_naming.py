@@ -17,11 +17,11 @@ from pycocotools import mask as mask_api
 from torch.nn import functional as F
 
 from visft import model_zoo
-from visft.backbone import CLIPViT
 from visft.errors import DataError
 from visft.evaluation import build_evaluator
-from visft.evaluation.region_text import RegionTextEvaluator, annotated_mask
-from visft.heads import RegionTextHead
+from visft.evaluation.region_naming import RegionTextEvaluator, annotated_mask
+from visft.modeling.backbone import CLIPViT
+from visft.modeling.heads import RegionTextHead
 
 SIZE = (64, 64)
 NAMES = {3: "dog", 5: "traffic light", 8: "bird", 9: "knife", 12: "cup", 20: "apple", 30: "ship"}

@@ -2,7 +2,7 @@
 
 import torch
 
-from visft.heads import VISFT_HEADS_REGISTRY, VisftHead, label_space
+from visft.modeling.heads import VISFT_HEADS_REGISTRY, VisftHead, label_space
 
 
 @VISFT_HEADS_REGISTRY.register()

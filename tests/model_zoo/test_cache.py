@@ -307,7 +307,7 @@ def test_weights_through_visft_paths(serve, tmp_path, monkeypatch, cache_folder)
 def test_a_tower_by_its_path(serve, table, remote):
     """MODEL.CLIP_VIT.PRETRAINED visft://NAME: the same tower as by open_clip's tag."""
     from demoworld.tower import WEIGHTS_FILE
-    from visft.backbone import CLIPViT
+    from visft.modeling.backbone import CLIPViT
 
     name = "visft_tiny_demo"
     if remote:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import my_benchmark
 import numpy as np
 import pytest
 import torch
@@ -28,11 +29,8 @@ from towerbench import (
 from towerbench import __main__ as evaluate
 from towerbench.errors import CheckpointError
 from towerbench.readout import LogisticRegression
-from visft.backbone import CLIPViT
 from visft.commands import evaluate_backbone
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import my_benchmark  # noqa: E402
+from visft.modeling.backbone import CLIPViT
 
 TINY = demo_tower.NAME
 FIELDS = {"name", "metric", "base", "tuned", "difference", "low", "high", "verdict", "n"}

@@ -12,10 +12,10 @@ from demoworld import unseen_things
 from towerbench import Context, caption_readout, captions, suite
 from towerbench.caption_decoder import CaptionDecoder, Words
 from towerbench.demo import captioning, regions, unseen
-from visft.evaluation.captions import caption_scores
-from visft.heads.caption_search import beam_search
-from visft.heads.caption_transformer import TransformerDecoder
-from visft.heads.vocabulary import Vocabulary
+from visft.evaluation.caption_metrics import caption_scores
+from visft.modeling.heads.captioning.beam_search import beam_search
+from visft.modeling.heads.captioning.transformer_head import TransformerDecoder
+from visft.modeling.heads.captioning.vocabulary import Vocabulary
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,11 @@
 """open_clip's own pass at any size: its maps and embeddings are those of visft's CLIPViT, which has another code."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import NATIVE, REFUSED, TIMM, images_for, relative, small_clip
 
 from towerbench.encoder import OpenClipEncoder
-from visft.backbone import CLIPViT, open_clip_zoo
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backbone"))
-from families import NATIVE, REFUSED, TIMM, images_for, relative, small_clip  # noqa: E402
+from visft.modeling.backbone import CLIPViT, open_clip_models
 
 
 @pytest.mark.parametrize("name", NATIVE + TIMM)
@@ -31,4 +26,4 @@ def test_maps_and_embeddings_at_the_native_size_and_at_twice_that(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_plain_vision_transformer_has_no_map(name):
-    assert not OpenClipEncoder.fits(open_clip_zoo.meta_tower(name))
+    assert not OpenClipEncoder.fits(open_clip_models.meta_tower(name))

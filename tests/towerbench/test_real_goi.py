@@ -18,7 +18,7 @@ from towerbench import Context, region_pooling, registered
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import goi, maps, regions
-from visft.data import objects365
+from visft.data.datasets import objects365
 
 SIZE = (64, 96)
 """Whole pixels to each of the 16 x 16 cells."""

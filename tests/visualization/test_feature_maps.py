@@ -5,7 +5,13 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from visft.visualization import colours, mutual_matches, principal_components, similarity_maps, value_range
+from visft.visualization import (
+    colours,
+    mutual_matches,
+    principal_components,
+    similarity_maps,
+    value_range,
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

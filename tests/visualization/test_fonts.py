@@ -10,8 +10,8 @@ from detectron2.structures import Boxes, Instances
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
-from visft.engine.drawing import draw
 from visft.visualization import fonts
+from visft.visualization.predictions import draw
 
 NAMES = {
     "latin": "häufig Łódź",

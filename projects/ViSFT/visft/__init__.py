@@ -22,12 +22,13 @@ if importlib.util.find_spec("detectron2") is None:
     )
 
 if TYPE_CHECKING:
-    from .engine.run_model import RunModel
+    from visft.applications.run_model import RunModel
 
 # Imported for their effect: each adds to detectron2's registries.
-from . import backbone, data, heads, meta_arch  # noqa: E402, F401
-from .config import add_visft_config  # noqa: E402
-from .model_zoo import paths  # noqa: E402
+from visft import data  # noqa: E402, F401
+from visft.config import add_visft_config  # noqa: E402
+from visft.model_zoo import paths  # noqa: E402
+from visft.modeling import backbone, heads, meta_arch  # noqa: E402, F401
 
 __all__ = ["add_visft_config", "load"]
 __version__ = "0.1.0"
@@ -36,14 +37,14 @@ __version__ = "0.1.0"
 def load(
     run: "str | os.PathLike", *, base: "str | os.PathLike | None" = None, device: str | None = None
 ) -> "RunModel":
-    """The model of a run, with a method `predict(image)`; see `visft.engine.run_model.load`.
+    """The model of a run, with a method `predict(image)`; see `visft.applications.run_model.load`.
 
     Args:
         run: a run's OUTPUT_DIR, a stage's folder, or a file of one.
         base: the tower's weights, where they are no longer where they were in training.
         device: `cpu` or `cuda`; the run's own where it is there, if left out.
     """
-    from .engine.run_model import load as load_run
+    from visft.applications.run_model import load as load_run
 
     return load_run(run, base=base, device=device)
 

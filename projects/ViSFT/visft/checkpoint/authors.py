@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from visft.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

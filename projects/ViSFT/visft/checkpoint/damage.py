@@ -5,7 +5,7 @@ import pickletools
 import zipfile
 from pathlib import Path
 
-from ..errors import CheckpointError
+from visft.errors import CheckpointError
 
 
 def names_code(path: Path) -> bool:

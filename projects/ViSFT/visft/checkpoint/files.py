@@ -19,8 +19,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .damage import cut_off, fault, is_torchscript, names_code
+from visft.checkpoint.damage import cut_off, fault, is_torchscript, names_code
+from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from . import authors
-from .copying import LoadReport, groups, load_into, some
-from .files import local_path, read_shapes, read_tensors
-from .run_folder import STAGES, START, describe, newest_checkpoint, run_files
+from visft.checkpoint import authors
+from visft.checkpoint.copying import LoadReport, groups, load_into, some
+from visft.checkpoint.files import local_path, read_shapes, read_tensors
+from visft.checkpoint.run_folder import STAGES, START, describe, newest_checkpoint, run_files
+from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

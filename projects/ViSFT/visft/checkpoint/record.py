@@ -9,9 +9,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError
-from .files import read_metadata
-from .run_folder import run_files
+from visft.checkpoint.files import read_metadata
+from visft.checkpoint.run_folder import run_files
+from visft.errors import CheckpointError
 
 KEY = "visft_model"
 """In a safetensors file's metadata."""
@@ -25,7 +25,7 @@ class RunRecord:
 
     Attributes:
         config: its whole config, nested, as YAML holds it; of the tower's own mean and standard deviation the numbers.
-        classes: what its heads learnt (`visft.data.classes.Classes`, as JSON).
+        classes: what its heads learnt (`visft.classes.dataset_classes.Classes`, as JSON).
         seed: from which a tower of random weights is made again.
     """
 

@@ -18,8 +18,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from .files import (
+from visft.checkpoint.files import (
     read_metadata,
     read_tensors,
     remove_leftovers,
@@ -28,8 +27,8 @@ from .files import (
     write_json,
     write_safetensors,
 )
-from .load import check_base, load_into
-from .run_folder import (
+from visft.checkpoint.load import check_base, load_into
+from visft.checkpoint.run_folder import (
     START,
     describe,
     describe_base,
@@ -38,6 +37,7 @@ from .run_folder import (
     newest_checkpoint,
     trainer_file,
 )
+from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

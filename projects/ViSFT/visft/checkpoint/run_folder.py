@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .files import local_path, read_json, read_metadata, read_shapes, require_file
+from visft.checkpoint.files import local_path, read_json, read_metadata, read_shapes, require_file
+from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

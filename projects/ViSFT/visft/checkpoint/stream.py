@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .files import map_tensors
+from visft.checkpoint.files import map_tensors
 
 CHUNK = 8 << 20
 """Bytes that are read of a tensor at a time."""

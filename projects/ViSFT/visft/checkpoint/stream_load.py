@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import stream_names
-from .stream import TensorFile
+from visft.checkpoint import stream_names
+from visft.checkpoint.stream import TensorFile
 
 
 def build(described: nn.Module, config: Mapping[str, Any]) -> nn.Module:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import CheckpointError
+from visft.errors import CheckpointError
 
 OPEN_CLIP, EVA_CLIP, BARE = "open_clip", "EVA-CLIP", "bare tower"
 

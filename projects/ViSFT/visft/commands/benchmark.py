@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,10 +27,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, and write the figures if asked to."""
-    from visft.engine import benchmark
+    from visft.applications import speed
 
     console.plain()
-    return cli.guard(benchmark.run, arguments)
+    return cli.guard(speed.run, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,9 +21,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time both."""
-    from visft.engine import metric_benchmark
+    from visft.applications import metric_speed
 
-    return cli.guard(metric_benchmark.run, arguments)
+    return cli.guard(metric_speed.run, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

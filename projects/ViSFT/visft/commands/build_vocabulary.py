@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build, write, and print the file's path."""
-    from visft.data.vocabulary import write_vocabulary
+    from visft.data.caption_vocabulary import write_vocabulary
 
     console.plain()
     return cli.guard(lambda: print(write_vocabulary(arguments)))

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the demo world, run configs/visft_demo.yaml, and say what happened."""
     from demoworld.errors import DemoWorldError
     from towerbench.errors import TowerBenchError
-    from visft.engine import demo
+    from visft.applications import demo
 
     console.plain()
     return cli.guard(demo.run, arguments, again=cli.RESUME, errors=(DemoWorldError, TowerBenchError))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from towerbench import arguments
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     from demoworld.errors import DemoWorldError
     from towerbench import command
     from towerbench.errors import TowerBenchError
-    from visft.engine import compared_towers
+    from visft.applications import compared_towers
 
     console.plain()
     return cli.guard(

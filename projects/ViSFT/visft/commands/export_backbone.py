@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from visft.engine import cli
+from visft.utils import cli
 
 FORMATS = ("open_clip", "timm", "hf", "onnx", "safetensors", "lora", "authors", "peft")
-"""Keys of `visft.checkpoint.export.FORMATS`, which imports torch."""
+"""Keys of `visft.export.FORMATS`, which imports torch."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, build the tower, export."""
     from detectron2.utils.logger import setup_logger
 
-    from visft.engine import export_backbone
+    from visft.applications import export_backbone
 
     setup_logger(name="visft")
     return cli.guard(export_backbone.run, arguments)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from demoworld import vendors
 from demoworld.errors import DemoWorldError
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 ALONE = True
 

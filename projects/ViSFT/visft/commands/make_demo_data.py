@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from demoworld.errors import DemoWorldError
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _make(arguments: argparse.Namespace) -> None:
     from demoworld import dataset
-    from visft.data import demo_world
+    from visft.data.datasets import demo_world
 
     first = dataset.SCENES_OF_HEADS + 1 if arguments.first_train is None else arguments.first_train
     numbers = {"num_train": arguments.num_train, "num_val": arguments.num_val, "first_train": first}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft import model_zoo
-from visft.engine.cli import SAME, guard
 from visft.errors import CheckpointError
 from visft.model_zoo import places, tables
 from visft.model_zoo.entries import entries, find
+from visft.utils.cli import SAME, guard
 
 ALONE = True
 

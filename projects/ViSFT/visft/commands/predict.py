@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, build the model, draw."""
-    from visft.engine import predict
+    from visft.applications import predict
 
     return cli.guard(predict.run, arguments)
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from demoworld.errors import DemoWorldError
-from visft.engine import cli
+from visft.utils import cli
 
 ALONE = True
 

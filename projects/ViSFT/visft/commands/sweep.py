@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure, compare; status 1 also where a run has failed."""
-    from visft.engine import sweep
+    from visft.applications import sweep
 
     console.plain()
     return cli.guard(sweep.run, arguments.config, arguments.output, again=cli.SAME)

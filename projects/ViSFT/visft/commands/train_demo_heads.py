@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Train configs/visft_demo_heads.yaml, and write the files that ship, one a head."""
     from demoworld.errors import DemoWorldError
-    from visft.engine import demo
+    from visft.applications import demo
 
     console.plain()
     return cli.guard(demo.train_heads, arguments, again=cli.RESUME, errors=(DemoWorldError,))

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from visft.commands import console
-from visft.engine import cli
+from visft.utils import cli
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, encode, draw."""
-    from visft.engine import visualize_features
+    from visft.applications import visualize_features
 
     console.plain()
     return cli.guard(visualize_features.run, arguments)

@@ -1,11 +1,11 @@
 """Data: COCO files checked before training, mappers, deterministic loaders, the demo world."""
 
-from visft.data.captions import register_coco_captions
-from visft.data.coco import check_data_set, check_registered, register_own_data
+from visft.data.datasets.captions import register_coco_captions
+from visft.data.datasets.catalog import check_data_set, check_registered, register_own_data
 from visft.data.images import PictureError, read_rgb
 from visft.data.loader import build_test_loader, build_train_loader
-from visft.data.mappers import ViSFTMapper, build_test_mapper
-from visft.data.mixing import LabelledPictures, build_stage_loader, load_labelled
+from visft.data.mapper import ViSFTMapper, build_test_mapper
+from visft.data.task_mixing import LabelledPictures, build_stage_loader, load_labelled
 
 __all__ = [
     "LabelledPictures",
@@ -27,8 +27,8 @@ __all__ = [
 def register_all() -> None:
     """Register the demo world, Objects365, and where COCO's captions are, in detectron2's catalogs. Reads no
     annotations."""
-    from visft.data import demo_world
-    from visft.data.objects365 import register_objects365
+    from visft.data.datasets import demo_world
+    from visft.data.datasets.objects365 import register_objects365
 
     demo_world.register()
     register_objects365()

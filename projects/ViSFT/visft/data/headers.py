@@ -24,7 +24,7 @@ from tqdm import tqdm
 from visft.checkpoint import files
 from visft.data.images import MAX_PIXELS, Header, PictureError, annotated_as_stored, read_header
 from visft.errors import DataError
-from visft.user_cache import cache_folder
+from visft.utils.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from visft.data.coco_records import as_dataset
+from visft.data.datasets.coco import as_dataset
 from visft.data.headers import ImageRules
 from visft.data.images import PictureError
-from visft.data.mappers import ViSFTMapper, build_test_mapper
-from visft.data.records import load_records
+from visft.data.mapper import ViSFTMapper, build_test_mapper
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
+from visft.data.training_records import load_records
 from visft.data.workers import outlive_signals
 from visft.errors import ConfigError, DataError, VisftError
 

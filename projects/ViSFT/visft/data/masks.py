@@ -6,7 +6,7 @@ import numpy as np
 from detectron2.structures.masks import polygons_to_bitmask
 from pycocotools import mask as mask_api
 
-from visft.data.coco_json import are_numbers
+from visft.data.datasets.coco_json import are_numbers
 
 NO_POLYGON = "no polygon has three points"
 

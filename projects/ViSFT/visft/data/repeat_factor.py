@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from detectron2.config import CfgNode
 
-from visft.data.coco_records import outlines_of
+from visft.data.datasets.coco import outlines_of
 from visft.errors import ConfigError
 
 logger = logging.getLogger(__name__)

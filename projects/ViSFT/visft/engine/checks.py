@@ -7,25 +7,25 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
-from visft import precision
-from visft.backbone import open_clip_zoo
-from visft.backbone.class_text import check_prompts
-from visft.backbone.towers import adapt
-from visft.checkpoint import export, files, load
+from visft import export
+from visft.checkpoint import files, load
 from visft.checkpoint.run_folder import STAGES
 from visft.data import check_data_set, register_own_data
 from visft.data.repeat_factor import check_sampler
-from visft.engine import vocabulary
+from visft.engine import run_vocabulary
 from visft.engine.settings import unknown
 from visft.engine.task_checks import RECIPES, check_tasks
-from visft.engine.tuning_checks import check_objectives, check_tuning
+from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.evaluation.average_precision import is_fast
-from visft.heads import VISFT_HEADS_REGISTRY, head_names
-from visft.heads.classification import CLASS_LOSSES
-from visft.heads.federated import class_image_counts
-from visft.heads.region_text import LOSSES, REGIONS
-from visft.objectives import objective_class
+from visft.modeling.backbone import open_clip_models
+from visft.modeling.backbone.class_embeddings import check_prompts
+from visft.modeling.backbone.tower_adapters import adapt
+from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
+from visft.modeling.heads.common.classification import CLASS_LOSSES
+from visft.modeling.heads.common.federated import class_image_counts
+from visft.modeling.heads.region_text_head import LOSSES, REGIONS
+from visft.utils import mixed_precision
 
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -51,10 +51,9 @@ def check(
         _visft_names(cfg, processes)
     _data_sets(cfg, train, test)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
-        vocabulary.check(cfg, train=train)
+        run_vocabulary.check(cfg, train=train)
         if train and "lora" in cfg.VISFT.STAGES:
-            for name in cfg.MODEL.VISFT.OBJECTIVES:
-                objective_class(cfg, name).check_data(cfg, name)
+            check_captions_of_objectives(cfg)
         _class_losses(cfg)
     _weight_files(cfg)
 
@@ -108,13 +107,13 @@ def _is_file(pretrained: str) -> bool:
 
 def _tower(cfg: CfgNode) -> None:
     vit = cfg.MODEL.CLIP_VIT
-    open_clip_zoo.check_name(vit.NAME)
+    open_clip_models.check_name(vit.NAME)
     if not _is_file(vit.PRETRAINED):
-        open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
-    adapt(open_clip_zoo.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
+        open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
+    adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
     _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
     _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
-    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, precision.FROZEN_TYPES)
+    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, mixed_precision.FROZEN_TYPES)
     for key in ("PATCH_SIZE", "WINDOW_SIZE"):
         if vit[key] < 0:
             raise ConfigError(
@@ -196,12 +195,12 @@ def _exports(cfg: CfgNode) -> None:
                 f"VISFT.EXPORT has {name}, which is LoRA alone, and MODEL.VISFT.TUNE is full, without LoRA"
             )
         if name != "open_clip":
-            export.check(name, open_clip_zoo.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
+            export.check(name, open_clip_models.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
 
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
-    _one_of(f"{key}.AMP", solver.AMP, precision.AMP_TYPES)
+    _one_of(f"{key}.AMP", solver.AMP, mixed_precision.AMP_TYPES)
     if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
     for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):
@@ -254,13 +253,13 @@ def _class_losses(cfg: CfgNode) -> None:
 def _weight_files(cfg: CfgNode) -> None:
     vit = cfg.MODEL.CLIP_VIT
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit") and _is_file(vit.PRETRAINED):
-        open_clip_zoo.check_pretrained(vit.NAME, vit.PRETRAINED)
+        open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
         try:
-            files.read_shapes(open_clip_zoo.local_file(vit.PRETRAINED))
+            files.read_shapes(open_clip_models.local_file(vit.PRETRAINED))
         except CheckpointError as error:
             raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
-        architecture, _ = open_clip_zoo.trained_name(vit.NAME, vit.PRETRAINED)
+        architecture, _ = open_clip_models.trained_name(vit.NAME, vit.PRETRAINED)
         if cfg.MODEL.WEIGHTS:
             load.check_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS", architecture=architecture)
         for file in cfg.MODEL.VISFT.HEAD_FILES:

@@ -9,13 +9,13 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from visft import precision, progress
+from visft.classes.open_names import names_of
 from visft.data import build_test_loader, build_test_mapper
-from visft.data.open_names import names_of
-from visft.engine.drawing import draw_predictions
 from visft.errors import ConfigError
 from visft.evaluation import build_evaluator
-from visft.heads.open_vocabulary import KEY, configured_names
+from visft.modeling.open_vocabulary import KEY, configured_names
+from visft.utils import mixed_precision, progress
+from visft.visualization.predictions import draw_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         _set_names(cfg, model, name)
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
-        with progress.bar(f"evaluation on {name}", len(loader)) as bar, precision.evaluating(cfg):
+        with progress.bar(f"evaluation on {name}", len(loader)) as bar, mixed_precision.evaluating(cfg):
             found = inference_on_dataset(model, loader, evaluator, callbacks={"after_inference": bar.update})
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
@@ -49,7 +49,7 @@ def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     _set_names(cfg, model, cfg.DATASETS.TEST[0])
     mapper = build_test_mapper(cfg)
     heads, classes = cfg.MODEL.VISFT.HEADS, named_classes(model)
-    with precision.evaluating(cfg):
+    with mixed_precision.evaluating(cfg):
         draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from visft.backbone import CLIPViT
-from visft.checkpoint import export as formats
+from visft import export as formats
 from visft.checkpoint import files
+from visft.modeling.backbone import CLIPViT
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from torch import nn
 from visft.checkpoint import files
 from visft.checkpoint.record import RunRecord, read_record
 from visft.checkpoint.run_folder import describe, run_files
+from visft.classes.dataset_classes import RUN_PREFIX, Classes, filled_metadata
 from visft.config import add_visft_config
 from visft.data import register_own_data
-from visft.data.classes import RUN_PREFIX, Classes, filled_metadata
 from visft.engine import settings
 from visft.errors import CheckpointError, ConfigError, VisftError
 

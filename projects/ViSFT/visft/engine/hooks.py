@@ -7,10 +7,10 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter
 
-from visft import progress
 from visft.engine import stopping
-from visft.engine.optim import set_learning_rate
+from visft.engine.optimizer import set_learning_rate
 from visft.errors import TrainingError
+from visft.utils import progress
 
 
 class LearningRate(HookBase):
@@ -60,7 +60,7 @@ class Checkpoints(HookBase):
 
 
 class Progress(HookBase):
-    """A bar over a stock trainer's iterations (see `visft.progress`)."""
+    """A bar over a stock trainer's iterations (see `visft.utils.progress`)."""
 
     def before_train(self) -> None:
         self._open = contextlib.ExitStack()

@@ -11,8 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from visft.data import register_own_data
-from visft.engine import checks, cli, from_run, run_lock, settings, stages, stock, stopping
+from visft.engine import checks, from_run, run_lock, settings, stages, stock, stopping
 from visft.errors import ConfigError, Stopped, TrainingError
+from visft.utils import cli
 
 
 def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> int:

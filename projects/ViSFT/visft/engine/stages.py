@@ -19,20 +19,22 @@ from detectron2.utils.events import CommonMetricPrinter, JSONWriter, Tensorboard
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from visft import precision
 from visft.checkpoint import files, load
 from visft.checkpoint.run import RunCheckpointer, keep_start, trained_tensors
 from visft.checkpoint.run_folder import PARTS, START, run_files
 from visft.data import LabelledPictures, build_stage_loader, load_labelled
-from visft.engine import evaluate, exporting, report, stopping, zero_shot
+from visft.engine import evaluate, exporting, stopping
 from visft.engine.feature_cache import cached_features
 from visft.engine.from_run import record_of, seed_of
 from visft.engine.hooks import Checkpoints, LearningRate, Writers
-from visft.engine.optim import build_optimizer, learning_rate
+from visft.engine.optimizer import build_optimizer, learning_rate
+from visft.engine.run_vocabulary import FILE as VOCABULARY_FILE
+from visft.engine.run_vocabulary import with_vocabulary, words_of
 from visft.engine.trainer import StageTrainer, seed_iteration
-from visft.engine.vocabulary import FILE as VOCABULARY_FILE
-from visft.engine.vocabulary import with_vocabulary, words_of
 from visft.errors import ConfigError
+from visft.evaluation import demo_zero_shot
+from visft.utils import mixed_precision
+from visft.visualization import run_report
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +108,14 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     model.eval()
     figures = _figures(cfg, model)
     if comm.is_main_process():
-        files.write_json(Path(cfg.OUTPUT_DIR) / "evaluation.json", report.finite(figures))
+        files.write_json(Path(cfg.OUTPUT_DIR) / "evaluation.json", run_report.finite(figures))
         _log_figures("evaluation", figures)
     return figures
 
 
 def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
     """The model before any stage: tower from its base, heads from HEAD_FILES (or fresh), then MODEL.WEIGHTS."""
-    precision.allow_tf32(cfg)
+    mixed_precision.allow_tf32(cfg)
     seed_iteration(seed, "build", 0)
     model = build_model(cfg)
     if cfg.MODEL.WEIGHTS:
@@ -148,7 +150,7 @@ class _State:
 
     def save(self) -> None:
         if comm.is_main_process():
-            known = {step: report.finite(figures) for step, figures in self.evaluations.items()}
+            known = {step: run_report.finite(figures) for step, figures in self.evaluations.items()}
             state = {"seed": self.seed, "threads": self.threads, "evaluations": known}
             files.write_json(self.folder / "run.json", state)
 
@@ -159,7 +161,7 @@ def _start(cfg: CfgNode, folder: Path, resume: bool) -> _State:
         files.remove_leftovers(folder)
         if not resume:
             _set_earlier_run_aside(folder)
-        report.write_atomically(folder / "config.yaml", cfg.dump())
+        run_report.write_atomically(folder / "config.yaml", cfg.dump())
     comm.synchronize()
     state = None
     if comm.is_main_process() and (folder / "run.json").is_file():
@@ -234,7 +236,7 @@ def _run_stage(
         stage=stage,
         accumulate=solver.ACCUMULATE,
         clip_norm=solver.CLIP_NORM,
-        amp=precision.amp_type(cfg, stage),
+        amp=mixed_precision.amp_type(cfg, stage),
         seed=state.seed,
     )
     checkpointer = RunCheckpointer(
@@ -266,7 +268,7 @@ def _run_stage(
     wanted = cfg.VISFT.EVAL_BETWEEN_STAGES or stage == cfg.VISFT.STAGES[-1] or not state.evaluations
     figures = state.evaluate(stage, cfg, model) if wanted else {}
     if start < solver.MAX_ITER and comm.is_main_process() and figures:
-        row = {"iteration": solver.MAX_ITER, **report.finite(figures)}
+        row = {"iteration": solver.MAX_ITER, **run_report.finite(figures)}
         with open(folder / "metrics.json", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -298,7 +300,7 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
 
     def periodic_evaluation() -> dict[str, float]:
         with stopping.released(), cache.bypassed():
-            return report.finite_only(_figures(cfg, model, with_zero_shot=False))
+            return run_report.finite_only(_figures(cfg, model, with_zero_shot=False))
 
     made = [
         hooks.IterationTimer(),
@@ -366,9 +368,9 @@ def _warn_of_untrained_heads(cfg: CfgNode) -> None:
 
 def _figures(cfg: CfgNode, model: nn.Module, with_zero_shot: bool = True) -> dict[str, float]:
     figures = evaluate.evaluate(cfg, model)
-    if with_zero_shot and comm.is_main_process() and zero_shot.applies(cfg):
-        with precision.evaluating(cfg):
-            figures |= zero_shot.demo_zero_shot(model.backbone)
+    if with_zero_shot and comm.is_main_process() and demo_zero_shot.applies(cfg):
+        with mixed_precision.evaluating(cfg):
+            figures |= demo_zero_shot.demo_zero_shot(model.backbone)
     comm.synchronize()
     return figures
 
@@ -385,7 +387,7 @@ def _finish(cfg: CfgNode, model: nn.Module, folder: Path, state: _State) -> None
     exporting.export(cfg, model.backbone, folder / "export")
     if cfg.DATASETS.TEST:
         evaluate.draw(cfg, model, folder / "predictions")
-    report.draw_loss_curves(folder, cfg.VISFT.STAGES)
+    run_report.draw_loss_curves(folder, cfg.VISFT.STAGES)
     title = f"ViSFT of {cfg.MODEL.CLIP_VIT.NAME} ({cfg.MODEL.CLIP_VIT.PRETRAINED or 'random weights'})"
     evaluations = {step: figures for step, figures in state.evaluations.items() if figures}
-    report.write_report(folder, evaluations, title=title)
+    run_report.write_report(folder, evaluations, title=title)

@@ -25,13 +25,13 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from torch import nn
 
-from visft.backbone import lr_factor
 from visft.checkpoint import files
 from visft.engine import stopping
 from visft.engine.hooks import Progress
 from visft.errors import CheckpointError, ConfigError
 from visft.evaluation import InstancesEvaluator
 from visft.evaluation.average_precision import is_fast
+from visft.modeling.backbone import lr_factor
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from visft import precision, progress, shared_random
 from visft.engine import stopping
 from visft.engine.hooks import Writers
-from visft.engine.optim import average_gradients
+from visft.engine.optimizer import average_gradients
 from visft.errors import TrainingError
+from visft.utils import mixed_precision, progress, shared_random
 
 
 def seed_iteration(seed: int, stage: str, iteration: int, rank: int = 0) -> None:
@@ -127,7 +127,7 @@ class StageTrainer(TrainerBase):
             start = time.perf_counter()
             batch = next(self.batches)
             data_time += time.perf_counter() - start
-            with precision.autocast(self.device, self.amp):
+            with mixed_precision.autocast(self.device, self.amp):
                 losses = self.model(batch)
             passes.append((batch, {name: loss.detach() for name, loss in losses.items()}))
             total = sum(losses.values())

@@ -2,11 +2,12 @@
 
 from detectron2.config import CfgNode
 
-from visft import precision
+from visft.data.datasets.captions import check_captions
 from visft.engine.settings import unknown
-from visft.errors import ConfigError
-from visft.meta_arch import TUNES
-from visft.objectives import objective_class
+from visft.errors import ConfigError, DataError
+from visft.modeling.meta_arch import TUNES
+from visft.modeling.tower_losses import objective_class
+from visft.utils import mixed_precision
 
 
 def check_tuning(cfg: CfgNode) -> None:
@@ -18,7 +19,7 @@ def check_tuning(cfg: CfgNode) -> None:
     node, vit = cfg.MODEL.VISFT, cfg.MODEL.CLIP_VIT
     if node.TUNE not in TUNES:
         raise unknown("MODEL.VISFT.TUNE", node.TUNE, TUNES)
-    if node.TUNE == "full" and precision.frozen_type(cfg):
+    if node.TUNE == "full" and mixed_precision.frozen_type(cfg):
         raise ConfigError(
             f"MODEL.VISFT.TUNE is full and MODEL.CLIP_VIT.FROZEN_DTYPE is {vit.FROZEN_DTYPE}: all weights train, so "
             'none can be stored in low precision; set FROZEN_DTYPE to ""'
@@ -62,4 +63,18 @@ def check_objectives(cfg: CfgNode) -> None:
         if wrong:
             raise ConfigError(
                 f"MODEL.VISFT.HEADS is empty, so {key} has no head to act on; set it to {expected}"
+            )
+
+
+def check_captions_of_objectives(cfg: CfgNode) -> None:
+    """Check that DATASETS.TRAIN has captions, if an objective learns from them.
+
+    Raises:
+        DataError: it has none.
+    """
+    for name in cfg.MODEL.VISFT.OBJECTIVES:
+        if objective_class(cfg, name).reads_captions and not sum(map(check_captions, cfg.DATASETS.TRAIN)):
+            raise DataError(
+                f"MODEL.VISFT.OBJECTIVES has {name}, which learns from captions, and no image of DATASETS.TRAIN "
+                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: give some by VISFT.DATA.TRAIN_CAPTIONS, or leave it out"
             )

@@ -1,6 +1,6 @@
 """Evaluators of what the heads predict on the data sets they were trained for."""
 
-from .captions import CaptionEvaluator
-from .heads import HeadsEvaluator, InstancesEvaluator, build_evaluator
+from visft.evaluation.caption_metrics import CaptionEvaluator
+from visft.evaluation.evaluator import HeadsEvaluator, InstancesEvaluator, build_evaluator
 
 __all__ = ["CaptionEvaluator", "HeadsEvaluator", "InstancesEvaluator", "build_evaluator"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConfigError
-from .ground_truth import read_truth
+from visft.errors import ConfigError
+from visft.evaluation.ground_truth import read_truth
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft.data.coco_json import in_order, read_json
+from visft.data.datasets.coco_json import in_order, read_json
 from visft.data.masks import area, usable
 from visft.errors import DataError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_api
 
-from ..errors import DataError
-from .average_precision import is_fast, mean
-from .ground_truth import read_truth
+from visft.errors import DataError
+from visft.evaluation.average_precision import is_fast, mean
+from visft.evaluation.ground_truth import read_truth
 
 MAX_DETECTIONS = 300
 """Of a picture, over all classes: the rest does not count."""

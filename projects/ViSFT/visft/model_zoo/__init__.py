@@ -9,8 +9,8 @@ import builtins
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
-from . import entries
+from visft.errors import ConfigError
+from visft.model_zoo import entries
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -54,7 +54,7 @@ def get_config(name: str) -> CfgNode | DictConfig:
     """The config `name`: a yacs node with ViSFT's keys, or detectron2's lazy kind for the names in `lazy/`."""
     from detectron2.config import LazyConfig, get_cfg
 
-    from ..config import add_visft_config
+    from visft.config import add_visft_config
 
     file = get_config_file(name)
     if file.endswith(".py"):
@@ -89,6 +89,6 @@ def get_file(name: str) -> str:
         ConfigError: there are none of that name.
         CheckpointError: they cannot be had, or are not the ones that were published.
     """
-    from . import cache
+    from visft.model_zoo import cache
 
     return str(cache.fetch(entries.find(name)))

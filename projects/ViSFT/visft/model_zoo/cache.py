@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint import files
-from ..errors import CheckpointError, ConfigError
-from .entries import Entry, in_package
-from .places import folder, present
+from visft.checkpoint import files
+from visft.errors import CheckpointError, ConfigError
+from visft.model_zoo.entries import Entry, in_package
+from visft.model_zoo.places import folder, present
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def hub_file(entry: Entry, file: str) -> tuple[str, str]:
     """Repository on the Hugging Face Hub, and the name there of `file`, one of `entry.files`."""
     if not entry.open_clip:
         return entry.repository, entry.file
-    from ..backbone.open_clip_zoo import open_clip
+    from visft.modeling.backbone.open_clip_models import open_clip
 
     name, tag = entry.open_clip
     address = (open_clip().get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from visft.errors import ConfigError
 
 TABLE = Path(__file__).with_name("zoo.json")
 SHIPPED = ("demoworld/weights", "visft/model_zoo/weights")

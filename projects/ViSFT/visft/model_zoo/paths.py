@@ -5,8 +5,8 @@ from typing import IO, Any
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from ..errors import CheckpointError, ConfigError
-from . import entries
+from visft.errors import CheckpointError, ConfigError
+from visft.model_zoo import entries
 
 PREFIX = "visft://"
 
@@ -26,7 +26,7 @@ class VisftHandler(PathHandler):
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         """Raises CheckpointError where it cannot be had, or is not the file that it should be."""
-        from . import cache
+        from visft.model_zoo import cache
 
         return str(cache.fetch(self._entry(path), again=force))
 

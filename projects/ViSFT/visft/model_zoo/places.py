@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .entries import Entry, in_package
+from visft.model_zoo.entries import Entry, in_package
 
 
 def folder() -> Path:

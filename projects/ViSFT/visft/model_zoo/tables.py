@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from . import entries
+from visft.errors import ConfigError
+from visft.model_zoo import entries
 
 DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
 
@@ -85,7 +85,7 @@ def check(document: Path = DOCUMENT) -> None:
 
 def write(document: Path = DOCUMENT) -> bool:
     """Make the document's tables anew; returns whether that changed anything."""
-    from ..checkpoint import files
+    from visft.checkpoint import files
 
     text = _read(document)
     new = filled(text)
@@ -104,7 +104,7 @@ def rehash() -> list[str]:
         ConfigError: a file of the package has no row.
         CheckpointError: a file is missing or cut off.
     """
-    from ..checkpoint import files
+    from visft.checkpoint import files
 
     data = json.loads(entries.TABLE.read_text(encoding="utf-8"))
     listed, changed = {row.get("package") for row in data["files"]}, []

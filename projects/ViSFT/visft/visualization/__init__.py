@@ -1,6 +1,6 @@
 """What features look like: as colours, beside texts, and matched between images."""
 
-from .feature_maps import (
+from visft.visualization.feature_maps import (
     Components,
     colours,
     mutual_matches,

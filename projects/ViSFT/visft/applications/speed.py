@@ -1,0 +1,258 @@
+"""`tools/benchmark.py`: what an iteration costs with one pass of the tower for all heads, and with one for each."""
+
+import argparse
+import functools
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from visft.checkpoint import files
+from visft.data import ViSFTMapper, load_labelled
+from visft.data.loader import TrainLoader
+from visft.engine import checks, settings, stages
+from visft.engine.optimizer import build_optimizer
+from visft.engine.run_vocabulary import with_vocabulary
+from visft.engine.trainer import StageTrainer
+from visft.errors import ConfigError, DataError
+from visft.utils import memory, mixed_precision
+
+logger = logging.getLogger(__name__)
+
+JOINT = "joint"
+PARTS = ("tower", "heads", "other")
+"""Parts of an iteration's time: forward and backward of the tower; of the heads, losses and matching included;
+preparing the pictures, and the optimizer's step."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, measure, print the table of `summary`."""
+    cfg = settings.load_config(args.config_file, args.opts)
+    if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is `{cfg.MODEL.META_ARCHITECTURE}`; the benchmark is of ViSFT, whose heads share "
+            "a tower"
+        )
+    if not cfg.MODEL.VISFT.HEADS:
+        raise ConfigError("MODEL.VISFT.HEADS is empty; the benchmark compares heads, so name some")
+    if args.rounds < 1 or args.images < 0:
+        raise ConfigError("--rounds is a number of rounds, at least 1, and --images of pictures, at least 0")
+    cfg.VISFT.STAGES = (args.stage,)
+    checks.check(cfg, test=False)
+    solver = cfg.VISFT.SOLVER[args.stage.upper()]
+    with tempfile.TemporaryDirectory() as folder:  # for a vocabulary that is made of the captions
+        cfg = with_vocabulary(cfg, folder)
+        model = stages.initial_model(cfg, max(cfg.SEED, 0))
+    model.set_stage(args.stage)
+    images = labelled_batch(cfg, model, args.images or solver.IMS_PER_BATCH)
+    trainer = StageTrainer(
+        model,
+        iter(()),
+        build_optimizer(model, solver),
+        stage=args.stage,
+        clip_norm=solver.CLIP_NORM,
+        amp=mixed_precision.amp_type(cfg, args.stage),
+    )
+    found = summary(measure(trainer, images, rounds=args.rounds))
+    found |= {
+        "config": Path(args.config_file).stem,
+        "tower": cfg.MODEL.CLIP_VIT.NAME,
+        "stage": args.stage,
+        "images": [list(image["image"].shape[1:]) for image in images],
+        "rounds": args.rounds,
+        "device": _device_name(trainer.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if args.output:
+        files.write_json(args.output, found)
+    print(table(found), flush=True)
+
+
+def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
+    """The first pictures of DATASETS.TRAIN's stream that carry labels for every head, mapped for training.
+
+    Raises:
+        DataError: there is none.
+    """
+    pictures = load_labelled(cfg, {name: head.has_labels for name, head in model.heads.items()})
+    rows = functools.reduce(np.intersect1d, pictures.rows.values())
+    if not len(rows):
+        raise DataError(
+            f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)}): no picture has labels for all of "
+            f"{', '.join(model.heads)}; name a data set with all of them, or fewer of MODEL.VISFT.HEADS"
+        )
+    records, mapper = Subset(pictures.records, rows), ViSFTMapper(cfg, is_train=True)
+    return next(TrainLoader(records, mapper, batch_size=size, seed=max(cfg.SEED, 0)))
+
+
+def measure(trainer: StageTrainer, images: list[dict], *, rounds: int) -> list[dict[str, dict[str, float]]]:
+    """Run whole iterations (optimizer step included) of every kind in turn, round after round.
+
+    Args:
+        trainer: of a ViSFT model on its stage. Its weights change.
+        images: the one batch, with labels for all heads, that every iteration sees.
+        rounds: to measure, after one to warm up.
+
+    Returns:
+        For each round, by `joint` and by each head alone: seconds `total`, and of it `tower`, `heads` and `other` (see
+        PARTS); `memory`: the peak in GiB, of the GPU's, else of the process (0 where the system does not tell).
+    """
+    kinds = {JOINT: images}
+    model = trainer.model
+    learning = [name for name, head in model.heads.items() if head.trainable or model.stage == "lora"]
+    kinds |= {name: [image | {"task": name} for image in images] for name in learning}
+    probe = _Probe(trainer)
+    found = []
+    try:
+        with EventStorage() as trainer.storage:
+            for number in range(rounds + 1):
+                trainer.iter = number  # in a round, all kinds draw the same dropout and points
+                row = {kind: probe.iteration(batch) for kind, batch in kinds.items()}
+                if number:
+                    found.append(row)
+    finally:
+        probe.remove()
+    return found
+
+
+def summary(rounds: Sequence[dict[str, dict[str, float]]]) -> dict:
+    """Medians over the rounds.
+
+    Returns:
+        `kinds`: of each kind what `measure` gives, and of `ratio` the sum of one iteration a head (the largest of
+        their memory); `speed`: how many times as fast `joint` is as `ratio`, the median of the rounds' own quotients;
+        `tower`: likewise of the tower's time.
+    """
+    rounds = [row | {"ratio": _one_of_each(row)} for row in rounds]
+    kinds = {
+        kind: {key: statistics.median(row[kind][key] for row in rounds) for key in rounds[0][kind]}
+        for kind in rounds[0]
+    }
+
+    def quotient(key: str) -> float:
+        return statistics.median(row["ratio"][key] / row[JOINT][key] for row in rounds)
+
+    return {"kinds": kinds, "speed": quotient("total"), "tower_speed": quotient("tower")}
+
+
+def _one_of_each(row: dict[str, dict[str, float]]) -> dict[str, float]:
+    alone = [figures for kind, figures in row.items() if kind != JOINT]
+    total = {key: sum(figures[key] for figures in alone) for key in ("total", *PARTS)}
+    return total | {"memory": max(figures["memory"] for figures in alone)}
+
+
+def table(found: dict) -> str:
+    """The figures of `summary`, with what they were measured on, for people."""
+    heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
+    height, width = (max(sides) for sides in zip(*found["images"], strict=True))
+    lines = [
+        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} pictures in {height} x {width}; "
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
+        "interleaved rounds",
+        f"{'':28}{'iterations/s':>13}{'total s':>10}"
+        + "".join(f"{part + ' s':>10}" for part in PARTS)
+        + f"{'peak GiB':>10}",
+    ]
+    names = {JOINT: "joint, all heads"} | {head: f"ratio, {head}" for head in heads}
+    names["ratio"] = f"ratio, {len(heads)} iterations"
+    for kind, name in names.items():
+        row = found["kinds"][kind]
+        cells = "".join(f"{row[part]:10.3f}" for part in ("total", *PARTS))
+        lines.append(f"{name:28}{1 / row['total']:13.3f}{cells}{row['memory']:10.2f}")
+    lines.append(
+        f"One joint iteration is {found['speed']:.2f} times as fast as {len(heads)} of ratio, one a task; its tower "
+        f"takes {found['tower_speed']:.2f} times less."
+    )
+    return "\n".join(lines)
+
+
+class _Probe:
+    """Takes the times of a trainer's iterations: hooks around the tower, on its features and on what trains."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
+        self._marks: dict[str, float | torch.cuda.Event] = {}
+        backbone = trainer.model.backbone
+        self._handles = [
+            backbone.register_forward_pre_hook(lambda module, inputs: self._mark("forward")),
+            backbone.register_forward_hook(self._after_tower),
+            # The last call is the end of the backward pass.
+            *(
+                p.register_post_accumulate_grad_hook(lambda p: self._mark("backward"))
+                for p in trainer.parameters
+            ),
+        ]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def iteration(self, images: list[dict]) -> dict[str, float]:
+        """One step of the trainer; its seconds and its peak memory (see `measure`)."""
+        self.trainer.batches = iter([images])
+        self._marks.clear()
+        self._reset_memory()
+        self._mark("start")
+        self.trainer.run_step()
+        self._mark("end")
+        if self.cuda:
+            torch.cuda.synchronize()
+        total, tower = self._between("start", "end"), self._between("forward", "features")
+        heads = self._between("features", "gradient" if "gradient" in self._marks else "backward")
+        if "gradient" in self._marks:
+            tower += self._between("gradient", "backward")
+        row = {"total": total, "tower": tower, "heads": heads, "other": total - tower - heads}
+        return row | {"memory": self._peak_memory()}
+
+    def _after_tower(self, module: nn.Module, inputs: tuple, output: dict[str, Tensor]) -> None:
+        features = output[self.trainer.model.feature]
+        if features.requires_grad:  # called once, when all heads' gradients are summed
+            features.register_hook(lambda gradient: self._mark("gradient"))
+        self._mark("features")
+
+    def _mark(self, name: str) -> None:
+        if self.cuda:
+            # Events, for kernels run on while Python goes ahead; waiting at each mark would slow what is measured.
+            self._marks[name] = torch.cuda.Event(enable_timing=True)
+            self._marks[name].record()
+        else:
+            self._marks[name] = time.perf_counter()
+
+    def _between(self, first: str, second: str) -> float:
+        a, b = self._marks[first], self._marks[second]
+        return a.elapsed_time(b) / 1000 if self.cuda else b - a
+
+    def _reset_memory(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            memory.reset_peak()
+
+    def _peak_memory(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return (memory.peak() or 0) / 2**30
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        for line in cpu_info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,58 @@
+"""The vocabulary of a caption head, from the captions that it trains on."""
+
+import argparse
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+
+from visft.data.datasets.captions import captions_of, read_captions
+from visft.errors import DataError
+from visft.modeling.heads.captioning.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def build_vocabulary(sources: Iterable[str], min_count: int = 5) -> Vocabulary:
+    """The words of captions that occur at least `min_count` times in all, the most frequent first, then by alphabet.
+
+    Args:
+        sources: caption files (COCO's format), or names of registered data sets.
+
+    Raises:
+        DataError: a source is unknown or broken, none has captions, or no word occurs often enough.
+    """
+    sources = list(sources)
+    captions = [caption for source in sources for caption in _captions(source)]
+    names = ", ".join(sources)
+    if not captions:
+        raise DataError(
+            f"{names}: no captions there, so no vocabulary can be built; put COCO's captions_*.json beside its "
+            "instances_*.json, or give own captions by VISFT.DATA.TRAIN_CAPTIONS"
+        )
+    vocabulary = Vocabulary.build(captions, min_count)
+    if len(vocabulary) == len(Vocabulary([])):
+        raise DataError(
+            f"{names}: no word occurs {min_count} times in its {len(captions)} captions; build with a lower count"
+        )
+    logger.info("%s: %d captions, a vocabulary of %d", names, len(captions), len(vocabulary))
+    return vocabulary
+
+
+def _captions(source: str) -> list[str]:
+    if source in DatasetCatalog:
+        found = captions_of(source)
+    elif source.endswith(".json"):
+        found = read_captions(source)
+    else:
+        raise DataError(f"{source}: is neither a caption file (.json) nor the name of a registered data set")
+    return [caption for captions in found.values() for caption in captions]
+
+
+def write_vocabulary(args: argparse.Namespace) -> Path:
+    """`tools/build_vocabulary.py`: build from `captions`, write to `output`, aside and renamed; returns it."""
+    if args.min_count < 1:
+        raise DataError(f"--min-count {args.min_count}: expected at least 1")
+    build_vocabulary(args.captions, args.min_count).write(args.output)
+    return Path(args.output)

@@ -1,0 +1,299 @@
+"""Data sets by their names: checked before training, and registered from config keys without code."""
+
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from visft.data.datasets.captions import load_captioned
+from visft.classes.dataset_classes import places_by_name
+from visft.data.validation import CocoSummary, check_content, summary_of
+from visft.data.datasets.coco_json import entries_of, read_json, some
+from visft.data.datasets.coco import PackedRecords, load_coco_json, packed_coco
+from visft.data.headers import ImageRules, check_images
+from visft.data.datasets.published import LVIS, check_published
+from visft.errors import ConfigError, DataError
+
+OWN_TRAIN = "visft_own_train"
+OWN_TEST = "visft_own_test"
+
+_IMAGE = ("file_name", "width", "height")
+
+_as_stored: dict[tuple, bool] = {}
+"""What `check_registered` found, by data set, the state of its file, and rules."""
+
+
+def check_data_set(cfg: CfgNode, name: str) -> None:
+    """Check one of the data sets that a config names, for what it is used for: training, evaluation, or both.
+
+    Cheap when repeated: a file that has not changed is not read again.
+
+    Raises:
+        DataError: as `check_registered`; or its classes are not those of `DATASETS.TRAIN[0]`, which the heads have. In
+            training they must be the same list. In evaluation each must be among them by its name (unless what the
+            heads find is evaluated under the names of the test set).
+    """
+    rules = ImageRules.of(cfg)
+    if name in cfg.DATASETS.TRAIN:
+        check_registered(name, train=True, masks=_needs_masks(cfg), rules=rules)
+    if name in cfg.DATASETS.TEST:
+        check_registered(name, train=False, masks=_needs_masks(cfg), rules=rules)
+    if name not in cfg.DATASETS.TRAIN and _names_any_class(cfg):
+        return
+    first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else name
+    ours, theirs = (MetadataCatalog.get(n).get("thing_classes") for n in (name, first))
+    if ours is None or theirs is None:
+        return
+    if name not in cfg.DATASETS.TRAIN:
+        places_by_name(theirs, name, ours)
+    elif list(ours) != list(theirs):
+        odd = sorted(set(ours) ^ set(theirs))
+        raise DataError(
+            f"{name}: its {len(ours)} classes are not the {len(theirs)} of {first} "
+            f"({'only in one of them: ' + some(odd) if odd else 'they are in another order'}); "
+            "use data sets with the same list of categories"
+        )
+
+
+def _names_any_class(cfg: CfgNode) -> bool:
+    """Whether all heads are evaluated under the names of the test set, whatever they were trained on."""
+    node = cfg.MODEL.get("VISFT")
+    if node is None or cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        return False
+    heads = [node[head.upper()].HEAD for head in node.HEADS]
+    return tuple(node.OPEN_VOCABULARY.NAMES) == ("test",) or set(heads) == {"RegionTextHead"}
+
+
+def _needs_masks(cfg: CfgNode) -> bool:
+    """Whether the model learns masks, so that annotations without one would be wrong."""
+    if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        return cfg.MODEL.MASK_ON
+    from visft.modeling.heads import VISFT_HEADS_REGISTRY
+
+    node = cfg.MODEL.VISFT
+    classes = [VISFT_HEADS_REGISTRY.get(node[head.upper()].HEAD) for head in node.HEADS]
+    return any(head.needs_masks(cfg) for head in classes)
+
+
+def check_registered(
+    name: str, *, train: bool, masks: bool = True, rules: ImageRules | None = None, again: bool = True
+) -> bool:
+    """Check a data set by its name in detectron2's DatasetCatalog, whatever the config: its annotations as
+    `check_annotations` does, then the headers of its images.
+
+    Args:
+        name: a registered name.
+        train: it must have something to learn from; else it must have what COCO's evaluation reads.
+        masks: whether masks are used (see `check_coco_json`).
+        rules: which images may be bad (default: none).
+        again: False: images that this process has checked by the same file and rules are not checked again.
+
+    Returns:
+        Whether annotations are of the stored pixels where an image's size does not tell (see `check_images`).
+
+    Raises:
+        DataError: the name is unknown, a file is missing, an annotation is broken (see `check_coco_json`), or an image.
+    """
+    images = check_annotations(name, train=train, masks=masks)
+    meta = MetadataCatalog.get(name)
+    json_file, rules = meta.get("json_file") or meta.get("caption_json") or "", rules or ImageRules()
+    there = os.path.isfile(json_file)
+    stat = os.stat(json_file) if there else None
+    key = (name, json_file, stat and (stat.st_mtime_ns, stat.st_size), rules)
+    if not again and there and key in _as_stored:
+        return _as_stored[key]
+    if images is None:
+        images, json_file = DatasetCatalog.get(name), json_file if there else ""
+    images = [image for image in images if "://" not in os.fspath(image["file_name"])]
+    _as_stored[key] = check_images(images, rules, name=name, json_file=json_file)
+    return _as_stored[key]
+
+
+def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable[dict] | None:
+    """Check a data set's annotations. Metadata that its annotation file gives (classes and their ids) is filled in if
+    it was not there.
+
+    Of data sets that are in neither COCO's nor LVIS's format, only the presence of their files is checked.
+
+    Returns:
+        `file_name`, `width` and `height` of its images, if it has an annotation file that says so.
+
+    Raises:
+        DataError: as `check_registered`.
+    """
+    _check_name(name)
+    meta = MetadataCatalog.get(name)
+    for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root", "caption_json"):
+        path = meta.get(key)
+        if key == "caption_json" and name not in (OWN_TRAIN, OWN_TEST):
+            continue  # of COCO and the demo world a user may have no captions
+        if path and "://" not in path and not os.path.exists(path):
+            raise DataError(_what_to_put_where(name, path))
+    json_file = meta.get("json_file")
+    if not json_file or "://" in json_file:
+        return None
+    if meta.get("annotation_format") or meta.get("evaluator_type") == "lvis":
+        return check_published(meta.get("annotation_format") or LVIS, meta, train=train)
+    # Test sets whose annotations are kept secret have a file without any.
+    annotated = train or not name.startswith("coco_2017_test")
+    summary = check_coco_json(json_file, train=train, annotated=annotated, masks=masks)
+    expected = meta.get("thing_classes")
+    if expected is None:
+        ids = {dataset_id: i for i, dataset_id in enumerate(summary.category_ids)}
+        meta.set(thing_classes=list(summary.classes), thing_dataset_id_to_contiguous_id=ids)
+    elif tuple(expected) != summary.classes:
+        raise DataError(
+            f"{json_file}: its {len(summary.classes)} categories ({some(summary.classes)}) are not the "
+            f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
+            "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
+        )
+    return _images_of(json_file, meta.get("image_root") or "")
+
+
+def check_coco_json(
+    json_file: str, *, train: bool, annotated: bool = True, masks: bool = True
+) -> CocoSummary:
+    """Check a COCO instance file. A file that has not changed since it passed is not read again.
+
+    Args:
+        json_file: path of the annotation file.
+        train: something to learn from is required (an annotation that is no crowd).
+        annotated: whether `annotations` must be there.
+        masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+
+    Raises:
+        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
+            what was expected.
+    """
+    try:
+        stat = os.stat(json_file)
+    except OSError as error:
+        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
+    summary, _ = _checked(json_file, stat.st_mtime_ns, stat.st_size)
+    if annotated and not summary.annotated:
+        entries_of(json_file, {}, "annotations")
+    if train and not summary.learnable:
+        raise DataError(
+            f"{json_file}: none of its {summary.pictures} pictures has an annotation that is no crowd, so there is "
+            "nothing to train on; expected at least one"
+        )
+    if not train and summary.no_area:
+        raise DataError(f"{json_file}: {summary.no_area}")
+    unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
+    if masks and summary.masked and unmasked:
+        raise DataError(
+            f"{json_file}: {unmasked} while {summary.masked} has a mask; give all annotations masks, or none, or leave "
+            "out the heads that learn masks"
+        )
+    return summary
+
+
+@functools.lru_cache(maxsize=16)
+def _checked(json_file: str, _mtime_ns: int, _size: int) -> tuple[CocoSummary, Sequence[dict]]:
+    """The summary, and `file_name`, `width` and `height` of the images."""
+    file = packed_coco(json_file)
+    if file is not None:
+        return summary_of(file.summary), file.rows("outlines")
+    content = read_json(json_file)
+    summary = check_content(json_file, content)
+    return summary, tuple({key: image[key] for key in _IMAGE} for image in content["images"])
+
+
+def _images_of(json_file: str, image_root: str) -> Iterable[dict]:
+    """`file_name`, `width` and `height` of a checked file's images."""
+    stat = os.stat(json_file)
+    _, images = _checked(json_file, stat.st_mtime_ns, stat.st_size)
+    for image in images:
+        yield image | {"file_name": os.path.join(image_root, image["file_name"])}
+
+
+def register_own_data(cfg: CfgNode) -> None:
+    """Register what `VISFT.DATA.*` names and put it into `cfg.DATASETS`; nothing happens when these keys are empty.
+
+    With a training set alone, `DATASETS.TEST` becomes empty: the test set of another data set has other classes.
+
+    Raises:
+        ConfigError: an annotation or caption file is given without the folder of pictures, or the reverse.
+    """
+    data = cfg.VISFT.DATA
+    for split in ("TRAIN", "TEST"):
+        files = [key for key in (f"{split}_JSON", f"{split}_CAPTIONS") if data[key]]
+        if bool(files) != bool(data[f"{split}_IMAGES"]):
+            there, missing = (files[0], f"{split}_IMAGES") if files else (f"{split}_IMAGES", f"{split}_JSON")
+            raise ConfigError(
+                f"VISFT.DATA.{there} is set and VISFT.DATA.{missing} is not: "
+                "own data needs an annotation file (or one of captions) and the folder of its pictures"
+            )
+    if not data.TRAIN_IMAGES and not data.TEST_IMAGES:
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    if data.TRAIN_IMAGES:
+        _register_own(OWN_TRAIN, data.TRAIN_JSON, data.TRAIN_IMAGES, data.TRAIN_CAPTIONS)
+        cfg.DATASETS.TRAIN = (OWN_TRAIN,)
+        cfg.DATASETS.TEST = ()
+    if data.TEST_IMAGES:
+        _register_own(OWN_TEST, data.TEST_JSON, data.TEST_IMAGES, data.TEST_CAPTIONS)
+        cfg.DATASETS.TEST = (OWN_TEST,)
+    if frozen:
+        cfg.freeze()
+
+
+def _register_own(name: str, json_file: str, image_root: str, caption_json: str) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+    if json_file:
+        DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
+        MetadataCatalog.get(name).set(json_file=json_file, evaluator_type="coco")
+    else:
+        DatasetCatalog.register(name, functools.partial(load_captioned, caption_json, image_root))
+    MetadataCatalog.get(name).set(image_root=image_root, caption_json=caption_json)
+
+
+def _load_own(name: str, json_file: str, image_root: str) -> list[dict] | PackedRecords:
+    check_annotations(name, train=name == OWN_TRAIN, masks=False)
+    return load_coco_json(json_file, image_root, name)
+
+
+def register_coco_captions() -> None:
+    """Tell detectron2's own COCO names where COCO keeps its captions (metadata `caption_json`). Reads no file."""
+    for name in DatasetCatalog.list():
+        if name.startswith("coco_20") and not name.endswith(("_panoptic", "_separated", "_stuffonly")):
+            meta = MetadataCatalog.get(name)
+            folder, _, file = (meta.get("json_file") or "").rpartition("instances_")
+            if folder:
+                meta.caption_json = f"{folder}captions_{file}"
+
+
+def _check_name(name: str) -> None:
+    known = DatasetCatalog.list()
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else "register it, or give own data by VISFT.DATA.*"
+    raise DataError(f"DATASETS: no data set is registered as `{name}`; {hint}")
+
+
+def _what_to_put_where(name: str, path: str) -> str:
+    if name in (OWN_TRAIN, OWN_TEST):
+        split = "TRAIN" if name == OWN_TRAIN else "TEST"
+        keys = [f"VISFT.DATA.{split}_{end}" for end in ("JSON", "IMAGES", "CAPTIONS")]
+        return f"{path} is not there; correct {keys[0]}, {keys[1]} or {keys[2]}"
+    if name.startswith("visft_demo"):
+        return (
+            f"{name}: {path} is not there; make the demo world with `python tools/make_demo_data.py`, or set "
+            "VISFT_DEMO_DATA to the folder that has it"
+        )
+    meta = MetadataCatalog.get(name)
+    root = os.environ.get("DETECTRON2_DATASETS")
+    where = (
+        f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is not set, so it is ./datasets"
+    )
+    return (
+        f"{name}: {path} is not there; put the annotations at {meta.get('json_file')} and the pictures into "
+        f"{meta.get('image_root')}, or set DETECTRON2_DATASETS to the folder that holds them ({where})"
+    )

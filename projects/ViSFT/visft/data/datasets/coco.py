@@ -1,0 +1,228 @@
+"""Dataset dicts of COCO files, as detectron2's `load_coco_json` makes them, whatever kind the ids are.
+
+Those of a big file are parsed one by one, when they are asked for, from what one process of the machine wrote.
+"""
+
+import copy
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.structures import BoxMode
+from torch.utils.data import ConcatDataset, Dataset
+
+from visft.data.validation import check_content, summary_of
+from visft.data.datasets.coco_json import in_order, read_json
+from visft.data.datasets.json_arrays import JSONArrays, NotSplitError
+from visft.data.masks import compressed, usable
+from visft.data.datasets.packed import PackedFile, Rows, packed, row
+from visft.errors import DataError
+
+_KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
+_OUTLINE = ("iscrowd", "category_id")
+
+
+def load_coco_json(json_file: str, image_root: str, name: str | None = None) -> "list[dict] | PackedRecords":
+    """The images of a checked file in the order of their ids (see `in_order`).
+
+    Args:
+        image_root: folder that `file_name`s are relative to.
+        name: of the data set, whose metadata gets the classes and their ids; `category_id` is then the index of a
+            class. None: it stays the file's.
+    """
+    file = packed_coco(json_file) if name is not None else None
+    if file is not None:
+        summary = summary_of(file.summary)
+        classes = dict(zip(summary.category_ids, summary.classes, strict=True))
+    else:
+        content = read_json(json_file)
+        classes = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+    indices = {category: index for index, category in enumerate(classes)}
+    if name is not None:
+        meta = MetadataCatalog.get(name)
+        meta.thing_classes, meta.thing_dataset_id_to_contiguous_id = list(classes.values()), indices
+    if file is not None:
+        return PackedRecords(file, image_root)
+    records = list(_records(content, indices if name is not None else None))
+    for record in records:
+        record["file_name"] = os.path.join(image_root, record["file_name"])
+    return records
+
+
+def records_of(name: str) -> Sequence[dict]:
+    """The records of a registered, checked data set. COCO files are read here, also where detectron2 would read them.
+
+    Raises:
+        DataError: its annotations are broken.
+    """
+    reader = DatasetCatalog[name]
+    where = (getattr(reader, "__module__", ""), getattr(reader, "__qualname__", ""))
+    if where == ("detectron2.data.datasets.coco", "register_coco_instances.<locals>.<lambda>"):
+        meta = MetadataCatalog.get(name)
+        if "://" not in meta.json_file:
+            return load_coco_json(meta.json_file, meta.image_root, name)
+    return DatasetCatalog.get(name)
+
+
+def as_dataset(records: Sequence[dict]) -> Dataset:
+    """Records for worker processes, which share their memory."""
+    return DatasetFromList(records, copy=False) if isinstance(records, list) else records
+
+
+def outlines_of(records: Iterable[dict]) -> Iterable[dict]:
+    """Records without boxes and masks, where leaving them out saves time."""
+    return records.outlines() if isinstance(records, PackedRecords | JoinedRecords) else records
+
+
+class PackedRecords(Sequence):
+    """Records of a mapped file: those of `rows`, in their order.
+
+    Args:
+        labels: keys that every record gets.
+        captions: by image id, which every record gets if they are given.
+        bare: rows whose annotations are left out.
+    """
+
+    def __init__(
+        self,
+        file: PackedFile,
+        image_root: str,
+        *,
+        rows: np.ndarray | None = None,
+        labels: Mapping | None = None,
+        captions: Mapping | None = None,
+        bare: frozenset[int] = frozenset(),
+    ):
+        self.summary = summary_of(file.summary)
+        self._file, self._root = file, image_root
+        self._rows = np.arange(len(file.rows("records"))) if rows is None else rows
+        self._labels, self._captions, self._bare = labels or {}, captions, bare
+
+    def labelled(self, labels: Mapping, captions: Mapping | None = None) -> "PackedRecords":
+        """The same records with more keys."""
+        other = copy.copy(self)
+        other._labels, other._captions = {**self._labels, **labels}, captions
+        return other
+
+    def kept(self, indices: Sequence[int], bare: Iterable[int]) -> "PackedRecords":
+        """Some of the records; those at `bare` (of these indices) without annotations."""
+        other = copy.copy(self)
+        other._rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        other._bare = self._bare | {int(self._rows[index]) for index in bare}
+        return other
+
+    def outlines(self) -> Iterator[dict]:
+        """The records without boxes and masks."""
+        rows = self._file.rows("outlines")
+        return (self._record(rows, number) for number in self._rows.tolist())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        rows = self._file.rows("records")
+        if isinstance(index, slice):
+            return [self._record(rows, number) for number in self._rows[index].tolist()]
+        return self._record(rows, int(self._rows[index]))
+
+    def _record(self, rows: Sequence, number: int) -> dict:
+        record = rows[number]
+        record["file_name"] = os.path.join(self._root, record["file_name"])
+        for annotation in record["annotations"]:
+            annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        if number in self._bare:
+            del record["annotations"]
+        if self._captions is not None:
+            record["captions"] = self._captions.get(record["image_id"]) or []
+        return record | self._labels
+
+
+class JoinedRecords(ConcatDataset):
+    """Records of several data sets, one after the other."""
+
+    def outlines(self) -> Iterator[dict]:
+        """The records without boxes and masks."""
+        return (outline for part in self.datasets for outline in outlines_of(part))
+
+
+def packed_coco(json_file: str) -> PackedFile | None:
+    """The checked content of a big file: its summary, and rows `records` and `outlines` (without boxes and masks).
+
+    Raises:
+        DataError: see `check_content`.
+    """
+
+    def build() -> tuple[dict, Rows]:
+        try:
+            arrays = JSONArrays(json_file)
+            content = {key: list(arrays.entries(key)) for key in ("images", "categories")}
+            made = _pack(json_file, content, arrays.entries("annotations"))
+            arrays.rest()
+            return made
+        except (NotSplitError, DataError):  # which the whole file may not deserve
+            content = read_json(json_file)
+            return _pack(json_file, content, content.get("annotations"))
+
+    return packed(json_file, "coco", build)
+
+
+def _pack(path: str, content: dict, annotations: Iterable | None) -> tuple[dict, Rows]:
+    """The summary and the rows; annotations are let go of one by one."""
+    rows, outlines = defaultdict(list), defaultdict(list)
+
+    def packing() -> Iterator:
+        indices = {c: index for index, c in enumerate(sorted(c["id"] for c in content["categories"]))}
+        for annotation in annotations:
+            yield annotation  # and go on when it was found sound
+            found = _annotation(annotation, indices)
+            del found["bbox_mode"]
+            rows[annotation["image_id"]].append(row(found))
+            outline = row({key: found[key] for key in _OUTLINE if key in found})
+            outlines[annotation["image_id"]].append(outline)
+
+    if isinstance(annotations, list | Iterator):
+        summary = check_content(path, content, packing())
+    else:  # there are none, or it finds out what there is instead
+        summary = check_content(path, content)
+    sections = {"records": [], "outlines": []}
+    for record in _records(content | {"annotations": []}, None):
+        key = record["image_id"]
+        opening = row(record).removesuffix(b"]}")
+        sections["records"].append(opening + b",".join(rows.pop(key, ())) + b"]}")
+        sections["outlines"].append(opening + b",".join(outlines.pop(key, ())) + b"]}")
+    return dataclasses.asdict(summary), sections
+
+
+def _records(content: dict, indices: dict | None) -> Iterator[dict]:
+    annotations = defaultdict(list)
+    for annotation in content.get("annotations", ()):
+        annotations[annotation["image_id"]].append(annotation)
+    images = {image["id"]: image for image in content["images"]}
+    for key in in_order(images):
+        image = images[key]
+        yield {
+            "file_name": image["file_name"],
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": key,
+            "annotations": [_annotation(annotation, indices) for annotation in annotations[key]],
+        }
+
+
+def _annotation(annotation: dict, indices: dict | None) -> dict:
+    found = {key: annotation[key] for key in _KEYS if key in annotation}
+    mask = usable(annotation.get("segmentation"))
+    if mask is not None:
+        found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
+    if found.get("keypoints"):
+        # Whole pixels to coordinates, as detectron2.
+        found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(found["keypoints"])]
+    else:
+        found.pop("keypoints", None)
+    found["bbox_mode"] = BoxMode.XYWH_ABS
+    if indices is not None:
+        found["category_id"] = indices[found["category_id"]]
+    return found

@@ -1,0 +1,74 @@
+"""Objects365 (Shao et al., ICCV 2019), version 2: 365 classes, boxes alone, two million pictures.
+
+    $DETECTRON2_DATASETS/objects365/annotations/zhiyuan_objv2_{train,val}.json
+    $DETECTRON2_DATASETS/objects365/{train,val}/patch*/*.jpg
+
+are the files as they are published, unpacked. Names: objects365_v2_train, objects365_v2_val.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from visft.data.datasets.coco import load_coco_json
+from visft.data.datasets.published import Format
+
+NAMES = {split: f"objects365_v2_{split}" for split in ("train", "val")}
+
+# Pictures that the training set's file names and its archives have not.
+_MISSING = {
+    "patch16/objects365_v2_00908726.jpg",
+    "patch6/objects365_v1_00320532.jpg",
+    "patch6/objects365_v1_00320534.jpg",
+}
+
+
+def class_names() -> list[str]:
+    """Names of the classes 1 to 365 in the order of their ids, spelt as in the published file."""
+    return Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+
+
+def picture_path(file_name: str) -> str:
+    """Where a picture is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
+    path = "/".join(file_name.split("/")[-2:])
+    return "" if path in _MISSING else path
+
+
+FORMAT = Format("Objects365", "file_name", picture_path)
+
+
+def register_objects365() -> None:
+    """Register both splits under DETECTRON2_DATASETS in detectron2's catalogs, anew if they were. Reads no
+    annotations."""
+    root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "objects365")
+    names = class_names()
+    for split, name in NAMES.items():
+        json_file = os.path.join(root, "annotations", f"zhiyuan_objv2_{split}.json")
+        image_root = os.path.join(root, split)
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, partial(load, json_file, image_root))
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
+            annotation_format=FORMAT,
+            thing_classes=names,
+            thing_dataset_id_to_contiguous_id={index + 1: index for index in range(len(names))},
+        )
+
+
+def load(json_file: str, image_root: str) -> list[dict]:
+    """Dataset dicts, with the pictures where their archives put them."""
+    records = []
+    for record in load_coco_json(json_file, ""):
+        path = picture_path(record["file_name"])
+        if path:
+            record["file_name"] = os.path.join(image_root, path)
+            for annotation in record["annotations"]:
+                annotation["category_id"] -= 1
+            records.append(record)
+    return records

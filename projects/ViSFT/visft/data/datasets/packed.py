@@ -1,0 +1,176 @@
+"""Big annotation files, parsed once a machine: what is made of one is kept in the user's cache, and every process maps
+that file.
+
+The file holds rows of JSON, one an image, and where each ends; memory that is mapped is shared by all processes.
+Nothing in it is unpickled.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import orjson
+from filelock import FileLock
+
+from visft.data.datasets.coco_json import without_garbage_collection
+from visft.utils.user_cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SMALL = 16 * 2**20
+"""Bytes up to which a file is parsed by every process, which takes a fraction of a second."""
+
+_VERSION = 1
+
+Rows = dict[str, list[bytes]]
+
+
+class _UnpackableError(Exception):
+    """A row that cannot be kept."""
+
+
+def row(value: object) -> bytes:
+    """A row as it is kept."""
+    try:
+        # A copy, for orjson's own bytes keep the 8 KiB that they were written into.
+        return bytes(memoryview(orjson.dumps(value)))
+    except orjson.JSONEncodeError as error:
+        raise _UnpackableError(error) from error
+
+
+class PackedFile:
+    """A mapped file of rows.
+
+    Attributes:
+        summary: what was found out about the whole.
+    """
+
+    def __init__(self, path: str, key: dict):
+        """
+        Raises:
+            OSError, ValueError: there is no such file, or it was made of something else.
+        """
+        self._arguments = (path, key)
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+        if header.get("key") != key or os.path.getsize(path) != start + header["bytes"]:
+            raise ValueError(f"{path} was made of another file")
+        self.summary = header["summary"]
+        content = np.memmap(path, np.uint8, "r", offset=start).view(np.ndarray)
+        self._rows = {}
+        for name, (first, middle, last) in header["sections"].items():
+            self._rows[name] = PackedRows(content[first:middle].view(np.int64), content[middle:last])
+
+    def __reduce__(self) -> tuple:
+        return PackedFile, self._arguments  # mapped anew by a process that is not forked
+
+    def rows(self, name: str) -> "PackedRows":
+        """The rows of a section."""
+        return self._rows[name]
+
+
+class PackedRows(Sequence):
+    """Rows of JSON in memory that is mapped; each is parsed when it is asked for."""
+
+    def __init__(self, ends: np.ndarray, content: np.ndarray):
+        self._ends, self._content = ends, content
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int):
+        first = int(self._ends[index - 1]) if index else 0
+        return orjson.loads(self._content[first : int(self._ends[index])].data)
+
+
+def packed(path: str, kind: str, build: Callable[[], tuple[dict, Rows]]) -> PackedFile | None:
+    """What `build` makes of a file: a summary, and rows by the name of their section.
+
+    Only one process of a machine builds; the others wait, then map what it wrote.
+
+    Args:
+        kind: of what is built, so that several kinds of one file stand beside each other.
+
+    Returns:
+        None for a small file, and where nothing can be kept: the folder is not writable, or a row has a number that is
+        no float and no int64.
+
+    Raises:
+        DataError: as `build`.
+    """
+    stat = os.stat(path)
+    if stat.st_size <= SMALL:
+        return None
+    source = os.path.realpath(path)
+    key = {
+        "version": _VERSION,
+        "kind": kind,
+        "source": source,
+        "bytes": stat.st_size,
+        "mtime": stat.st_mtime_ns,
+    }
+    target = cache_folder() / f"{kind}-{sha256(source.encode()).hexdigest()[:24]}.rows"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            try:
+                return PackedFile(str(target), key)
+            except (OSError, ValueError, KeyError, TypeError):
+                with without_garbage_collection():
+                    _write(target, key, *build())
+        return PackedFile(str(target), key)
+    except (OSError, _UnpackableError) as error:
+        logger.warning("%s: every process parses the file, for nothing can be kept of it (%s)", path, error)
+        return None
+
+
+def _write(target: Path, key: dict, summary: dict, sections: Rows) -> None:
+    places, total = {}, 0
+    for name, rows in sections.items():
+        middle = total + 8 * len(rows)
+        places[name] = (total, middle, middle + sum(map(len, rows)))
+        total = -(-places[name][2] // 8) * 8  # the next one's numbers are aligned
+    header = json.dumps({"key": key, "summary": summary, "sections": places, "bytes": total}).encode()
+    header += b" " * (-len(header) % 8)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for rows in sections.values():
+                np.cumsum([len(row) for row in rows], dtype=np.int64).tofile(file)
+                file.writelines(rows)
+                file.write(b" " * (-file.tell() % 8))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class PackedMapping(Mapping):
+    """A mapping whose rows are `[key, value]`."""
+
+    def __init__(self, file: PackedFile, section: str):
+        self._arguments = (file, section)
+        self._rows = file.rows(section)
+        self._index = {key: number for number, (key, _) in enumerate(self._rows)}
+
+    def __reduce__(self) -> tuple:
+        return PackedMapping, self._arguments
+
+    def __getitem__(self, key):
+        return self._rows[self._index[key]][1]
+
+    def __iter__(self) -> Iterator:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._index

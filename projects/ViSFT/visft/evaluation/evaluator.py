@@ -1,0 +1,228 @@
+"""The in-domain evaluator: every head's own output, under its name."""
+
+import functools
+import itertools
+import logging
+import tempfile
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
+
+from visft.classes.dataset_classes import places_by_name
+from visft.errors import DataError
+from visft.evaluation.average_precision import COCOMetric, is_fast
+from visft.evaluation.caption_metrics import CaptionEvaluator
+from visft.evaluation.lvis import LVISMetric
+from visft.evaluation.region_naming import RegionTextEvaluator
+
+logger = logging.getLogger(__name__)
+
+
+class HeadsEvaluator(DatasetEvaluator):
+    """Average precision of each head of a ViSFT model: LVIS's on data sets of the kind `lvis`, else COCO's.
+
+    `evaluate` returns `{"detection/bbox": {"AP": ..., "AP50": ...}, "segmentation/bbox": ..., ...}`; detectron2's
+    flattening makes `detection/bbox/AP50` of it. Masks are scored where a head predicts some. The figures are those
+    of detectron2's COCOEvaluator and LVISEvaluator, except that a head that finds nothing scores 0, not nan. Heads that
+    say words are passed over.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        heads: Sequence[str],
+        *,
+        class_names: Sequence[str] = (),
+        distributed: bool = True,
+        fast: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            dataset_name: registered; its metadata's `json_file` holds the annotations. Data sets of other kinds are
+                converted to COCO's format.
+            heads: names of the heads to score, of the model's outputs that are Instances.
+            class_names: what the predicted classes are called, in the order of their numbers: they are matched with the
+                data set's by name, and what is found of a class that the data set has not is left out. (): they are
+                numbered as the data set's.
+            distributed: gather the predictions of all processes; only the main one then returns figures.
+            fast: see `COCOMetric`.
+
+        Raises:
+            DataError: the annotations are not readable.
+        """
+        self.heads, self.class_names = tuple(heads), tuple(class_names)
+        self.distributed, self.fast = distributed, fast
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.dataset_name = dataset_name
+        self.metric = self._load()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._results: dict[str, list[dict]] = {name: [] for name in self.heads}
+        self._tasks: dict[str, set[str]] = {name: set() for name in self.heads}
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep what the heads predicted as far as it can count, masks run-length encoded.
+
+        Args:
+            inputs: with `image_id`.
+            outputs: the model's, in coordinates of the original pictures.
+
+        Raises:
+            DataError: a prediction's class is none of the data set's.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            for name in self.heads:
+                instances = output.get(name)
+                if not isinstance(instances, Instances):
+                    continue
+                self._tasks[name] |= {"bbox", "segm"} if instances.has("pred_masks") else {"bbox"}
+                self._results[name] += self._encode(instances, image["image_id"])
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Figures in per cent by head and kind; empty on all but the main process."""
+        gathered = [(self._results, self._tasks)]
+        if self.distributed:
+            comm.synchronize()
+            gathered = comm.gather(gathered[0])
+            if not comm.is_main_process():
+                return {}
+        if not self.metric.annotated:
+            logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
+            return {}
+        figures: dict[str, dict[str, float]] = OrderedDict()
+        for name in self.heads:
+            results = list(itertools.chain(*(part[name] for part, _ in gathered)))
+            tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
+            if "segm" in tasks and not self.metric.truth.has_masks:
+                tasks.remove("segm")
+                logger.warning(
+                    "%s has annotations without masks: those of head `%s` are not scored",
+                    self.dataset_name,
+                    name,
+                )
+            if tasks and not results:
+                logger.warning("head `%s` predicted nothing on %s", name, self.dataset_name)
+            for task in tasks:
+                scores = self.metric(results, task, self._class_names())
+                figures[f"{name}/{task}"] = scores
+                main = {metric: scores[metric] for metric in self.metric.names}
+                logger.info(
+                    "%s, %s of head `%s`:\n%s", self.dataset_name, task, name, create_small_table(main)
+                )
+        return figures
+
+    @property
+    def _is_lvis(self) -> bool:
+        return self.metadata.get("evaluator_type") == "lvis"
+
+    def _load(self) -> COCOMetric | LVISMetric:
+        if hasattr(self.metadata, "json_file"):
+            return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file, self.fast)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "annotations.json"
+            convert_to_coco_json(self.dataset_name, str(file), allow_cached=False)
+            return COCOMetric(file, self.fast)
+
+    @functools.cached_property
+    def _ids(self) -> dict[int, int]:
+        """The data set's category id of each predicted class. The data set has been loaded, which fills the
+        metadata."""
+        names = self.metadata.get("thing_classes")
+        if not self.class_names or not names:
+            return self._own_ids
+        places = places_by_name(self.class_names, self.dataset_name, names)
+        return {predicted: self._own_ids[own] for predicted, own in places.items()}
+
+    @functools.cached_property
+    def _own_ids(self) -> dict[int, int]:
+        """The data set's category id of each of its contiguous classes."""
+        mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping:
+            return {contiguous: dataset for dataset, contiguous in mapping.items()}
+        # LVIS counts its classes from 1.
+        first = 1 if self._is_lvis else 0
+        return {index: index + first for index in range(len(self.metadata.get("thing_classes", ())))}
+
+    def _class_names(self) -> list[str]:
+        """Names of the classes in the order of their category ids, which is that of COCO's figures; of several classes
+        of one name, with the ids."""
+        names, ids = self.metadata.get("thing_classes", ()), self._own_ids
+        if set(ids.values()) != set(self.metric.truth.categories):
+            return []
+        count = Counter(names)
+        return [
+            names[c] if count[names[c]] == 1 else f"{names[c]} ({ids[c]})"
+            for c in sorted(ids, key=ids.get)
+            if c < len(names)
+        ]
+
+    def _encode(self, instances: Instances, image_id: int | str) -> list[dict]:
+        """Results in COCO's format, with the data set's category ids."""
+        classes = instances.pred_classes.tolist()
+        strange = set(classes) - self._ids.keys() - set(range(len(self.class_names)))
+        if strange:
+            raise DataError(
+                f"{self.dataset_name} has {len(self._ids)} classes, a prediction has class {max(strange)}: evaluate on "
+                "a data set with the classes of DATASETS.TRAIN"
+            )
+        if not self._ids.keys() >= set(classes):
+            instances = instances[torch.tensor([number in self._ids for number in classes])]
+            classes = instances.pred_classes.tolist()
+        categories = [self._ids[c] for c in classes]
+        counting = self.metric.counting(image_id, instances.scores.tolist(), categories)
+        if len(counting) < len(instances):  # before masks leave the device, or are copied for nothing
+            rows = torch.tensor(counting, dtype=torch.int64, device=instances.pred_classes.device)
+            instances = instances[rows]
+        found = instances_to_coco_json(instances.to(torch.device("cpu")), image_id)
+        return [r | {"category_id": categories[i]} for r, i in zip(found, counting, strict=True)]
+
+
+class InstancesEvaluator(HeadsEvaluator):
+    """The same figures for a stock detector, whose one output is `instances`, by detectron2's names: `bbox/AP`."""
+
+    def __init__(self, dataset_name: str, **options) -> None:
+        """Arguments as for HeadsEvaluator, without heads."""
+        super().__init__(dataset_name, ("instances",), **options)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        return {task.removeprefix("instances/"): figures for task, figures in super().evaluate().items()}
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, class_names: Sequence[str] = ()) -> DatasetEvaluator:
+    """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
+
+    Caption heads are told by their vocabulary, heads that name regions by their HEAD; the others are scored by what
+    they find.
+
+    Args:
+        class_names: what the model's classes are called (see `HeadsEvaluator`).
+
+    Raises:
+        ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
+        DataError: the data set's annotations are not readable.
+    """
+    heads = cfg.MODEL.VISFT.HEADS
+    captions = [name for name in heads if "VOCABULARY" in cfg.MODEL.VISFT[name.upper()]]
+    namers = [name for name in heads if cfg.MODEL.VISFT[name.upper()].HEAD == "RegionTextHead"]
+    others = [name for name in heads if name not in (*captions, *namers)]
+    evaluators: list[DatasetEvaluator] = []
+    if others:
+        fast = is_fast(cfg.VISFT.COCO_METRIC)
+        evaluators.append(HeadsEvaluator(dataset_name, others, class_names=class_names, fast=fast))
+    if captions:
+        evaluators.append(CaptionEvaluator(dataset_name, captions, metrics=cfg.VISFT.CAPTION_METRICS))
+    if namers:
+        evaluators.append(RegionTextEvaluator(dataset_name, namers))
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,207 @@
+"""The model card that goes with every export: base, data, command, check, preprocessing, use and figures."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visft.checkpoint.files import put_in_place
+from visft.export.source import Source
+from visft.export.verification import Check
+from visft.modeling.backbone import lora
+from visft.utils import markdown
+
+logger = logging.getLogger(__name__)
+
+MARK = "<!-- Written by visft with the weights; a card without this line is never replaced. -->"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export's card says of how the weights came to be; what is not known is said to be so.
+
+    Attributes:
+        data: names of the data sets that tuned the tower.
+        command: the command line that wrote the export.
+        figures: by step ("start", "lora", ...), a metric's name and its value, as the run measured them.
+        run: the run's folder or the LoRA file.
+    """
+
+    data: Sequence[str] = ()
+    command: str = ""
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a card says of a tower.
+
+    Attributes:
+        name: open_clip's, or None.
+        weights: a phrase for the base's weights.
+        tuned_by: a phrase.
+        interpolate: 1: the tuned weights, 0: the base's.
+        preprocess: as `Source.preprocess`.
+    """
+
+    name: str | None
+    weights: str
+    tuned_by: str
+    interpolate: float
+    preprocess: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Source) -> "Tower":
+        """What is known of a model that is exported."""
+        base, weights = source.model.base, "unknown (the model was made of a bare tower)"
+        if base is not None:
+            weights = base_weights(base.pretrained, base.sha256)
+        return cls(source.name, weights, _tuned_by(source), source.interpolate, source.preprocess)
+
+
+def base_weights(pretrained: str | None, sha256: str) -> str:
+    """The phrase for a base that has a tag or file (None: random weights) and a hash."""
+    return (markdown.code(pretrained) if pretrained else "random") + f", SHA-256 `{sha256}`"
+
+
+def text(
+    tower: Tower | Source, facts: Facts, check: Check | str, *, library: str, content: str, use: str
+) -> str:
+    """The card, in Markdown.
+
+    Args:
+        check: what a reader found, or a sentence that says how else the export was checked.
+        library: the Hub's name of the library that loads the export.
+        content: a phrase that says what the export holds.
+        use: Python that loads it.
+    """
+    if isinstance(tower, Source):
+        tower = Tower.of(tower)
+    if isinstance(check, Check):
+        check = (
+            f"{check.version}, in a process without visft: largest relative distance {check.distance:.1e} "
+            f"{check.what}"
+        )
+    name = tower.name or "a tower without a name"
+    mixture = {1: "no: the tuned weights", 0: "nothing but the base's weights"}.get(
+        tower.interpolate,
+        f"{tower.interpolate:g} x tuned + {1 - tower.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
+    )
+    rows = [
+        ("Holds", content),
+        ("Architecture", f"{markdown.code(name)} of open_clip" if tower.name else name),
+        ("Base weights", tower.weights),
+        ("Tuned by", tower.tuned_by),
+        ("Mixed with the base", mixture),
+        ("Tuned on", ", ".join(map(markdown.code, facts.data)) or "not told to the export"),
+        ("Of the run or file", markdown.code(facts.run) if facts.run else "not told to the export"),
+        (
+            "Written by",
+            markdown.code(facts.command) if facts.command else "a call of `visft.export`",
+        ),
+        ("Checked by", check),
+    ]
+    preprocess = tower.preprocess
+    resize = {
+        "shortest": "the shorter side resized, then the centre cut out",
+        "longest": "the longer side resized, then padded around the centre",
+        "squash": "both sides resized",
+    }[preprocess["resize_mode"]]
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "tags:",
+        "- clip",
+        "- visft",
+        "---",
+        MARK,
+        f"# {markdown.plain(name)}, tuned by ViSFT",
+        "",
+        "A vision tower of CLIP after supervised fine-tuning on vision tasks (ViSFT, arXiv:2401.10222).",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows),
+        "",
+        "## Pictures",
+        f"RGB, {preprocess['size'][0]} x {preprocess['size'][1]} pixels (height x width): {resize}, "
+        f"{preprocess['interpolation']}. Values from 0 to 1, less mean {_numbers(preprocess['mean'])}, over deviation "
+        f"{_numbers(preprocess['std'])}.",
+        "",
+        "## Use",
+        "```python",
+        use.strip(),
+        "```",
+        "",
+        "## Figures",
+        *_figures(facts.figures),
+        "",
+        "The licence is that of the base weights and of the data; ask there.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def beside(path: Path) -> Path:
+    """Where the card of a single file goes."""
+    return path.with_name(f"{path.name}.md")
+
+
+def put(card: str, target: Path) -> None:
+    """Write a card, unless a file of that name is there which is no card of ours: that one stays."""
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        logger.info("%s is no model card of ours and stays as it is", target)
+        return
+    target.write_text(card, encoding="utf-8")
+
+
+def publish(folder: Path, path: Path, card: str, *beside_it: str) -> None:
+    """Give what was written and checked in a folder aside its names: the weights first, then files beside them, then
+    the card.
+
+    Args:
+        folder: holds `path.name` and each of `beside_it`.
+        path: the weights' name.
+    """
+    for name in (path.name, *beside_it):
+        put_in_place(folder / name, path.parent / name)
+    put(card, beside(path))
+
+
+def _tuned_by(source: Source) -> str:
+    config, model = source.model.lora_config, source.model
+    if config is None:
+        return "no LoRA: the weights as the model holds them"
+    blocks = {site.block for site in lora.sites(model)}
+    return (
+        f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)} of {len(blocks)} of "
+        f"{len(model.blocks)} blocks"
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
+def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table with a column for each step of the run; none are made up."""
+    steps = [step for step, values in figures.items() if values]
+    if not steps:
+        return ["None were measured with this export."]
+    names = list(dict.fromkeys(name for step in steps for name in figures[step]))
+    cells = {
+        name: [figures[step].get(name) for step in steps]
+        for name in names
+        if any(isinstance(figures[step].get(name), int | float) for step in steps)
+    }
+    return [
+        "As the run measured them after each of its steps, in per cent; of a mixture with the base none were.",
+        "",
+        markdown.row(["", *map(markdown.plain, steps)]),
+        f"|---|{'---|' * len(steps)}",
+        *(
+            markdown.row([markdown.plain(name), *("" if v is None else f"{v:.2f}" for v in values)])
+            for name, values in cells.items()
+        ),
+    ]

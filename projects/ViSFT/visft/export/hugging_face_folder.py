@@ -1,0 +1,334 @@
+"""Hugging Face: a folder that transformers' CLIP or SigLIP classes load."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft.checkpoint.files import folder_aside, write_json, write_safetensors
+from visft.errors import ExportError
+from visft.export import card, hugging_face_text, place, verification
+from visft.export.source import Source, resolve
+from visft.export.timm_file import activation
+from visft.modeling.backbone import CLIPViT
+
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model of transformers: `classes` that load it (the first is its own), configuration and tensors."""
+
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text tower is in it."""
+        return "text_config" in self.config
+
+
+def write(
+    model: CLIPViT,
+    path: str | os.PathLike,
+    *,
+    base: nn.Module | str | os.PathLike | None = None,
+    interpolate: float = 1.0,
+    facts: card.Facts | None = None,
+) -> Path:
+    """Write a folder that `from_pretrained` of transformers loads: configuration, weights, preprocessing, model card.
+
+    open_clip's own towers become a `CLIPModel` (which `CLIPVisionModelWithProjection` loads too), SigLIP's a
+    `SiglipModel`, each with the base's text tower. Without a base, or where transformers lacks such a text tower, it is
+    the vision tower alone. Files of other names in the folder stay.
+
+    Args:
+        model, interpolate, facts: as `export.open_clip`.
+        path: the folder.
+        base: as `export.open_clip`; may be missing for a bare tower.
+
+    Raises:
+        ExportError: transformers has no such tower (EVA, CoCa, PE-Core...), or it, in a process of its own, does not
+            load the folder, computes other embeddings or prepares pictures otherwise.
+    """
+    path = place.folder(path)
+    place.require("hf", "transformers")
+    fits(model.tower)
+    source = resolve(model, base, interpolate, whole=base is not None or model.base is not None)
+    converted = convert(source)
+    place.refuse_other(path / CONFIG, None, converted.config)
+    with folder_aside(path) as folder:
+        inner = folder / path.name
+        put_model(inner, source, converted)
+        check = verification.run(
+            "hugging_face",
+            inner,
+            source.embed,
+            source.preprocess,
+            clip=source.clip if converted.has_text else None,
+            task={"classes": converted.classes, **hugging_face_text.sentences(source, converted.has_text)},
+            pixels=verification.SIMILAR,
+        )
+        name = converted.classes[-1]
+        about = card.text(
+            source,
+            facts or card.Facts(),
+            check,
+            library="transformers",
+            content="the whole CLIP" if converted.has_text else "the vision tower alone",
+            use=f"from transformers import AutoImageProcessor, {name}\n\n"
+            f'model = {name}.from_pretrained("FOLDER")\n'
+            'processor = AutoImageProcessor.from_pretrained("FOLDER")',
+        )
+        card.put(about, inner / "README.md")
+        if (path / "README.md").exists():
+            card.put(about, path / "README.md")
+            (inner / "README.md").unlink()
+        place.put_all(inner, path)
+    check.log(path)
+    return path
+
+
+def put_model(folder: Path, source: Source, converted: Converted) -> None:
+    """Write a model's files into a new folder.
+
+    Raises:
+        ExportError: the weights read back otherwise, or pictures are prepared in a way that transformers lacks.
+    """
+    folder.mkdir()
+    write_safetensors(folder / WEIGHTS, converted.tensors, {"format": "pt"})
+    write_json(folder / CONFIG, converted.config)
+    write_json(folder / PROCESSOR, _processor(source, converted))
+    if converted.has_text:
+        hugging_face_text.put_tokenizer(folder, source)
+    verification.stored(folder / WEIGHTS, converted.tensors)
+
+
+def fits(visual: nn.Module) -> None:
+    """Raise ExportError, with the reason, unless transformers has such a tower; weights do not matter."""
+    reason = _clip_lacks(visual) if hasattr(visual, "transformer") else _siglip_lacks(visual)
+    if reason:
+        raise ExportError(
+            f"The formats `hf` and `peft`: transformers' CLIP and SigLIP towers have no place for {reason}; use "
+            "open_clip, timm, safetensors or onnx."
+        )
+
+
+def convert(source: Source) -> Converted:
+    """The tower, with the base's text tower where there is one that fits, as transformers has them.
+
+    Raises:
+        ExportError: as `fits`.
+    """
+    visual = source.visual
+    fits(visual)
+    if hasattr(visual, "transformer"):
+        config, tensors = _clip_vision(visual, source.state)
+        text = hugging_face_text.clip(source.clip)
+        if text is None:
+            own = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
+            return Converted(("CLIPVisionModelWithProjection",), own | config, tensors)
+        text_config, text_tensors = text
+        whole = {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": config["projection_dim"],
+            "text_config": {"model_type": "clip_text_model", **text_config},
+            "vision_config": {"model_type": "clip_vision_model", **config},
+        }
+        return Converted(("CLIPModel", "CLIPVisionModelWithProjection"), whole, tensors | text_tensors)
+    config, tensors = _siglip_vision(visual, source.state)
+    text = hugging_face_text.siglip(source.clip)
+    if text is None:
+        own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"}
+        return Converted(("SiglipVisionModel",), own | config, tensors)
+    text_config, text_tensors = text
+    whole = {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", **text_config},
+        "vision_config": {"model_type": "siglip_vision_model", **config},
+    }
+    return Converted(("SiglipModel",), whole, tensors | text_tensors)
+
+
+def layer_scales(state: dict[str, Tensor], block: int) -> tuple[Tensor | None, Tensor | None]:
+    """LayerScale after attention and MLP of an open_clip block; transformers' CLIP has none, so weights take it in."""
+    name = f"transformer.resblocks.{block}"
+    return state.get(f"{name}.ls_1.gamma"), state.get(f"{name}.ls_2.gamma")
+
+
+def _processor(source: Source, converted: Converted) -> dict[str, Any]:
+    preprocess, (height, width) = source.preprocess, source.preprocess["size"]
+    mode = preprocess["resize_mode"]
+    if mode == "longest":
+        raise ExportError(
+            "The format `hf`: the tower's pictures are padded (resize_mode `longest`), which transformers' CLIP "
+            "processors do not do; use open_clip."
+        )
+    squash = {"height": height, "width": width}
+    clip = converted.config["model_type"].startswith("clip")
+    found = {
+        "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": height} if mode == "shortest" else squash,
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocess["interpolation"]],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocess["mean"],
+        "image_std": preprocess["std"],
+    }
+    if clip:
+        found |= {"do_center_crop": mode == "shortest", "crop_size": squash}
+    elif mode == "shortest":
+        # SigLIP's own processor cannot cut.
+        found |= {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_center_crop": True,
+            "crop_size": squash,
+        }
+    return found
+
+
+# open_clip's own VisionTransformer as CLIP
+
+
+def _clip_lacks(visual: nn.Module) -> str | None:
+    blocks = visual.transformer.resblocks
+    if visual.attn_pool is not None:
+        return "an attentional pooler (CoCa's)"
+    if visual.pool_type != "tok":
+        return "averaged tokens (CLIPA's)"
+    if not hasattr(visual.ln_pre, "weight"):
+        return "a tower without a norm before the blocks"
+    if visual.proj is None:
+        return "a tower without a projection to the embedding"
+    if visual.image_size[0] != visual.image_size[1]:
+        return f"pictures of {visual.image_size[0]} x {visual.image_size[1]} pixels (they are square)"
+    if len({norm.eps for norm in (visual.ln_pre, visual.ln_post, blocks[0].ln_1, blocks[0].ln_2)}) > 1:
+        return "norms with several epsilons"
+    if activation(blocks[0].mlp.gelu) not in ACTIVATIONS:
+        return f"the activation {type(blocks[0].mlp.gelu).__name__}"
+    return None
+
+
+def _clip_vision(visual: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    block = visual.transformer.resblocks[0]
+    config = {
+        "hidden_size": visual.conv1.out_channels,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "projection_dim": visual.proj.shape[1],
+        "num_hidden_layers": len(visual.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": visual.image_size[0],
+        "patch_size": visual.patch_size[0],
+        "hidden_act": ACTIVATIONS[activation(block.mlp.gelu)],
+        "layer_norm_eps": visual.ln_post.eps,
+    }
+    tensors = {
+        "vision_model.embeddings.class_embedding": state["class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": state["conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "vision_model.pre_layrnorm.weight": state["ln_pre.weight"],
+        "vision_model.pre_layrnorm.bias": state["ln_pre.bias"],
+        "vision_model.post_layernorm.weight": state["ln_post.weight"],
+        "vision_model.post_layernorm.bias": state["ln_post.bias"],
+        "visual_projection.weight": state["proj"].T.contiguous(),
+    }
+    blocks = hugging_face_text.blocks(state, "transformer.", "vision_model.")
+    for i in range(config["num_hidden_layers"]):
+        for inner, scale in zip(("self_attn.out_proj", "mlp.fc2"), layer_scales(state, i), strict=True):
+            if scale is not None:
+                name = f"vision_model.encoder.layers.{i}.{inner}"
+                blocks[f"{name}.weight"] = scale[:, None] * blocks[f"{name}.weight"]
+                blocks[f"{name}.bias"] = scale * blocks[f"{name}.bias"]
+    return config, tensors | blocks
+
+
+# timm's VisionTransformer with its attention pool, as SigLIP
+
+
+def _siglip_lacks(visual: nn.Module) -> str | None:
+    trunk = getattr(visual, "trunk", visual)
+    if type(trunk).__name__ != "VisionTransformer":
+        return f"timm's {type(trunk).__name__} (EVA's and PE-Core's towers)"
+    pool, block = getattr(trunk, "attn_pool", None), trunk.blocks[0]
+    if pool is None or trunk.global_pool != "map":
+        return f"timm's VisionTransformer with the pool `{trunk.global_pool}`"
+    if trunk.num_prefix_tokens or trunk.num_classes or hasattr(getattr(visual, "head", None), "proj"):
+        return "class tokens or a projection in a tower with an attention pool"
+    lacking = {
+        "several latents in the attention pool": pool.latent_len != 1 or pool.pool != "token",
+        "positions in the attention pool": pool.pos_embed is not None,
+        "a pool without its own query": isinstance(pool.q, nn.Identity) or pool.mlp is None,
+        "norms of queries and keys": not isinstance(pool.q_norm, nn.Identity)
+        or hasattr(block.attn.q_norm, "weight"),
+        "LayerScale": hasattr(block.ls1, "gamma"),
+        "a norm before the blocks": hasattr(trunk.norm_pre, "weight"),
+        "several activations": activation(block.mlp.act) != activation(pool.mlp.act),
+        "several numbers of heads": block.attn.num_heads != pool.num_heads,
+        "another width of the pool's MLP": block.mlp.fc1.out_features != pool.mlp.fc1.out_features,
+        f"the activation {type(block.mlp.act).__name__}": activation(block.mlp.act) not in ACTIVATIONS,
+        "pictures that are not square": trunk.patch_embed.img_size[0] != trunk.patch_embed.img_size[1],
+    }
+    return next((what for what, there in lacking.items() if there), None)
+
+
+def _siglip_vision(visual: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    trunk = getattr(visual, "trunk", visual)
+    block = trunk.blocks[0]
+    state = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
+    config = {
+        "hidden_size": trunk.embed_dim,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": trunk.patch_embed.img_size[0],
+        "patch_size": trunk.patch_embed.patch_size[0],
+        "hidden_act": ACTIVATIONS[activation(block.mlp.act)],
+        "layer_norm_eps": trunk.norm.eps,
+    }
+    named = {
+        "embeddings.patch_embedding.weight": state["patch_embed.proj.weight"],
+        "embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
+        "embeddings.position_embedding.weight": state["pos_embed"][0],
+        "post_layernorm.weight": state["norm.weight"],
+        "post_layernorm.bias": state["norm.bias"],
+        "head.probe": state["attn_pool.latent"],
+        "head.attention.in_proj_weight": _joined(state, "weight"),
+        "head.attention.in_proj_bias": _joined(state, "bias"),
+    }
+    for old, new in (
+        ("proj", "attention.out_proj"),
+        ("norm", "layernorm"),
+        ("mlp.fc1", "mlp.fc1"),
+        ("mlp.fc2", "mlp.fc2"),
+    ):
+        for part in ("weight", "bias"):
+            named[f"head.{new}.{part}"] = state[f"attn_pool.{old}.{part}"]
+    for i in range(len(trunk.blocks)):
+        theirs, ours = f"encoder.layers.{i}", f"blocks.{i}"
+        for part in ("weight", "bias"):
+            rows = state[f"{ours}.attn.qkv.{part}"].chunk(3)
+            for target, tensor in zip("qkv", rows, strict=True):
+                named[f"{theirs}.self_attn.{target}_proj.{part}"] = tensor
+            for old, new in (
+                ("attn.proj", "self_attn.out_proj"),
+                ("norm1", "layer_norm1"),
+                ("norm2", "layer_norm2"),
+                ("mlp.fc1", "mlp.fc1"),
+                ("mlp.fc2", "mlp.fc2"),
+            ):
+                named[f"{theirs}.{new}.{part}"] = state[f"{ours}.{old}.{part}"]
+    return config, {f"vision_model.{name}": tensor for name, tensor in named.items()}
+
+
+def _joined(state: dict[str, Tensor], part: str) -> Tensor:
+    return torch.cat([state[f"attn_pool.q.{part}"], state[f"attn_pool.kv.{part}"]])

@@ -1,0 +1,308 @@
+"""Is what was written what was meant? Read back tensor by tensor, and run by its reader in a fresh process."""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visft.checkpoint.files import read_tensors, write_json, write_safetensors
+from visft.errors import CheckpointError, ExportError
+
+logger = logging.getLogger(__name__)
+
+READERS = Path(__file__).parent / "readers"
+PHOTOGRAPHS = tuple(sorted((Path(__file__).parent / "pictures").glob("*.jpg")))
+
+TOLERANCE = 2e-5
+"""Largest distance of embeddings relative to their length: several times what float32 leaves between LoRA beside the
+weights and within them (5e-7 to 3e-6 on towers of 3 to 24 blocks), far below what a wrong weight does."""
+
+LOW_PRECISION_TOLERANCE = 3e-2
+"""The same where the model itself computes with weights in 16 bits and the export holds them in 32."""
+
+EXACT, SIMILAR = 1e-6, 2e-3
+"""Largest mean difference of normalised pixels from open_clip's: by the same resizing of Pillow, and by that of another
+library (under 1e-4 by torchvision's; a grey level, 1/255, is 1.5e-2 after normalising)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A reader's name and version, and how far at most its results are from what they should be."""
+
+    version: str
+    distance: float
+    what: str
+
+    def log(self, path: Path) -> None:
+        """Say that an export is in its place."""
+        logger.info(
+            "wrote %s: read by %s in a process of its own, largest relative distance %.1e %s",
+            path,
+            self.version,
+            self.distance,
+            self.what,
+        )
+
+
+def stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ExportError unless a file holds these tensors to the bit."""
+    try:
+        found = read_tensors(path)
+    except CheckpointError as error:
+        raise ExportError(f"What was just written does not read back: {error}") from error
+    wrong = [n for n, t in tensors.items() if n not in found or not _same(found[n], t)]
+    if wrong or len(found) != len(tensors):
+        raise ExportError(
+            f"{path.name}: {len(wrong)} tensors read back otherwise than written ({', '.join(wrong[:3])}); is the disk "
+            "sound?"
+        )
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right.detach().cpu())
+
+
+def run(
+    reader: str,
+    path: Path,
+    embed: Callable[[Tensor], Tensor],
+    preprocess: Mapping[str, Any],
+    *,
+    clip: nn.Module | None = None,
+    task: Mapping[str, Any] | None = None,
+    pixels: float | None = None,
+) -> Check:
+    """Let a reader, in a process without us, embed three photographs, and texts; compare.
+
+    Args:
+        reader: a script of `readers`.
+        path: what it loads.
+        embed: normalised pictures `[N, 3, h, w]` to the embeddings `[N, D]` that it must find.
+        preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
+        clip: what embeds the texts; None: the reader has no text tower.
+        task: what else the reader must know.
+        pixels: how far the pictures may be that the reader prepares from the photographs by what the export says of
+            them; None: the reader prepares none.
+
+    Raises:
+        ExportError: it does not load, or an embedding, a picture or a text's tokens differ.
+    """
+    pictures = photographs(preprocess)
+    given, expected = {"pictures": pictures}, {"images": embed(pictures)}
+    if clip is not None:
+        given["texts"] = fixed_texts(clip)
+        expected["texts"] = _texts(clip, given["texts"])
+    found, version = _ask(reader, path, given, dict(task or {}))
+    distances = [
+        compare(part, found[part], want, TOLERANCE)
+        for kind, want in expected.items()
+        for part in [kind, *(name for name in found if name.startswith(f"{kind} "))]
+    ]
+    if pixels is not None:
+        _compare_pixels(found["pixels"], pictures, pixels)
+    if "tokens" in found:
+        _compare_tokens(found["tokens"], task["tokens"])
+    texts = " and 2 texts" if clip is not None else ""
+    return Check(version, max(distances), f"between embeddings of {len(pictures)} photographs{texts}")
+
+
+def run_updates(path: Path, updates: Mapping[str, Tensor], task: Mapping[str, Any]) -> Check:
+    """Let torch alone, in a process without us, multiply out the LoRA in a file; compare.
+
+    Args:
+        updates: `<block>.<projection>` to the dense update `[out, in]` that it must find; others must be zero.
+        task: `layout` and `scaling`, see `readers/lora.py`.
+
+    Raises:
+        ExportError: it cannot be read, or an update differs.
+    """
+    found, version = _ask("lora", path, {}, dict(task))
+    distance = 0.0
+    for name in sorted(found.keys() | updates.keys()):
+        got, want = found.get(name), updates.get(name)
+        if got is None or (want is None and got.any()):
+            raise ExportError(f"{path.name}: the update of {name} is in one of file and model alone.")
+        if want is not None:
+            scale = want.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            distance = max(distance, ((got - want).norm() / scale).item())
+    if not distance <= TOLERANCE:
+        raise ExportError(
+            f"{path.name}: holds other updates than the model, by {distance:.1e} of their size."
+        )
+    return Check(version, distance, f"between {len(updates)} updates B A")
+
+
+def compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The largest relative distance between rows of embeddings `[N, D]`.
+
+    Raises:
+        ExportError: it is above the tolerance, or not a number.
+    """
+    if found.shape != expected.shape:
+        raise ExportError(f"The reader's {what} are {list(found.shape)}, expected {list(expected.shape)}.")
+    distance = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+    if not distance <= tolerance:
+        raise ExportError(
+            f"The reader computes other embeddings of {what} than the model: relative distance {distance:.1e}, allowed "
+            f"{tolerance:.0e}; nothing was exported."
+        )
+    return distance
+
+
+def _compare_pixels(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Libraries round the place of a cut differently where it falls between two pixels: one pixel off is the same."""
+    distance = float("inf")
+    if found.shape == expected.shape:
+        inner = expected[:, :, 1:-1, 1:-1]
+        places = range(3) if tolerance > EXACT else (1,)
+        height, width = inner.shape[2:]
+        distance = sum(
+            min(
+                (found[i, :, y : y + height, x : x + width] - inner[i]).abs().mean().item()
+                for y in places
+                for x in places
+            )
+            for i in range(len(inner))
+        ) / len(inner)
+    if not distance <= tolerance:
+        raise ExportError(
+            f"The reader prepares pictures otherwise than the model's own library: mean difference {distance:.1e} of "
+            f"normalised pixels {list(found.shape)}, allowed {tolerance:.0e}; nothing was exported."
+        )
+
+
+def _compare_tokens(found: Tensor, expected: list[list[int]]) -> None:
+    """Up to the end of the text, which has the largest id; what fills up the rest does not matter."""
+    for got, want in zip(found.long().tolist(), expected, strict=True):
+        length = want.index(max(want)) + 1
+        if got[:length] != want[:length]:
+            raise ExportError(
+                "The reader's tokenizer gives other tokens than the base's; nothing was exported."
+            )
+
+
+def _ask(
+    reader: str, path: Path, given: Mapping[str, Tensor], task: dict[str, Any]
+) -> tuple[dict[str, Tensor], str]:
+    """What a reader found, by name, and its version."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.tensors" for name in ("given", "found")}
+        write_safetensors(files["given"], given)
+        task |= {name: str(file) for name, file in files.items()}
+        task |= {"path": str(path.absolute()), "photographs": [str(file) for file in PHOTOGRAPHS]}
+        write_json(Path(folder) / "task.json", task)
+        version = read(reader, Path(folder) / "task.json")
+        return load_file(files["found"]), version
+
+
+def read(reader: str, *arguments: os.PathLike | str) -> Any:
+    """Run `readers/<reader>.py` in a fresh process that cannot see this package; returns what it prints, JSON.
+
+    Raises:
+        ExportError: it fails; the message has its last line.
+    """
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p and not (Path(p) / "visft").is_dir()),
+        "HF_HUB_OFFLINE": "1",  # all it needs is there
+    }
+    # By its text, not as a file: a script's own folder would be searched for modules.
+    script = (READERS / f"{reader}.py").read_text(encoding="utf-8")
+    command = [sys.executable, "-c", script + _ALONE]
+    command += [str(Path(argument).absolute()) for argument in arguments]
+    first = Path(arguments[0]).absolute()
+    folder = first if first.is_dir() else first.parent
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise ExportError(f"{reader} does not load the export: {lines[-1][:300]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+_ALONE = """
+import sys
+if "visft" in sys.modules:
+    raise SystemExit("visft was imported: this process would not show what a user without it sees")
+"""
+
+
+def photographs(preprocess: Mapping[str, Any]) -> Tensor:
+    """The three photographs as open_clip prepares them, normalised, `[3, 3, h, w]`."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    size = tuple(preprocess["size"])
+    size = size[0] if size[0] == size[1] else size
+    transform = image_transform_v2(PreprocessCfg(**{**preprocess, "size": size}), is_train=False)
+    pictures = []
+    for file in PHOTOGRAPHS:
+        with Image.open(file) as picture:
+            pictures.append(transform(picture))
+    return torch.stack(pictures)
+
+
+def fixed_texts(clip: nn.Module) -> Tensor:
+    """Two rows of token ids `[2, context]`, with the largest id where the text ends, as CLIP's tokenizer has it."""
+    text = getattr(clip, "text", clip)
+    context = int(getattr(text, "context_length", None) or clip.context_length)
+    vocabulary = int(getattr(text, "vocab_size", None) or text.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, vocabulary - 2, (2, context), generator=generator)
+    tokens[0, context // 2], tokens[1, context - 1] = vocabulary - 1, vocabulary - 1
+    tokens[0, context // 2 + 1 :] = 0
+    return tokens
+
+
+def embed(model: nn.Module, pictures: Tensor) -> Tensor:
+    """The embeddings of a CLIPViT `[N, D]`, float32, on the CPU; the model is left in its mode."""
+    device = next(model.parameters()).device
+    with _evaluating(model, device):
+        return model.image_embedding(pictures.to(device)).float().cpu()
+
+
+def embed_state(visual: nn.Module, pictures: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """The embeddings that a tower's own forward computes with other weights, which it does not keep."""
+    device = next(visual.parameters()).device
+    own = {name: tensor.to(device) for name, tensor in state.items()}
+    with _evaluating(visual, device):
+        output = torch.func.functional_call(visual, own, (pictures.to(device),))
+    output = output[0] if isinstance(output, tuple) else output
+    return output.float().cpu()
+
+
+def _texts(clip: nn.Module, texts: Tensor) -> Tensor:
+    device = next(clip.parameters()).device
+    with _evaluating(clip, device):
+        return clip.encode_text(texts.to(device), normalize=False).float().cpu()
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, without gradients and reduced precision; each submodule's mode is put back."""
+    modes = {part: part.training for part in module.modules()}
+    precision = torch.get_float32_matmul_precision()
+    try:
+        module.eval()
+        torch.set_float32_matmul_precision("highest")
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for part, mode in modes.items():
+            part.training = mode

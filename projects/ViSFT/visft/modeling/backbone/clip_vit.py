@@ -1,0 +1,320 @@
+"""The vision tower of a CLIP as a detectron2 backbone."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from visft.errors import ConfigError
+from visft.modeling.backbone.open_clip_models import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    BaseTower,
+    StoredClip,
+    create_clip,
+)
+from visft.modeling.backbone.tower_adapters import adapt
+from visft.modeling.backbone.windows import Windows
+
+logger = logging.getLogger(__name__)
+
+FEATURE = "last_feat"
+FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class CLIPViT(Backbone):
+    """Dense features of a CLIP vision transformer at any image size, from the weights that its embedding comes from.
+
+    The tower is held by reference under its own parameter names (`tower.` + open_clip's name below `visual.`).
+
+    Args:
+        tower: `visual` of an open_clip model, or timm's VisionTransformer or Eva.
+        class_token: `keep`: the class token stays in the sequence, as in CLIP. `drop`: patches alone, and the position
+            embedding resized without antialiasing, as ViSFT's authors do.
+        patch_size: stride of the feature map in pixels; the patch embedding is resampled to it in every forward, so the
+            tower's own weight keeps its shape. None or 0: the tower's own.
+        window_size: side in patches of the windows that blocks attend within; 0: all attend globally.
+        global_blocks: indices of blocks that attend globally although `window_size` is set; (): every fourth, the
+            last included.
+        train: `none`, `lora` or `full`; see `set_train`.
+        activation_checkpointing: recompute each block in the backward pass.
+        frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train, and
+            computed with outside of autocast; other types are kept between them. None or "": as they are.
+        base: what the tower's weights came from, when known.
+
+    Raises:
+        ConfigError: the tower is no plain vision transformer, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        *,
+        class_token: str = "keep",
+        patch_size: int | None = None,
+        window_size: int = 0,
+        global_blocks: Sequence[int] = (),
+        train: str = "none",
+        activation_checkpointing: bool = False,
+        frozen_dtype: str | None = None,
+        base: BaseTower | None = None,
+    ):
+        super().__init__()
+        if class_token not in ("keep", "drop"):
+            raise ConfigError(f"MODEL.CLIP_VIT.CLASS_TOKEN is '{class_token}'; it must be 'keep' or 'drop'.")
+        if frozen_dtype and frozen_dtype not in FROZEN_DTYPES:
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.FROZEN_DTYPE is '{frozen_dtype}'; it must be one of {', '.join(FROZEN_DTYPES)} or ''."
+            )
+        if (patch_size or 0) < 0 or window_size < 0:
+            raise ConfigError("MODEL.CLIP_VIT.PATCH_SIZE and WINDOW_SIZE must be 0 (off) or positive.")
+        self._parts = adapt(tower)
+        self.tower = tower
+        depth = len(self._parts.blocks)
+        outside = [i for i in global_blocks if not 0 <= i < depth]
+        if outside:
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.GLOBAL_BLOCKS has {outside[0]}; the tower's blocks are 0 to {depth - 1}."
+            )
+        self.class_token = class_token
+        self.window_size = window_size
+        every_fourth = [i for i in range(depth) if (depth - 1 - i) % 4 == 0]
+        self.global_blocks = frozenset(global_blocks or every_fourth)
+        self.activation_checkpointing = activation_checkpointing
+        self.frozen_dtype = frozen_dtype or ""
+        self.stride = patch_size or self._parts.patch_size
+        self.base = base
+        self.lora_config = None
+        preprocess = getattr(tower, "preprocess_cfg", None) or {}
+        self.mean = tuple(preprocess.get("mean") or getattr(tower, "image_mean", None) or OPENAI_MEAN)
+        self.std = tuple(preprocess.get("std") or getattr(tower, "image_std", None) or OPENAI_STD)
+        self.set_train(train)
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        **options,
+    ) -> "CLIPViT":
+        """The vision tower of an open_clip model. Of pretrained weights, the tower's alone are read.
+
+        Args:
+            name: an architecture that open_clip knows, or `visft-tiny`.
+            pretrained: a tag of open_clip, `demo` for `visft-tiny`, a file, or None for random weights.
+            device: where the tower goes, tensor by tensor.
+            options: the constructor's keywords.
+
+        Raises:
+            ConfigError: unknown name or tag, or a tower that is no plain vision transformer.
+            CheckpointError: the weights are missing, unreadable or of another model.
+        """
+        if not pretrained:
+            clip, base = create_clip(name)
+            return cls(clip.visual, base=base, **options).to(device)
+        stored = StoredClip(name, pretrained)
+        clip = stored.build()
+        backbone = cls(clip.visual, **options)  # which decides the types that weights are stored in
+        stored.load(clip, lambda name: name.startswith("visual."), device)
+        backbone.base = stored.base()
+        return backbone.to(device)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, first to last."""
+        return self._parts.blocks
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the feature map."""
+        return self._parts.embed_dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels that the tower was pretrained at."""
+        return self._parts.image_size
+
+    def stem_parameters(self) -> list[nn.Parameter]:
+        """Parameters that act before the first block: patch and position embedding, class token, norm."""
+        return list(self._parts.stem_parameters(prefix=True))
+
+    def base_clip(self, *, visual: bool = True) -> nn.Module:
+        """The whole CLIP that the tower came from, or all but its `visual`; see `BaseTower.clip`.
+
+        Raises:
+            ConfigError: the tower was given without `base`.
+        """
+        if self.base is None:
+            raise ConfigError(
+                "This CLIPViT was made of a bare tower; pass the whole CLIP (open_clip model, file or tag) as base."
+            )
+        return self.base.clip(visual=visual)
+
+    # What trains
+
+    def set_train(self, mode: str) -> None:
+        """Choose what trains.
+
+        Args:
+            mode: `none`; `lora`: the adapters of `lora.inject` alone; `full`: everything that the dense features depend
+                on (not the pooler and the projection to the CLIP embedding).
+
+        Raises:
+            ConfigError: unknown mode; `lora` without adapters; `full` with `frozen_dtype`.
+        """
+        if mode not in ("none", "lora", "full"):
+            raise ConfigError(f"MODEL.CLIP_VIT.TRAIN is '{mode}'; it must be 'none', 'lora' or 'full'.")
+        adapters = [block.lora for block in self.blocks if hasattr(block, "lora")]
+        if mode == "lora" and not adapters:
+            raise ConfigError(
+                "MODEL.CLIP_VIT.TRAIN is 'lora', but the tower has no LoRA; call lora.inject first."
+            )
+        if mode == "full" and self.frozen_dtype:
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.FROZEN_DTYPE is '{self.frozen_dtype}' and TRAIN is 'full': all weights train, so "
+                "none can be stored in low precision; set FROZEN_DTYPE to ''."
+            )
+        self.train_mode = mode
+        self.tower.requires_grad_(False)
+        if mode == "full":
+            for parameter in self._parts.stem_parameters(prefix=self.class_token == "keep"):
+                parameter.requires_grad_(True)
+            for module in (*self.blocks, self._parts.dense_norm()):
+                module.requires_grad_(True)
+        for lora in adapters:
+            lora.requires_grad_(mode == "lora")
+        if self.frozen_dtype:
+            self._store_frozen(FROZEN_DTYPES[self.frozen_dtype])
+        self.train(self.training)
+
+    def _store_frozen(self, dtype: torch.dtype) -> None:
+        # Vectors (norms, biases) stay: they weigh nothing, and norms suffer most from low precision.
+        for block in self.blocks:
+            for name, parameter in block.named_parameters():
+                if parameter.ndim > 1 and not name.startswith("lora."):
+                    parameter.data = parameter.data.to(dtype)
+
+    def train(self, mode: bool = True) -> "CLIPViT":
+        """As nn.Module's, but a tower that does not train keeps its evaluation behaviour (no dropout, no drop path)."""
+        super().train(mode)
+        if self.train_mode != "full":
+            self.tower.eval()
+            for block in self.blocks:
+                if hasattr(block, "lora"):
+                    block.lora.train(mode and self.train_mode == "lora")
+        return self
+
+    # Forward
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Dense features.
+
+        Args:
+            images: normalised, `[N, 3, H, W]`. Sides that the stride does not divide are padded with zeros at the
+                bottom and right.
+
+        Returns:
+            `{"last_feat": [N, C, ceil(H / stride), ceil(W / stride)]}`.
+        """
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
+        keep = self.class_token == "keep"
+        x, grid, prefix = self._run(
+            images, patch_size=self.stride, prefix=keep, antialias=keep, window_size=self.window_size
+        )
+        x = self._parts.dense_norm()(x[:, prefix:])
+        return {FEATURE: x.transpose(1, 2).unflatten(2, grid).contiguous()}
+
+    def image_embedding(self, images: torch.Tensor) -> torch.Tensor:
+        """The tower's own CLIP embedding, not normalised to unit length.
+
+        Always computed as CLIP does (class token, own patches, global attention), whatever the options for dense
+        features; at the native size equal to open_clip's `encode_image(images, normalize=False)`.
+
+        Args:
+            images: normalised, `[N, 3, H, W]`.
+
+        Returns:
+            `[N, D]`.
+        """
+        x, _, _ = self._run(
+            images, patch_size=self._parts.patch_size, prefix=True, antialias=True, window_size=0
+        )
+        return self._parts.embedding(x)
+
+    def map_and_embedding(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense features and the CLIP embedding from one pass, both as CLIP computes (see `image_embedding`).
+
+        Args:
+            images: normalised, `[N, 3, H, W]`; the tower's own patch divides the sides.
+
+        Returns:
+            The map `[N, C, h, w]` after the tower's last norm, and `[N, D]`.
+        """
+        x, grid, prefix = self._run(
+            images, patch_size=self._parts.patch_size, prefix=True, antialias=True, window_size=0
+        )
+        dense = self._parts.dense_norm()(x[:, prefix:]).transpose(1, 2).unflatten(2, grid)
+        return dense.contiguous(), self._parts.embedding(x)
+
+    def _first_trained(self) -> int:
+        """Index of the first block that something trains in or before; the number of blocks when nothing does."""
+        if any(p.requires_grad for p in self.stem_parameters()):
+            return -1
+        for i, block in enumerate(self.blocks):
+            if any(p.requires_grad for p in block.parameters()):
+                return i
+        return len(self.blocks)
+
+    def _run(
+        self, images: torch.Tensor, *, patch_size: int, prefix: bool, antialias: bool, window_size: int
+    ) -> tuple[torch.Tensor, tuple[int, int], int]:
+        """All blocks, without the last norm: tokens `[N, prefix + h * w, C]`, `(h, w)`, number of prefix tokens.
+
+        No graph is built before the first block that trains.
+        """
+        first = -1 if images.requires_grad else self._first_trained()
+        with nullcontext() if first < 0 else torch.no_grad():
+            x, grid = self._parts.embed(images, patch_size=patch_size, prefix=prefix, antialias=antialias)
+            count = self._parts.num_prefix_tokens if prefix else 0
+            rope = self._parts.rope(grid, x.device)
+        windows = Windows(grid, window_size, count) if window_size else None
+        inside = False
+        windowed = None
+        if windows is not None:
+            windowed = (windows.split_rope(rope, len(x)), windows.mask(len(x), x.device))
+        for i, (block, run) in enumerate(zip(self.blocks, self._parts.run, strict=True)):
+            with nullcontext() if i >= first else torch.no_grad():
+                wanted = windows is not None and i not in self.global_blocks
+                if wanted != inside:  # neighbours with the same kind of attention share one permutation
+                    x, inside = (windows.split(x) if wanted else windows.join(x)), wanted
+                arguments = (block, x, *(windowed if inside else (rope, None)), count)
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(run, *arguments, use_reentrant=False)
+                else:
+                    x = run(*arguments)
+        return (windows.join(x) if inside else x), grid, count
+
+    # What detectron2 asks a backbone
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of `last_feat`."""
+        return {FEATURE: ShapeSpec(channels=self.embed_dim, stride=self.stride)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Batches are padded to multiples of the stride."""
+        return self.stride
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """As `size_divisibility`; no square is required."""
+        return {"size_divisibility": self.stride, "square_size": 0}

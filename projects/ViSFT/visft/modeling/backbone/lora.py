@@ -1,0 +1,289 @@
+"""LoRA (arXiv:2106.09685) inside the projections of a CLIPViT's blocks: y = W x + (alpha / rank) B A x.
+
+Adapters live at `block.lora.<projection>.lora_A / lora_B`; the tower's own parameters keep their names and places.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from visft.errors import CheckpointError, ConfigError
+from visft.modeling.backbone.blocks import TARGETS, Projection, projections
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What `inject` was called with; `last_blocks` 0 means all."""
+
+    rank: int = 64
+    alpha: float = 1.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "v")
+    last_blocks: int = 0
+
+
+class Adapter(nn.Module):
+    """The update (alpha / rank) B A of one projection.
+
+    Args:
+        in_features, out_features: of the projection.
+        config: rank, alpha and dropout (on the input, in training).
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: LoraConfig):
+        super().__init__()
+        self.scaling = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.base: torch.Tensor | None = None  # the projection's weight before merging, while merged
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`, through the rank: never a dense product."""
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+    @torch.no_grad()
+    def delta(self) -> torch.Tensor:
+        """The dense update `[out_features, in_features]`, float32, within an autocast region too."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+
+class BlockLora(nn.ModuleDict):
+    """The adapters of one block, by projection key. While `merged` they are part of the weights and do not act; while
+    `off` they do not act either (see `switched_off`)."""
+
+    merged = False
+    off = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter acts: block index, projection, adapter, and the parameter's full name below the backbone."""
+
+    block: int
+    projection: Projection
+    adapter: Adapter
+    weight_name: str
+    weight: nn.Parameter
+
+
+def check_targets(targets: tuple[str, ...]) -> None:
+    """Raise ConfigError unless all targets exist and there is at least one."""
+    unknown = [t for t in targets if t not in TARGETS]
+    if unknown or not targets:
+        raise ConfigError(
+            f"MODEL.LORA.TARGETS: {', '.join(map(repr, unknown)) or 'empty'}; choose among {', '.join(TARGETS)}."
+        )
+
+
+def inject(
+    backbone: nn.Module,
+    rank: int = 64,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] = ("q", "v"),
+    last_blocks: int | None = None,
+) -> nn.Module:
+    """Add adapters to a CLIPViT's blocks (never to a pooler) and let nothing but them train.
+
+    B is zero at first, so outputs stay the same to the bit. The backbone's mode becomes `lora`.
+
+    Args:
+        backbone: a CLIPViT without LoRA.
+        rank, alpha: the update is (alpha / rank) B A. ViSFT's authors use 64 and 1.
+        dropout: on the adapters' input, in training.
+        targets: of q, k, v, proj, fc1, fc2; SwiGLU's gate goes with fc1.
+        last_blocks: only the last n blocks; None or 0: all.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ConfigError: an argument is out of range, or there are adapters already.
+    """
+    targets = tuple(targets)
+    check_targets(targets)
+    depth, last = len(backbone.blocks), last_blocks or 0
+    if has_lora(backbone):
+        raise ConfigError("LoRA is in this backbone already; build a new one to change its rank or targets.")
+    if rank < 1:
+        raise ConfigError(f"MODEL.LORA.RANK is {rank}; it must be 1 or more.")
+    if not 0 <= last <= depth:
+        raise ConfigError(f"MODEL.LORA.LAST_BLOCKS is {last}; the tower has {depth} blocks (0: all).")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"MODEL.LORA.DROPOUT is {dropout}; it must be at least 0 and below 1.")
+    config = LoraConfig(rank, float(alpha), float(dropout), targets, last)
+    for block in backbone.blocks[depth - last if last else 0 :]:
+        block.lora = BlockLora()
+        for p in projections(block):
+            if p.target in targets:
+                weight = block.get_parameter(p.weight)
+                adapter = Adapter(weight[0].numel(), p.stop - p.start, config)
+                block.lora[p.key] = adapter.to(weight.device)
+    backbone.lora_config = config
+    backbone.set_train("lora")
+    count = sum(p.numel() for p in state_dict(backbone).values())
+    logger.info("LoRA of rank %d on %s of %d blocks: %d parameters", rank, targets, last or depth, count)
+    return backbone
+
+
+def has_lora(backbone: nn.Module) -> bool:
+    """Whether adapters were injected."""
+    return any(hasattr(block, "lora") for block in backbone.blocks)
+
+
+def sites(backbone: nn.Module) -> Iterator[Site]:
+    """All adapters with the weights they act on, block by block."""
+    prefixes = {id(module): name for name, module in backbone.named_modules()}
+    for i, block in enumerate(backbone.blocks):
+        if not hasattr(block, "lora"):
+            continue
+        for p in projections(block):
+            if p.key in block.lora:
+                name = f"{prefixes[id(block)]}.{p.weight}"
+                yield Site(i, p, block.lora[p.key], name, block.get_parameter(p.weight))
+
+
+def is_merged(backbone: nn.Module) -> bool:
+    """Whether the adapters are merged into the weights."""
+    return any(hasattr(block, "lora") and block.lora.merged for block in backbone.blocks)
+
+
+def _set_merged(backbone: nn.Module, merged: bool) -> None:
+    for block in backbone.blocks:
+        if hasattr(block, "lora"):
+            block.lora.merged = merged
+
+
+@torch.no_grad()
+def merge(backbone: nn.Module) -> nn.Module:
+    """Add the adapters to the weights, after which they act no more.
+
+    The weights as they were are kept beside the adapters until `unmerge`: subtracting would leave rounding errors.
+
+    Raises:
+        ConfigError: there are no adapters, or they are merged already.
+    """
+    _require(backbone, merged=False)
+    for site in sites(backbone):
+        rows = site.weight[site.projection.start : site.projection.stop]
+        site.adapter.base = rows.clone()
+        rows.copy_(rows.float() + site.adapter.delta())
+    _set_merged(backbone, True)
+    return backbone
+
+
+@torch.no_grad()
+def unmerge(backbone: nn.Module) -> nn.Module:
+    """Give the weights back what they were before `merge`, to the bit; the adapters act again.
+
+    Raises:
+        ConfigError: there are no adapters, or they are not merged.
+    """
+    _require(backbone, merged=True)
+    for site in sites(backbone):
+        site.weight[site.projection.start : site.projection.stop].copy_(site.adapter.base)
+        site.adapter.base = None
+    _set_merged(backbone, False)
+    return backbone
+
+
+@contextlib.contextmanager
+def switched_off(backbone: nn.Module) -> Iterator[None]:
+    """Within the block the adapters do not act: the backbone computes what it did before `inject`.
+
+    A graph that was built outside must not recompute activations within (ACTIVATION_CHECKPOINTING), so no backward pass
+    belongs into the block.
+
+    Raises:
+        ConfigError: there are no adapters, or they are merged.
+    """
+    _require(backbone, merged=False)
+    adapters = [block.lora for block in backbone.blocks if hasattr(block, "lora")]
+    before = [lora.off for lora in adapters]
+    for lora in adapters:
+        lora.off = True
+    try:
+        yield
+    finally:
+        for lora, off in zip(adapters, before, strict=True):
+            lora.off = off
+
+
+def merged_tensors(backbone: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tower's state with LoRA in its weights, one tensor at a time, the backbone untouched.
+
+    Yields:
+        Names as the tower itself has them (below `visual.` in open_clip), without adapters, and detached tensors.
+    """
+    at: dict[str, list[Site]] = {}
+    if has_lora(backbone) and not is_merged(backbone):
+        for site in sites(backbone):
+            at.setdefault(site.weight_name.removeprefix("tower."), []).append(site)
+    for name, tensor in backbone.tower.state_dict().items():
+        if _is_lora(name):
+            continue
+        if name in at:
+            tensor = tensor.clone()
+            for site in at[name]:
+                rows = tensor[site.projection.start : site.projection.stop]
+                rows.copy_(rows.float() + site.adapter.delta())
+        yield name, tensor
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def state_dict(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters alone, by their names in `backbone.state_dict()`."""
+    return {name: tensor for name, tensor in backbone.state_dict().items() if _is_lora(name)}
+
+
+@torch.no_grad()
+def load_state_dict(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what `state_dict` gave.
+
+    Raises:
+        CheckpointError: names or shapes differ from the backbone's adapters; nothing is changed then.
+        ConfigError: there are no adapters, or they are merged.
+    """
+    _require(backbone, merged=False)
+    own = state_dict(backbone)
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        what = (
+            f"{missing[0]} and {len(missing) - 1} more are missing" if missing else f"{unknown[0]} is unknown"
+        )
+        raise CheckpointError(
+            f"LoRA weights: {what}; these weights are of another tower, or of other MODEL.LORA.TARGETS or LAST_BLOCKS."
+        )
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"LoRA weights: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}; "
+                "set MODEL.LORA.RANK and MODEL.CLIP_VIT.NAME to what the weights were trained with."
+            )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _require(backbone: nn.Module, merged: bool) -> None:
+    if not has_lora(backbone):
+        raise ConfigError("There is no LoRA in this backbone; call lora.inject first.")
+    if is_merged(backbone) != merged:
+        state = "merged already" if is_merged(backbone) else "not merged"
+        raise ConfigError(
+            f"LoRA is {state}; lora.merge and lora.unmerge take turns, and loading needs it unmerged."
+        )

@@ -1,0 +1,358 @@
+"""Models of open_clip by name: their weight files, and the models made of them."""
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from visft.checkpoint import files, stream_load
+from visft.errors import CheckpointError, ConfigError
+from visft.modeling.backbone import base_file, hugging_face_base
+from visft.modeling.backbone.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
+
+logger = logging.getLogger(__name__)
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class BaseTower:
+    """What a tower's weights came from.
+
+    Attributes:
+        name: open_clip's name of the architecture.
+        pretrained: tag or file; None for random weights.
+        sha256: of the weight file; of the tower's tensors when they are random.
+    """
+
+    name: str
+    pretrained: str | None
+    sha256: str
+    _clip: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def clip(self, *, visual: bool = True) -> nn.Module:
+        """The whole CLIP, for what an export copies beside the tower.
+
+        Built anew from name and weights. Random weights cannot be: then it is the very model that the tower was taken
+        from, whose `visual` is that tower.
+
+        Args:
+            visual: False: its `visual` is not needed, and not read from the file (`nn.Identity`).
+        """
+        if self._clip is not None:
+            return self._clip
+        stored = StoredClip(self.name, self.pretrained)
+        clip = stored.build()
+        stored.load(clip, lambda name: visual or not name.startswith("visual."))
+        if not visual:
+            clip.visual = nn.Identity()
+        return clip
+
+
+class StoredClip:
+    """A pretrained CLIP in its file. `build` and `load` hold nothing in memory but what is asked for.
+
+    Args:
+        name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
+            `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; what is seen through
+            says `base_file.for_open_clip`), or a folder with a CLIP of transformers.
+
+    Raises:
+        ConfigError: unknown name or tag.
+        CheckpointError: the weights cannot be had, or want another activation than the architecture's.
+    """
+
+    def __init__(self, name: str, pretrained: str) -> None:
+        check_name(name)
+        self.path, self.pretrained = weight_file(name, pretrained), pretrained
+        self.name, self._quick_gelu = trained_name(name, pretrained)
+        if self._quick_gelu:
+            logger.warning(
+                "the weights '%s' of %s want QuickGELU: the tower gets it. open_clip has no %s-quickgelu, so loading "
+                "an export takes force_quick_gelu=True",
+                pretrained,
+                name,
+                name,
+            )
+        elif self.name != name:
+            logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, name, self.name)
+
+    def base(self) -> BaseTower:
+        """What the weights are; reads the file once, for its hash."""
+        return BaseTower(self.name, self.pretrained, files.sha256(self.path))
+
+    def build(self) -> nn.Module:
+        """The model in float32 and evaluation mode, its parameters on `meta`; see `stream_load.build`.
+
+        big_vision's .npz, which open_clip loads itself, is loaded here.
+
+        Raises:
+            CheckpointError: the .npz is of another model.
+        """
+        module = open_clip()
+        if self._is_npz():
+            with self._explained():
+                return module.create_model(self.name, self.path, force_quick_gelu=self._quick_gelu).eval()
+        described = meta_clip(self.name, self.pretrained, force_quick_gelu=self._quick_gelu)
+        config = module.get_model_config(self.name) | ({"quick_gelu": True} if self._quick_gelu else {})
+        return stream_load.build(described, config)
+
+    def load(
+        self,
+        clip: nn.Module,
+        wanted: Callable[[str], bool] = lambda name: True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Read the wanted parameters of what `build` made; see `stream_load.load`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        if self._is_npz():
+            return
+        expected, tag = clip.state_dict(), open_clip().get_pretrained_cfg(self.name, self.pretrained)
+        found: dict[str, torch.Tensor] = {}
+
+        def seen(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            found.update(tensors if tag else base_file.for_open_clip(tensors, expected, self.path))
+            return found
+
+        with self._explained():
+            try:
+                stream_load.load(clip, self.path, self.name, seen=seen, wanted=wanted, device=device)
+            except CheckpointError:  # a RuntimeError, too
+                raise
+            except RuntimeError as error:
+                reason = base_file.misfit(found, expected) or _first_line(error)
+                raise CheckpointError(
+                    f"{self.path} cannot be loaded as a whole {self.name}: {reason}; give a whole CLIP of this "
+                    "architecture, or name the file's in MODEL.CLIP_VIT.NAME."
+                ) from error
+            base_file.require_finite(clip, self.path)
+
+    def _is_npz(self) -> bool:
+        return self.path.endswith(".npz")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
+        except Exception as error:
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: {self.path} cannot be loaded as a whole {self.name} "
+                f"({_first_line(error)}); give a file of this architecture as open_clip writes it (.safetensors, or "
+                ".pt with tensors alone)."
+            ) from error
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError, with the nearest name, unless open_clip knows an architecture of this name."""
+    names = open_clip().list_models()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"MODEL.CLIP_VIT.NAME is '{name}', which open_clip does not know; the nearest name is '{near[0]}' "
+            "(open_clip.list_models() has all)."
+        )
+
+
+def check_pretrained(name: str, pretrained: str | None) -> None:
+    """Raise unless `pretrained` is a tag of this architecture, a file that can be had, or nothing.
+
+    Raises:
+        ConfigError: an unknown tag.
+        CheckpointError: a file that is missing or empty, or cannot be downloaded (`visft://NAME`).
+    """
+    if not pretrained:
+        return
+    module = open_clip()
+    if not module.get_pretrained_cfg(name, pretrained):
+        tags = module.list_pretrained_tags_by_model(name)
+        if not (
+            os.sep in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors", ".ckpt"))
+        ):
+            if not os.path.isfile(pretrained):
+                raise ConfigError(
+                    f"MODEL.CLIP_VIT.PRETRAINED is '{pretrained}', neither a file nor a tag of {name}; its tags are: "
+                    f"{', '.join(tags) or 'none'}."
+                )
+        if not os.path.isfile(local_file(pretrained)):
+            raise CheckpointError(
+                f"MODEL.CLIP_VIT.PRETRAINED: {pretrained} does not exist; give a weight file or a tag of {name} "
+                f"({', '.join(tags) or 'none'})."
+            )
+        _refuse_empty(local_file(pretrained))
+
+
+def local_file(pretrained: str) -> str:
+    """The file of a base that is given by an address which detectron2's PathManager knows, as `visft://NAME`, or by a
+    folder of a model of transformers.
+
+    The former is downloaded if need be. A tag or another path is returned as it is.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    try:
+        if "://" in pretrained:
+            return PathManager.get_local_path(pretrained)
+        if os.sep in pretrained and os.path.isdir(pretrained):
+            return str(hugging_face_base.weights_in(Path(pretrained)))
+        return pretrained
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {error}") from error
+
+
+def _refuse_empty(path: str) -> None:
+    if os.path.getsize(path) == 0:
+        raise CheckpointError(f"MODEL.CLIP_VIT.PRETRAINED: {path} is empty; download or copy it again.")
+
+
+def meta_tower(name: str) -> nn.Module:
+    """The vision tower of an architecture without memory for its weights, to check names and shapes by.
+
+    Raises:
+        ConfigError: open_clip does not know the name.
+    """
+    check_name(name)
+    from open_clip.model import _build_vision_tower
+
+    config = open_clip().get_model_config(name)
+    with torch.device("meta"):
+        return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+
+
+def weight_file(name: str, pretrained: str) -> str:
+    """The file of an architecture's weights: `pretrained` itself, or what is downloaded for that tag or address.
+
+    Raises:
+        ConfigError: an unknown tag.
+        CheckpointError: the file is missing or empty, or cannot be downloaded.
+    """
+    check_pretrained(name, pretrained)
+    module = open_clip()
+    tag = module.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        return local_file(pretrained)
+    try:
+        path = module.download_pretrained(tag)
+    except Exception as error:
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: the weights '{pretrained}' of {name} could not be downloaded "
+            f"({_first_line(error)}); download them elsewhere and give the file."
+        ) from error
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: '{pretrained}' of {name} should be at {path}, but is not."
+        )
+    _refuse_empty(path)
+    return path
+
+
+def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
+    """A whole CLIP of an architecture without memory for its weights, to check names and shapes by.
+
+    Args:
+        name: of the architecture.
+        pretrained: a tag, whose preprocessing it gets.
+        options: further ones of open_clip's `create_model`.
+
+    Raises:
+        ConfigError: open_clip does not know the name.
+    """
+    check_name(name)
+    module, level = open_clip(), logging.root.manager.disable
+    tag = pretrained if pretrained and module.get_pretrained_cfg(name, pretrained) else None
+    options |= {"load_weights": False, "pretrained_text": False, "device": "meta"}
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random; there are none
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the activation, which is seen to elsewhere
+            return module.create_model(name, pretrained=tag, **options)
+    finally:
+        logging.disable(level)
+
+
+def create_clip(
+    name: str, pretrained: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, BaseTower]:
+    """A whole CLIP of open_clip, on the CPU and in evaluation mode.
+
+    Args:
+        name: an architecture that open_clip knows; see `StoredClip`.
+        pretrained: as `StoredClip`'s, or None for random weights.
+        dtype: of the parameters that are read.
+
+    Raises:
+        ConfigError: unknown name or tag.
+        CheckpointError: the weights cannot be had, cannot be read, or are of another model.
+    """
+    if pretrained:
+        stored = StoredClip(name, pretrained)
+        clip = stored.build()
+        for parameter in clip.parameters():
+            parameter.data = parameter.data.to(dtype)
+        stored.load(clip)
+        return clip, stored.base()
+    check_name(name)
+    clip = open_clip().create_model(name, pretrained_text=False).eval()
+    if hasattr(clip, "text_decoder"):
+        # open_clip leaves CoCa's projection to words as the memory was: not the same for a seed, perhaps nan.
+        projection = clip.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+    return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
+
+
+def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
+    """The architecture that weights were trained as, and whether QuickGELU must be forced on it.
+
+    Weights do not tell the activation that they were trained with; loaded under the other one they are worse, silently.
+    A tag tells it, or the `config.json` beside weights of transformers.
+
+    Raises:
+        CheckpointError: the weights want GELU, the architecture has QuickGELU.
+    """
+    module = open_clip()
+    tag = module.get_pretrained_cfg(name, pretrained) if pretrained else None
+    quick = (module.get_model_config(name) or {}).get("quick_gelu", False)
+    if tag or not pretrained:
+        wanted = "quick_gelu" if (tag or {}).get("quick_gelu") else ""
+    else:
+        wanted = hugging_face_base.activation_of(Path(local_file(pretrained)))
+    if wanted == "gelu" and quick:
+        raise CheckpointError(
+            f"MODEL.CLIP_VIT.PRETRAINED: the config.json of {pretrained} says hidden_act gelu, and {name} has "
+            f"QuickGELU; set MODEL.CLIP_VIT.NAME {name.removesuffix('-quickgelu')}"
+        )
+    if wanted != "quick_gelu" or quick:
+        return name, False
+    other = f"{name}-quickgelu"
+    if other in module.list_models() and (not tag or module.get_pretrained_cfg(other, pretrained)):
+        return other, False
+    return name, True
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2])[:200]
+
+
+def _sha256_tensors(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Captioning, by an LSTM or a Transformer decoder."""

@@ -1,0 +1,183 @@
+"""What caption heads share: which caption is learned, the losses, saying one, and where it looked at each word."""
+
+import zlib
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from visft.errors import ConfigError
+from visft.modeling.heads.base import VisftHead, nonzero_count
+from visft.modeling.heads.captioning.beam_search import CaptionDecoder, beam_search
+from visft.modeling.heads.captioning.vocabulary import Vocabulary, configured_vocabulary, split_words
+from visft.utils import shared_random
+
+
+class Caption(str):
+    """A caption, with its words and where the head looked as it said each.
+
+    Attributes:
+        words: the words.
+        maps: attention `[T, g, g]` at each word, over the padded picture; sums to 1.
+        seen: the part (height, width) of the maps that is picture, from the upper left.
+        score: logarithm of the caption's probability.
+    """
+
+    words: tuple[str, ...]
+    maps: Tensor
+    seen: tuple[float, float]
+    score: float
+
+    def __new__(
+        cls,
+        text: str,
+        words: tuple[str, ...] = (),
+        maps: Tensor | None = None,
+        seen: tuple[float, float] = (1.0, 1.0),
+        score: float = 0.0,
+    ) -> "Caption":
+        caption = super().__new__(cls, text)
+        caption.words, caption.seen, caption.score = words, seen, score
+        caption.maps = torch.zeros(0, 1, 1) if maps is None else maps
+        return caption
+
+    def word_maps(self, height: int, width: int) -> Tensor:
+        """The maps `[T, height, width]` laid over the picture at that size, each scaled to 0..1."""
+        if not len(self.maps):
+            return torch.zeros(0, height, width)
+        whole = (max(height, round(height / self.seen[0])), max(width, round(width / self.seen[1])))
+        maps = F.interpolate(self.maps[None].float().cpu(), whole, mode="bicubic", align_corners=False)[0]
+        maps = maps[:, :height, :width].clamp(min=0)
+        return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+class CaptioningHead(VisftHead):
+    """A head that says what is in a picture: pooled features, a decoder over a vocabulary, cross-entropy.
+
+    A subclass makes the decoder and may add losses. In training one of a picture's captions is learned at a time. It
+    is drawn from one number of the CPU's global generator a forward pass, and the image's id: processes that share a
+    seed draw what one process with all their images would.
+    """
+
+    reads_masks = False
+
+    def __init__(
+        self,
+        decoder: CaptionDecoder,
+        vocabulary: Vocabulary,
+        *,
+        grid: int = 14,
+        max_length: int = 30,
+        beam_size: int = 3,
+    ):
+        """
+        Args:
+            decoder: over as many words as the vocabulary has.
+            grid: features are averaged to `grid` x `grid` cells.
+            max_length: most words of a caption; longer ones are cut in training.
+            beam_size: captions followed at a time in inference; 1: greedy.
+
+        Raises:
+            ConfigError: a number is below 1.
+        """
+        super().__init__()
+        if min(grid, max_length, beam_size) < 1:
+            raise ConfigError(
+                f"GRID {grid}, MAX_LENGTH {max_length}, BEAM_SIZE {beam_size}: expected at least 1 each"
+            )
+        self.decoder, self.vocabulary = decoder, vocabulary
+        self.grid, self.max_length, self.beam_size = grid, max_length, beam_size
+        self._draw = 0
+
+    @staticmethod
+    def common_config(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
+        """What every caption head takes from its node."""
+        node = cfg.MODEL.VISFT[name.upper()]
+        return {
+            "in_channels": input_shape.channels,
+            "vocabulary": configured_vocabulary(cfg, name),
+            "grid": node.GRID,
+            "max_length": node.MAX_LENGTH,
+            "beam_size": node.BEAM_SIZE,
+            "dropout": node.DROPOUT,
+        }
+
+    def cells(self, features: Tensor) -> Tensor:
+        """Features `[N, C, h, w]` -> averages over cells `[N, P, C]`, row by row. Padding is seen as it is."""
+        features = features.to(next(self.decoder.parameters()).dtype)
+        return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2)
+
+    def has_labels(self, image: dict) -> bool:
+        return any(split_words(caption) for caption in image.get("captions", ()))
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of words to be said, ends included; number of captions. Draws the captions of this pass."""
+        self._draw = shared_random.number()
+        lengths = [len(tokens) - 1 for tokens in self._captions(images)]
+        return torch.tensor([float(sum(lengths)), float(len(lengths))])
+
+    def losses(
+        self, features, padding_mask, images, image_sizes, padded_size, normalizers
+    ) -> dict[str, Tensor]:
+        captions = self._captions(images)
+        tokens = pad_sequence(captions, batch_first=True, padding_value=self.vocabulary.pad)
+        tokens = tokens.to(features.device)
+        lengths = torch.tensor([len(caption) - 1 for caption in captions])
+        return self.caption_losses(self.cells(features), tokens, lengths, normalizers)
+
+    def caption_losses(
+        self, cells: Tensor, tokens: Tensor, lengths: Tensor, normalizers: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses by teacher forcing: a word is said after the right ones before it.
+
+        Args:
+            cells: `[N, P, C]`.
+            tokens: captions `[N, T]`, start and end included, padded.
+            lengths: `[N]` words to be said, ends included; on the CPU, or the program waits for the device.
+            normalizers: `[2]`, of `normalizers`.
+        """
+        hidden, attention = self.decoder(cells, tokens[:, :-1])
+        said = torch.arange(hidden.shape[1], device=lengths.device) < lengths[:, None]
+        words_at, said = said.flatten().nonzero()[:, 0].to(tokens.device), said.to(tokens.device)
+        # Only where there is a word: the vocabulary makes scores the largest tensor by far.
+        scores = self.decoder.scores(hidden.flatten(0, 1).index_select(0, words_at)).float()
+        words, captions = nonzero_count(normalizers.to(scores.device)).unbind()
+        loss = F.cross_entropy(scores, tokens[:, 1:].flatten()[words_at], reduction="sum") / words
+        return {"loss_words": loss, **self.attention_losses(attention * said[..., None], captions)}
+
+    def attention_losses(self, attention: Tensor, captions: Tensor) -> dict[str, Tensor]:
+        """Further losses on attention `[N, T, P]`, which is 0 after a caption's end; none by default."""
+        return {}
+
+    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Caption]:
+        vocabulary = self.vocabulary
+        found = beam_search(
+            self.decoder,
+            self.cells(features),
+            start=vocabulary.start,
+            end=vocabulary.end,
+            forbidden=(vocabulary.pad, vocabulary.unknown, vocabulary.start),
+            beam_size=self.beam_size,
+            max_length=self.max_length,
+        )
+        captions = []
+        for (ids, maps, score), (height, width) in zip(found, image_sizes, strict=True):
+            words = tuple(vocabulary.decode(ids))
+            maps = maps.view(-1, self.grid, self.grid).cpu()
+            seen = (height / padded_size[0], width / padded_size[1])
+            captions.append(Caption(" ".join(words), words, maps, seen, score))
+        return captions
+
+    def _captions(self, images: list[dict]) -> list[Tensor]:
+        """The numbers of one caption of each picture, start and end included."""
+        chosen = []
+        for index, image in enumerate(images):
+            captions = [caption for caption in image["captions"] if split_words(caption)]
+            key = str(image.get("image_id", image.get("file_name", index)))
+            generator = torch.Generator().manual_seed(self._draw ^ zlib.crc32(key.encode()))
+            caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
+            chosen.append(torch.tensor(self.vocabulary.encode(caption, self.max_length)))
+        return chosen

@@ -1,0 +1,307 @@
+"""Detection by DETR (arXiv 2005.12872)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from visft.errors import ConfigError
+from visft.modeling.heads.base import (
+    VisftHead,
+    has_targets,
+    loss_names,
+    nonzero_count,
+    num_targets,
+    original_size,
+)
+from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
+from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
+from visft.modeling.heads.common.federated import Federated
+from visft.modeling.heads.common.full_precision import without_autocast
+from visft.modeling.heads.common.label_space import LabelSpace
+from visft.modeling.heads.common.layers import MLP, check_divisible
+from visft.modeling.heads.common.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from visft.modeling.heads.common.matcher import Matching, match
+from visft.modeling.heads.common.objectness import objectness
+from visft.modeling.heads.common.position_encoding import sine_position_encoding
+from visft.modeling.heads.common.query_settings import query_head_settings
+from visft.modeling.heads.detr.detr_transformer import DETRTransformer
+
+
+@dataclass(frozen=True)
+class DETROutput:
+    """Predictions of all decoder layers, the last one last."""
+
+    hidden_states: Tensor
+    """[layers, N, Q, D]"""
+    logits: Tensor
+    """[layers, N, Q, classes + 1], no-object last"""
+    boxes: Tensor
+    """[layers, N, Q, 4]: cxcywh, 0..1 over the unpadded picture"""
+
+
+@dataclass(frozen=True)
+class DETRTargets:
+    """Labels [N, T] and boxes [N, T, 4] (cxcywh, relative), padded to the most targets of an image; their numbers."""
+
+    labels: Tensor
+    boxes: Tensor
+    counts: tuple[int, ...]
+
+
+@VISFT_HEADS_REGISTRY.register()
+class DETRHead(VisftHead):
+    """Boxes from learned queries, trained by matching them one to one with the annotated boxes.
+
+    Boxes are relative to the unpadded picture and padding is masked, so a picture's result does not depend on the
+    others of its batch.
+    """
+
+    class_layers = ("class_embeds",)
+    reads_masks = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        labels: LabelSpace,
+        num_queries: int = 100,
+        encoder_layers: int = 6,
+        encoder_dim: int = 128,
+        decoder_layers: int = 6,
+        decoder_dim: int = 256,
+        num_attention_heads: int = 8,
+        feedforward_dim: int = 1024,
+        dropout: float = 0.1,
+        no_object_weight: float = 0.1,
+        class_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        max_detections: int = 100,
+        nms_thresh: float = 1.0,
+        class_loss: str = "softmax",
+        federated: Federated | None = None,
+    ):
+        """
+        Args:
+            in_channels: of the feature map.
+            labels: what the class outputs mean.
+            no_object_weight: of unmatched queries in the classification loss.
+            class_weight, l1_weight, giou_weight: of the losses, and of the matching's costs.
+            max_detections: how many boxes of a picture inference returns at most.
+            nms_thresh: inference leaves out a box whose IoU with a better one of its class is above this; 1: none. The
+                matching teaches queries not to repeat each other, but slowly: a short training needs it.
+            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
+            federated: which classes take part in the class loss; None: all.
+
+        Raises:
+            ConfigError: if a width is not a multiple of what it is divided into, there is no such class loss, or
+                `nms_thresh` is not in 0..1.
+        """
+        super().__init__()
+        if not 0 <= nms_thresh <= 1:
+            raise ConfigError(
+                f"MODEL.VISFT.DETECTION.NMS_THRESH_TEST is {nms_thresh}; expected an IoU, 0 to 1 (1: leave none out)"
+            )
+        check_divisible("ENCODER_DIM", encoder_dim, 4, "sine and cosine of x and y")
+        self.labels = labels
+        self.no_object_weight = no_object_weight
+        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
+        self.max_detections, self.nms_thresh = max_detections, nms_thresh
+        self.classification = build_classification(class_loss, no_object_weight)
+        self.federated = federated
+
+        self.input_proj = nn.Conv2d(in_channels, encoder_dim, 1)
+        self.transformer = DETRTransformer(
+            encoder_layers=encoder_layers,
+            encoder_dim=encoder_dim,
+            decoder_layers=decoder_layers,
+            decoder_dim=decoder_dim,
+            num_heads=num_attention_heads,
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+        )
+        self.query_embeds = nn.Embedding(num_queries, decoder_dim)
+        self.class_embeds = nn.Linear(decoder_dim, labels.num_classes + 1)
+        self.bbox_embeds = MLP(decoder_dim, decoder_dim, 4, 3)
+        self.classification.initialize(self.class_embeds)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
+        node = cfg.MODEL.VISFT[name.upper()]
+        return query_head_settings(cfg, name, input_shape) | {
+            "encoder_dim": node.ENCODER_DIM,
+            "decoder_dim": node.DECODER_DIM,
+            "dropout": node.DROPOUT,
+            "l1_weight": node.L1_WEIGHT,
+            "giou_weight": node.GIOU_WEIGHT,
+            "nms_thresh": node.NMS_THRESH_TEST,
+        }
+
+    def forward(self, features: Tensor, padding_mask: Tensor | None = None) -> DETROutput:
+        """Features [N, C, h, w] and the padding mask [N, h, w] -> predictions of all layers."""
+        return self._predict(self._hidden_states(features, padding_mask))
+
+    def has_labels(self, image: dict) -> bool:
+        return has_targets(image, "gt_boxes")
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of boxes; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
+        whether each class is there."""
+        for image in images:
+            self.labels.check(image)
+        counts = [num_targets(image) for image in images]
+        weights = class_weight_sum(counts, self.query_embeds.num_embeddings, self.no_object_weight)
+        sums = torch.tensor([sum(counts), weights])
+        if self.federated is None:
+            return sums
+        return torch.cat((sums, self.federated.present(images, self.labels)))
+
+    def losses(
+        self, features, padding_mask, images, image_sizes, padded_size, normalizers
+    ) -> dict[str, Tensor]:
+        targets = self._targets(images, image_sizes, features.device)
+        # Before dropout draws from the same generator, as often as this process has pictures.
+        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
+        output = self(features, _unless_full(padding_mask, image_sizes, padded_size))
+        if chosen is not None:
+            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
+        return self.criterion(output, targets, self.match(output, targets), normalizers)
+
+    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        output = self._last(features, padding_mask, image_sizes, padded_size)
+        probability = self.labels.decode(self.classification.probabilities(output.logits[0]))
+        scores, queries, classes = self._best(probability)
+        results = []
+        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
+            result = _boxed(output.boxes[0, index, queries[index]], original_size(image, size))
+            result.scores = scores[index]
+            result.pred_classes = classes[index]
+            if self.nms_thresh < 1:
+                result = result[
+                    batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, self.nms_thresh)
+                ]
+            results.append(result)
+        return results
+
+    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        """What each query has found, whatever its class: `pred_boxes` and `objectness`, in the queries' order.
+
+        Arguments and coordinates as for `inference`.
+        """
+        output = self._last(features, padding_mask, image_sizes, padded_size)
+        scores = objectness(self.classification, self.labels, output.logits[0])
+        results = []
+        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
+            result = _boxed(output.boxes[0, index], original_size(image, size))
+            result.objectness = scores[index]
+            results.append(result)
+        return results
+
+    def _last(self, features, padding_mask, image_sizes, padded_size) -> DETROutput:
+        """The last layer's predictions."""
+        hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
+        return self._predict(hidden[-1:])
+
+    def _best(self, probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities [N, Q, classes] -> scores, queries and classes [N, K] of the best detections."""
+        if self.classification.pairs:
+            return best_pairs(probability, self.max_detections)
+        scores, classes = probability.max(-1)
+        scores, queries = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+        return scores, queries, classes.gather(1, queries)
+
+    @torch.no_grad()
+    @without_autocast
+    def match(self, output: DETROutput, targets: DETRTargets) -> Matching:
+        """Assign targets to queries, in every layer anew."""
+        costs, boxes = self.classification.costs(output.logits), output.boxes.float()
+        index = targets.labels[None, :, None].expand(*costs.shape[:3], -1)
+        cost = self.class_weight * costs.gather(-1, index)
+        cost += self.l1_weight * torch.cdist(boxes, targets.boxes[None], p=1)
+        cost -= self.giou_weight * generalized_iou(
+            cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None]
+        )
+        return match([cost[:, i, :, :count] for i, count in enumerate(targets.counts)])
+
+    @without_autocast
+    def criterion(
+        self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all layers: `loss_ce`, `loss_bbox`, `loss_giou`, auxiliary ones as `loss_ce_0`..."""
+        num_boxes, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
+        matched_boxes, target_boxes = (
+            output.boxes[matching.predictions].float(),
+            targets.boxes[matching.targets],
+        )
+        l1 = (matched_boxes - target_boxes).abs().sum((1, 2))
+        giou = generalized_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(target_boxes))
+        ce = self.classification.losses(output.logits, targets.labels, matching)
+        losses = {
+            "loss_ce": self.class_weight * ce / self.classification.divisor(num_boxes, class_weights),
+            "loss_bbox": self.l1_weight * l1 / num_boxes,
+            "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
+        }
+        return {
+            name: value
+            for key, values in losses.items()
+            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
+        }
+
+    def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
+        features = self.input_proj(features.to(self.input_proj.weight.dtype))
+        if padding_mask is None:
+            valid = features.new_ones((1, *features.shape[-2:]), dtype=torch.bool)
+        else:
+            valid = ~padding_mask
+        pos = sine_position_encoding(valid, features.shape[1]).to(features.dtype)
+        return self.transformer(
+            features.flatten(2).transpose(1, 2),
+            pos.flatten(2).transpose(1, 2),
+            self.query_embeds.weight,
+            None if padding_mask is None else valid.flatten(1),
+        )
+
+    def _predict(self, hidden: Tensor) -> DETROutput:
+        return DETROutput(hidden, self.class_embeds(hidden), self.bbox_embeds(hidden).float().sigmoid())
+
+    def _targets(
+        self, images: list[dict], image_sizes: list[tuple[int, int]], device: torch.device
+    ) -> DETRTargets:
+        labels, boxes = [], []
+        for image, (height, width) in zip(images, image_sizes, strict=True):
+            if not num_targets(image):
+                labels.append(torch.zeros(0, dtype=torch.int64, device=device))
+                boxes.append(torch.zeros(0, 4, device=device))
+                continue
+            instances = image["instances"]
+            labels.append(self.labels.encode(instances.gt_classes).to(device))
+            corners = instances.gt_boxes.tensor.to(device).float()
+            boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
+        return DETRTargets(
+            labels=pad_sequence(labels, batch_first=True),
+            boxes=pad_sequence(boxes, batch_first=True),
+            counts=tuple(map(len, labels)),
+        )
+
+
+def _boxed(boxes: Tensor, size: tuple[int, int]) -> Instances:
+    """Instances with relative boxes [K, 4] (cxcywh) in pixels of an image of (height, width), clipped to it."""
+    height, width = size
+    boxes = cxcywh_to_xyxy(boxes.float())
+    result = Instances(size)
+    result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
+    result.pred_boxes.clip(size)
+    return result
+
+
+def _unless_full(
+    padding_mask: Tensor, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
+) -> Tensor | None:
+    """The mask, or None where no picture is padded (attention without a mask is faster)."""
+    return padding_mask if any(tuple(size) != tuple(padded_size) for size in image_sizes) else None

@@ -1,0 +1,1 @@
+"""Instance segmentation by Mask2Former."""

@@ -1,0 +1,399 @@
+"""Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
+
+import zlib
+from dataclasses import replace
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from visft.errors import ConfigError
+from visft.modeling.heads.base import (
+    VisftHead,
+    has_targets,
+    loss_names,
+    nonzero_count,
+    num_targets,
+    original_size,
+)
+from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
+from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
+from visft.modeling.heads.common.federated import Federated
+from visft.modeling.heads.common.full_precision import without_autocast
+from visft.modeling.heads.common.label_space import LabelSpace
+from visft.modeling.heads.common.losses import (
+    dice_loss,
+    mask_loss,
+    pairwise_mask_costs,
+    rows_at_once,
+    sample_masks,
+    sample_points,
+)
+from visft.modeling.heads.common.matcher import Matching, match
+from visft.modeling.heads.common.objectness import objectness
+from visft.modeling.heads.common.query_settings import query_head_settings
+from visft.modeling.heads.mask2former.mask_decoder import MaskDecoder, MaskOutput
+from visft.modeling.heads.mask2former.pixel_decoder import PixelDecoder
+from visft.utils import shared_random
+
+_CHUNK = 32
+"""Annotated masks that are sampled at a time: hundreds of a large image take gigabytes."""
+
+
+@VISFT_HEADS_REGISTRY.register()
+class Mask2FormerHead(VisftHead):
+    """Masks from learned queries, trained by matching them one to one with the annotated masks.
+
+    Masks are compared at random points (PointRend, arXiv 1912.08193), drawn from the global generator of the CPU and
+    the image's id: processes that share a seed draw what one process with all their images would.
+    """
+
+    class_layers = ("predictor.class_embed",)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        labels: LabelSpace,
+        num_queries: int = 100,
+        encoder_layers: int = 6,
+        encoder_feedforward_dim: int = 512,
+        decoder_layers: int = 9,
+        dim: int = 256,
+        num_attention_heads: int = 8,
+        feedforward_dim: int = 1024,
+        no_object_weight: float = 0.1,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_ratio: float = 0.75,
+        max_detections: int = 100,
+        class_loss: str = "softmax",
+        federated: Federated | None = None,
+    ):
+        """
+        Args:
+            in_channels: of the feature map.
+            labels: what the class outputs mean.
+            no_object_weight: of unmatched queries in the classification loss.
+            class_weight, mask_weight, dice_weight: of the losses, and of the matching's costs.
+            num_points: where a mask is compared.
+            oversample_ratio: candidates a point; the most uncertain of them make `importance_ratio` of the points.
+            max_detections: how many masks of a picture inference returns at most.
+            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
+            federated: which classes take part in the class loss; None: all.
+
+        Raises:
+            ConfigError: if a width is not a multiple of what it is divided into, a number is out of range, or there is
+                no such class loss.
+        """
+        super().__init__()
+        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
+            raise ConfigError(
+                f"NUM_POINTS {num_points}, OVERSAMPLE_RATIO {oversample_ratio}, IMPORTANCE_RATIO {importance_ratio}: "
+                "the first two must be at least 1, the last between 0 and 1"
+            )
+        self.labels = labels
+        self.num_queries = num_queries
+        self.no_object_weight = no_object_weight
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.num_points = num_points
+        self.num_candidates = int(oversample_ratio * num_points)
+        self.num_important = int(importance_ratio * num_points)
+        self.max_detections = max_detections
+        self.classification = build_classification(class_loss, no_object_weight)
+        self.federated = federated
+
+        self.pixel_decoder = PixelDecoder(
+            in_channels=in_channels,
+            dim=dim,
+            num_layers=encoder_layers,
+            num_heads=num_attention_heads,
+            feedforward_dim=encoder_feedforward_dim,
+        )
+        self.predictor = MaskDecoder(
+            dim=dim,
+            num_classes=labels.num_classes,
+            num_queries=num_queries,
+            num_layers=decoder_layers,
+            num_heads=num_attention_heads,
+            feedforward_dim=feedforward_dim,
+        )
+        self.classification.initialize(self.predictor.class_embed)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
+        node = cfg.MODEL.VISFT[name.upper()]
+        return query_head_settings(cfg, name, input_shape) | {
+            "encoder_feedforward_dim": node.ENCODER_FEEDFORWARD_DIM,
+            "dim": node.DIM,
+            "mask_weight": node.MASK_WEIGHT,
+            "dice_weight": node.DICE_WEIGHT,
+            "num_points": node.NUM_POINTS,
+            "oversample_ratio": node.OVERSAMPLE_RATIO,
+            "importance_ratio": node.IMPORTANCE_RATIO,
+        }
+
+    def forward(self, features: Tensor) -> MaskOutput:
+        """Features [N, C, h, w] -> predictions before the first layer and after each."""
+        features = features.to(self.pixel_decoder.mask_features.weight.dtype)
+        return self.predictor(*self.pixel_decoder(features))
+
+    @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        return True
+
+    def has_labels(self, image: dict) -> bool:
+        return has_targets(image, "gt_masks")
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of masks; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
+        whether each class is there."""
+        for image in images:
+            self.labels.check(image)
+        counts = [num_targets(image) for image in images]
+        sums = torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
+        if self.federated is None:
+            return sums
+        return torch.cat((sums, self.federated.present(images, self.labels)))
+
+    def losses(
+        self, features, padding_mask, images, image_sizes, padded_size, normalizers
+    ) -> dict[str, Tensor]:
+        device = features.device
+        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
+        output = self(features)
+        if chosen is not None:
+            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
+        points = self._random_points(images, device)
+        labels = [
+            self.labels.encode(image["instances"].gt_classes).to(device)
+            if num_targets(image)
+            else torch.zeros(0, dtype=torch.int64, device=device)
+            for image in images
+        ]
+        labels = pad_sequence(labels, batch_first=True)
+        samples = [_sample_targets(image, at, padded_size) for image, at in zip(images, points, strict=True)]
+        matching = self.match(output, labels, samples, points)
+        return self.criterion(output, labels, samples, points, matching, normalizers)
+
+    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        output = self(features)
+        probability = self.labels.decode(self.classification.probabilities(output.logits[-1]))
+        scores, queries, classes = best_pairs(probability, self.max_detections)
+        return [
+            _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
+            for i, (image, size) in enumerate(zip(images, image_sizes, strict=True))
+        ]
+
+    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+        """What each query has found, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries'
+        order without those whose mask is empty. As a score, objectness has the mask's quality as a factor.
+
+        Arguments and coordinates as for `inference`.
+        """
+        output = self(features)
+        scores = objectness(self.classification, self.labels, output.logits[-1])
+        queries = torch.arange(self.num_queries, device=features.device)
+        results = []
+        for i, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
+            masks, classes = output.masks[-1, i], torch.zeros_like(queries)
+            found = _detections(masks, scores[i], queries, classes, size, padded_size, image)
+            found.objectness = found.scores
+            found.remove("scores")
+            found.remove("pred_classes")
+            results.append(found)
+        return results
+
+    @torch.no_grad()
+    @without_autocast
+    def match(
+        self, output: MaskOutput, labels: Tensor, samples: list[Tensor], points: list[Tensor]
+    ) -> Matching:
+        """Assign targets to queries, in every layer anew.
+
+        Args:
+            labels: [N, T], padded. samples: an image's targets [T_i, P] at its points [P, 2]; the first `num_points` of
+                them serve the matching.
+        """
+        class_costs, p = self.classification.costs(output.logits), self.num_points
+        costs = []
+        for i, (sampled, at) in enumerate(zip(samples, points, strict=True)):
+            target_labels = labels[i, : len(sampled)]
+            logits = sample_points(output.masks[:, i].flatten(0, 1)[None].float(), at[None, :p])
+            logits = logits.view(*output.masks.shape[:1], self.num_queries, p)
+            mask, dice = pairwise_mask_costs(logits, sampled[:, :p])
+            cost = self.mask_weight * mask + self.dice_weight * dice
+            costs.append(cost + self.class_weight * class_costs[:, i][..., target_labels])
+        return match(costs)
+
+    @without_autocast
+    def criterion(
+        self,
+        output: MaskOutput,
+        labels: Tensor,
+        samples: list[Tensor],
+        points: list[Tensor],
+        matching: Matching,
+        normalizers: Tensor,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all layers: `loss_ce`, `loss_mask`, `loss_dice`, auxiliary ones as `loss_ce_0`...
+
+        Arguments as for `match`; the points after the first `num_points` are the candidates, then the random ones.
+        """
+        num_masks, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
+        matched = output.masks[matching.predictions].float()  # [L, M, h, w]
+        mask, dice, start = [], [], 0
+        for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
+            target = matching.target[:, start : start + masks.shape[1]]
+            start += masks.shape[1]
+            if target.numel():
+                found = self._point_losses(masks, sampled, target, at[self.num_points :])
+                mask.append(found[0])
+                dice.append(found[1])
+        if mask:
+            mask, dice = (torch.cat(values, dim=1).sum(1) for values in (mask, dice))
+        else:
+            mask = dice = matched.sum((1, 2, 3))
+        ce = self.classification.losses(output.logits, labels, matching)
+        losses = {
+            "loss_ce": self.class_weight * ce / self.classification.divisor(num_masks, class_weights),
+            "loss_mask": self.mask_weight * mask / num_masks,
+            "loss_dice": self.dice_weight * dice / num_masks,
+        }
+        return {
+            name: value
+            for key, values in losses.items()
+            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
+        }
+
+    def _point_losses(
+        self, masks: Tensor, sampled: Tensor, target: Tensor, points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`mask_loss` and `dice_loss` of an image's masks [L, m, h, w], each at the points that count for it -> [L, m].
+
+        Args:
+            sampled: [T, P] all targets at all points. target: [L, m] which of them a mask shall be.
+            points: [C + R, 2], the last of the P: candidates, then random points.
+        """
+        first, parts = sampled.shape[1] - len(points), []
+        chunks = [
+            rows.split(rows_at_once(self.num_points, masks.device))
+            for rows in (masks.flatten(0, 1), target.flatten())
+        ]
+        for rows, which in zip(*chunks, strict=True):
+            chosen = self._choose(rows.detach(), points)
+
+            def compute(rows: Tensor, which: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+                logits = sample_points(rows[:, None], points[chosen])[:, 0]
+                targets = sampled[which[:, None], chosen + first]
+                return mask_loss(logits, targets), dice_loss(logits, targets)
+
+            if len(chunks[0]) == 1:
+                parts.append(compute(rows, which, chosen))
+            else:  # what the backward pass needs would be gigabytes: it is computed again there
+                parts.append(
+                    checkpoint(compute, rows, which, chosen, use_reentrant=False, preserve_rng_state=False)
+                )
+        mask, dice = (torch.cat(losses).view(target.shape) for losses in zip(*parts, strict=True))
+        return mask, dice
+
+    @torch.no_grad()
+    def _choose(self, masks: Tensor, points: Tensor) -> Tensor:
+        """For each mask [R, h, w] the indices [R, num_points] of its most uncertain candidates, and random points."""
+        candidates, important = points[None, : self.num_candidates], []
+        for part in masks.split(rows_at_once(self.num_candidates, masks.device)):
+            certainty = sample_points(part[None], candidates)[0].abs_()
+            important.append(certainty.topk(self.num_important, largest=False, sorted=False).indices)
+        others = torch.arange(self.num_candidates, len(points), device=masks.device)
+        # In half the bytes of topk's indices.
+        return torch.cat((torch.cat(important), others.expand(len(masks), -1)), dim=1).int()
+
+    def _random_points(self, images: list[dict], device: torch.device) -> list[Tensor]:
+        """An image's points [P, 2], 0..1 over the padded picture: for matching, candidates, random ones.
+
+        All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
+        """
+        count = self.num_points + self.num_candidates + self.num_points - self.num_important
+        base = shared_random.number()
+        points = []
+        for index, image in enumerate(images):
+            key = str(image.get("image_id", image.get("file_name", index)))
+            generator = torch.Generator(device).manual_seed(base ^ zlib.crc32(key.encode()))
+            points.append(torch.rand(count, 2, generator=generator, device=device))
+        return points
+
+
+def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
+    """Annotated masks at points [P, 2] (0..1 over the padded picture) -> [T, P]; padding is outside of every mask."""
+    if not num_targets(image):
+        return points.new_zeros((0, len(points)))
+    masks, size = image["instances"].gt_masks, image["instances"].image_size
+    sampled = points.new_empty(len(masks), len(points))
+    for into in sampled.split(_CHUNK):
+        part, masks = masks[: len(into)], masks[len(into) :]
+        if isinstance(part, PolygonMasks):
+            part = BitMasks.from_polygon_masks(part, *size)
+        part = part.tensor if isinstance(part, BitMasks) else torch.as_tensor(part)
+        (height, width), (padded_height, padded_width) = part.shape[-2:], padded_size
+        scale = points.new_tensor([padded_width / width, padded_height / height])
+        into.copy_(sample_masks(part.to(points.device), points * scale))
+    return sampled
+
+
+def _detections(
+    masks: Tensor,
+    scores: Tensor,
+    queries: Tensor,
+    classes: Tensor,
+    image_size: tuple[int, int],
+    padded_size: tuple[int, int],
+    image: dict,
+) -> Instances:
+    """Masks [Q, h, w] and chosen (query, class) pairs [K] -> detections at the picture's original size.
+
+    A mask's score is its class's times the mean probability of its foreground. Pairs with an empty mask are left out.
+    """
+    size = original_size(image, image_size)
+    used, which = queries.unique(return_inverse=True)
+    binary, quality = [], []
+    # Few at a time: a hundred float masks of a large picture take gigabytes.
+    for chunk in masks[used].float().split(16):
+        chunk = F.interpolate(chunk[None], padded_size, mode="bilinear", align_corners=False)
+        chunk = chunk[..., : image_size[0], : image_size[1]]
+        if size != tuple(image_size):
+            chunk = F.interpolate(chunk, size, mode="bilinear", align_corners=False)
+        chunk = chunk[0]
+        foreground = chunk > 0
+        binary.append(foreground)
+        area = foreground.sum((1, 2)).clamp(min=1)
+        quality.append((chunk.sigmoid() * foreground).sum((1, 2)) / area)
+    binary, quality = torch.cat(binary), torch.cat(quality)
+    keep = binary.flatten(1).any(1)[which]
+    which = which[keep]
+    result = Instances(size)
+    result.pred_masks = binary[which]
+    result.pred_boxes = Boxes(tight_boxes(binary)[which])
+    result.scores = scores[keep] * quality[which]
+    result.pred_classes = classes[keep]
+    return result
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """Corner boxes [T, 4] around bool masks [T, H, W], their last pixels included; zeros for an empty mask."""
+    rows, columns = masks.any(2), masks.any(1)
+    edges = []
+    for occupied in (columns, rows):
+        first = occupied.int().argmax(1)
+        last = occupied.shape[1] - occupied.flip(1).int().argmax(1)
+        edges.append((first, torch.where(occupied.any(1), last, 0)))
+    (x0, x1), (y0, y1) = edges
+    return torch.stack((x0, y0, x1, y1), dim=1).float()

@@ -1,0 +1,411 @@
+"""The meta-architecture of ViSFT: one pass through the tower feeds every head that has labels."""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from visft.classes.dataset_classes import Classes
+from visft.errors import ConfigError
+from visft.modeling.gradient_balance import balanced_copies
+from visft.modeling.heads import Caption, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
+from visft.modeling.open_vocabulary import OpenVocabulary, build_open_vocabulary
+from visft.modeling.tower_losses import Batch, ObjectiveGroup, build_objectives
+from visft.modeling.tower_losses.tower_losses import draw_number
+from visft.modeling.zero_gradient import zero_for
+
+STAGES = ("heads", "lora")
+TUNES = ("lora", "full")
+
+UNLABELLED = "unlabelled"
+"""Name of the loss, 0, of a batch without a label for any head: a trainer can still call `backward`."""
+
+
+@META_ARCH_REGISTRY.register()
+class ViSFT(nn.Module):
+    """Several heads over one map of features.
+
+    In training mode, `forward` returns `{"detection/loss_ce": ..., ...}`, weighted scalars to be summed; in evaluation
+    mode a list of `{"instances": Instances, "detection": ..., "segmentation": ..., "captioning": str, "caption": str}`,
+    one for each picture.
+
+    Attributes:
+        backbone: the tower.
+        heads: the heads by name; a ModuleDict.
+        objectives: the objectives of the tower itself, which act in stage `lora`; no module.
+        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the tower trains, as
+            `tune` says; the heads are frozen (evaluation mode, so without dropout) unless `freeze_heads` is False.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        heads: Mapping[str, nn.Module],
+        loss_weights: Sequence[float] = (),
+        balance_gradients: bool = False,
+        tune: str = "lora",
+        freeze_heads: bool = True,
+        objectives: ObjectiveGroup | None = None,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        stage: str = "heads",
+        open_vocabulary: OpenVocabulary | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            backbone: maps normalised pictures `[N, 3, H, W]` to one map, as CLIPViT does.
+            heads: `VisftHead`s by name.
+            loss_weights: a factor on all losses of a head, in the order of `heads`; (): 1 for each.
+            balance_gradients: in stage `lora`, bring the heads' gradients on the features to one norm, times their
+                loss weights (see `balanced_copies`).
+            tune: what trains in the tower in stage `lora`: its adapters (`lora`), or all its weights (`full`).
+            freeze_heads: False: the heads train in stage `lora` too.
+            objectives: losses on the tower without a head, in stage `lora`; made for this backbone before its tuning.
+            pixel_mean, pixel_std: of R, G, B, in units of 0..255; None: the tower's own.
+            stage: `heads` or `lora`.
+            open_vocabulary: in inference, names what the heads propose; None: they use the classes they learnt.
+            class_names: what these classes are called; (): not known.
+
+        Raises:
+            ConfigError: more or fewer loss weights than heads, several maps, an unknown stage or `tune`.
+        """
+        super().__init__()
+        if loss_weights and len(loss_weights) != len(heads):
+            raise ConfigError(
+                f"MODEL.VISFT.LOSS_WEIGHTS has {len(loss_weights)} numbers for the {len(heads)} heads "
+                f"{', '.join(heads)}; give one for each of MODEL.VISFT.HEADS, or ()"
+            )
+        self.backbone = backbone
+        self.feature = map_name(backbone)
+        self.heads = nn.ModuleDict(heads)
+        for head in self.heads.values():
+            head.bind(backbone)
+        self.open_vocabulary = open_vocabulary
+        if open_vocabulary is not None:
+            open_vocabulary.bind(backbone)
+        self._class_names = tuple(class_names)
+        self.balance_gradients = balance_gradients
+        if tune not in TUNES:
+            raise ConfigError(
+                f"MODEL.VISFT.TUNE is `{tune}`; the nearest is `{_nearest(tune, TUNES)}` (lora: the tower's adapters, "
+                "full: all its weights)"
+            )
+        self.tune, self.freeze_heads = tune, freeze_heads
+        self.objectives = ObjectiveGroup({}) if objectives is None else objectives
+        self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
+        for name, given in (("mean", pixel_mean), ("std", pixel_std)):
+            value = self._pixel_values(name, given)
+            self.register_buffer(f"pixel_{name}", value.view(3, 1, 1), persistent=False)
+        self._fixed = {name for name, p in self.heads.named_parameters() if not p.requires_grad}
+        self.set_stage(stage)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Heads and objectives by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
+        node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
+        known = head_names(cfg)
+        alone = tuple(cfg.VISFT.STAGES) == ("lora",) and node.OBJECTIVES
+        if not (names or alone) or len(set(names)) != len(names):
+            raise ConfigError(
+                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(known)}, each once (none only with "
+                "MODEL.VISFT.OBJECTIVES and VISFT.STAGES ('lora',))"
+            )
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"MODEL.VISFT.HEADS names `{name}`; the nearest head is `{_nearest(name, known)}` (a head is "
+                    f"known by its node in MODEL.VISFT; there are {', '.join(known)})"
+                )
+        if cfg.INPUT.FORMAT != "RGB":
+            raise ConfigError(f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; a CLIP tower sees RGB: set it to RGB")
+        backbone = build_backbone(cfg)
+        shape = backbone.output_shape()[map_name(backbone)]
+        heads = {name: build_head(cfg, name, shape) for name in names}
+        if node.HEAD_FILES:
+            from visft.checkpoint.load import load_heads
+
+            reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
+            load_heads(SimpleNamespace(heads=nn.ModuleDict(heads)), node.HEAD_FILES, reinit)
+        # detectron2's defaults are ImageNet's, for ResNets: who leaves them gets the tower's own.
+        model, stock = cfg.MODEL, DETECTRON2_DEFAULTS.MODEL
+        given = [*model.PIXEL_MEAN, *model.PIXEL_STD] != [*stock.PIXEL_MEAN, *stock.PIXEL_STD]
+        return {
+            "backbone": backbone,
+            "heads": heads,
+            "loss_weights": tuple(node.LOSS_WEIGHTS),
+            "balance_gradients": node.BALANCE_GRADIENTS,
+            "tune": node.TUNE,
+            "freeze_heads": node.FREEZE_HEADS,
+            "objectives": build_objectives(cfg, backbone),
+            "pixel_mean": model.PIXEL_MEAN if given or not hasattr(backbone, "mean") else None,
+            "pixel_std": model.PIXEL_STD if given or not hasattr(backbone, "std") else None,
+            "stage": cfg.VISFT.STAGES[0] if cfg.VISFT.STAGES else STAGES[0],
+            "open_vocabulary": build_open_vocabulary(cfg, heads),
+            # After the heads, which load a data set whose classes they need.
+            "class_names": Classes.known(cfg).names,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What `pred_classes` stand for: the open vocabulary's names, else the classes that the heads learnt."""
+        return self._class_names if self.open_vocabulary is None else tuple(self.open_vocabulary.names.shown)
+
+    @property
+    def _heads_train(self) -> bool:
+        return self.stage == "heads" or not self.freeze_heads
+
+    def set_stage(self, stage: str) -> None:
+        """Choose what trains: `heads` or `lora` (see the class).
+
+        Raises:
+            ConfigError: another name, or `lora` without LoRA in the tower where that is to train.
+        """
+        if stage not in STAGES:
+            raise ConfigError(
+                f"VISFT.STAGES names `{stage}`; the nearest stage is `{_nearest(stage, STAGES)}` (there are "
+                f"{' and '.join(STAGES)})"
+            )
+        adapters = any("lora_" in name for name, _ in self.backbone.named_parameters())
+        if stage == "lora" and self.tune == "lora" and not adapters:
+            raise ConfigError(
+                "stage `lora` needs LoRA in the tower, which has none; build the model with `lora` in VISFT.STAGES, "
+                "call visft.modeling.backbone.lora.inject(backbone), or set MODEL.VISFT.TUNE full"
+            )
+        self.stage = stage
+        for name, parameter in self.heads.named_parameters():
+            parameter.requires_grad_(self._heads_train and name not in self._fixed)
+        if hasattr(self.backbone, "set_train"):
+            self.backbone.set_train(self.tune if stage == "lora" else "none")
+        else:
+            self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViSFT":
+        """Training mode for what the stage trains; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if self.stage == "heads":
+            self.backbone.eval()
+        if not self._heads_train:
+            self.heads.eval()
+        return self
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training mode, predictions in evaluation mode.
+
+        Args:
+            batched_inputs: for each picture `image` (RGB, uint8 or float `[3, H, W]`, 0..255), in training what its
+                heads need (`instances`), and optionally `height` and `width` of the original picture (pixels), and
+                `task`: the one head that learns from it.
+        """
+        return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
+
+    def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Weighted losses, `head/loss`, of every head that has labels in the batch, and of every objective.
+
+        Pictures without labels for any of them are not computed. With several processes, a head divides by the mean of
+        its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
+        """
+
+        @functools.cache
+        def extract(rows: tuple[int, ...]) -> tuple:
+            return self.extract([batched_inputs[i] for i in rows])
+
+        # Drawn first: heads with dropout leave the processes' generators in different states.
+        active = self.stage == "lora" and len(self.objectives) > 0
+        batch = Batch(self.backbone, batched_inputs, extract, draw_number(), self.device) if active else None
+        losses, labelled = self._head_losses(batched_inputs, extract) if self.heads else ({}, {})
+        if batch is not None:
+            losses |= self.objectives.losses(batch)
+        # A leaf of its own: `backward` can be called and leads nowhere.
+        losses = losses or {UNLABELLED: self.pixel_mean.new_zeros((), requires_grad=True)}
+        return self._complete(losses, labelled, tower=any(labelled.values()) or bool(batch and batch.ran))
+
+    def _head_losses(
+        self, batched_inputs: list[dict], extract: Callable[[tuple[int, ...]], tuple]
+    ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """The heads' losses, the same names in every process, and the indices of each head's pictures."""
+        labelled = {
+            name: [
+                i
+                for i, image in enumerate(batched_inputs)
+                if image.get("task", name) == name and head.has_labels(image)
+            ]
+            if head.trainable or self.stage == "lora"
+            else []  # nothing could learn from it
+            for name, head in self.heads.items()
+        }
+        normalizers, holders = self._count(batched_inputs, labelled)
+        union = sorted({i for rows in labelled.values() for i in rows})
+        losses: dict[str, Tensor] = {}
+        balanced = {name: self.loss_weights[name] for name, processes in holders.items() if processes}
+        balance = self.balance_gradients and self.stage == "lora" and len(balanced) > 1
+        if union:
+            images = [batched_inputs[i] for i in union]
+            features, padding_mask, image_sizes, padded_size = extract(tuple(union))
+            maps = balanced_copies(features, balanced) if balance else dict.fromkeys(self.heads, features)
+            for name, head in self.heads.items():
+                rows = [union.index(i) for i in labelled[name]]
+                if not rows:
+                    continue
+                everything = len(rows) == len(union)
+                own = head.losses(
+                    maps[name] if everything else maps[name][rows],
+                    padding_mask if everything else padding_mask[rows],
+                    [images[i] for i in rows],
+                    [image_sizes[i] for i in rows],
+                    padded_size,
+                    normalizers[name],
+                )
+                losses.update(
+                    {f"{name}/{key}": self.loss_weights[name] * value for key, value in own.items()}
+                )
+        # detectron2's trainer averages rank 0's losses by name over all processes.
+        nothing = self.pixel_mean.new_zeros
+        if any(0 < count < comm.get_world_size() for count in holders.values()):
+            names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
+            losses = {
+                name: losses[name] if name in losses else nothing((), requires_grad=True) for name in names
+            }
+        if balance and not union:
+            # The other processes wait for this one's norms, in their backward pass.
+            idle = balanced_copies(zero_for(self.backbone.parameters(), self.device), balanced)
+            first = next(iter(losses))
+            losses[first] = losses[first] + 0 * sum(idle.values())
+        return losses, labelled
+
+    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+        """What each head predicts, in coordinates of the original pictures, under its name.
+
+        `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
+        else of the first that predicts boxes. `caption` is what the first caption head says.
+
+        With an open vocabulary, heads that propose masks or boxes give these under its names. What others find under
+        the classes they learnt is left out.
+        """
+        features, padding_mask, image_sizes, padded_size = self.extract(batched_inputs)
+        sizes = zip(batched_inputs, image_sizes, strict=True)
+        images = [{"height": size[0], "width": size[1], **image} for image, size in sizes]
+        results: list[dict] = [{} for _ in images]
+        for name, head in self.heads.items():
+            given = (features, padding_mask, images, image_sizes, padded_size)
+            named = self.open_vocabulary is not None and hasattr(head, "proposals")
+            outputs = self.open_vocabulary.inference(head, *given) if named else head.inference(*given)
+            for result, output in zip(results, outputs, strict=True):
+                if named or self.open_vocabulary is None or not isinstance(output, Instances):
+                    result[name] = output
+        for result in results:
+            detections = [output for output in result.values() if isinstance(output, Instances)]
+            masks = [output for output in detections if output.has("pred_masks")]
+            if detections:
+                result["instances"] = masks[-1] if masks else detections[0]
+            captions = [output for output in result.values() if isinstance(output, Caption)]
+            if captions:
+                result["caption"] = captions[0]
+        return results
+
+    def extract(self, images: list[dict]) -> tuple[Tensor, Tensor, list[tuple[int, int]], tuple[int, int]]:
+        """Normalise, pad with zeros at the bottom and the right, run the tower.
+
+        Returns:
+            Features `[N, C, h, w]`; the padding mask `[N, h, w]`, True where a cell's corner pixel is padding
+            (nearest resampling); the pictures' sizes `(H, W)` before padding; the size after it.
+        """
+        pictures = [image["image"].to(self.device) for image in images]
+        batch = ImageList.from_tensors(
+            [(picture - self.pixel_mean) / self.pixel_std for picture in pictures],
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "lora"):
+            features = self.backbone(batch.tensor)[self.feature]
+        image_sizes = [tuple(int(side) for side in size) for size in batch.image_sizes]
+        padded_size = (batch.tensor.shape[-2], batch.tensor.shape[-1])
+        # Made on the CPU: slices of one GPU tensor for each picture would be launches for nothing.
+        padding = torch.ones(len(images), 1, *padded_size)
+        for row, (height, width) in zip(padding, image_sizes, strict=True):
+            row[:, :height, :width] = 0
+        mask = nn.functional.interpolate(padding, size=features.shape[-2:], mode="nearest")
+        return features, mask[:, 0].bool().to(self.device), image_sizes, padded_size
+
+    def _pixel_values(self, name: str, given: Sequence[float] | None) -> Tensor:
+        """Mean or standard deviation `[3]` of R, G, B, in units of 0..255."""
+        if given is not None:
+            values = torch.as_tensor(given, dtype=torch.float32).flatten()
+            if values.numel() != 3:
+                raise ConfigError(f"MODEL.PIXEL_{name.upper()} has {values.numel()} numbers; give three")
+            return values
+        if not hasattr(self.backbone, name):
+            raise ConfigError(f"the backbone has no `{name}` of its own: set MODEL.PIXEL_{name.upper()}")
+        return 255 * torch.as_tensor(getattr(self.backbone, name), dtype=torch.float32).flatten()
+
+    def _count(
+        self, batched_inputs: list[dict], labelled: dict[str, list[int]]
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The heads' normalizers as means over processes, and how many processes have labels for each head.
+
+        One reduction for all heads. In double precision: counts are exact, sums of class weights nearly so.
+        """
+        processes = comm.get_world_size()
+        counts = {
+            name: head.normalizers([batched_inputs[i] for i in labelled[name]]).double().flatten()
+            for name, head in self.heads.items()
+        }
+        held = torch.tensor([float(bool(rows)) for rows in labelled.values()], dtype=torch.float64)
+        flat = torch.cat([held, *counts.values()])
+        if processes > 1:
+            flat = flat.to(self.device)
+            torch.distributed.all_reduce(flat)
+        held, *sums = flat.split([len(held), *(len(count) for count in counts.values())])
+        means = {name: (total / processes).float() for name, total in zip(counts, sums, strict=True)}
+        return means, {name: int(number) for name, number in zip(counts, held.tolist(), strict=True)}
+
+    def _complete(
+        self, losses: dict[str, Tensor], labelled: dict[str, list[int]], *, tower: bool
+    ) -> dict[str, Tensor]:
+        """Give DistributedDataParallel a gradient for all that trains.
+
+        Without `find_unused_parameters` it waits for every parameter. Where a head has no labels, or the `tower` did
+        not run, it gets zeros, without its forward being run.
+        """
+        untouched = [] if tower else list(self.backbone.parameters())
+        for name, rows in labelled.items():
+            untouched += [] if rows else list(self.heads[name].parameters())
+        if untouched:
+            first = next(iter(losses))
+            losses[first] = losses[first] + zero_for(untouched, self.device)
+        return losses
+
+
+def map_name(backbone: Backbone) -> str:
+    """Name of the one map that a backbone makes.
+
+    Raises:
+        ConfigError: it makes several.
+    """
+    names = list(backbone.output_shape())
+    if len(names) != 1:
+        raise ConfigError(
+            f"the backbone makes the maps {', '.join(names)}, ViSFT's heads read one: set MODEL.BACKBONE.NAME "
+            "build_clip_vit_backbone"
+        )
+    return names[0]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return max(known, key=lambda other: difflib.SequenceMatcher(None, name.lower(), other).ratio())

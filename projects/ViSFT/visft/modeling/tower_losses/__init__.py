@@ -1,0 +1,27 @@
+"""Objectives of the tower itself, beside or instead of heads in stage `lora`, and their registry."""
+
+from visft.modeling.tower_losses.anchor import Anchor
+from visft.modeling.tower_losses.base import Objective
+from visft.modeling.tower_losses.batch import Batch
+from visft.modeling.tower_losses.build import (
+    VISFT_OBJECTIVES_REGISTRY,
+    build_objectives,
+    objective_class,
+    objective_names,
+)
+from visft.modeling.tower_losses.contrastive import Contrastive
+from visft.modeling.tower_losses.self_distillation import SelfDistillation
+from visft.modeling.tower_losses.tower_losses import ObjectiveGroup
+
+__all__ = [
+    "VISFT_OBJECTIVES_REGISTRY",
+    "Anchor",
+    "Batch",
+    "Contrastive",
+    "Objective",
+    "ObjectiveGroup",
+    "SelfDistillation",
+    "build_objectives",
+    "objective_class",
+    "objective_names",
+]

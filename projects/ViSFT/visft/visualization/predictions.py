@@ -1,0 +1,163 @@
+"""Pictures of what the heads see, drawn by detectron2's Visualizer."""
+
+import functools
+import logging
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.structures import Instances
+from PIL import Image, ImageDraw
+from torch import nn
+
+from visft.data import PictureError
+from visft.data.datasets.captions import captions_of
+from visft.data.headers import ImageRules
+from visft.data.loader import load_records
+from visft.modeling.heads import Caption
+from visft.modeling.open_vocabulary import best_of_each
+from visft.visualization.fonts import families, length, write
+from visft.visualization.run_report import WORDS
+from visft.visualization.word_maps import draw_word_maps
+
+logger = logging.getLogger(__name__)
+
+THRESHOLD = 0.3
+_SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
+_CAPTION_HEIGHT, _SIZE = 22, 12
+
+
+def draw(
+    image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
+) -> list[tuple[str, np.ndarray]]:
+    """One panel for each head: its name, and the picture with the instances that score at least `threshold`.
+
+    Where no head gives instances, the picture as it is.
+
+    Args:
+        image: `[H, W, 3]` uint8 RGB.
+        output: what the model says about it, `{"detection": Instances, ...}` in the picture's own coordinates.
+        heads: names of the heads to draw, those that give instances.
+        metadata: of the data set, for the class names.
+    """
+    panels = []
+    for head in heads:
+        found = output.get(head)
+        if isinstance(found, Instances):
+            found = found.to("cpu")
+            found = found[found.scores >= threshold]
+            if found.has("proposals"):
+                found = best_of_each(found)
+            panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
+    return panels or [("picture", _visualizer(image, metadata).get_output().get_image())]
+
+
+def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
+    """What the caption heads say, by head."""
+    return {head: output[head] for head in heads if isinstance(output.get(head), Caption)}
+
+
+def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
+    """A picture `[H, W, 3]` with the annotations of its detectron2 data set record."""
+    return _visualizer(image, metadata).draw_dataset_dict(record).get_image()
+
+
+def _visualizer(image: np.ndarray, metadata):
+    return _visualizer_class()(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
+
+
+@functools.cache
+def _visualizer_class() -> type:
+    from detectron2.utils.visualizer import Visualizer  # imports cv2, of the extra `demo`
+
+    class AnyNames(Visualizer):
+        """Names in any script, in one line, and as they are: a name with two dollar signs is no formula."""
+
+        def draw_text(self, text, position, **options):
+            text = " ".join(text.split())
+            output = super().draw_text(text, position, **options)
+            output.ax.texts[-1].set(family=families(text), parse_math=False)
+            return output
+
+    return AnyNames
+
+
+def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
+    """Panels of one height side by side, each under its name; below them captions, each after whose it is."""
+    width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
+    height = max(panel.shape[0] for _, panel in panels)
+    rows = [row for name, text in captions for row in _lines(f"{name}: {text}", width)]
+    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT * (1 + len(rows))), "white")
+    pen, x = ImageDraw.Draw(sheet), 0
+    for number, row in enumerate(rows):
+        write(pen, (4, height + _CAPTION_HEIGHT * (1 + number) + 3), row, size=_SIZE)
+    for name, panel in panels:
+        write(pen, (x + 4, 3), name, size=_SIZE)
+        sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
+        x += panel.shape[1] + 4
+    return sheet
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """A text in lines of about `width` pixels."""
+    letter = length(text, _SIZE) / len(text)
+    return textwrap.wrap(text, max(20, int((width - 8) / letter)), subsequent_indent="    ")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG aside and rename it."""
+    aside = path.with_name(f".{path.name}.tmp.png")
+    picture.save(aside)
+    os.replace(aside, path)
+
+
+def save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) -> list[Path]:
+    """Beside `path`, the word maps of each head that says something; returns the files."""
+    files = []
+    for number, caption in enumerate(caption for caption in captions.values() if caption.words):
+        files.append(path.with_name(f"{path.stem}{WORDS}{number or ''}.png"))
+        save_picture(draw_word_maps(image, caption), files[-1])
+    return files
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module,
+    mapper,
+    data_set: str,
+    folder: Path,
+    *,
+    heads: Sequence[str],
+    classes: Metadata,
+    count: int = 8,
+) -> None:
+    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction; with
+    a caption head also `folder/<picture>_words.png`. `classes` name what is predicted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = captions_of(data_set)
+    # Those that cannot be read were named by the evaluation before.
+    records = load_records((data_set,), train=False, rules=ImageRules(mapper.max_pixels, skip_broken=True))
+    metadata = MetadataCatalog.get(data_set)
+    was_training = model.training
+    model.eval()
+    # Evenly over the data set, which may be sorted.
+    step = max(1, len(records) // count)
+    for record in records[::step][:count]:
+        try:
+            image = mapper.read(record)
+        except PictureError as error:
+            logger.warning("not drawn: %s", error)
+            continue
+        output = model([mapper(dict(record))])[0]
+        panels = [("ground truth", draw_ground_truth(image, record, metadata))]
+        panels += draw(image, output, heads, classes)
+        captions = captions_in(output, heads)
+        path = folder / f"{Path(record['file_name']).stem}.png"
+        known = [("ground truth", text) for text in truth.get(record.get("image_id"), ())] if captions else []
+        save_picture(beside(panels, [*captions.items(), *known]), path)
+        save_word_maps(image, captions, path)
+    model.train(was_training)
