@@ -71,13 +71,11 @@ def test_the_example_trains_beside_the_detector(example, root):
 
     optimizer = torch.optim.Adam(model.heads["tags"].parameters(), lr=0.02)
     with torch.no_grad():
-        features, *others = model.extract(images)
-    head, sizes = model.heads["tags"], others[1]
+        inputs = model.extract(images)
+    head = model.heads["tags"]
     for _ in range(200):
         optimizer.zero_grad()
-        loss = head.losses(features, others[0], images, sizes, others[2], head.normalizers(images))[
-            "loss_tags"
-        ]
+        loss = head.losses(inputs, head.normalizers(images))["loss_tags"]
         loss.backward()
         optimizer.step()
     outputs = model.eval()([{"image": image["image"]} for image in images])

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from visft.checkpoint.authors import split_heads
 from visft.modeling.backbone import lora
-from visft.modeling.heads import CaptionHead, DETRHead, LabelSpace, Mask2FormerHead, Vocabulary
+from visft.modeling.heads import CaptionHead, DETRHead, HeadInputs, LabelSpace, Mask2FormerHead, Vocabulary
 from visft.modeling.heads.common.position_encoding import sine_position_encoding
 
 
@@ -142,7 +142,7 @@ def detection_losses(pack, head, features) -> dict[str, torch.Tensor]:
     images, sizes = annotated(pack), [tuple(size) for size in pack.sizes]
     padded_size = tuple(pack.batch().shape[-2:])
     mask = pack.tensors["feature_padding_mask"]
-    return head.losses(features, mask, images, sizes, padded_size, head.normalizers(images))
+    return head.losses(HeadInputs(features, mask, images, sizes, padded_size), head.normalizers(images))
 
 
 def test_position_encoding(pack):

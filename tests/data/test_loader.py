@@ -206,3 +206,10 @@ def test_the_demo_world_is_registered_with_captions() -> None:
     assert MetadataCatalog.get("coco_2017_val").caption_json.endswith(
         "coco/annotations/captions_val2017.json"
     )
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cuda:1", True), ("cpu", False)])
+def test_images_lie_in_pinned_memory_for_a_gpu_alone(cfg, device: str, pinned: bool) -> None:
+    cfg.MODEL.DEVICE = device
+    for loader in (build_train_loader(cfg, batch_size=3, seed=5), build_test_loader(cfg, "visft_own_test")):
+        assert loader._loader.pin_memory == pinned

@@ -21,7 +21,7 @@ from visft.errors import DataError
 from visft.evaluation import build_evaluator
 from visft.evaluation.region_naming import RegionTextEvaluator, annotated_mask
 from visft.modeling.backbone import CLIPViT
-from visft.modeling.heads import RegionTextHead
+from visft.modeling.heads import HeadInputs, RegionTextHead
 
 SIZE = (64, 64)
 NAMES = {3: "dog", 5: "traffic light", 8: "bird", 9: "knife", 12: "cup", 20: "apple", 30: "ship"}
@@ -95,7 +95,7 @@ def run(evaluator: RegionTextEvaluator, head: RegionTextHead, image_ids=range(1,
 def feed(evaluator: RegionTextEvaluator, head: RegionTextHead, image_ids) -> None:
     for number in image_ids:
         image = {"image_id": number, "height": SIZE[0], "width": SIZE[1]}
-        (output,) = head.inference(features_of(number), None, [image], [SIZE], SIZE)
+        (output,) = head.inference(HeadInputs(features_of(number), None, [image], [SIZE], SIZE))
         evaluator.process([image], [{"region_text": output}])
 
 

@@ -83,9 +83,10 @@ def test_mean_and_std_are_the_towers_unless_the_config_says_otherwise():
 @pytest.mark.parametrize("size", [(48, 64), (41, 57), (8, 8), (33, 40)])
 def test_a_cell_is_padding_where_its_first_pixel_is(model, size):
     with torch.no_grad():
-        features, mask, sizes, padded = model.extract([picture((48, 64)), picture(size, number=2)])
-    assert features.shape[2:] == (6, 8) and padded == (48, 64)
-    assert sizes == [(48, 64), size]
+        inputs = model.extract([picture((48, 64)), picture(size, number=2)])
+    mask = inputs.padding_mask
+    assert inputs.features.shape[2:] == (6, 8) and inputs.padded_size == (48, 64)
+    assert inputs.image_sizes == [(48, 64), size]
     assert not mask[0].any()
     for y in range(6):
         for x in range(8):
@@ -109,10 +110,9 @@ def test_each_head_gets_what_it_has_labels_for_from_one_pass(model):
     tower.handle.remove()
 
     for name, images in (("detection", [only_boxes, both]), ("segmentation", [both])):
-        features, mask, sizes, padded = model.extract(images)
-        head = model.heads[name]
+        inputs, head = model.extract(images), model.heads[name]
         torch.manual_seed(3)
-        alone = head.losses(features, mask, images, sizes, padded, head.normalizers(images))
+        alone = head.losses(inputs, head.normalizers(images))
         assert len(alone) >= 3
         assert {key for key in losses if key.startswith(name)} == {f"{name}/{key}" for key in alone}
         for key, value in alone.items():
@@ -226,11 +226,9 @@ def test_each_picture_has_every_heads_output_and_instances(model):
         del image["instances"]
     with torch.no_grad():
         outputs = model(images)
-        features, mask, sizes, padded = model.extract(images)
+        inputs = model.extract(images)
         for name, head in model.heads.items():
-            for output, alone in zip(
-                outputs, head.inference(features, mask, images, sizes, padded), strict=True
-            ):
+            for output, alone in zip(outputs, head.inference(inputs), strict=True):
                 assert torch.equal(output[name].scores, alone.scores)
     for image, output in zip(images, outputs, strict=True):
         assert set(output) == {"instances", "detection", "segmentation"}
@@ -396,12 +394,12 @@ class Brightness(VisftHead):
     def normalizers(self, images):
         return torch.zeros(0)
 
-    def losses(self, features, padding_mask, images, image_sizes, padded_size, normalizers):
+    def losses(self, inputs, normalizers):
         assert normalizers.shape == (0,)
-        return {"loss": (self.scale * features).square().mean()}
+        return {"loss": (self.scale * inputs.features).square().mean()}
 
-    def inference(self, features, padding_mask, images, image_sizes, padded_size):
-        return ["bright"] * len(images)
+    def inference(self, inputs):
+        return ["bright"] * len(inputs.images)
 
 
 def test_a_head_may_say_words(model):

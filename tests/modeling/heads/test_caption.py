@@ -10,7 +10,14 @@ from detectron2.layers import ShapeSpec
 
 from visft import add_visft_config
 from visft.errors import ConfigError, DataError
-from visft.modeling.heads import Caption, CaptionHead, TransformerCaptionHead, Vocabulary, build_head
+from visft.modeling.heads import (
+    Caption,
+    CaptionHead,
+    HeadInputs,
+    TransformerCaptionHead,
+    Vocabulary,
+    build_head,
+)
 from visft.modeling.heads.captioning.beam_search import beam_search
 
 WORDS = ("ant", "bee", "cow")
@@ -181,10 +188,13 @@ def features(count: int = 4) -> torch.Tensor:
 
 
 def losses(head, maps: torch.Tensor, images: list[dict], normalizers=None) -> dict[str, torch.Tensor]:
+    head.draw()
     own = head.normalizers(images)
     count = len(images)
     mask, sizes = torch.zeros(count, 5, 7, dtype=torch.bool), [(40, 56)] * count
-    return head.losses(maps, mask, images, sizes, (40, 56), own if normalizers is None else normalizers)
+    return head.losses(
+        HeadInputs(maps, mask, images, sizes, (40, 56)), own if normalizers is None else normalizers
+    )
 
 
 def test_words_loss_is_the_mean_of_the_captions_words(kind):
@@ -221,6 +231,7 @@ def test_processes_train_as_one_with_the_joined_batch(kind):
     parts, counts = [(0, 1), (2, 3)], []
     for rows in parts:
         torch.manual_seed(1)
+        head.draw()
         counts.append(head.normalizers([PICTURES[i] for i in rows]))
     mean = torch.stack(counts).mean(0)
     split = []
@@ -239,7 +250,7 @@ def test_which_caption_is_learned_changes_with_the_seed_and_the_picture_alone():
 
     def chosen(seed: int, images: list[dict]) -> list[int]:
         torch.manual_seed(seed)
-        head.normalizers(images)
+        head.draw()
         return [int(tokens[1]) for tokens in head._captions(images)]
 
     first = chosen(0, images)
@@ -247,7 +258,7 @@ def test_which_caption_is_learned_changes_with_the_seed_and_the_picture_alone():
     assert chosen(0, images[::-1]) == first[::-1]
     assert chosen(1, images) != first
     torch.manual_seed(0)
-    head.normalizers([])  # a process without captions draws as the others do
+    head.draw()  # a process without captions draws as the others do
     after = torch.rand(1)
     chosen(0, images)
     assert torch.rand(1) == after
@@ -258,8 +269,7 @@ def test_pictures_without_words_are_no_labels():
     assert head.has_labels(PICTURES[0])
     assert not head.has_labels({"image_id": 1})
     assert not head.has_labels(picture(1)) and not head.has_labels(picture(1, "", " ... "))
-    torch.manual_seed(0)
-    head.normalizers([picture(1, "", "bee")])
+    head.draw()
     assert head._captions([picture(1, "", "bee")])[0].tolist() == head.vocabulary.encode("bee", 30)
 
 
@@ -274,7 +284,7 @@ def test_it_learns_to_tell_pictures_apart(kind):
         optimizer.step()
     head.eval()
     with torch.no_grad():
-        found = head.inference(maps, None, images, [(40, 56)] * 3, (40, 56))
+        found = head.inference(HeadInputs(maps, None, images, [(40, 56)] * 3, (40, 56)))
     assert found == ["ant bee cow", "cow", "bee bee ant"]
     assert [caption.words for caption in found] == [tuple(text.split()) for text in found]
     assert all(caption.maps.shape == (len(caption.words), GRID, GRID) for caption in found)

@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
 from visft import add_visft_config
 from visft.errors import ConfigError
-from visft.modeling.heads import DETRHead, LabelSpace, Mask2FormerHead, build_head
+from visft.modeling.heads import DETRHead, HeadInputs, LabelSpace, Mask2FormerHead, build_head
 from visft.modeling.heads.common.classification import (
     SigmoidClassification,
     SoftmaxClassification,
@@ -45,7 +45,9 @@ def losses(head, features, images, normalizers=None):
     torch.manual_seed(3)
     normalizers = head.normalizers(images) if normalizers is None else normalizers
     rows = len(images)
-    return head.losses(features[:rows], PADDED[:rows], images, SIZES[:rows], (64, 64), normalizers)
+    return head.losses(
+        HeadInputs(features[:rows], PADDED[:rows], images, SIZES[:rows], (64, 64)), normalizers
+    )
 
 
 def matching() -> Matching:
@@ -140,7 +142,7 @@ def test_inference_takes_the_best_pairs(kind, images):
     """With sigmoid a query may be found as two classes; scores are probabilities of single classes."""
     head = make(kind, class_loss="sigmoid", max_detections=QUERIES * CLASSES).eval()
     features = torch.randn(4, 12, 4, 4)
-    found = head.inference(features, PADDED, images, SIZES, (64, 64))
+    found = head.inference(HeadInputs(features, PADDED, images, SIZES, (64, 64)))
     output = head(features)
     probability = output.logits[-1].sigmoid()[..., :-1]
     for row, result in enumerate(found):
@@ -296,7 +298,7 @@ def test_the_head_of_rcnn_has_detectron2s_federated_loss():
     assert predictor.use_fed_loss and len(predictor.fed_loss_cls_weights) == 1203
     images = [annotated(1, (64, 64), [[4, 4, 30, 40], [20, 8, 60, 24]], [3, 700])]
     counts = head.normalizers(images)
-    found = head.losses(torch.randn(1, 4, 4, 4), PADDED[:1], images, SIZES[:1], (64, 64), counts)
+    found = head.losses(HeadInputs(torch.randn(1, 4, 4, 4), PADDED[:1], images, SIZES[:1], (64, 64)), counts)
     (gradient,) = torch.autograd.grad(found["loss_cls"], predictor.cls_score.bias)
     learnt = gradient.nonzero().flatten().tolist()
     assert {3, 700} <= set(learnt) and len(learnt) in (49, 50)  # background is one of the 50

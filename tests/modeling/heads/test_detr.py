@@ -1,6 +1,7 @@
 """DETR as a head: batches, labels, losses and predictions. Its numbers are in test_golden.py."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch.nn import functional as F
 
 from visft.errors import ConfigError, DataError
-from visft.modeling.heads import DETRHead, LabelSpace
+from visft.modeling.heads import DETRHead, HeadInputs, LabelSpace
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 NOT_PADDED = torch.zeros(4, 4, 4, dtype=torch.bool)
@@ -41,17 +42,17 @@ def test_a_picture_alone_and_padded_in_a_batch_are_the_same():
     ]
     together = head(features, mask)
     normalizers = head.normalizers(images)
-    losses = head.losses(features, mask, images, sizes, (64, 64), normalizers)
-    predictions = head.inference(features, mask, images, sizes, (64, 64))
+    losses = head.losses(HeadInputs(features, mask, images, sizes, (64, 64)), normalizers)
+    predictions = head.inference(HeadInputs(features, mask, images, sizes, (64, 64)))
     summed = {}
     for i, (h, w) in enumerate(cells):
         own = (features[i : i + 1, :, :h, :w], mask[i : i + 1, :h, :w], [images[i]], [sizes[i]], sizes[i])
         alone = head(own[0], own[1])
         torch.testing.assert_close(alone.logits[:, 0], together.logits[:, i], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(alone.boxes[:, 0], together.boxes[:, i], atol=1e-5, rtol=1e-4)
-        for name, loss in head.losses(*own, normalizers).items():
+        for name, loss in head.losses(HeadInputs(*own), normalizers).items():
             summed[name] = summed.get(name, 0) + loss
-        prediction = head.inference(*own)[0]
+        prediction = head.inference(HeadInputs(*own))[0]
         torch.testing.assert_close(prediction.pred_boxes.tensor, predictions[i].pred_boxes.tensor)
     assert summed.keys() == losses.keys()
     for name in losses:
@@ -62,9 +63,11 @@ def test_gradients_of_two_processes_add_up_to_those_of_the_joined_batch(images):
     head, features = make_head(), torch.randn(4, 12, 4, 4)
     total = head.normalizers(images)
     torch.testing.assert_close(total, head.normalizers(images[:1]) + head.normalizers(images[1:]))
-    joined = gradients(head, head.losses(features, NOT_PADDED, images, SIZES, (64, 64), total))
+    joined = gradients(head, head.losses(HeadInputs(features, NOT_PADDED, images, SIZES, (64, 64)), total))
     parts = [
-        gradients(head, head.losses(features[s], NOT_PADDED[s], images[s], SIZES[s], (64, 64), total))
+        gradients(
+            head, head.losses(HeadInputs(features[s], NOT_PADDED[s], images[s], SIZES[s], (64, 64)), total)
+        )
         for s in (slice(0, 1), slice(1, 4))
     ]
     # Relative to the largest: what adds to all keys alike (their bias) has a gradient of rounding errors alone.
@@ -78,7 +81,9 @@ def test_no_images_count_nothing_and_no_objects_still_give_a_loss(images):
     assert head.normalizers([]).tolist() == [0, 0]
     empty = images[1:2]
     assert head.normalizers(empty).tolist() == pytest.approx([0, 0.6])
-    losses = head.losses(features, NOT_PADDED[:1], empty, SIZES[:1], (64, 64), head.normalizers(empty))
+    losses = head.losses(
+        HeadInputs(features, NOT_PADDED[:1], empty, SIZES[:1], (64, 64)), head.normalizers(empty)
+    )
     assert losses["loss_ce"] > 0 and losses["loss_bbox"] == losses["loss_giou"] == 0
     assert all(g.isfinite().all() for g in gradients(head, losses).values())  # and every parameter has one
 
@@ -87,7 +92,9 @@ def test_more_objects_than_queries(images):
     head = make_head(num_queries=2)
     normalizers = head.normalizers(images)
     assert normalizers.tolist() == pytest.approx([9, 2 + 2 * 0.1 + 1 + 0.1 + 2])
-    losses = head.losses(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64), normalizers)
+    losses = head.losses(
+        HeadInputs(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64)), normalizers
+    )
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -95,7 +102,9 @@ def test_losses_are_their_formulas(images):
     """One object: its matched query is the one of least cost, everything else is no object."""
     head, features = make_head(class_weight=1.5, l1_weight=4.0, giou_weight=3.0), torch.randn(1, 12, 4, 4)
     image = images[2:3]
-    losses = head.losses(features, NOT_PADDED[:1], image, SIZES[:1], (64, 64), head.normalizers(image))
+    losses = head.losses(
+        HeadInputs(features, NOT_PADDED[:1], image, SIZES[:1], (64, 64)), head.normalizers(image)
+    )
     output = head(features)
     box = torch.tensor([30.0, 40, 40, 40]) / 64
     for layer, suffix in ((0, "_0"), (1, "")):
@@ -120,8 +129,8 @@ def test_one_transfer_to_the_host_for_all_layers_and_images(images, monkeypatch)
     calls, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: calls.append(self.shape) or cpu(self))
     head = make_head()
-    args = (torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64), head.normalizers(images))
-    head.losses(*args)
+    inputs = HeadInputs(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64))
+    head.losses(inputs, head.normalizers(images))
     assert calls == [(2 * 6 * 9,)]  # layers x queries x objects
 
 
@@ -134,11 +143,11 @@ def test_labels_of_the_data_sets_own_ids(images):
     for image in renamed:
         image["instances"].gt_classes = torch.tensor([1, 2, 4, 7, 9])[image["instances"].gt_classes]
     features = torch.randn(4, 12, 4, 4)
-    args = (SIZES, (64, 64), plain.normalizers(images))
-    expected = plain.losses(features, NOT_PADDED, renamed, *args)
-    losses = mapped.losses(features, NOT_PADDED, images, *args)
+    args, normalizers = (SIZES, (64, 64)), plain.normalizers(images)
+    expected = plain.losses(HeadInputs(features, NOT_PADDED, renamed, *args), normalizers)
+    losses = mapped.losses(HeadInputs(features, NOT_PADDED, images, *args), normalizers)
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
-    result = mapped.inference(features, NOT_PADDED, images, *args[:2])[0]
+    result = mapped.inference(HeadInputs(features, NOT_PADDED, images, *args))[0]
     probability = mapped(features).logits[-1, 0].softmax(-1)[:, [1, 2, 4, 7, 9]]
     torch.testing.assert_close(result.scores, probability.max(1).values.sort(descending=True).values)
     assert result.pred_classes.max() < 5
@@ -173,11 +182,11 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        sum(head.losses(*args, head.normalizers(image)).values()).backward()
+        sum(head.losses(HeadInputs(*args), head.normalizers(image)).values()).backward()
         optimizer.step()
     head.eval()
     with torch.no_grad():
-        result = head.inference(*args)[0].to("cpu")
+        result = head.inference(HeadInputs(*args))[0].to("cpu")
     assert result.image_size == (96, 128) and len(result) == 6
     best = result[result.scores > 0.5]
     iou = pairwise_iou(Boxes(2 * torch.tensor(boxes, dtype=torch.float32)), best.pred_boxes)
@@ -189,7 +198,7 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
 def test_detections_are_limited_and_inside_the_picture(images):
     head = make_head(max_detections=3).eval()
     torch.nn.init.constant_(head.bbox_embeds.layers[-1].bias, 2.0)  # large boxes, beyond the picture
-    result = head.inference(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64))[0]
+    result = head.inference(HeadInputs(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64)))[0]
     assert len(result) == 3
     boxes = result.pred_boxes.tensor
     assert boxes.min() >= 0 and boxes.max() <= 128
@@ -197,11 +206,12 @@ def test_detections_are_limited_and_inside_the_picture(images):
 
 def test_autocast_and_features_in_half_precision(images):
     head, features = make_head(), torch.randn(4, 12, 4, 4)
-    args = (NOT_PADDED, images, SIZES, (64, 64), head.normalizers(images))
-    exact = head.losses(features, *args)
+    inputs = HeadInputs(features, NOT_PADDED, images, SIZES, (64, 64))
+    normalizers = head.normalizers(images)
+    exact = head.losses(inputs, normalizers)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = head.losses(features, *args)
-    stored = head.losses(features.bfloat16(), *args)
+        rough = head.losses(inputs, normalizers)
+    stored = head.losses(replace(inputs, features=features.bfloat16()), normalizers)
     for name in exact:
         assert rough[name].dtype == torch.float32
         assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.1)
@@ -211,7 +221,8 @@ def test_autocast_and_features_in_half_precision(images):
 def test_classification_is_pytorchs_weighted_mean(images):
     head = make_head()
     features, normalizers = torch.randn(4, 12, 4, 4), head.normalizers(images)
-    losses = head.losses(features, NOT_PADDED, images, SIZES, (64, 64), normalizers)
+    inputs = HeadInputs(features, NOT_PADDED, images, SIZES, (64, 64))
+    losses = head.losses(inputs, normalizers)
     output, targets = head(features), head._targets(images, SIZES, features.device)
     matching = head.match(output, targets)
     weight = torch.tensor([1.0] * 5 + [0.1])
@@ -232,9 +243,9 @@ def test_inference_leaves_out_what_repeats_a_better_box():
         head.query_embeds.weight *= 4
         head.bbox_embeds.layers[-1].weight *= 8  # boxes of all kinds, some near each other
     inputs = (torch.randn(1, 12, 4, 4), NOT_PADDED[:1], [{"height": 64, "width": 64}], SIZES[:1], (64, 64))
-    every = head.inference(*inputs)[0]
+    every = head.inference(HeadInputs(*inputs))[0]
     head.nms_thresh = thresh
-    kept = head.inference(*inputs)[0]
+    kept = head.inference(HeadInputs(*inputs))[0]
     assert 1 < len(kept) < len(every) == 40
     assert (kept.scores.diff() <= 0).all()
     chosen = []

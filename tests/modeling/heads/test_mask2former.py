@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.ops import masks_to_boxes
 
 from visft.errors import ConfigError, DataError
-from visft.modeling.heads import LabelSpace, Mask2FormerHead
+from visft.modeling.heads import HeadInputs, LabelSpace, Mask2FormerHead
 from visft.modeling.heads.common import losses
 from visft.modeling.heads.mask2former import mask2former_head
 from visft.modeling.heads.mask2former.mask2former_head import MaskOutput, _sample_targets, tight_boxes
@@ -31,7 +31,9 @@ def losses_of(head, features, images, normalizers=None, seed=3, padded_size=(64,
     torch.manual_seed(seed)
     sizes = [image["instances"].image_size for image in images]
     normalizers = head.normalizers(images) if normalizers is None else normalizers
-    return head.losses(features, NOT_PADDED[: len(images)], images, sizes, padded_size, normalizers)
+    return head.losses(
+        HeadInputs(features, NOT_PADDED[: len(images)], images, sizes, padded_size), normalizers
+    )
 
 
 def gradients(head, losses) -> dict[str, torch.Tensor]:
@@ -148,7 +150,7 @@ def test_hundreds_of_masks_are_never_floats_all_at_once(polygons):
     head, features = make_head(num_points=256), torch.randn(1, 12, 8, 8)
     normalizers = head.normalizers([image])
     with Largest() as seen:
-        found = head.losses(features, NOT_PADDED[:1], [image], [size], size, normalizers)
+        found = head.losses(HeadInputs(features, NOT_PADDED[:1], [image], [size], size), normalizers)
         sum(found.values()).backward()
     points = 256 + 768 + 64
     assert seen.numbers == count * points < count * size[0] * size[1] // 50
@@ -231,10 +233,10 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
     for _ in range(120):
         optimizer.zero_grad()
-        sum(head.losses(*args, head.normalizers(image)).values()).backward()
+        sum(head.losses(HeadInputs(*args), head.normalizers(image)).values()).backward()
         optimizer.step()
     with torch.no_grad():
-        result = head.eval().inference(*args)[0].to("cpu")
+        result = head.eval().inference(HeadInputs(*args))[0].to("cpu")
     assert result.image_size == (96, 128)
     assert result.pred_masks.dtype == torch.bool and result.pred_masks.shape[1:] == (96, 128)
     best = result[result.scores > 0.5]
@@ -248,7 +250,7 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
 def test_predictions_are_tight_scored_and_limited(images):
     head, features = make_head(max_detections=9).eval(), 3 * torch.randn(4, 12, 8, 8)
     with torch.no_grad():
-        results = head.inference(features, NOT_PADDED, images, SIZES, (64, 64))
+        results = head.inference(HeadInputs(features, NOT_PADDED, images, SIZES, (64, 64)))
         output = head(features)
     assert any(len(result) for result in results)
     for n, result in enumerate(results):
@@ -277,7 +279,7 @@ def test_no_mask_at_all_is_an_empty_prediction(images):
     head = make_head().eval()
     for parameter in head.predictor.mask_embed.parameters():
         torch.nn.init.zeros_(parameter)
-    result = head.inference(torch.randn(4, 12, 8, 8), NOT_PADDED, images, SIZES, (64, 64))[0]
+    result = head.inference(HeadInputs(torch.randn(4, 12, 8, 8), NOT_PADDED, images, SIZES, (64, 64)))[0]
     assert len(result) == 0 and result.pred_masks.shape == (0, 128, 128) and len(result.pred_boxes) == 0
 
 

@@ -8,6 +8,7 @@ from visft import model_zoo
 from visft.classes.open_names import OpenNames, read_names
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT
+from visft.modeling.heads import HeadInputs
 from visft.modeling.open_vocabulary import (
     OpenVocabulary,
     best_of_each,
@@ -29,7 +30,7 @@ class Proposer(torch.nn.Module):
         super().__init__()
         self.masks = masks
 
-    def proposals(self, *given) -> list[Instances]:
+    def proposals(self, inputs=None) -> list[Instances]:
         boxes = torch.tensor([[4.0, 4, 40, 40], [4, 4, 39, 40], [30, 30, 60, 56]])
         found = Instances(SIZE, pred_boxes=Boxes(boxes), objectness=OBJECTNESS)
         if self.masks:
@@ -52,7 +53,7 @@ def vocabulary(tower: CLIPViT, names=WORDS, **options) -> OpenVocabulary:
 
 def named(words: OpenVocabulary, masks: bool = True) -> Instances:
     features = torch.randn(1, 192, 8, 8, generator=torch.Generator().manual_seed(1))
-    return words.inference(Proposer(masks), features, None, IMAGES, [SIZE], SIZE)[0]
+    return words.inference(Proposer(masks), HeadInputs(features, None, IMAGES, [SIZE], SIZE))[0]
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -60,7 +61,7 @@ def test_score_is_its_formula(tower, masks):
     words = vocabulary(tower, objectness_power=0.4, text_power=0.7, logit_scale=20.0)
     found = named(words, masks)
     features = torch.randn(1, 192, 8, 8, generator=torch.Generator().manual_seed(1))
-    (region,) = words.text.inference(features, None, IMAGES, [SIZE], SIZE)
+    (region,) = words.text.inference(HeadInputs(features, None, IMAGES, [SIZE], SIZE))
     (proposed,) = Proposer(masks).proposals()
     embedded = region.embeddings(proposed.pred_masks if masks else proposed.pred_boxes)
     texts = words.text.class_text([(name,) for name in (*WORDS, "background")]).embeddings
@@ -122,12 +123,14 @@ def test_an_image_to_look_at_has_one_name_a_proposal(tower):
 @pytest.mark.parametrize("masks", [True, False])
 def test_nothing_proposed_is_nothing_found(tower, masks):
     class Empty(Proposer):
-        def proposals(self, *given):
+        def proposals(self, inputs):
             (found,) = super().proposals()
             return [found[torch.zeros(0, dtype=torch.int64)]]
 
     words = vocabulary(tower)
-    (found,) = words.inference(Empty(masks), torch.randn(1, 192, 8, 8), None, IMAGES, [SIZE], SIZE)
+    (found,) = words.inference(
+        Empty(masks), HeadInputs(torch.randn(1, 192, 8, 8), None, IMAGES, [SIZE], SIZE)
+    )
     assert len(found) == 0 and {"scores", "pred_classes"} <= set(found.get_fields())
 
 

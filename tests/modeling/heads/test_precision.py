@@ -16,6 +16,7 @@ from visft.modeling.backbone import CLIPViT
 from visft.modeling.heads import (
     CaptionHead,
     DETRHead,
+    HeadInputs,
     LabelSpace,
     Mask2FormerHead,
     RegionTextHead,
@@ -99,9 +100,10 @@ def test_a_head_under_autocast_is_near_one_in_float32(name, dtype, labelled, mon
 
     def computed() -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
-        losses = head.losses(features, *given, head.normalizers(labelled))
+        head.draw()
+        losses = head.losses(HeadInputs(features, *given), head.normalizers(labelled))
         with torch.no_grad():
-            head.inference(features, *given)
+            head.inference(HeadInputs(features, *given))
         return losses
 
     expected = computed()

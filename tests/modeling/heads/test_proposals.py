@@ -5,7 +5,7 @@ import torch
 from annotated_images import annotated
 from torch.nn import functional as F
 
-from visft.modeling.heads import DETRHead, LabelSpace, Mask2FormerHead
+from visft.modeling.heads import DETRHead, HeadInputs, LabelSpace, Mask2FormerHead
 
 LABELS = [LabelSpace(5), LabelSpace(9, dataset_ids=(1, 4, 8))]
 SIZES, PADDED = [(64, 48), (40, 64)], (64, 64)
@@ -36,7 +36,9 @@ def arguments() -> tuple:
 @torch.no_grad()
 def test_each_detection_is_a_proposal_that_is_as_sure_of_an_object(make, class_loss, labels):
     head, given = make(labels=labels, class_loss=class_loss), arguments()
-    for found, proposed in zip(head.inference(*given), head.proposals(*given), strict=True):
+    for found, proposed in zip(
+        head.inference(HeadInputs(*given)), head.proposals(HeadInputs(*given)), strict=True
+    ):
         assert set(proposed.get_fields()) == set(found.get_fields()) - {"scores", "pred_classes"} | {
             "objectness"
         }
@@ -68,7 +70,7 @@ def test_objectness_is_its_formula(make):
             maps = F.interpolate(maps[None, :, :h, :w], (2 * h, 2 * w), mode="bilinear", align_corners=False)
             quality = torch.stack([m[m > 0].sigmoid().mean() for m in maps[0]])
             expected.append((scores[:, :5].sum(-1) * quality)[~quality.isnan()])
-    for own, proposed in zip(expected, head.proposals(*given), strict=True):
+    for own, proposed in zip(expected, head.proposals(HeadInputs(*given)), strict=True):
         torch.testing.assert_close(proposed.objectness, own, rtol=1e-5, atol=1e-6)
 
 
@@ -77,5 +79,5 @@ def test_a_query_without_a_mask_proposes_nothing():
     head, given = segmenter(labels=LABELS[0]), arguments()
     head.pixel_decoder.mask_features.weight.zero_()
     head.pixel_decoder.mask_features.bias.zero_()
-    for proposed in head.proposals(*given):
+    for proposed in head.proposals(HeadInputs(*given)):
         assert len(proposed) == 0 and proposed.pred_masks.shape[1:] == proposed.image_size

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from visft import add_visft_config
 from visft.errors import ConfigError, DataError
-from visft.modeling.heads import build_head
+from visft.modeling.heads import HeadInputs, build_head
 from visft.modeling.heads.rcnn_head import FEATURE, RCNNHead, detector_stride
 
 CHANNELS = 16
@@ -126,7 +126,7 @@ def test_losses_are_detectron2s(parts, kind):
     model = beside(head)
     images = batch(kind)
     torch.manual_seed(1)
-    losses = head.losses(*arguments(model, images), head.normalizers(images))
+    losses = head.losses(HeadInputs(*arguments(model, images)), head.normalizers(images))
     stock = batch("bitmasks" if kind == "tensor" else kind)  # detectron2 does not know plain tensors
     torch.manual_seed(1)
     with EventStorage():
@@ -142,7 +142,7 @@ def test_detections_are_detectron2s(parts):
     model = beside(head).eval()
     images = batch()
     with torch.no_grad():
-        found = head.inference(*arguments(model, images))
+        found = head.inference(HeadInputs(*arguments(model, images)))
         expected = [output["instances"] for output in model(images)]
     for ours, theirs, image in zip(found, expected, images, strict=True):
         assert ours.image_size == (image["height"], image["width"])
@@ -161,7 +161,7 @@ def test_a_frozen_head_still_has_losses():
     statistics = {name: value.clone() for name, value in head.named_buffers() if "running" in name}
     assert statistics
     given = arguments(model, images)
-    losses = head.losses(*given, head.normalizers(images))
+    losses = head.losses(HeadInputs(*given), head.normalizers(images))
     sum(losses.values()).backward()
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
     assert model.backbone.convolution.weight.grad.abs().sum() > 0
@@ -174,9 +174,9 @@ def test_losses_count_pictures_over_all_processes():
     head = build()
     model, images = beside(head), batch()
     torch.manual_seed(1)
-    own = head.losses(*arguments(model, images[:1]), torch.tensor([1.0]))
+    own = head.losses(HeadInputs(*arguments(model, images[:1])), torch.tensor([1.0]))
     torch.manual_seed(1)
-    shared = head.losses(*arguments(model, images[:1]), torch.tensor([2.0]))
+    shared = head.losses(HeadInputs(*arguments(model, images[:1])), torch.tensor([2.0]))
     for name, value in own.items():
         torch.testing.assert_close(2 * shared[name], value)
 
@@ -195,7 +195,7 @@ def test_a_picture_without_objects_is_labelled_though_it_has_no_masks():
     assert head.normalizers([]).tolist() == [0]
 
     model, images = beside(head), [empty, bare]
-    losses = head.losses(*arguments(model, images), head.normalizers(images))
+    losses = head.losses(HeadInputs(*arguments(model, images)), head.normalizers(images))
     sum(losses.values()).backward()
     assert all(torch.isfinite(value) for value in losses.values())
     # DistributedDataParallel waits for every parameter.
@@ -215,9 +215,9 @@ def test_proposals_may_come_with_the_pictures():
         image["proposals"] = Instances(image["image"].shape[-2:])
         image["proposals"].proposal_boxes = Boxes(image["instances"].gt_boxes.tensor.clone())
         image["proposals"].objectness_logits = torch.zeros(len(image["instances"]))
-    losses = head.losses(*arguments(model, images), head.normalizers(images))
+    losses = head.losses(HeadInputs(*arguments(model, images)), head.normalizers(images))
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
-    assert len(head.inference(*arguments(model, images))[0]) > 0
+    assert len(head.inference(HeadInputs(*arguments(model, images)))[0]) > 0
 
 
 def test_stride_14_is_resampled_to_16_and_places_stay():
@@ -226,7 +226,7 @@ def test_stride_14_is_resampled_to_16_and_places_stay():
     head = build(stride=14)
     height, width = 12, 18
     y = (torch.arange(height) + 0.5).mul(14).view(1, 1, -1, 1).expand(1, CHANNELS, height, width)
-    maps, images = head._inputs(y, [(160, 240)], (14 * height, 14 * width))
+    maps, images = head._maps(HeadInputs(y, None, [{}], [(160, 240)], (14 * height, 14 * width)))
     rows = maps[FEATURE][0, 0, :, 0]
     assert maps[FEATURE].shape[-2:] == (168 // 16, 252 // 16)
     torch.testing.assert_close(rows, (torch.arange(len(rows)) + 0.5) * 16)
@@ -234,7 +234,7 @@ def test_stride_14_is_resampled_to_16_and_places_stay():
 
     model = beside(head, stride=14)
     pictures = batch()
-    losses = head.losses(*arguments(model, pictures), head.normalizers(pictures))
+    losses = head.losses(HeadInputs(*arguments(model, pictures)), head.normalizers(pictures))
     assert all(torch.isfinite(value) for value in losses.values())
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visft.classes.class_names import stuff_words, synonyms, words
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT, class_embeddings, lora, open_clip_models
-from visft.modeling.heads import LabelSpace, RegionTextHead
+from visft.modeling.heads import HeadInputs, LabelSpace, RegionTextHead
 from visft.modeling.heads.common.federated import Federated
 
 NAMES = [("dog",), ("traffic light",), ("bird",), ("cup", "mug"), ("knife",)]
@@ -37,7 +37,7 @@ def losses(
     """Of the pictures with objects."""
     padding = torch.zeros(len(images), *features.shape[-2:], dtype=torch.bool)
     normalizers = head.normalizers(images) if normalizers is None else normalizers
-    found = head.losses(features, padding, images, [SIZE] * len(images), SIZE, normalizers)
+    found = head.losses(HeadInputs(features, padding, images, [SIZE] * len(images), SIZE), normalizers)
     assert list(found) == ["loss_text"]
     return found["loss_text"]
 
@@ -195,7 +195,7 @@ def test_names_that_take_no_part_are_no_negatives(tower, images):
     torch.manual_seed(4)
     found = losses(head, features, [image])
     full = head_of(tower)
-    region = full.inference(features, None, [image], [SIZE], SIZE)[0]
+    region = full.inference(HeadInputs(features, None, [image], [SIZE], SIZE))[0]
     mask = image["instances"].gt_masks.tensor
     doubled = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the original picture is twice as large
     logits = region.logits(doubled)[0]
@@ -206,7 +206,7 @@ def test_what_inference_names_is_what_training_classifies(tower, labelled):
     head, features = head_of(tower), torch.randn(3, 192, 8, 8)
     total = torch.zeros(())
     for image, found in zip(
-        labelled, head.inference(features, None, labelled, [SIZE] * 3, SIZE), strict=True
+        labelled, head.inference(HeadInputs(features, None, labelled, [SIZE] * 3, SIZE)), strict=True
     ):
         masks = image["instances"].gt_masks.tensor.repeat_interleave(2, 1).repeat_interleave(2, 2)
         total = total + F.cross_entropy(found.logits(masks), image["instances"].gt_classes, reduction="sum")

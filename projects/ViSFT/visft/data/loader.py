@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +26,7 @@ from visft.data.images import PictureError
 from visft.data.mapper import ViSFTMapper, build_test_mapper
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
 from visft.data.training_records import load_records
-from visft.data.workers import outlive_signals
+from visft.data.workers import loader_options, num_workers, pins_memory
 from visft.errors import ConfigError, DataError, VisftError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +74,7 @@ def build_train_loader(
         start_iteration=start_iteration,
         seed=seed,
         num_workers=num_workers(cfg),
+        pin_memory=pins_memory(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -89,6 +89,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
         load_records((dataset_name,), train=False, rules=ImageRules.of(cfg)),
         build_test_mapper(cfg),
         num_workers=num_workers(cfg),
+        pin_memory=pins_memory(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -110,12 +111,6 @@ def share_of(batch_size: int, world_size: int, key: str) -> int:
             f"expected a multiple of {world_size}"
         )
     return batch_size // world_size
-
-
-def num_workers(cfg: CfgNode) -> int:
-    """Worker processes of a loader: DATALOADER.NUM_WORKERS, or as many as there are processors."""
-    # More than there are processors only wait for one another, and torch warns of them; the batches are the same.
-    return min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
 
 
 class PictureCounts:
@@ -177,6 +172,7 @@ class TrainLoader:
         start_iteration: int = 0,
         seed: int,
         num_workers: int = 0,
+        pin_memory: bool = False,
         skip_broken: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
@@ -187,6 +183,7 @@ class TrainLoader:
             mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
             repeats: [number of records] how often each comes in an epoch; None: once.
             batch_size: over all processes.
+            num_workers, pin_memory: see `loader_options`.
             skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
             rank, world_size: default: those of the process group.
         """
@@ -201,10 +198,8 @@ class TrainLoader:
             batch_sampler=Positions(
                 len(records), seed, start_iteration * batch_size + rank * share, share, batch_size, repeats
             ),
-            num_workers=num_workers,
             collate_fn=trivial_batch_collator,
-            generator=own_generator(),
-            worker_init_fn=outlive_signals,
+            **loader_options(num_workers, pin_memory),
         )
         self._batches: Iterator | None = None
 
@@ -235,6 +230,7 @@ class TestLoader:
         mapper: Callable[[dict], dict],
         *,
         num_workers: int = 0,
+        pin_memory: bool = False,
         skip_broken: bool = False,
     ):
         self._skip_broken = skip_broken
@@ -242,10 +238,8 @@ class TestLoader:
             _TestSamples(as_dataset(records), mapper),
             batch_size=1,
             sampler=InferenceSampler(len(records)),
-            num_workers=num_workers,
             collate_fn=trivial_batch_collator,
-            generator=own_generator(),
-            worker_init_fn=outlive_signals,
+            **loader_options(num_workers, pin_memory),
         )
 
     def __len__(self) -> int:
@@ -374,9 +368,3 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def own_generator() -> torch.Generator:
-    """For DataLoader, which else draws from torch's global generator whenever it starts, so that a resumed run (which
-    starts loaders at other moments) would go another way."""
-    return torch.Generator().manual_seed(0)

@@ -29,13 +29,11 @@ from visft.data.loader import (
     build_train_loader,
     derived_seed,
     load_records,
-    num_workers,
-    own_generator,
     share_of,
 )
 from visft.data.mapper import ViSFTMapper
 from visft.data.repeat_factor import build_repeats, epoch_length
-from visft.data.workers import outlive_signals
+from visft.data.workers import loader_options, num_workers, pins_memory
 from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -197,6 +195,7 @@ def build_stage_loader(
         start_iteration=start_iteration,
         accumulate=solver.ACCUMULATE,
         num_workers=num_workers(cfg),
+        pin_memory=pins_memory(cfg),
         skip_broken=cfg.DATALOADER.SKIP_BROKEN,
     )
 
@@ -289,6 +288,7 @@ class MixedLoader:
         start_iteration: int = 0,
         accumulate: int = 1,
         num_workers: int = 0,
+        pin_memory: bool = False,
         skip_broken: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
@@ -299,6 +299,7 @@ class MixedLoader:
             ratios: how often each is drawn, relative to the others.
             start_iteration: the first to deliver; the batches are those of a run that started at 0.
             accumulate: batches an iteration.
+            num_workers, pin_memory: see `loader_options`.
             skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
             rank, world_size: default: those of the process group.
 
@@ -322,10 +323,8 @@ class MixedLoader:
             _TaskSamples([task.name for task in tasks], samples),
             sampler=_TaskPositions(draws, streams, start_iteration, accumulate),
             batch_size=None,
-            num_workers=num_workers,
             collate_fn=_as_it_is,
-            generator=own_generator(),
-            worker_init_fn=outlive_signals,
+            **loader_options(num_workers, pin_memory),
         )
         self._batches: Iterator | None = None
 

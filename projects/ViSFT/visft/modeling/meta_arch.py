@@ -3,6 +3,7 @@
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from visft.classes.dataset_classes import Classes
 from visft.errors import ConfigError
 from visft.modeling.gradient_balance import balanced_copies
-from visft.modeling.heads import Caption, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
+from visft.modeling.heads import Caption, HeadInputs, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
 from visft.modeling.open_vocabulary import OpenVocabulary, build_open_vocabulary
 from visft.modeling.tower_losses import Batch, ObjectiveGroup, build_objectives
 from visft.modeling.tower_losses.tower_losses import draw_number
@@ -218,76 +219,65 @@ class ViSFT(nn.Module):
     def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """Weighted losses, `head/loss`, of every head that has labels in the batch, and of every objective.
 
-        Pictures without labels for any of them are not computed. With several processes, a head divides by the mean of
+        Images without labels for any of them are not computed. With several processes, a head divides by the mean of
         its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
         """
-
-        @functools.cache
-        def extract(rows: tuple[int, ...]) -> tuple:
-            return self.extract([batched_inputs[i] for i in rows])
-
+        extract = functools.cache(lambda indices: self.extract([batched_inputs[i] for i in indices]))
         # Drawn first: heads with dropout leave the processes' generators in different states.
         active = self.stage == "lora" and len(self.objectives) > 0
         batch = Batch(self.backbone, batched_inputs, extract, draw_number(), self.device) if active else None
-        losses, labelled = self._head_losses(batched_inputs, extract) if self.heads else ({}, {})
+        labelled = {name: self._labelled(name, batched_inputs) for name in self.heads}
+        losses = self._head_losses(batched_inputs, labelled, extract) if self.heads else {}
         if batch is not None:
             losses |= self.objectives.losses(batch)
         # A leaf of its own: `backward` can be called and leads nowhere.
         losses = losses or {UNLABELLED: self.pixel_mean.new_zeros((), requires_grad=True)}
         return self._complete(losses, labelled, tower=any(labelled.values()) or bool(batch and batch.ran))
 
+    def _labelled(self, name: str, batched_inputs: list[dict]) -> list[int]:
+        """Indices of the images that a head learns from; none where nothing could learn from it."""
+        head = self.heads[name]
+        if not (head.trainable or self.stage == "lora"):
+            return []
+        return [i for i, x in enumerate(batched_inputs) if x.get("task", name) == name and head.has_labels(x)]
+
     def _head_losses(
-        self, batched_inputs: list[dict], extract: Callable[[tuple[int, ...]], tuple]
-    ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """The heads' losses, the same names in every process, and the indices of each head's pictures."""
-        labelled = {
-            name: [
-                i
-                for i, image in enumerate(batched_inputs)
-                if image.get("task", name) == name and head.has_labels(image)
-            ]
-            if head.trainable or self.stage == "lora"
-            else []  # nothing could learn from it
-            for name, head in self.heads.items()
-        }
+        self,
+        batched_inputs: list[dict],
+        labelled: dict[str, list[int]],
+        extract: Callable[[tuple[int, ...]], HeadInputs],
+    ) -> dict[str, Tensor]:
+        """The heads' weighted losses, the same names in every process."""
         normalizers, holders = self._count(batched_inputs, labelled)
-        union = sorted({i for rows in labelled.values() for i in rows})
-        losses: dict[str, Tensor] = {}
+        union = tuple(sorted({i for indices in labelled.values() for i in indices}))
         balanced = {name: self.loss_weights[name] for name, processes in holders.items() if processes}
-        balance = self.balance_gradients and self.stage == "lora" and len(balanced) > 1
+        if not self.balance_gradients or self.stage != "lora" or len(balanced) < 2:
+            balanced = {}
+        losses: dict[str, Tensor] = {}
         if union:
-            images = [batched_inputs[i] for i in union]
-            features, padding_mask, image_sizes, padded_size = extract(tuple(union))
-            maps = balanced_copies(features, balanced) if balance else dict.fromkeys(self.heads, features)
-            for name, head in self.heads.items():
-                rows = [union.index(i) for i in labelled[name]]
-                if not rows:
-                    continue
-                everything = len(rows) == len(union)
-                own = head.losses(
-                    maps[name] if everything else maps[name][rows],
-                    padding_mask if everything else padding_mask[rows],
-                    [images[i] for i in rows],
-                    [image_sizes[i] for i in rows],
-                    padded_size,
-                    normalizers[name],
-                )
-                losses.update(
-                    {f"{name}/{key}": self.loss_weights[name] * value for key, value in own.items()}
-                )
-        # detectron2's trainer averages rank 0's losses by name over all processes.
-        nothing = self.pixel_mean.new_zeros
-        if any(0 < count < comm.get_world_size() for count in holders.values()):
-            names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
-            losses = {
-                name: losses[name] if name in losses else nothing((), requires_grad=True) for name in names
-            }
-        if balance and not union:
+            inputs = extract(union)
+            maps = balanced_copies(inputs.features, balanced) if balanced else {}
+            for name, indices in labelled.items():
+                if indices:
+                    own = replace(inputs, features=maps.get(name, inputs.features))
+                    own = own.select([union.index(i) for i in indices])
+                    found = self.heads[name].losses(own, normalizers[name])
+                    losses |= {f"{name}/{key}": self.loss_weights[name] * loss for key, loss in found.items()}
+        losses = self._with_others_names(losses, holders)
+        if balanced and not union:
             # The other processes wait for this one's norms, in their backward pass.
             idle = balanced_copies(zero_for(self.backbone.parameters(), self.device), balanced)
             first = next(iter(losses))
             losses[first] = losses[first] + 0 * sum(idle.values())
-        return losses, labelled
+        return losses
+
+    def _with_others_names(self, losses: dict[str, Tensor], holders: dict[str, int]) -> dict[str, Tensor]:
+        """Losses with a zero for each that another process has: detectron2's trainer averages rank 0's by name."""
+        if not any(0 < count < comm.get_world_size() for count in holders.values()):
+            return losses
+        names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
+        nothing = self.pixel_mean.new_zeros
+        return {n: losses[n] if n in losses else nothing((), requires_grad=True) for n in names}
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """What each head predicts, in coordinates of the original pictures, under its name.
@@ -298,14 +288,11 @@ class ViSFT(nn.Module):
         With an open vocabulary, heads that propose masks or boxes give these under its names. What others find under
         the classes they learnt is left out.
         """
-        features, padding_mask, image_sizes, padded_size = self.extract(batched_inputs)
-        sizes = zip(batched_inputs, image_sizes, strict=True)
-        images = [{"height": size[0], "width": size[1], **image} for image, size in sizes]
-        results: list[dict] = [{} for _ in images]
+        inputs = self.extract(batched_inputs)
+        results: list[dict] = [{} for _ in batched_inputs]
         for name, head in self.heads.items():
-            given = (features, padding_mask, images, image_sizes, padded_size)
             named = self.open_vocabulary is not None and hasattr(head, "proposals")
-            outputs = self.open_vocabulary.inference(head, *given) if named else head.inference(*given)
+            outputs = self.open_vocabulary.inference(head, inputs) if named else head.inference(inputs)
             for result, output in zip(results, outputs, strict=True):
                 if named or self.open_vocabulary is None or not isinstance(output, Instances):
                     result[name] = output
@@ -319,14 +306,12 @@ class ViSFT(nn.Module):
                 result["caption"] = captions[0]
         return results
 
-    def extract(self, images: list[dict]) -> tuple[Tensor, Tensor, list[tuple[int, int]], tuple[int, int]]:
+    def extract(self, images: list[dict]) -> HeadInputs:
         """Normalise, pad with zeros at the bottom and the right, run the tower.
 
-        Returns:
-            Features `[N, C, h, w]`; the padding mask `[N, h, w]`, True where a cell's corner pixel is padding
-            (nearest resampling); the pictures' sizes `(H, W)` before padding; the size after it.
+        A cell is padding where its corner pixel is (nearest resampling).
         """
-        pictures = [image["image"].to(self.device) for image in images]
+        pictures = [image["image"].to(self.device, non_blocking=True) for image in images]
         batch = ImageList.from_tensors(
             [(picture - self.pixel_mean) / self.pixel_std for picture in pictures],
             self.backbone.size_divisibility,
@@ -341,7 +326,8 @@ class ViSFT(nn.Module):
         for row, (height, width) in zip(padding, image_sizes, strict=True):
             row[:, :height, :width] = 0
         mask = nn.functional.interpolate(padding, size=features.shape[-2:], mode="nearest")
-        return features, mask[:, 0].bool().to(self.device), image_sizes, padded_size
+        mask = mask[:, 0].bool().to(self.device, non_blocking=True)
+        return HeadInputs(features, mask, list(images), image_sizes, padded_size)
 
     def _pixel_values(self, name: str, given: Sequence[float] | None) -> Tensor:
         """Mean or standard deviation `[3]` of R, G, B, in units of 0..255."""
@@ -362,10 +348,10 @@ class ViSFT(nn.Module):
         One reduction for all heads. In double precision: counts are exact, sums of class weights nearly so.
         """
         processes = comm.get_world_size()
-        counts = {
-            name: head.normalizers([batched_inputs[i] for i in labelled[name]]).double().flatten()
-            for name, head in self.heads.items()
-        }
+        counts = {}
+        for name, head in self.heads.items():
+            head.draw()
+            counts[name] = head.normalizers([batched_inputs[i] for i in labelled[name]]).double().flatten()
         held = torch.tensor([float(bool(rows)) for rows in labelled.values()], dtype=torch.float64)
         flat = torch.cat([held, *counts.values()])
         if processes > 1:

@@ -24,6 +24,7 @@ from visft.classes.open_names import TEST, OpenNames, names_of, read_names
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS
+from visft.modeling.heads.base import HeadInputs
 from visft.modeling.heads.common.classification import best_pairs
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.region_text_head import RegionText, RegionTextHead
@@ -102,23 +103,19 @@ class OpenVocabulary(nn.Module):
             self.text = self._head().to(device)
             self.text.bind(backbone)
 
-    def inference(
-        self, head: nn.Module, features, padding_mask, images, image_sizes, padded_size
-    ) -> list[Instances]:
+    def inference(self, head: nn.Module, inputs: HeadInputs) -> list[Instances]:
         """What a head proposes, named: the best pairs of a proposal and a name, without duplicates.
 
         Args:
-            head: with a method `proposals`; the other arguments are those of its `inference`.
+            head: with a method `proposals`.
+            inputs: what the head reads.
 
         Returns:
             For each image the proposals' fields, `scores`, `pred_classes`, and `proposals`: which proposal it was
             (one may get several names).
         """
-        given = (features, padding_mask, images, image_sizes, padded_size)
-        regions = self.text.inference(*given)
-        return [
-            self._name(found, region) for found, region in zip(head.proposals(*given), regions, strict=True)
-        ]
+        pairs = zip(head.proposals(inputs), self.text.inference(inputs), strict=True)
+        return [self._name(found, region) for found, region in pairs]
 
     def _head(self) -> RegionTextHead:
         others = tuple((name,) for name in self.others)

@@ -1,6 +1,6 @@
 """Task heads that fine-tune a tower, and their registry."""
 
-from visft.modeling.heads.base import VisftHead
+from visft.modeling.heads.base import HeadInputs, VisftHead
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY, build_head, head_names
 from visft.modeling.heads.captioning.captioning_head import Caption, CaptioningHead
 from visft.modeling.heads.captioning.lstm_head import CaptionHead
@@ -17,6 +17,7 @@ __all__ = [
     "CaptionHead",
     "CaptioningHead",
     "DETRHead",
+    "HeadInputs",
     "LabelSpace",
     "Mask2FormerHead",
     "RegionText",

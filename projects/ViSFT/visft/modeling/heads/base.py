@@ -1,5 +1,7 @@
 """What the meta-architecture asks of a head."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,19 +11,55 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a head reads of a batch of N images."""
+
+    features: Tensor
+    """The tower's map `[N, C, h, w]`."""
+    padding_mask: Tensor
+    """`[N, h, w]` bool, True where a cell is padding."""
+    images: list[dict]
+    """The mapped dicts."""
+    image_sizes: list[tuple[int, int]]
+    """(height, width) in pixels before padding."""
+    padded_size: tuple[int, int]
+    """(height, width) in pixels that the map covers."""
+
+    def select(self, indices: Sequence[int]) -> "HeadInputs":
+        """The images with these indices, in their order."""
+        if list(indices) == list(range(len(self.images))):
+            return self  # no copy of the map
+        return HeadInputs(
+            self.features[indices],
+            self.padding_mask[indices],
+            [self.images[i] for i in indices],
+            [self.image_sizes[i] for i in indices],
+            self.padded_size,
+        )
+
+    @property
+    def original_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the images before they were resized."""
+        return [original_size(*pair) for pair in zip(self.images, self.image_sizes, strict=True)]
+
+
 class VisftHead(nn.Module):
     """A task head on one feature map.
 
-    It sees features, the padding mask and the batch; not which tower made the features, nor which stage it is. `images`
-    are the mapped dicts of the pictures it gets, `image_sizes` their (h, w) in pixels before padding, `padded_size` the
-    (H, W) that the map covers. A padding mask is True where a cell is padding.
+    It sees features, the padding mask and the batch; not which tower made the features, nor which stage it is.
     """
+
+    label_fields: tuple[str, ...] = ()
+    """Fields of `instances` that it learns from: an image without one of them has no labels for this head."""
 
     class_layers: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules and parameters whose shape follows the number of classes (or words)."""
 
-    reads_masks: bool = True
-    """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+    @property
+    def reads_masks(self) -> bool:
+        """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+        return "gt_masks" in self.label_fields
 
     @property
     def trainable(self) -> bool:
@@ -41,11 +79,14 @@ class VisftHead(nn.Module):
     @classmethod
     def needs_masks(cls, cfg: CfgNode) -> bool:
         """Whether each annotation must have a mask."""
-        return False
+        return "gt_masks" in cls.label_fields
 
     def has_labels(self, image: dict) -> bool:
-        """Whether this picture is annotated for this task (perhaps with nothing to find)."""
-        raise NotImplementedError
+        """Whether this image is annotated for this task (perhaps with nothing to find)."""
+        return "instances" in image and all(has_targets(image, field) for field in self.label_fields)
+
+    def draw(self) -> None:
+        """Draw what a training pass needs at random, alike in all processes; called once, before `normalizers`."""
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[k] counts that the losses are divided by, known before the forward pass.
@@ -58,33 +99,17 @@ class VisftHead(nn.Module):
         """
         raise NotImplementedError
 
-    def losses(
-        self,
-        features: Tensor,
-        padding_mask: Tensor,
-        images: list[dict],
-        image_sizes: list[tuple[int, int]],
-        padded_size: tuple[int, int],
-        normalizers: Tensor,
-    ) -> dict[str, Tensor]:
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
         """Weighted losses, each a scalar.
 
         Args:
-            features: [N, C, h, w].
-            padding_mask: [N, h, w] bool.
+            inputs: images that have labels, at least one.
             normalizers: [k], the mean of `normalizers` over all processes.
         """
         raise NotImplementedError
 
-    def inference(
-        self,
-        features: Tensor,
-        padding_mask: Tensor,
-        images: list[dict],
-        image_sizes: list[tuple[int, int]],
-        padded_size: tuple[int, int],
-    ) -> list[Instances] | list[str]:
-        """One prediction a picture, in coordinates of the original picture (its `height` and `width`)."""
+    def inference(self, inputs: HeadInputs) -> list[Instances] | list[str]:
+        """One prediction an image, in coordinates of the original image (its `height` and `width`)."""
         raise NotImplementedError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import VisftHead, has_targets, num_targets, original_size
+from visft.modeling.heads.base import HeadInputs, VisftHead, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
 from visft.modeling.heads.common.label_space import LabelSpace, label_space
 
@@ -57,7 +57,6 @@ class RCNNHead(VisftHead):
         self.labels = LabelSpace(roi_heads.num_classes)
         branches = [kind for kind in ("mask", "keypoint") if getattr(roi_heads, f"{kind}_on", False)]
         self.label_fields = ("gt_boxes", *(f"gt_{branch}s" for branch in branches))
-        self.reads_masks = "gt_masks" in self.label_fields
         # Whatever counts classes: of boxes (one a stage in a cascade), and of masks.
         classes = [
             name
@@ -105,28 +104,17 @@ class RCNNHead(VisftHead):
     def needs_masks(cls, cfg: CfgNode) -> bool:
         return cfg.MODEL.MASK_ON
 
-    def has_labels(self, image: dict) -> bool:
-        """Whether the picture has all that the branches need."""
-        return all(has_targets(image, field) for field in self.label_fields)
-
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of pictures. detectron2 divides by numbers of samples, which are as many for each picture."""
         for image in images:
             self.labels.check(image)
         return torch.tensor([float(len(images))])
 
-    def losses(
-        self,
-        features: Tensor,
-        padding_mask: Tensor,
-        images: list[dict],
-        image_sizes: list[tuple[int, int]],
-        padded_size: tuple[int, int],
-        normalizers: Tensor,
-    ) -> dict[str, Tensor]:
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
         """The losses of the parts, under detectron2's names (`loss_rpn_cls`, `loss_cls`, ...)."""
-        maps, batch = self._inputs(features, image_sizes, padded_size)
-        targets = [_targets(image, features.device) for image in images]
+        images = inputs.images
+        maps, batch = self._maps(inputs)
+        targets = [_targets(image, inputs.features.device) for image in images]
         # The parts report to an EventStorage, which only a trainer provides.
         storage = contextlib.nullcontext() if has_event_storage() else EventStorage()
         with storage, _computing_losses(self):
@@ -135,33 +123,24 @@ class RCNNHead(VisftHead):
         factor = self.loss_weight * len(images) / float(normalizers[0])
         return {name: factor * loss for name, loss in {**losses, **roi_losses}.items()}
 
-    def inference(
-        self,
-        features: Tensor,
-        padding_mask: Tensor,
-        images: list[dict],
-        image_sizes: list[tuple[int, int]],
-        padded_size: tuple[int, int],
-    ) -> list[Instances]:
-        """Detections in the original pictures, with `pred_masks` where `MASK_ON` says so."""
-        maps, batch = self._inputs(features, image_sizes, padded_size)
-        proposals, _ = self._proposals(maps, batch, images, None)
+    def inference(self, inputs: HeadInputs) -> list[Instances]:
+        """Detections in the original images, with `pred_masks` where `MASK_ON` says so."""
+        maps, batch = self._maps(inputs)
+        proposals, _ = self._proposals(maps, batch, inputs.images, None)
         results, _ = self.roi_heads(batch, maps, proposals, None)
-        sizes = [original_size(image, size) for image, size in zip(images, image_sizes, strict=True)]
+        sizes = inputs.original_sizes
         return [detector_postprocess(result, *size) for result, size in zip(results, sizes, strict=True)]
 
-    def _inputs(
-        self, features: Tensor, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
-    ) -> tuple[dict[str, Tensor], ImageList]:
-        """What detectron2's parts take: named maps, and the pictures, of which they read the sizes alone."""
-        features = features.float()
+    def _maps(self, inputs: HeadInputs) -> tuple[dict[str, Tensor], ImageList]:
+        """What detectron2's parts take: named maps, and the images, of which they read the sizes alone."""
+        features = inputs.features.float()
         if self.scale != 1:
             # By the factor, not to a size: cell centres stay where they are in the picture.
             features = F.interpolate(
                 features, scale_factor=self.scale, mode="bilinear", recompute_scale_factor=False
             )
-        pixels = features.new_zeros(()).expand(len(features), 3, *padded_size)
-        return {FEATURE: features}, ImageList(pixels, image_sizes)
+        pixels = features.new_zeros(()).expand(len(features), 3, *inputs.padded_size)
+        return {FEATURE: features}, ImageList(pixels, inputs.image_sizes)
 
     def _proposals(
         self, maps: dict[str, Tensor], batch: ImageList, images: list[dict], targets: list[Instances] | None

@@ -22,7 +22,7 @@ from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS, ClassText, check_prompts, class_text
 from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
-from visft.modeling.heads.base import VisftHead, has_targets, nonzero_count, num_targets, original_size
+from visft.modeling.heads.base import HeadInputs, VisftHead, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
 from visft.modeling.heads.common import region_pooling
 from visft.modeling.heads.common.federated import Federated, build_federated
@@ -40,6 +40,8 @@ class RegionTextHead(VisftHead):
     A region is its mask where it has one, else its box. Its mean feature goes through the tower's own last norm, pooler
     or projection, to unit length, and is compared with the names' embeddings. Everything is float32 under any autocast.
     """
+
+    label_fields = ("gt_boxes",)
 
     @configurable
     def __init__(
@@ -78,7 +80,6 @@ class RegionTextHead(VisftHead):
         check_prompts("PROMPTS", prompts)
         self.class_names = tuple(tuple(row) for row in names)
         self.prompts, self.regions, self.kind = tuple(prompts), regions, loss
-        self.reads_masks = regions != "boxes"
         self.logit_scale, self.logit_bias, self.weight = logit_scale, 0.0, weight
         self.labels = LabelSpace(len(names))
         self.federated = federated
@@ -135,8 +136,12 @@ class RegionTextHead(VisftHead):
             raise ConfigError("this RegionTextHead knows no tower yet: call bind(backbone) first")
         return self._backbone[0]
 
+    @property
+    def reads_masks(self) -> bool:
+        return self.regions != "boxes"
+
     def has_labels(self, image: dict) -> bool:
-        return has_targets(image, "gt_boxes") and num_targets(image) > 0
+        return super().has_labels(image) and num_targets(image) > 0
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of regions. With a federated loss [1 + classes + 1]: then whether each class is there."""
@@ -147,14 +152,13 @@ class RegionTextHead(VisftHead):
             return count
         return torch.cat((count, self.federated.present(images, self.labels)))
 
-    def losses(
-        self, features, padding_mask, images, image_sizes, padded_size, normalizers
-    ) -> dict[str, Tensor]:
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+        features, images = inputs.features, inputs.images
         chosen = None if self.federated is None else self.federated.draw(normalizers[1:])[:-1]
         device = features.device
         grid = tuple(features.shape[-2:])
         means = [
-            region_pooling.pool(map_, self._coverage(image, padded_size, grid).to(device))
+            region_pooling.pool(map_, self._coverage(image, inputs.padded_size, grid).to(device))
             for map_, image in zip(features, images, strict=True)
         ]
         logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
@@ -164,10 +168,11 @@ class RegionTextHead(VisftHead):
         loss = self._loss(logits, self.rows[classes])
         return {"loss_text": self.weight * loss / nonzero_count(normalizers[0].to(device))}
 
-    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> "list[RegionText]":
+    def inference(self, inputs: HeadInputs) -> "list[RegionText]":
+        sizes = zip(inputs.image_sizes, inputs.original_sizes, strict=True)
         return [
-            RegionText(self, map_, size, padded_size, original_size(image, size))
-            for map_, image, size in zip(features, images, image_sizes, strict=True)
+            RegionText(self, map_, size, inputs.padded_size, original)
+            for map_, (size, original) in zip(inputs.features, sizes, strict=True)
         ]
 
     def class_text(self, names: Sequence[Sequence[str]], prompts: Sequence[str] | None = None) -> ClassText:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.untuned_tower import OriginalTower
-
-Extracted = tuple[Tensor, Tensor, list[tuple[int, int]], tuple[int, int]]
-"""What `ViSFT.extract` returns: the map, the padding mask, the pictures' sizes, the size after padding."""
+from visft.modeling.heads.base import HeadInputs
 
 
 class Batch:
@@ -33,7 +31,7 @@ class Batch:
         self,
         backbone: CLIPViT,
         images: Sequence[dict],
-        extract: Callable[[tuple[int, ...]], Extracted],
+        extract: Callable[[tuple[int, ...]], HeadInputs],
         draw: int,
         device: torch.device,
     ) -> None:
@@ -43,7 +41,7 @@ class Batch:
         self._extract = extract
         self._kept: dict[tuple, Tensor] = {}
 
-    def features(self, rows: Sequence[int]) -> Extracted:
+    def features(self, rows: Sequence[int]) -> HeadInputs:
         """The tuned tower's map of pictures, as heads see it."""
         self.ran = True
         return self._extract(tuple(rows))
@@ -68,7 +66,9 @@ class Batch:
     def prepared(self, pictures: Sequence[Tensor], size: int = 0) -> Tensor:
         """Pictures `[3, h_i, w_i]`, 0..255, resized as `pictures`, normalised by the tower's own mean and deviation."""
         shape = (size, size) if size else self.backbone.image_size
-        stacked = torch.stack([resized(picture.to(self.device), shape) for picture in pictures])
+        stacked = torch.stack(
+            [resized(picture.to(self.device, non_blocking=True), shape) for picture in pictures]
+        )
         mean, std = (stacked.new_tensor(v).view(3, 1, 1) for v in (self.backbone.mean, self.backbone.std))
         return (stacked / 255 - mean) / std
 

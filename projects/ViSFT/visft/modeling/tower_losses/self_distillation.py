@@ -59,7 +59,8 @@ class SelfDistillation(Objective):
 
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         boxes = [self.regions(batch, row) for row in rows]
-        features, _, _, padded_size = batch.features(rows)
+        inputs = batch.features(rows)
+        features, padded_size = inputs.features, inputs.padded_size
         grid = tuple(features.shape[-2:])
         means = [
             region_pooling.pool(map_, region_pooling.box_coverage(own.to(features.device), padded_size, grid))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import VisftHead, nonzero_count
+from visft.modeling.heads.base import HeadInputs, VisftHead, nonzero_count
 from visft.modeling.heads.captioning.beam_search import CaptionDecoder, beam_search
 from visft.modeling.heads.captioning.vocabulary import Vocabulary, configured_vocabulary, split_words
 from visft.utils import shared_random
@@ -62,8 +62,6 @@ class CaptioningHead(VisftHead):
     seed draw what one process with all their images would.
     """
 
-    reads_masks = False
-
     def __init__(
         self,
         decoder: CaptionDecoder,
@@ -113,20 +111,21 @@ class CaptioningHead(VisftHead):
     def has_labels(self, image: dict) -> bool:
         return any(split_words(caption) for caption in image.get("captions", ()))
 
-    def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of words to be said, ends included; number of captions. Draws the captions of this pass."""
+    def draw(self) -> None:
+        """Which of an image's captions is learned in this pass follows from this number and the image's id."""
         self._draw = shared_random.number()
+
+    def normalizers(self, images: list[dict]) -> Tensor:
+        """[2]: number of words to be said, ends included; number of captions."""
         lengths = [len(tokens) - 1 for tokens in self._captions(images)]
         return torch.tensor([float(sum(lengths)), float(len(lengths))])
 
-    def losses(
-        self, features, padding_mask, images, image_sizes, padded_size, normalizers
-    ) -> dict[str, Tensor]:
-        captions = self._captions(images)
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+        captions = self._captions(inputs.images)
         tokens = pad_sequence(captions, batch_first=True, padding_value=self.vocabulary.pad)
-        tokens = tokens.to(features.device)
+        tokens = tokens.to(inputs.features.device)
         lengths = torch.tensor([len(caption) - 1 for caption in captions])
-        return self.caption_losses(self.cells(features), tokens, lengths, normalizers)
+        return self.caption_losses(self.cells(inputs.features), tokens, lengths, normalizers)
 
     def caption_losses(
         self, cells: Tensor, tokens: Tensor, lengths: Tensor, normalizers: Tensor
@@ -152,11 +151,11 @@ class CaptioningHead(VisftHead):
         """Further losses on attention `[N, T, P]`, which is 0 after a caption's end; none by default."""
         return {}
 
-    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Caption]:
+    def inference(self, inputs: HeadInputs) -> list[Caption]:
         vocabulary = self.vocabulary
         found = beam_search(
             self.decoder,
-            self.cells(features),
+            self.cells(inputs.features),
             start=vocabulary.start,
             end=vocabulary.end,
             forbidden=(vocabulary.pad, vocabulary.unknown, vocabulary.start),
@@ -164,10 +163,10 @@ class CaptioningHead(VisftHead):
             max_length=self.max_length,
         )
         captions = []
-        for (ids, maps, score), (height, width) in zip(found, image_sizes, strict=True):
+        for (ids, maps, score), (height, width) in zip(found, inputs.image_sizes, strict=True):
             words = tuple(vocabulary.decode(ids))
             maps = maps.view(-1, self.grid, self.grid).cpu()
-            seen = (height / padded_size[0], width / padded_size[1])
+            seen = (height / inputs.padded_size[0], width / inputs.padded_size[1])
             captions.append(Caption(" ".join(words), words, maps, seen, score))
         return captions
 

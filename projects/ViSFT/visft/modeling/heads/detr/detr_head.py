@@ -1,6 +1,6 @@
 """Detection by DETR (arXiv 2005.12872)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -10,25 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import (
-    VisftHead,
-    has_targets,
-    loss_names,
-    nonzero_count,
-    num_targets,
-    original_size,
-)
+from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
-from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
 from visft.modeling.heads.common.federated import Federated
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.common.label_space import LabelSpace
 from visft.modeling.heads.common.layers import MLP, check_divisible
 from visft.modeling.heads.common.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from visft.modeling.heads.common.matcher import Matching, match
-from visft.modeling.heads.common.objectness import objectness
 from visft.modeling.heads.common.position_encoding import sine_position_encoding
-from visft.modeling.heads.common.query_settings import query_head_settings
+from visft.modeling.heads.common.query_head import QueryHead, by_layer
 from visft.modeling.heads.detr.detr_transformer import DETRTransformer
 
 
@@ -54,7 +45,7 @@ class DETRTargets:
 
 
 @VISFT_HEADS_REGISTRY.register()
-class DETRHead(VisftHead):
+class DETRHead(QueryHead):
     """Boxes from learned queries, trained by matching them one to one with the annotated boxes.
 
     Boxes are relative to the unpadded picture and padding is masked, so a picture's result does not depend on the
@@ -62,7 +53,7 @@ class DETRHead(VisftHead):
     """
 
     class_layers = ("class_embeds",)
-    reads_masks = False
+    label_fields = ("gt_boxes",)
 
     @configurable
     def __init__(
@@ -90,31 +81,30 @@ class DETRHead(VisftHead):
         """
         Args:
             in_channels: of the feature map.
-            labels: what the class outputs mean.
-            no_object_weight: of unmatched queries in the classification loss.
-            class_weight, l1_weight, giou_weight: of the losses, and of the matching's costs.
-            max_detections: how many boxes of a picture inference returns at most.
+            labels, num_queries, no_object_weight, class_weight, class_loss, federated, max_detections: see `QueryHead`.
+            l1_weight, giou_weight: of the losses, and of the matching's costs.
             nms_thresh: inference leaves out a box whose IoU with a better one of its class is above this; 1: none. The
                 matching teaches queries not to repeat each other, but slowly: a short training needs it.
-            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
-            federated: which classes take part in the class loss; None: all.
 
         Raises:
             ConfigError: if a width is not a multiple of what it is divided into, there is no such class loss, or
                 `nms_thresh` is not in 0..1.
         """
-        super().__init__()
+        super().__init__(
+            labels=labels,
+            num_queries=num_queries,
+            no_object_weight=no_object_weight,
+            class_weight=class_weight,
+            class_loss=class_loss,
+            federated=federated,
+            max_detections=max_detections,
+        )
         if not 0 <= nms_thresh <= 1:
             raise ConfigError(
                 f"MODEL.VISFT.DETECTION.NMS_THRESH_TEST is {nms_thresh}; expected an IoU, 0 to 1 (1: leave none out)"
             )
         check_divisible("ENCODER_DIM", encoder_dim, 4, "sine and cosine of x and y")
-        self.labels = labels
-        self.no_object_weight = no_object_weight
-        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
-        self.max_detections, self.nms_thresh = max_detections, nms_thresh
-        self.classification = build_classification(class_loss, no_object_weight)
-        self.federated = federated
+        self.l1_weight, self.giou_weight, self.nms_thresh = l1_weight, giou_weight, nms_thresh
 
         self.input_proj = nn.Conv2d(in_channels, encoder_dim, 1)
         self.transformer = DETRTransformer(
@@ -134,7 +124,7 @@ class DETRHead(VisftHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
         node = cfg.MODEL.VISFT[name.upper()]
-        return query_head_settings(cfg, name, input_shape) | {
+        return cls.common_config(cfg, name, input_shape) | {
             "encoder_dim": node.ENCODER_DIM,
             "decoder_dim": node.DECODER_DIM,
             "dropout": node.DROPOUT,
@@ -147,39 +137,18 @@ class DETRHead(VisftHead):
         """Features [N, C, h, w] and the padding mask [N, h, w] -> predictions of all layers."""
         return self._predict(self._hidden_states(features, padding_mask))
 
-    def has_labels(self, image: dict) -> bool:
-        return has_targets(image, "gt_boxes")
-
-    def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of boxes; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
-        whether each class is there."""
-        for image in images:
-            self.labels.check(image)
-        counts = [num_targets(image) for image in images]
-        weights = class_weight_sum(counts, self.query_embeds.num_embeddings, self.no_object_weight)
-        sums = torch.tensor([sum(counts), weights])
-        if self.federated is None:
-            return sums
-        return torch.cat((sums, self.federated.present(images, self.labels)))
-
-    def losses(
-        self, features, padding_mask, images, image_sizes, padded_size, normalizers
-    ) -> dict[str, Tensor]:
-        targets = self._targets(images, image_sizes, features.device)
-        # Before dropout draws from the same generator, as often as this process has pictures.
-        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
-        output = self(features, _unless_full(padding_mask, image_sizes, padded_size))
-        if chosen is not None:
-            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+        targets = self._targets(inputs.images, inputs.image_sizes, inputs.features.device)
+        chosen = self.drawn_classes(normalizers)
+        output = self.with_classes(self(inputs.features, _padding_mask(inputs)), chosen)
         return self.criterion(output, targets, self.match(output, targets), normalizers)
 
-    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
-        output = self._last(features, padding_mask, image_sizes, padded_size)
-        probability = self.labels.decode(self.classification.probabilities(output.logits[0]))
-        scores, queries, classes = self._best(probability)
+    def inference(self, inputs: HeadInputs) -> list[Instances]:
+        output = self._last(inputs)
+        scores, queries, classes = self.best(output.logits[0])
         results = []
-        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
-            result = _boxed(output.boxes[0, index, queries[index]], original_size(image, size))
+        for index, size in enumerate(inputs.original_sizes):
+            result = _boxed(output.boxes[0, index, queries[index]], size)
             result.scores = scores[index]
             result.pred_classes = classes[index]
             if self.nms_thresh < 1:
@@ -189,30 +158,29 @@ class DETRHead(VisftHead):
             results.append(result)
         return results
 
-    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+    def proposals(self, inputs: HeadInputs) -> list[Instances]:
         """What each query has found, whatever its class: `pred_boxes` and `objectness`, in the queries' order.
 
-        Arguments and coordinates as for `inference`.
+        Coordinates are those of `inference`.
         """
-        output = self._last(features, padding_mask, image_sizes, padded_size)
-        scores = objectness(self.classification, self.labels, output.logits[0])
+        output = self._last(inputs)
+        scores = self.objectness(output.logits[0])
         results = []
-        for index, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
-            result = _boxed(output.boxes[0, index], original_size(image, size))
+        for index, size in enumerate(inputs.original_sizes):
+            result = _boxed(output.boxes[0, index], size)
             result.objectness = scores[index]
             results.append(result)
         return results
 
-    def _last(self, features, padding_mask, image_sizes, padded_size) -> DETROutput:
+    def _last(self, inputs: HeadInputs) -> DETROutput:
         """The last layer's predictions."""
-        hidden = self._hidden_states(features, _unless_full(padding_mask, image_sizes, padded_size))
-        return self._predict(hidden[-1:])
+        return self._predict(self._hidden_states(inputs.features, _padding_mask(inputs))[-1:])
 
-    def _best(self, probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities [N, Q, classes] -> scores, queries and classes [N, K] of the best detections."""
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As DETR does: with a softmax each query under its best class alone."""
         if self.classification.pairs:
-            return best_pairs(probability, self.max_detections)
-        scores, classes = probability.max(-1)
+            return super().best(logits)
+        scores, classes = self.class_probabilities(logits).max(-1)
         scores, queries = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         return scores, queries, classes.gather(1, queries)
 
@@ -247,11 +215,7 @@ class DETRHead(VisftHead):
             "loss_bbox": self.l1_weight * l1 / num_boxes,
             "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
         }
-        return {
-            name: value
-            for key, values in losses.items()
-            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
-        }
+        return by_layer(losses)
 
     def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
         features = self.input_proj(features.to(self.input_proj.weight.dtype))
@@ -273,15 +237,12 @@ class DETRHead(VisftHead):
     def _targets(
         self, images: list[dict], image_sizes: list[tuple[int, int]], device: torch.device
     ) -> DETRTargets:
-        labels, boxes = [], []
+        labels, boxes = self.target_labels(images, device), []
         for image, (height, width) in zip(images, image_sizes, strict=True):
             if not num_targets(image):
-                labels.append(torch.zeros(0, dtype=torch.int64, device=device))
                 boxes.append(torch.zeros(0, 4, device=device))
                 continue
-            instances = image["instances"]
-            labels.append(self.labels.encode(instances.gt_classes).to(device))
-            corners = instances.gt_boxes.tensor.to(device).float()
+            corners = image["instances"].gt_boxes.tensor.to(device).float()
             boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
         return DETRTargets(
             labels=pad_sequence(labels, batch_first=True),
@@ -300,8 +261,7 @@ def _boxed(boxes: Tensor, size: tuple[int, int]) -> Instances:
     return result
 
 
-def _unless_full(
-    padding_mask: Tensor, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
-) -> Tensor | None:
-    """The mask, or None where no picture is padded (attention without a mask is faster)."""
-    return padding_mask if any(tuple(size) != tuple(padded_size) for size in image_sizes) else None
+def _padding_mask(inputs: HeadInputs) -> Tensor | None:
+    """The padding mask, or None where no image is padded (attention without a mask is faster)."""
+    padded = any(tuple(size) != tuple(inputs.padded_size) for size in inputs.image_sizes)
+    return inputs.padding_mask if padded else None

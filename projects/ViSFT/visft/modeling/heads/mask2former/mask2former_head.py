@@ -1,7 +1,6 @@
 """Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
 
 import zlib
-from dataclasses import replace
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,16 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import (
-    VisftHead,
-    has_targets,
-    loss_names,
-    nonzero_count,
-    num_targets,
-    original_size,
-)
+from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
-from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
 from visft.modeling.heads.common.federated import Federated
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.common.label_space import LabelSpace
@@ -35,8 +26,7 @@ from visft.modeling.heads.common.losses import (
     sample_points,
 )
 from visft.modeling.heads.common.matcher import Matching, match
-from visft.modeling.heads.common.objectness import objectness
-from visft.modeling.heads.common.query_settings import query_head_settings
+from visft.modeling.heads.common.query_head import QueryHead, by_layer
 from visft.modeling.heads.mask2former.mask_decoder import MaskDecoder, MaskOutput
 from visft.modeling.heads.mask2former.pixel_decoder import PixelDecoder
 from visft.utils import shared_random
@@ -46,7 +36,7 @@ _CHUNK = 32
 
 
 @VISFT_HEADS_REGISTRY.register()
-class Mask2FormerHead(VisftHead):
+class Mask2FormerHead(QueryHead):
     """Masks from learned queries, trained by matching them one to one with the annotated masks.
 
     Masks are compared at random points (PointRend, arXiv 1912.08193), drawn from the global generator of the CPU and
@@ -54,6 +44,7 @@ class Mask2FormerHead(VisftHead):
     """
 
     class_layers = ("predictor.class_embed",)
+    label_fields = ("gt_masks",)
 
     @configurable
     def __init__(
@@ -82,35 +73,33 @@ class Mask2FormerHead(VisftHead):
         """
         Args:
             in_channels: of the feature map.
-            labels: what the class outputs mean.
-            no_object_weight: of unmatched queries in the classification loss.
-            class_weight, mask_weight, dice_weight: of the losses, and of the matching's costs.
+            labels, num_queries, no_object_weight, class_weight, class_loss, federated, max_detections: see `QueryHead`.
+            mask_weight, dice_weight: of the losses, and of the matching's costs.
             num_points: where a mask is compared.
             oversample_ratio: candidates a point; the most uncertain of them make `importance_ratio` of the points.
-            max_detections: how many masks of a picture inference returns at most.
-            class_loss: `softmax`, or `sigmoid` (then `no_object_weight` is not used).
-            federated: which classes take part in the class loss; None: all.
 
         Raises:
             ConfigError: if a width is not a multiple of what it is divided into, a number is out of range, or there is
                 no such class loss.
         """
-        super().__init__()
+        super().__init__(
+            labels=labels,
+            num_queries=num_queries,
+            no_object_weight=no_object_weight,
+            class_weight=class_weight,
+            class_loss=class_loss,
+            federated=federated,
+            max_detections=max_detections,
+        )
         if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
             raise ConfigError(
                 f"NUM_POINTS {num_points}, OVERSAMPLE_RATIO {oversample_ratio}, IMPORTANCE_RATIO {importance_ratio}: "
                 "the first two must be at least 1, the last between 0 and 1"
             )
-        self.labels = labels
-        self.num_queries = num_queries
-        self.no_object_weight = no_object_weight
-        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.mask_weight, self.dice_weight = mask_weight, dice_weight
         self.num_points = num_points
         self.num_candidates = int(oversample_ratio * num_points)
         self.num_important = int(importance_ratio * num_points)
-        self.max_detections = max_detections
-        self.classification = build_classification(class_loss, no_object_weight)
-        self.federated = federated
 
         self.pixel_decoder = PixelDecoder(
             in_channels=in_channels,
@@ -132,7 +121,7 @@ class Mask2FormerHead(VisftHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
         node = cfg.MODEL.VISFT[name.upper()]
-        return query_head_settings(cfg, name, input_shape) | {
+        return cls.common_config(cfg, name, input_shape) | {
             "encoder_feedforward_dim": node.ENCODER_FEEDFORWARD_DIM,
             "dim": node.DIM,
             "mask_weight": node.MASK_WEIGHT,
@@ -147,66 +136,39 @@ class Mask2FormerHead(VisftHead):
         features = features.to(self.pixel_decoder.mask_features.weight.dtype)
         return self.predictor(*self.pixel_decoder(features))
 
-    @classmethod
-    def needs_masks(cls, cfg: CfgNode) -> bool:
-        return True
-
-    def has_labels(self, image: dict) -> bool:
-        return has_targets(image, "gt_masks")
-
-    def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of masks; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]: then
-        whether each class is there."""
-        for image in images:
-            self.labels.check(image)
-        counts = [num_targets(image) for image in images]
-        sums = torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
-        if self.federated is None:
-            return sums
-        return torch.cat((sums, self.federated.present(images, self.labels)))
-
-    def losses(
-        self, features, padding_mask, images, image_sizes, padded_size, normalizers
-    ) -> dict[str, Tensor]:
-        device = features.device
-        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
-        output = self(features)
-        if chosen is not None:
-            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+        images, device = inputs.images, inputs.features.device
+        chosen = self.drawn_classes(normalizers)
+        output = self.with_classes(self(inputs.features), chosen)
         points = self._random_points(images, device)
-        labels = [
-            self.labels.encode(image["instances"].gt_classes).to(device)
-            if num_targets(image)
-            else torch.zeros(0, dtype=torch.int64, device=device)
-            for image in images
+        labels = pad_sequence(self.target_labels(images, device), batch_first=True)
+        samples = [
+            _sample_targets(image, at, inputs.padded_size) for image, at in zip(images, points, strict=True)
         ]
-        labels = pad_sequence(labels, batch_first=True)
-        samples = [_sample_targets(image, at, padded_size) for image, at in zip(images, points, strict=True)]
         matching = self.match(output, labels, samples, points)
         return self.criterion(output, labels, samples, points, matching, normalizers)
 
-    def inference(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
-        output = self(features)
-        probability = self.labels.decode(self.classification.probabilities(output.logits[-1]))
-        scores, queries, classes = best_pairs(probability, self.max_detections)
+    def inference(self, inputs: HeadInputs) -> list[Instances]:
+        output = self(inputs.features)
+        scores, queries, classes = self.best(output.logits[-1])
         return [
-            _detections(output.masks[-1, i], scores[i], queries[i], classes[i], size, padded_size, image)
-            for i, (image, size) in enumerate(zip(images, image_sizes, strict=True))
+            _detections(output.masks[-1, i], scores[i], queries[i], classes[i], *_sizes(inputs, i))
+            for i in range(len(inputs.images))
         ]
 
-    def proposals(self, features, padding_mask, images, image_sizes, padded_size) -> list[Instances]:
+    def proposals(self, inputs: HeadInputs) -> list[Instances]:
         """What each query has found, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries'
         order without those whose mask is empty. As a score, objectness has the mask's quality as a factor.
 
-        Arguments and coordinates as for `inference`.
+        Coordinates are those of `inference`.
         """
-        output = self(features)
-        scores = objectness(self.classification, self.labels, output.logits[-1])
-        queries = torch.arange(self.num_queries, device=features.device)
+        output = self(inputs.features)
+        scores = self.objectness(output.logits[-1])
+        queries = torch.arange(self.num_queries, device=inputs.features.device)
         results = []
-        for i, (image, size) in enumerate(zip(images, image_sizes, strict=True)):
-            masks, classes = output.masks[-1, i], torch.zeros_like(queries)
-            found = _detections(masks, scores[i], queries, classes, size, padded_size, image)
+        for i in range(len(inputs.images)):
+            classes = torch.zeros_like(queries)
+            found = _detections(output.masks[-1, i], scores[i], queries, classes, *_sizes(inputs, i))
             found.objectness = found.scores
             found.remove("scores")
             found.remove("pred_classes")
@@ -269,11 +231,7 @@ class Mask2FormerHead(VisftHead):
             "loss_mask": self.mask_weight * mask / num_masks,
             "loss_dice": self.dice_weight * dice / num_masks,
         }
-        return {
-            name: value
-            for key, values in losses.items()
-            for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
-        }
+        return by_layer(losses)
 
     def _point_losses(
         self, masks: Tensor, sampled: Tensor, target: Tensor, points: Tensor
@@ -349,6 +307,11 @@ def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -
     return sampled
 
 
+def _sizes(inputs: HeadInputs, index: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of an image before padding, after it, and before it was resized."""
+    return inputs.image_sizes[index], inputs.padded_size, inputs.original_sizes[index]
+
+
 def _detections(
     masks: Tensor,
     scores: Tensor,
@@ -356,13 +319,12 @@ def _detections(
     classes: Tensor,
     image_size: tuple[int, int],
     padded_size: tuple[int, int],
-    image: dict,
+    size: tuple[int, int],
 ) -> Instances:
-    """Masks [Q, h, w] and chosen (query, class) pairs [K] -> detections at the picture's original size.
+    """Masks [Q, h, w] and chosen (query, class) pairs [K] -> detections at the image's original `size`.
 
     A mask's score is its class's times the mean probability of its foreground. Pairs with an empty mask are left out.
     """
-    size = original_size(image, image_size)
     used, which = queries.unique(return_inverse=True)
     binary, quality = [], []
     # Few at a time: a hundred float masks of a large picture take gigabytes.
