@@ -312,7 +312,7 @@ def main() -> None:
         help="step: how many, at least 3: times are of those after the second",
     )
     parser.add_argument("--processes", type=int, default=2, help="start: how many")
-    parser.add_argument("--size", type=int, default=224, help="step: side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=224, help="step: side of the images in pixels")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.iterations < 3:

@@ -31,7 +31,7 @@ def example(root):
 
 
 def picture(classes: list[int], number: int) -> dict:
-    """A picture whose colour says which of three classes are on it."""
+    """An image whose colour says which of three classes are on it."""
     colour = torch.tensor([255 * (index in classes) for index in range(3)], dtype=torch.uint8)
     instances = Instances((48, 48))
     instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 40, 40]]).repeat(len(classes), 1))

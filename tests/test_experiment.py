@@ -66,7 +66,7 @@ def module(name: str = "run"):
 
 
 class Agreement(Benchmark):
-    """How near a picture's embedding is to that of its mirror picture: cheap, and another for every tower."""
+    """How near a picture's embedding is to that of its mirror image: cheap, and another for every tower."""
 
     name, family, metric = "agreement", "few-shot", "cosine"
 

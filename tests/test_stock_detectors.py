@@ -20,7 +20,7 @@ from visft import model_zoo
 
 CLASSES = ("square", "disc", "bar")
 SIZES = [(96, 128), (112, 96), (128, 128), (96, 144)]
-"""Height and width of the pictures, four a split."""
+"""Height and width of the images, four a split."""
 
 STOCK = {
     "mask_rcnn_clip_vit_b16_fpn": {"bbox", "segm"},
@@ -31,7 +31,7 @@ STOCK = {
 
 
 def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """A picture `[H, W, 3]`, its semantic labels `[H, W]` (0 things, 1 sky, 2 ground) and three annotated shapes."""
+    """An image `[H, W, 3]`, its semantic labels `[H, W]` (0 things, 1 sky, 2 ground) and three annotated shapes."""
     height, width = size
     picture = np.full((height, width, 3), (120, 170, 230), np.uint8)
     picture[height // 2 :] = (90, 140, 60)
@@ -111,7 +111,7 @@ class Trainer(DefaultTrainer):
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         evaluators = [COCOEvaluator(name, tasks=tasks, output_dir=cfg.OUTPUT_DIR)]
         if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-            # Its own reader of label pictures asks numpy for `copy=False`, which numpy 2 refuses.
+            # Its own reader of label images asks numpy for `copy=False`, which numpy 2 refuses.
             evaluators.append(
                 SemSegEvaluator(name, output_dir=cfg.OUTPUT_DIR, sem_seg_loading_fn=read_labels)
             )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw what the heads see on pictures.
+"""Draw what the heads see on images.
 
 tools/predict.py --weights RUN --input PICTURES... --output DIR [--config-file F]
                  [--names "red panda, wok" | FILE.txt | coco | lvis | objects365] [KEY VALUE ...]

@@ -1,4 +1,4 @@
-"""A small data set in COCO format: coloured shapes, so that the picture itself says where each object is."""
+"""A small data set in COCO format: coloured shapes, so that the image itself says where each object is."""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Coco:
 
 
 def make_coco(folder: Path, *, count: int = 7, categories: list[dict] = CATEGORIES) -> Coco:
-    """Pictures of three shapes, one a colour; masks are polygons in odd pictures and run lengths in even ones."""
+    """Pictures of three shapes, one a colour; masks are polygons in odd images and run lengths in even ones."""
     coco = Coco(folder / "instances.json", folder / "images")
     coco.images.mkdir(parents=True)
     rng = np.random.default_rng(1)

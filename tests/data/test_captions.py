@@ -1,4 +1,4 @@
-"""Captions as data: what is broken is named, which records get them, own data, mirrored pictures, vocabularies."""
+"""Captions as data: what is broken is named, which records get them, own data, mirrored images, vocabularies."""
 
 import json
 import subprocess
@@ -24,12 +24,12 @@ COLOURS = [category["name"] for category in CATEGORIES]
 
 
 def caption_file(coco, *, skip: tuple[int, ...] = ()) -> dict:
-    """Two captions for each picture of the small data set, but for those to skip."""
+    """Two captions for each image of the small data set, but for those to skip."""
     images = coco.content()["images"]
     annotations = []
     for image in images:
         if image["id"] not in skip:
-            for text in (f"Three shapes in picture {image['id']}", "green on the left, blue on the right."):
+            for text in (f"Three shapes in image {image['id']}", "green on the left, blue on the right."):
                 annotations.append({"id": len(annotations), "image_id": image["id"], "caption": text})
     return {"images": images, "annotations": annotations}
 
@@ -43,7 +43,7 @@ def file(coco):
 
 @pytest.fixture
 def own(cfg, file):
-    """The small data set with captions for all but two pictures."""
+    """The small data set with captions for all but two images."""
     cfg.VISFT.DATA.TRAIN_CAPTIONS = str(file)
     register_own_data(cfg)
     return cfg
@@ -190,7 +190,7 @@ def test_captions_follow_the_picture(own, coco):
         mapped = mapper(record)
         assert mapped["captions"][1] == words
         green = 1 if words.startswith("green on the left") else -1
-        # The picture says so itself: its categories are in the order of their columns.
+        # The image says so itself: its categories are in the order of their columns.
         first, last = (
             mapped["image"][:, :, : record["width"] // 3],
             mapped["image"][:, :, -record["width"] // 3 :],

@@ -32,7 +32,7 @@ def _without(annotation_id: int, key: str):
 
 
 def _counts(content: dict, change) -> None:
-    # 103 is in an even picture: run lengths.
+    # 103 is in an even image: run lengths.
     segmentation = _annotation(content, 103)["segmentation"]
     segmentation["counts"] = change(segmentation["counts"])
 
@@ -123,7 +123,7 @@ def test_sound_files_pass(coco) -> None:
     # Uncompressed run lengths, as COCO's crowds have.
     crowd = {"size": [height, width], "counts": [10, 20, height * width - 30]}
     _annotation(content, 103).update(iscrowd=1, segmentation=crowd)
-    content["images"][6]["id"] = 70  # picture without annotations
+    content["images"][6]["id"] = 70  # image without annotations
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 7]
     coco.write(content)
     for train in (True, False):

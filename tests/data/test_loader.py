@@ -1,4 +1,4 @@
-"""The training stream follows from (seed, iteration) alone; evaluation sees every picture once."""
+"""The training stream follows from (seed, iteration) alone; evaluation sees every image once."""
 
 import itertools
 import logging
@@ -142,7 +142,7 @@ def test_broken_pictures_are_replaced_and_counted(cfg, coco, caplog) -> None:
         loader = build_train_loader(cfg, batch_size=7, seed=0)
         batches = _take(loader, 2)
     for kept, before in zip(itertools.chain(*batches), itertools.chain(*whole), strict=True):
-        # The others are as they were: picture, place and augmentation.
+        # The others are as they were: image, place and augmentation.
         if before["image_id"] not in (4, 5):
             assert torch.equal(kept["image"], before["image"])
         else:

@@ -1,4 +1,4 @@
-"""Mapped pictures: boxes, masks and classes lie where the objects are seen, whatever was cut, flipped and resized."""
+"""Mapped images: boxes, masks and classes lie where the objects are seen, whatever was cut, flipped and resized."""
 
 import numpy as np
 import pytest

@@ -28,7 +28,7 @@ def labels_for(*heads: str) -> dict:
 
 @pytest.fixture
 def ratio(cfg):
-    """The small data set, two of its seven pictures (3 and 6) with captions too, mixed by ratio."""
+    """The small data set, two of its seven images (3 and 6) with captions too, mixed by ratio."""
     from detectron2.data import DatasetCatalog
 
     whole = DatasetCatalog.get("visft_own_train")
@@ -135,7 +135,7 @@ def test_a_batch_is_of_one_task_from_pictures_with_its_labels(ratio):
 
 
 def test_a_task_goes_through_its_pictures_epoch_by_epoch_whatever_is_drawn_between(ratio):
-    """Its stream is the TrainLoader's over its pictures: the other tasks take nothing from it."""
+    """Its stream is the TrainLoader's over its images: the other tasks take nothing from it."""
     pictures = load_labelled(ratio, labels_for(*HEADS))
     for head in HEADS:
         mine = [[i for i in b if i["task"] == head] for b in _take(_loader(ratio), 40)]
@@ -168,7 +168,7 @@ def test_resuming_with_any_number_of_workers_goes_on_to_the_bit(ratio, accumulat
 
 
 def test_the_batches_of_an_iteration_are_of_one_task(ratio):
-    """Two batches of two are the same pictures as one of four."""
+    """Two batches of two are the same images as one of four."""
     ratio.VISFT.SOLVER.LORA.ACCUMULATE = 2
     halves = _take(_loader(ratio), 24)
     ratio.VISFT.SOLVER.LORA.ACCUMULATE = 1
@@ -253,7 +253,7 @@ def test_broken_pictures(ratio, coco, caplog):
     with caplog.at_level(logging.WARNING, logger="visft.data.loader"):
         loader = _loader(ratio)
         batches = _take(loader, 40)
-    # In its place comes another picture of the task.
+    # In its place comes another image of the task.
     assert {i["image_id"] for b in batches for i in b if i["task"] == "captioning"} == {3}
     assert sum(loader.skipped.values()) > 8 and set(loader.skipped) == {str(coco.images / "6.png")}
     assert any(r.getMessage().startswith("captioning: Epoch 1: 1 times a ") for r in caplog.records)
@@ -264,7 +264,7 @@ def test_broken_pictures(ratio, coco, caplog):
 
 @pytest.fixture
 def mixed(cfg, tmp_path):
-    """Boxes without masks in one data set, captions in another, and a picture without any label."""
+    """Boxes without masks in one data set, captions in another, and an image without any label."""
     from detectron2.data import DatasetCatalog
 
     boxes = [
@@ -291,7 +291,7 @@ def test_joint_feeds_all_pictures_that_carry_some_label(mixed):
     heads = ("detection", "captioning")
     batches = _take(_loader(mixed, heads=heads), 5)
     images = [image for batch in batches for image in batch]
-    # One epoch: seven pictures with boxes, three with captions, not the one without labels.
+    # One epoch: seven images with boxes, three with captions, not the one without labels.
     assert sorted(image["image_id"] for image in images) == [*range(1, 8), 101, 102, 103]
     for image in images:
         assert "task" not in image
@@ -319,7 +319,7 @@ def test_a_head_that_no_picture_has_labels_for(mixed, mixing, caplog):
     mixed.VISFT.TASK_MIXING = mixing
     mixed.MODEL.VISFT.HEADS = ("detection", "segmentation")
     if mixing == "ratio":
-        with pytest.raises(DataError, match="mixing_boxes, mixing_captions.*11 pictures.*`segmentation`"):
+        with pytest.raises(DataError, match="mixing_boxes, mixing_captions.*11 images.*`segmentation`"):
             _loader(mixed, heads=("detection", "segmentation"))
     else:
         with caplog.at_level(logging.WARNING):
@@ -344,7 +344,7 @@ def test_pictures_without_objects_keep_their_captions(ratio):
         pictures = load_labelled(ratio, labels_for(*HEADS))
         return {head: {r["image_id"] for r in pictures.of(head)} for head in HEADS}
 
-    # An annotated picture with nothing on it is a label too, unless the config filters it out.
+    # An annotated image with nothing on it is a label too, unless the config filters it out.
     assert seen(False)["detection"] == {1, 2, 3, 4, 5, 6, 7}
     kept = seen(True)
     assert kept["detection"] == kept["segmentation"] == {1, 4, 5, 6, 7}

@@ -22,7 +22,7 @@ LVIS_IDS = {7: 12, 3: 5, 11: 1203}
 
 
 def lvis_content(coco, folder: str = "val2017") -> dict:
-    """The shapes as LVIS would have them: polygons alone, pictures by COCO's address, what is known of each."""
+    """The shapes as LVIS would have them: polygons alone, images by COCO's address, what is known of each."""
     content = coco.content()
     categories = [
         {"id": LVIS_IDS[c["id"]], "name": c["name"], "frequency": f, "image_count": 5}
@@ -163,7 +163,7 @@ def test_lvis_needs_its_package(lvis, monkeypatch):
 
 @pytest.fixture
 def objects(tmp_path, monkeypatch):
-    """The two splits over small files, pictures where the archives unpack them to; a function that writes the file."""
+    """The two splits over small files, images where the archives unpack them to; a function that writes the file."""
     root = tmp_path / "objects365"
     coco = make_coco(root / "made")
     content = coco.content()

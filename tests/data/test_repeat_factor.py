@@ -74,7 +74,7 @@ def test_any_position_can_be_asked_for_first():
 
 @pytest.fixture
 def rare(cfg, coco):
-    """The small data set, in which one picture of seven has the class `blue`."""
+    """The small data set, in which one image of seven has the class `blue`."""
     content = coco.content()
     blue = next(c["id"] for c in CATEGORIES if c["name"] == "blue")
     content["annotations"] = [
@@ -95,7 +95,7 @@ def test_the_loader_repeats_rare_classes(rare, caplog):
     seen = np.bincount(sum(ids(build_train_loader(rare, batch_size=4, seed=0), 40), []), minlength=8)
     # sqrt(0.9 * 7) = 2.5 times as often as the others.
     assert 2 < seen[3] / np.delete(seen, [0, 3]).mean() < 3
-    assert "1 of 7 pictures come more than once, up to 2.5 times; an epoch has 9" in caplog.text
+    assert "1 of 7 images come more than once, up to 2.5 times; an epoch has 9" in caplog.text
 
 
 def test_a_resumed_stream_with_repeats_goes_on(rare):

@@ -65,7 +65,7 @@ def test_another_vendors_pictures_are_matched_by_code_points(tmp_path):
     pictures, index = catalogue.other_pictures(tmp_path, size=32)
     assert [catalogue.catalogue()[i].text for i in index] == ["\u2708", "\U0001f415"]
     assert pictures.shape == (2, 32, 32, 4)
-    with pytest.raises(DemoWorldError, match="no picture named by"):
+    with pytest.raises(DemoWorldError, match="no image named by"):
         catalogue.other_pictures(tmp_path / "nowhere")
 
 
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 
 
 def test_later_scenes_are_those_of_a_longer_world(world, tmp_path):
-    """Scenes that a head was not trained on: the same numbers, pictures and masks, none of the earlier ones."""
+    """Scenes that a head was not trained on: the same numbers, images and masks, none of the earlier ones."""
     first = dataset.SCENES_OF_HEADS + NUM_TRAIN - 1
     later = dataset.make(tmp_path / "later", num_train=2, num_val=NUM_VAL, seed=3, first_train=first)
     names = [f"{number:012d}.jpg" for number in (first, first + 1)]

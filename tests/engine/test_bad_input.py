@@ -260,7 +260,7 @@ def test_traceback_on_demand(tiny, tmp_path):
 
 
 def test_losses_that_are_not_finite_stop_the_run(tiny, tmp_path):
-    """A rate beyond reason: the message names the pictures, and no checkpoint holds a number that is none."""
+    """A rate beyond reason: the message names the images, and no checkpoint holds a number that is none."""
     from safetensors.torch import load_file
 
     arguments = [*tiny, "VISFT.SOLVER.HEADS.BASE_LR", "1e30", "VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD", "1"]

@@ -1,4 +1,4 @@
-"""Captions in a run: the vocabulary is built, kept, carried and found again; bad input is refused; pictures drawn."""
+"""Captions in a run: the vocabulary is built, kept, carried and found again; bad input is refused; images drawn."""
 
 import json
 import shutil
@@ -167,7 +167,7 @@ REFUSED = [
     (
         ("VISFT.DATA.TRAIN_CAPTIONS", ""),
         DataError,
-        "`captioning` learns captions, and no picture.*visft_own_train",
+        "`captioning` learns captions, and no image.*visft_own_train",
     ),
     (
         ("VISFT.DATA.TRAIN_CAPTIONS", "/nowhere/c.json"),

@@ -19,7 +19,7 @@ ALONE = [*LORA, "MODEL.VISFT.HEADS", "()", "MODEL.VISFT.OBJECTIVES", EVERY]
 
 @pytest.fixture(scope="module")
 def captions(shapes_train, tmp_path_factory) -> list[str]:
-    """Captions of all pictures to train on but one, two of them equal."""
+    """Captions of all images to train on but one, two of them equal."""
     pictures = json.loads(shapes_train[0].read_text())["images"]
     texts = [f"picture number {max(i, 2)}" for i in range(len(pictures) - 1)]
     rows = [{"id": i, "image_id": pictures[i]["id"], "caption": text} for i, text in enumerate(texts)]
@@ -62,7 +62,7 @@ def test_a_killed_run_without_heads_goes_on_to_the_bit(shapes_train, shapes_test
 
 
 def test_beside_heads_that_take_turns(shapes_train, captions, tmp_path):
-    """The objectives see the pictures of every task; the heads of the other task do not."""
+    """The objectives see the images of every task; the heads of the other task do not."""
     arguments = [*tiny_arguments(shapes_train, None, tmp_path / "run"), *LORA, *captions]
     arguments += ["MODEL.VISFT.OBJECTIVES", EVERY, "VISFT.TASK_MIXING", "ratio", "MODEL.VISFT.TUNE", "full"]
     status, log = processes.run("train_net.py", arguments, tmp_path / "log")

@@ -76,7 +76,7 @@ CASES = {
 def captions(shapes_train, tmp_path_factory) -> Path:
     pictures = json.loads(shapes_train[0].read_text())["images"]
     rows = [
-        {"id": i, "image_id": picture["id"], "caption": f"a picture with number {i % 3}"}
+        {"id": i, "image_id": picture["id"], "caption": f"an image with number {i % 3}"}
         for i, picture in enumerate(pictures)
     ]
     file = tmp_path_factory.mktemp("captions") / "captions.json"
@@ -85,7 +85,7 @@ def captions(shapes_train, tmp_path_factory) -> Path:
 
 
 def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
-    """Two iterations: the losses by iteration, the model, its optimizer, what the heads find in two pictures, and what
+    """Two iterations: the losses by iteration, the model, its optimizer, what the heads find in two images, and what
     the trained tensors were before."""
     words = tiny_arguments(train, None, folder)
     keys = {"VISFT.DATA.TRAIN_CAPTIONS": captions, "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1} | keys
@@ -187,7 +187,7 @@ def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):
 
 
 def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path):
-    """With cached features, evaluations, pictures and export."""
+    """With cached features, evaluations, images and export."""
     keys = {
         "VISFT.EXPORT": "('open_clip',)",
         "VISFT.FEATURE_CACHE": 0.1,

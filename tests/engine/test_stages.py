@@ -1,4 +1,4 @@
-"""A whole tiny run through the command line: both stages, evaluation, pictures, report, export, drawing."""
+"""A whole tiny run through the command line: both stages, evaluation, images, report, export, drawing."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_predict_draws_pictures_of_the_users_own(finished, tmp_path):
     assert drawn == {"000001_predicted.png", "000002_predicted.png", "grey.png", "wide.png"}
     for name, (width, height) in {"wide": (301, 97), "grey": (33, 90)}.items():
         with Image.open(pictures / f"{name}.png") as sheet:
-            # Two panels (detection, segmentation) of the picture, enlarged, under their names.
+            # Two panels (detection, segmentation) of the image, enlarged, under their names.
             assert (sheet.width - 4) / 2 / (sheet.height - 22) == pytest.approx(width / height, rel=0.02)
 
 

@@ -94,7 +94,7 @@ def test_mask_rcnn_on_own_data(root, shapes_train, shapes_test, tmp_path):
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
-    """A folder for DETECTRON2_DATASETS with COCO's layout, categories and semantic labels, four pictures a split."""
+    """A folder for DETECTRON2_DATASETS with COCO's layout, categories and semantic labels, four images a split."""
     root = tmp_path_factory.mktemp("datasets")
     annotations = root / "coco" / "annotations"
     annotations.mkdir(parents=True)

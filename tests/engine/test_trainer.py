@@ -15,7 +15,7 @@ from visft.errors import TrainingError
 
 
 class Model(nn.Module):
-    """A loss that dropout makes random, and that a picture can spoil."""
+    """A loss that dropout makes random, and that an image can spoil."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_schedule_after_warm_up_is_detectron2s():
 
 
 class Tower(nn.Module):
-    """A frozen map; counts the pictures that pass it."""
+    """A frozen map; counts the images that pass it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_feature_cache_gives_the_towers_features_and_computes_each_picture_once(
         for order in ([0, 1, 2], [2, 3, 0], [3, 1, 1]):
             torch.testing.assert_close(tower(images[order])["last_feat"], expected[order])
         assert tower.pictures == 4 and cache.misses == 4 and cache.hits == 5
-        # The same bytes in another shape are another picture.
+        # The same bytes in another shape are another image.
         assert tower(images[:1].reshape(1, 3, 32, 8))["last_feat"].shape == (1, 5, 8, 2)
         with cache.bypassed():
             tower(images)

@@ -15,7 +15,7 @@ FILE = Path(__file__).with_suffix(".json")
 SIZES = ((60, 80), (200, 280), (150, 110))
 CATEGORIES = {2: "r", 3: "r", 5: "c", 8: "c", 9: "c", 13: "f", 21: "f", 34: "f", 35: "r", 40: "c"}
 CROWDED = 6
-"""The picture with more detections than count."""
+"""The image with more detections than count."""
 
 
 def make() -> dict:
@@ -31,7 +31,7 @@ def make() -> dict:
     images, annotations, boxes, masks = [], [], [], []
     for number in range(1, 26):
         height, width = SIZES[number % 3]
-        # Nothing is known of some classes; 40 is in no picture at all.
+        # Nothing is known of some classes; 40 is in no image at all.
         classes = [int(c) for c in rng.permutation(ids[:-1])]
         here, absent = classes[: rng.integers(0, 4)], classes[4:7]
         image = {"id": 100 - number, "height": height, "width": width, "neg_category_ids": absent}

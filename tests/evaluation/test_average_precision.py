@@ -86,7 +86,7 @@ def tied() -> Sample:
 
 
 def sparse() -> Sample:
-    """Most pictures have no detection, one class neither annotations nor detections, another detections alone."""
+    """Most images have no detection, one class neither annotations nor detections, another detections alone."""
     sample = Sample(3, images=40, side=120, scales=(0.1, 0.5), crowds=0.0)
     sample.annotations = [a for a in sample.annotations if a["category_id"] in IDS[:2]]
     sample.follow(noise=3)

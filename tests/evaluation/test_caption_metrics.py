@@ -98,7 +98,7 @@ NAME = "caption_evaluation_test"
 
 @pytest.fixture
 def data_set():
-    """The sample as a data set by code, its last picture without captions."""
+    """The sample as a data set by code, its last image without captions."""
     records = [
         {
             "file_name": f"{image['image_id']}.jpg",

@@ -38,7 +38,7 @@ def random_box(rng: np.random.Generator) -> list[float]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory) -> dict:
-    """Twelve pictures with random ellipses, registered under NAME; the annotations as a dict."""
+    """Twelve images with random ellipses, registered under NAME; the annotations as a dict."""
     rng = np.random.default_rng(1)
     images, annotations = [], []
     for number in range(1, 13):

@@ -180,7 +180,7 @@ def test_a_file_in_cocos_format_is_told_what_it_lacks(sample, tmp_path, where, k
 
 
 def test_splits_without_annotations_are_not_scored(sample, tmp_path):
-    """Nothing is known of their pictures either."""
+    """Nothing is known of their images either."""
     images = [
         {key: image[key] for key in ("id", "height", "width", "coco_url")}
         for image in sample["truth"]["images"]

@@ -1,4 +1,4 @@
-"""Which quarter of a picture holds a bright square: a linear readout of the tower's embedding."""
+"""Which quarter of an image holds a bright square: a linear readout of the tower's embedding."""
 
 import numpy as np
 import torch

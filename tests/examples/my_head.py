@@ -1,4 +1,4 @@
-"""Which of the data set's classes are in a picture: a head for tags."""
+"""Which of the data set's classes are in an image: a head for tags."""
 
 import torch
 

@@ -340,7 +340,7 @@ def test_the_wrong_activation_is_noticed(towers, tmp_path, monkeypatch):
 def test_wrong_preprocessing_is_noticed(towers, tmp_path, monkeypatch, change):
     right = hugging_face_folder._processor
     monkeypatch.setattr(hugging_face_folder, "_processor", lambda *arguments: right(*arguments) | change)
-    with pytest.raises(ExportError, match="prepares pictures otherwise|Sizes of tensors must match"):
+    with pytest.raises(ExportError, match="prepares images otherwise|Sizes of tensors must match"):
         export.hugging_face(towers.tuned("small-vit"), tmp_path / "hf")
     assert os.listdir(tmp_path) == []
 

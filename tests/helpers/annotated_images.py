@@ -13,7 +13,7 @@ def rectangles(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def annotated(image_id: int, size: tuple[int, int], boxes: list[list[int]], classes: list[int]) -> dict:
-    """A mapped dict without its picture; the original picture had twice the size."""
+    """A mapped dict without its image; the original image had twice the size."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.tensor(classes, dtype=torch.int64))
     instances.gt_masks = BitMasks(rectangles(boxes, size))

@@ -11,7 +11,7 @@ from visft.modeling.meta_arch import ViSFT
 SIZE = (48, 64)
 
 
-# The labels of each process's two pictures: how many objects, and whether with boxes and masks. None: no labels.
+# The labels of each process's two images: how many objects, and whether with boxes and masks. None: no labels.
 BOTH, BOXES, MASKS = ("boxes", "masks"), ("boxes",), ("masks",)
 
 

@@ -17,7 +17,7 @@ SMALL = {
 
 
 def captioned(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
-    """Shapes, with two captions a picture; the last picture has none."""
+    """Shapes, with two captions an image; the last image has none."""
     instances, pictures = shapes.make(folder, seed=seed)
     content = json.loads(instances.read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}

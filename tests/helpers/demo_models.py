@@ -39,7 +39,7 @@ def build(*options) -> ViSFT:
 
 
 def picture(size=(48, 64), *, boxes=True, masks=True, count=2, number=1, seed=0) -> dict:
-    """A picture with `count` rectangles; without boxes or masks where not asked for."""
+    """An image with `count` rectangles; without boxes or masks where not asked for."""
     height, width = size
     generator = torch.Generator().manual_seed(seed + number)
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)

@@ -38,7 +38,7 @@ def captioned(count: int = 3, size=(NATIVE, NATIVE)) -> list[dict]:
 
 
 def normalised(image: torch.Tensor) -> torch.Tensor:
-    """A picture `[3, H, W]`, 0..255, as CLIP sees it."""
+    """An image `[3, H, W]`, 0..255, as CLIP sees it."""
     mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
     return (image.float() / 255 - mean) / std

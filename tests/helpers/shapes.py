@@ -10,7 +10,7 @@ CLASSES = ("square", "disc", "bar")
 
 
 def make(folder: Path, *, images: int = 12, size: int = 64, seed: int = 0) -> tuple[Path, Path]:
-    """Write `images` pictures; returns the annotation file and the folder of pictures."""
+    """Write `images` images; returns the annotation file and the folder of images."""
     rng = np.random.default_rng(seed)
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)

@@ -80,7 +80,7 @@ TOWERS = {
     "small-pe": {"embed_dim": 24, "custom_text": True, "vision_cfg": _timm("test_pe", 64, "map")},
     "small-gap": {"embed_dim": 24, "vision_cfg": _timm("test_gap", 64, "", "linear")},
 }
-"""As, in this order: ViT-B-16, ViT-B-16-quickgelu, none (an oblong picture), ViT-M-16-alt, ViT-L-14-CLIPA,
+"""As, in this order: ViT-B-16, ViT-B-16-quickgelu, none (an oblong image), ViT-M-16-alt, ViT-L-14-CLIPA,
 coca_ViT-B-32, ViT-B-16-SigLIP, ViT-B-16-SigLIP2, EVA01-g-14, EVA02-B-16, EVA02-E-14-plus, PE-Core-B-16,
 vit_medium_patch16_gap_256."""
 

@@ -97,7 +97,7 @@ def test_a_cell_is_padding_where_its_first_pixel_is(model, size):
 
 
 def test_each_head_gets_what_it_has_labels_for_from_one_pass(model):
-    """The losses of a mixed batch are those of each head alone with its own pictures."""
+    """The losses of a mixed batch are those of each head alone with its own images."""
     both, only_boxes, nothing = (
         picture(number=1),
         picture(masks=False, number=2),
@@ -307,7 +307,7 @@ def test_heads_start_from_head_files(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A registered COCO data set of six pictures with three classes, whose masks are polygons."""
+    """A registered COCO data set of six images with three classes, whose masks are polygons."""
     root = tmp_path_factory.mktemp("stock")
     rng = np.random.default_rng(0)
     images, annotations = [], []

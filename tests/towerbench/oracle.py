@@ -9,7 +9,7 @@ GRID = (16, 16)
 
 
 class Oracle:
-    """Maps of unseen scenes whose channels are categories (then the background, then the place in the picture).
+    """Maps of unseen scenes whose channels are categories (then the background, then the place in the image).
 
     Args:
         shuffled: every scene gets the map of another: nothing can be learned from it.

@@ -1,4 +1,4 @@
-"""The suite of benchmarks: features against open_clip, one pass a picture, resuming, repetition, reports, arguments."""
+"""The suite of benchmarks: features against open_clip, one pass an image, resuming, repetition, reports, arguments."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def noise(count=5, size=(64, 64), seed=0):
 
 
 class Counted:
-    """How many pictures pass a tower."""
+    """How many images pass a tower."""
 
     def __init__(self, monkeypatch) -> None:
         self.count = 0
@@ -275,7 +275,7 @@ def test_base_alone(tmp_path):
 
 
 class Second(my_benchmark.Quarters):
-    """A further benchmark on the same pictures, which may fail."""
+    """A further benchmark on the same images, which may fail."""
 
     name, family = "second", "dense"
     fails = False
@@ -294,7 +294,7 @@ def test_interrupted_run_resumes_and_two_runs_give_the_same(broken_file, tmp_pat
     monkeypatch.setattr(Second, "fails", False)
     first, passed.count = passed.count, 0
     run(tmp_path / "one", [broken_file], both)
-    # The base's first benchmark was finished; its pictures pass again for the second one alone.
+    # The base's first benchmark was finished; its images pass again for the second one alone.
     assert first == 120 and passed.count == 240
     passed.count = 0
     run(tmp_path / "one", [broken_file], both)
@@ -327,7 +327,7 @@ def test_in_domain_is_marked_and_counts_in_no_mean(broken_file, tmp_path):
 
 
 class Costly(my_benchmark.Quarters):
-    """The same pictures, and others of twice the side that nobody looks at; a readout that takes long."""
+    """The same images, and others of twice the side that nobody looks at; a readout that takes long."""
 
     name, family, readout_seconds = "costly", "dense", 40.0
 
@@ -338,7 +338,7 @@ class Costly(my_benchmark.Quarters):
 def test_the_time_that_is_left_is_told_by_what_benchmarks_cost(monkeypatch):
     monkeypatch.setattr(suite, "PICTURE_SECONDS", 0.1)
     tasks = [suite.Task(cls(Context()), range(2)) for cls in (my_benchmark.Quarters, Costly)]
-    # 120 pictures once for both; 10 that count for 4 each; two readouts each.
+    # 120 images once for both; 10 that count for 4 each; two readouts each.
     assert suite._seconds(tasks) == pytest.approx(12 + 4 + 2 * 1 + 2 * 40)
     now = [0.0]
     monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])

@@ -78,7 +78,7 @@ def test_columns_are_those_of_the_lines():
 
     [found] = ctc_readout.columns(Tower(), Three(), 12)
     assert found.shape == (12, 4, 12)  # two rows of two channels
-    # Line 1 of picture 2 is the rows 4 to 7 of 16, halved: their means are 4.5 and 6.5.
+    # Line 1 of image 2 is the rows 4 to 7 of 16, halved: their means are 4.5 and 6.5.
     assert found[2 * 4 + 1, 0].tolist() == [204.5] * 12 and found[2 * 4 + 1, 2].tolist() == [206.5] * 12
     assert found[0, 1].tolist() == list(range(12))
     [wider] = ctc_readout.columns(Tower(), Three(), 24)

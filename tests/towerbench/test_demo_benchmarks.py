@@ -1,4 +1,4 @@
-"""The demo suite's benchmarks: what they show, that they measure what they say, on few pictures."""
+"""The demo suite's benchmarks: what they show, that they measure what they say, on few images."""
 
 from pathlib import Path
 
@@ -82,10 +82,10 @@ def test_digits(store, monkeypatch):
 
 def test_recalls_by_hand():
     similarity = torch.zeros(12, 12)
-    similarity[0, 1:5] = 1  # four captions are nearer to picture 0 than its own
+    similarity[0, 1:5] = 1  # four captions are nearer to image 0 than its own
     found = retrieval.recalls(similarity)
     assert found[0].tolist() == [False, True, True, True, True, True]
-    # Caption 1 is nearer to picture 0 than to its own; equally near ones do not count against it.
+    # Caption 1 is nearer to image 0 than to its own; equally near ones do not count against it.
     assert found[1].tolist() == [True, True, True, False, True, True]
 
 

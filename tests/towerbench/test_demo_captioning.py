@@ -1,4 +1,4 @@
-"""Captions of scenes by a fresh head: exact features are named, and CIDEr-D by picture."""
+"""Captions of scenes by a fresh head: exact features are named, and CIDEr-D by image."""
 
 from dataclasses import replace
 

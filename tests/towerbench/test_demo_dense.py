@@ -1,4 +1,4 @@
-"""Naming objects and cells: exact features reach the top, those of other pictures are at chance, and what is drawn."""
+"""Naming objects and cells: exact features reach the top, those of other images are at chance, and what is drawn."""
 
 from types import SimpleNamespace
 
@@ -55,7 +55,7 @@ def test_exact_features_reach_the_top_and_those_of_other_scenes_do_not(cls):
 
 
 def test_correspondence_of_places_is_exact_where_they_are_told():
-    """Features that are nothing but a point's place in the scene, in the warped picture as well, are all found."""
+    """Features that are nothing but a point's place in the scene, in the warped image as well, are all found."""
     matrices = [dense.warped(scene.image, number)[1] for number, scene in enumerate(unseen.scenes("test"))]
     y, x = (torch.arange(16) + 0.5).div(16).unsqueeze(1), (torch.arange(16) + 0.5).div(16)
 

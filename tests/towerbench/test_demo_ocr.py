@@ -1,4 +1,4 @@
-"""Reading words: typefaces, words, pictures of them; how they are read is tested beside `ctc_readout`."""
+"""Reading words: typefaces, words, images of them; how they are read is tested beside `ctc_readout`."""
 
 import numpy as np
 

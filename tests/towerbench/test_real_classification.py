@@ -236,7 +236,7 @@ def test_benchmarks_on_the_same_pictures_draw_the_same_items(data):
         same = [registered()[f"{what} {name}"] for what in ("zero-shot", "linear probe", "kNN")]
         assert {cls.item_set for cls in same} == {name}
         assert len({cls(context).pictures(0)["test"].identity for cls in same}) == 1
-        # Some of the pictures alone.
+        # Some of the images alone.
         assert registered()[f"robustness {name}"].item_set == ""
 
 

@@ -20,7 +20,7 @@ COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 
 
 def blocks(seed: int, values, size=(64, 96)) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of four parts of a colour each, and its values."""
+    """An image of four parts of a colour each, and its values."""
     rng = np.random.default_rng(seed)
     order, (height, width) = rng.permutation(len(values)), size
     row, column = rng.integers(height // 4, 3 * height // 4), rng.integers(width // 4, 3 * width // 4)
@@ -130,7 +130,7 @@ def test_patches_against_names_is_scikit_learns_jaccard(store, data, name):
 
 
 def test_ious_are_those_of_detectron2(data, tmp_path):
-    """Predictions drawn at random, of pictures larger than what is compared at once: an estimate within a point."""
+    """Predictions drawn at random, of images larger than what is compared at once: an estimate within a point."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.evaluation import SemSegEvaluator
 
@@ -268,7 +268,7 @@ def test_broken_lists_and_pictures_are_refused(tmp_path):
         cls(Context(data=tmp_path))
     (lists / "val.txt").write_text("2007_val000")
     (lists / "train.txt").write_text("2007_train000")
-    with pytest.raises(DataError, match="1 pictures are to train on; at least 5"):
+    with pytest.raises(DataError, match="1 images are to train on; at least 5"):
         registered()["dense probe voc2012"](Context(data=tmp_path))
     (tmp_path / "ADEChallengeData2016/images/validation").mkdir(parents=True)
     with pytest.raises(DataError, match="validation: holds no pictures"):

@@ -31,7 +31,7 @@ ADE = "ADEChallengeData2016"
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
-    """A picture of two backgrounds and two boxes on them, what of the four is where, and number and box of each."""
+    """An image of two backgrounds and two boxes on them, what of the four is where, and number and box of each."""
     rng = np.random.default_rng(seed)
     which, (height, width) = np.zeros(SIZE, int), SIZE
     cut = int(rng.integers(20, 44))
@@ -94,7 +94,7 @@ def ade20k(root: Path, counts=(("training", 15), ("validation", 6)), classes=ran
 
 def instances(root: Path, seeds, file_names, categories, *, masks=True) -> dict:
     """COCO's format, with what sets the data sets apart left to `file_names`: from a number to keys of an image and the
-    place of its picture."""
+    place of its image."""
     images, annotations = [], []
     for number, seed in enumerate(seeds):
         keys, place = file_names(number)
@@ -143,7 +143,7 @@ def lvis(root: Path) -> None:
     for split, seeds in (("train", range(15)), ("val", range(50, 56))):
 
         def named(number, split=split):
-            # Some pictures of LVIS's validation are of COCO's training.
+            # Some images of LVIS's validation are of COCO's training.
             folder = "train2017" if split == "train" or number % 2 else "val2017"
             name = f"{number + 1000 * (split == 'val'):012d}.jpg"
             url = f"http://images.cocodataset.org/{folder}/{name}"
@@ -298,7 +298,7 @@ def test_boxes_of_objects365(store, data, caplog):
 
 
 def test_resampled_pictures_give_the_accuracy_of_their_regions(store, data):
-    """What the bootstrap draws: pictures, some of them several times."""
+    """What the bootstrap draws: images, some of them several times."""
     benchmark, found = run("goi zero-shot coco boxes", store, data)
     by_class = found.reshape(6, -1, 3)
     for draw in np.random.default_rng(0).integers(0, 6, (20, 6)):

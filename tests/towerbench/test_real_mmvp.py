@@ -35,10 +35,10 @@ def write(root: Path, rows=None) -> Path:
 
 
 class Said:
-    """A tower whose pictures and statements are given."""
+    """A tower whose images and statements are given."""
 
     def __init__(self, similar):
-        # Pictures are the axes of a space, so that a statement's coordinates are its similarities.
+        # Images are the axes of a space, so that a statement's coordinates are its similarities.
         self.pictures, self.lines = torch.eye(similar.shape[0]), similar.T
 
     def embeddings(self, pictures):
@@ -59,13 +59,13 @@ def test_pairs_are_read_in_order(tmp_path):
 def test_both_choices_of_a_pair_have_to_be_right(tmp_path):
     write(tmp_path)
     similar = torch.full((8, 8), 9.0)  # what other pairs say does not count
-    pairs = ([[3, 1], [2, 4]], [[3, 2], [4, 5]], [[3, 4], [2, 5]], [[3, 3], [2, 5]])  # [picture, statement]
+    pairs = ([[3, 1], [2, 4]], [[3, 2], [4, 5]], [[3, 4], [2, 5]], [[3, 3], [2, 5]])  # [image, statement]
     for place, block in enumerate(pairs):
         similar[2 * place : 2 * place + 2, 2 * place : 2 * place + 2] = torch.tensor(block)
     expected = {
-        # The second pair's first statement is nearer to the second picture: 4 > 3.
+        # The second pair's first statement is nearer to the second image: 4 > 3.
         "vqa mmvp-vlm": [True, False, True, True],
-        # The third pair's first picture is nearer to the second statement; the fourth's is as near to both.
+        # The third pair's first image is nearer to the second statement; the fourth's is as near to both.
         "vqa mmvp-vlm pictures": [True, True, False, False],
     }
     for name, right in expected.items():
@@ -107,7 +107,7 @@ def test_the_whole_suite(tmp_path):
     right = 0
     for number, pair in enumerate(benchmark.pairs):
         lines = store.tower.text([f"a photo of {text}" for text in pair.statements])
-        # As the authors' script has it: the shares of the first picture, of either statement.
+        # As the authors' script has it: the shares of the first image, of either statement.
         share = (100 * lines @ seen[2 * number : 2 * number + 2].T).softmax(1)[:, 0]
         right += bool(share[0] > 0.5 > share[1])
     store.close()

@@ -1,4 +1,4 @@
-"""Word pictures, on tiny LMDBs and folders of the true formats."""
+"""Word images, on tiny LMDBs and folders of the true formats."""
 
 import io
 import json
@@ -151,7 +151,7 @@ def test_rendered_words_are_the_same_every_time(small):
 
 
 def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypatch):
-    """And not those of other pictures."""
+    """And not those of other images."""
     texts = ["STOP", "exit", "bank", "Taxi"] * 50
     database(tmp_path / "ocr/train/synth/MJ", texts)
     database(tmp_path / "ocr/test/SVT", ["STOP", "bank", "exit", "Taxi", "exit", "STOP"])

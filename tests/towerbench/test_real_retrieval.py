@@ -33,7 +33,7 @@ def save(file: Path, number: int) -> None:
 
 
 def texts(number: int, how_many: int = 5) -> list[str]:
-    """Captions that depend on what is shown; some pictures share some, word by word."""
+    """Captions that depend on what is shown; some images share some, word by word."""
     colour, shape = list(COLOURS)[number % 4], SHAPES[number // 4 % 4]
     made = (
         f"A {colour} {shape}.",
@@ -47,7 +47,7 @@ def texts(number: int, how_many: int = 5) -> list[str]:
 
 
 def counts(number: int) -> int:
-    """COCO's pictures have 5 to 7 captions; here 3 to 6."""
+    """COCO's images have 5 to 7 captions; here 3 to 6."""
     return 3 + number % 4
 
 
@@ -139,7 +139,7 @@ def clip():
 
 @torch.no_grad()
 def recalls_by_loops(clip, found: captioned.CaptionedSet) -> list[float]:
-    """In per cent: of captions at 1, 5, 10, then of pictures, with open_clip's own preprocessing."""
+    """In per cent: of captions at 1, 5, 10, then of images, with open_clip's own preprocessing."""
     model, preprocess, tokenizer = clip
     images = [
         model.encode_image(preprocess(Image.open(file).convert("RGB"))[None])[0] for file in found.files
@@ -187,7 +187,7 @@ def test_the_parts_of_the_queries_make_no_difference(store, data, monkeypatch):
 def test_ranks_by_hand():
     pictures = torch.eye(3)
     lines = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.9], [0.0, 0.8, 0.1]])
-    # The first line is a caption of pictures 0 and 1, the second one of 1 too, and stands before in pictures 2.
+    # The first line is a caption of images 0 and 1, the second one of 1 too, and stands before in images 2.
     scores = retrieval.hits(pictures, lines, [[0], [0, 1], [2]])
     at_one = scores[:, [0, 3, 4]].tolist()
     assert at_one == [[1, 1, 1], [0, 2, 0], [0, 1, 0]]
@@ -201,11 +201,11 @@ def test_shared_captions_do_not_count_against_a_pictures_own():
     assert scores[:, 4].tolist() == [
         1,
         1,
-    ]  # picture 0's only caption is the nearest, though picture 1 has it too
+    ]  # image 0's only caption is the nearest, though image 1 has it too
 
 
 def test_the_bootstrap_draws_pictures_with_their_captions(store, data):
-    """The figure of drawn pictures is the recall of their captions and of them, each as often as it was drawn."""
+    """The figure of drawn images is the recall of their captions and of them, each as often as it was drawn."""
     benchmark, scores = run("retrieval coco", store, data)
     drawn = np.random.default_rng(0).integers(0, COUNT, COUNT)
     queries = [hit for i in drawn for hit in [scores[i, :3]]]
@@ -230,7 +230,7 @@ def test_sets_are_what_the_files_say(data):
     assert dci.captions[0] == ("A red square.  It is number 0.".replace("  ", " "),)
     assert dci.captions[-1][0].startswith(
         f"{texts(11)[0]} Much more is to be said of it. Much"
-    )  # test's last is picture 11
+    )  # test's last is image 11
     urban = registered()["retrieval urban-1k"](Context(data=data)).set
     assert urban.captions[2] == ("the square is blue a photo of a blue square and noise 2",)
 
@@ -321,7 +321,7 @@ def test_pictures_without_captions_are_left_out_with_a_count(tmp_path, caplog):
         (tmp_path / "caption" / f"{name}.txt").write_text(text)
     with caplog.at_level("WARNING"):
         assert captioned.urban1k(tmp_path).captions == [("a dog",)]
-    assert "2 pictures without a caption" in caplog.text
+    assert "2 images without a caption" in caplog.text
 
 
 def test_changed_annotations_are_another_set(data, tmp_path):

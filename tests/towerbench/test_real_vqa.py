@@ -34,7 +34,7 @@ def write(root: Path, prefix="v2_", folder="vqav2", counts=(54, 12), year=2014) 
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(where / file)
             for k, (text, answer) in enumerate(
                 (
-                    ("What color is the picture?", name),
+                    ("What color is the image?", name),
                     ("Where is the bar?", ("left", "right")[side]),
                 )
             ):
@@ -111,7 +111,7 @@ def test_files_are_read(data):
     )
     assert whole.pictures == [1001 + 7 * i for i in range(12)] and len(whole.every) == 24
     first, second = whole.questions[4]
-    assert first.text == "What color is the picture?" and first.scores == {"green": 1.0, "unclear": 0.6}
+    assert first.text == "What color is the image?" and first.scores == {"green": 1.0, "unclear": 0.6}
     assert second.scores["right"] == 1.0
     few = questions.read(
         data / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
@@ -215,8 +215,8 @@ def test_broken_files_are_refused(data, tmp_path):
             questions.read(*files, 100)
 
     fails("has no annotation of question 1001000", lambda q, a: a["annotations"].pop(0))
-    fails("question 1001000 on picture 1001 is not in", lambda q, a: q["questions"].pop(0))
-    fails("on picture 5 is not in", lambda q, a: a["annotations"][0].update(image_id=5))
+    fails("question 1001000 on image 1001 is not in", lambda q, a: q["questions"].pop(0))
+    fails("on image 5 is not in", lambda q, a: a["annotations"][0].update(image_id=5))
     fails("question 1001000 is there twice", lambda q, a: a["annotations"].append(a["annotations"][0]))
     fails(
         "questions.json: question 1001000 is there twice",

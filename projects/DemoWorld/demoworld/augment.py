@@ -1,4 +1,4 @@
-"""Augmented views of single emoji: the pictures the demo tower is pretrained and evaluated on."""
+"""Augmented views of single emoji: the images the demo tower is pretrained and evaluated on."""
 
 import math
 
@@ -37,7 +37,7 @@ def _warp(
     aspect = torch.exp((torch.rand(n, generator=generator) - 0.5) * 0.4)
     shear = (torch.rand(n, generator=generator) - 0.5) * 0.3
     cos, sin = torch.cos(angle), torch.sin(angle)
-    # Inverse map (frame -> picture): undo shift, then rotation, then scale.
+    # Inverse map (frame -> image): undo shift, then rotation, then scale.
     a = torch.stack([cos, sin, -sin, cos], 1).view(n, 2, 2)
     squeeze = torch.zeros(n, 2, 2)
     squeeze[:, 0, 0] = torch.where(flip, -1.0, 1.0) / (scale * aspect.sqrt())
@@ -99,7 +99,7 @@ def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> 
 def augmented_views(
     bank: torch.Tensor, index: torch.Tensor, flippable: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """One augmented view of each wanted picture, normalised for the tower.
+    """One augmented view of each wanted image, normalised for the tower.
 
     Args:
         bank: `[N, 4, S, S]` uint8, premultiplied RGBA (`premultiplied`).
@@ -130,7 +130,7 @@ def augmented_views(
     image[cluttered] = behind[:, :3] + image[cluttered] * (1 - behind[:, 3:])
 
     scale = 0.5 + 0.6 * uniform(n)
-    # The centre moves as far as keeps most of the picture inside.
+    # The centre moves as far as keeps most of the image inside.
     shift = (uniform(n, 2) - 0.5) * (1.08 - scale).clamp(min=0.06).unsqueeze(1)
     flip = (uniform(n) < 0.5) & flippable[index]
     front = _warp(bank[index].float() / 255, scale, shift, flip, generator)

@@ -4,7 +4,7 @@
     root/annotations/{instances,captions}_{train,val,unseen}.json
     root/demo_world.json     what the folder was made with; written last
 
-The pictures are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
+The images are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
 """
 
 import json

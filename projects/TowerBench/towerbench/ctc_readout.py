@@ -13,7 +13,7 @@ from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Pictures
 
 LINES = 4
-"""Words below each other in a picture."""
+"""Words below each other in an image."""
 
 BATCH, RATE = 32, 3e-3
 WEIGHT_DECAYS = (0.01, 0.1)
@@ -121,10 +121,10 @@ def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.
 
 
 def columns(tower: FeatureStore, pictures: Pictures, least: int) -> Iterator[torch.Tensor]:
-    """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some pictures at a time.
+    """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some images at a time.
 
     Args:
-        pictures: of `LINES` lines of equal height, squashed, `dense`.
+        images: of `LINES` lines of equal height, squashed, `dense`.
         least: columns that are made where the map has fewer: enough for the longest word, whatever the tower's patch.
     """
     for _, maps in in_chunks(tower, pictures):

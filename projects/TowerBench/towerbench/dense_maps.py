@@ -1,4 +1,4 @@
-"""A tower's maps of a set of pictures, some pictures at a time: as they are, or averaged to cells of a grid."""
+"""A tower's maps of a set of images, some images at a time: as they are, or averaged to cells of a grid."""
 
 from collections.abc import Iterator
 
@@ -14,10 +14,10 @@ CHUNK = 64
 def in_chunks(
     tower: FeatureStore, pictures: Pictures, stop: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Maps `[n, C, h, w]` of `CHUNK` pictures at a time, each with the number of its first picture.
+    """Maps `[n, C, h, w]` of `CHUNK` images at a time, each with the number of its first image.
 
     Args:
-        pictures: `dense`.
+        images: `dense`.
         stop: how many of them, from the first; None: all.
     """
     stop = pictures.count if stop is None else stop
@@ -26,6 +26,6 @@ def in_chunks(
 
 
 def grid_cells(tower: FeatureStore, pictures: Pictures, grid: int) -> Iterator[torch.Tensor]:
-    """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` pictures at a time."""
+    """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` images at a time."""
     for _, maps in in_chunks(tower, pictures):
         yield F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)

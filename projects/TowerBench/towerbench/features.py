@@ -1,4 +1,4 @@
-"""Sets of pictures, and a tower's features of them: each picture passes a tower once, whoever asks for it."""
+"""Sets of images, and a tower's features of them: each image passes a tower once, whoever asks for it."""
 
 import itertools
 import logging
@@ -32,10 +32,10 @@ FOLDER = ".features-"
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of pictures that can be made again.
+    """A set of images that can be made again.
 
     Args:
-        key: says everything that the pictures depend on (source, seed, size, what was done to them): two sets of one
+        key: says everything that the images depend on (source, seed, size, what was done to them): two sets of one
             key, scale and fit are taken for the same, and are encoded once.
         count: how many.
         make: a function that yields them in order, `[H, W, 3]` uint8 RGB, of any sizes.
@@ -59,17 +59,17 @@ class Pictures:
 
 
 class FeatureStore:
-    """A tower's features of sets of pictures, computed when first asked for and kept until released.
+    """A tower's features of sets of images, computed when first asked for and kept until released.
 
     Embeddings are in memory, dense features in float16 in a temporary file, which the system pages in and out.
 
     Args:
         tower: what computes them.
-        announced: all sets that will be asked for: where one of several with the same identity is `dense`, the pictures
+        announced: all sets that will be asked for: where one of several with the same identity is `dense`, the images
             pass the tower once for both kinds of features.
         folder: for the temporary file; None: the system's. What a killed process left in it is removed.
         texts: embeddings of lines by this tower's text tower, which are added to; towers that share it may share them.
-        progress: called after each batch, with the set and how many of its pictures have passed in it.
+        progress: called after each batch, with the set and how many of its images have passed in it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FeatureStore:
         return self._embeddings[pictures.identity]
 
     def dense(self, pictures: Pictures, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The last map `[stop - start, C, h, w]` of pictures `start` to `stop`, float32 on the CPU.
+        """The last map `[stop - start, C, h, w]` of images `start` to `stop`, float32 on the CPU.
 
         Raises:
             ConfigError: the tower has no map (it is no plain vision transformer).
@@ -159,7 +159,7 @@ class FeatureStore:
             done += len(batch)
             self.progress(pictures, len(batch))
         if done != pictures.count:
-            raise ConfigError(f"the set `{pictures.key}` said {pictures.count} pictures and made {done}")
+            raise ConfigError(f"the set `{pictures.key}` said {pictures.count} images and made {done}")
         self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
     def _batches(self, pictures: Pictures) -> Iterator[torch.Tensor]:
@@ -192,9 +192,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def fitted(picture: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
-    """A picture `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Pictures`."""
+    """An image `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Pictures`."""
     if fit not in FITS:
-        raise ConfigError(f"a set of pictures has fit `{fit}`; choose one of {', '.join(FITS)}")
+        raise ConfigError(f"a set of images has fit `{fit}`; choose one of {', '.join(FITS)}")
     if picture.shape[:2] == (height, width):
         return np.array(picture)
     image = Image.fromarray(picture)

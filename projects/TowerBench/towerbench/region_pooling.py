@@ -19,7 +19,7 @@ def box_coverage(
     """The share of each cell `[h, w]` that a box covers.
 
     Args:
-        box: `(x, y, width, height)` in pixels, which need not be whole, of a picture of `size` (height, width).
+        box: `(x, y, width, height)` in pixels, which need not be whole, of an image of `size` (height, width).
     """
     x, y, width, height = box
     down = _overlap(y, y + height, size[0], grid[0])
@@ -62,8 +62,8 @@ def class_means(means: np.ndarray) -> np.ndarray:
     A class's accuracy is the share of its regions that are named right; the mean is over the classes that there are.
 
     Args:
-        means: `[..., classes * (1 + len(AT))]`, by class how many regions of it a picture has, and how many of these
-            are named right for each of `AT`, as means over pictures.
+        means: `[..., classes * (1 + len(AT))]`, by class how many regions of it an image has, and how many of these
+            are named right for each of `AT`, as means over images.
 
     Returns:
         `[...]` in 0..1.

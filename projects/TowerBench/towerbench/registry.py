@@ -33,7 +33,7 @@ class Context:
     """What the user gave.
 
     Args:
-        pictures: folder of another vendor's emoji, named by code points; None: not given.
+        images: folder of another vendor's emoji, named by code points; None: not given.
         data: folder of the real suite's data sets; None: not given.
         split: `test`, or `development`: other items, to choose a recipe by.
     """
@@ -46,7 +46,7 @@ class Context:
 class Benchmark:
     """One benchmark. A subclass sets the names and writes `pictures` and `items`; `@register` makes it known.
 
-    An item is what is drawn anew in the bootstrap: a picture, a class, a pair, whatever is independent of the
+    An item is what is drawn anew in the bootstrap: an image, a class, a pair, whatever is independent of the
     others. Item i must be the same thing for every tower and every seed. What was drawn at random for a seed (views,
     shots, the start of a readout) depends on `seed` alone, so that towers are compared in pairs.
 
@@ -55,13 +55,13 @@ class Benchmark:
         family: one of `FAMILIES`. A family's figure is the mean over its benchmarks.
         metric: what the figure is, for people.
         suite: `demo` or `real`.
-        in_domain: whether it is tested on the fine-tuning's data set of pictures; reported, but counted in no mean.
+        in_domain: whether it is tested on the fine-tuning's data set of images; reported, but counted in no mean.
         max_seeds: how many seeds make a difference; None: as many as are asked for.
         quick_seeds: how many of these a suite takes, where a readout is expensive; None: all.
         item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
-        readout_seconds: what a seed takes besides the pictures that pass the tower, in seconds of one CPU core with the
+        readout_seconds: what a seed takes besides the images that pass the tower, in seconds of one CPU core with the
             demo's tower. The time that is left is told by it; a rough number will do.
-        version: raised when the same pictures give other figures than before, so that old results are not taken up.
+        version: raised when the same images give other figures than before, so that old results are not taken up.
     """
 
     name = family = metric = ""
@@ -87,7 +87,7 @@ class Benchmark:
         return None
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        """The sets of pictures that `items` will ask features of, under names of its own choice. Renders none."""
+        """The sets of images that `items` will ask features of, under names of its own choice. Renders none."""
         raise NotImplementedError
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
@@ -95,7 +95,7 @@ class Benchmark:
 
         Args:
             tower: `embeddings(pictures["..."])`, `dense(...)`, `text([...])`.
-            pictures: what `pictures(seed)` returned.
+            images: what `pictures(seed)` returned.
         """
         raise NotImplementedError
 
@@ -114,7 +114,7 @@ class Benchmark:
         return means.mean(-1)
 
     def baselines(self) -> Mapping[str, float]:
-        """Figures (in 0..1) that need no tower, by name: chance, what can be told without the picture. Shown beside."""
+        """Figures (in 0..1) that need no tower, by name: chance, what can be told without the image. Shown beside."""
         return {}
 
 

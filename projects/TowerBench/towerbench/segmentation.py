@@ -11,7 +11,7 @@ from towerbench.features import FeatureStore, Pictures
 
 
 def sampled(labels: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Labels `[H, W]` at the centres of height x width equal parts of the picture, `[height, width]` int64."""
+    """Labels `[H, W]` at the centres of height x width equal parts of the image, `[height, width]` int64."""
     rows, columns = (
         ((np.arange(side) + 0.5) * length / side).astype(int)
         for side, length in zip((height, width), labels.shape, strict=True)
@@ -29,7 +29,7 @@ def overlaps(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> torc
 
 
 def mean_iou(means: np.ndarray) -> np.ndarray:
-    """Mean IoU over the classes that there are, from means over pictures of `overlaps`, `[..., 2 * classes]`."""
+    """Mean IoU over the classes that there are, from means over images of `overlaps`, `[..., 2 * classes]`."""
     both, either = np.split(means, 2, axis=-1)
     there = either > 0
     return (both / np.where(there, either, 1)).sum(-1) / there.sum(-1)
@@ -42,7 +42,7 @@ def segmented(
     truth: Callable[[int], tuple[torch.Tensor, float]],
     classes: int,
 ) -> np.ndarray:
-    """Compare what cells tell with the truth, picture by picture: `overlaps`, `[N, 2 * classes]`.
+    """Compare what cells tell with the truth, image by image: `overlaps`, `[N, 2 * classes]`.
 
     Args:
         scores: cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`, which are interpolated.
@@ -64,7 +64,7 @@ def training_cells(
     labels: Callable[[int, tuple[int, int]], torch.Tensor],
     chosen: Callable[[int, torch.Tensor], np.ndarray],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features `[M, C]` and labels `[M]` of some cells of every picture.
+    """Features `[M, C]` and labels `[M]` of some cells of every image.
 
     Args:
         labels: from a picture's number and the grid `(h, w)` to its cells' labels `[h, w]`.

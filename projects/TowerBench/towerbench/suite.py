@@ -29,7 +29,7 @@ SCHEMA = 1
 SCORES = "scores"
 
 PICTURE_SECONDS = 0.0085
-"""What a picture of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
+"""What an image of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def run(
 
 
 class Task:
-    """A benchmark with its sets of pictures for every seed.
+    """A benchmark with its sets of images for every seed.
 
     Args:
         seeds: those that are asked for; a benchmark that knows fewer takes them modulo its number.
@@ -123,14 +123,14 @@ class Task:
 
 
 def _seconds(tasks: Sequence[Task]) -> float:
-    """What tasks cost a tower together: each picture once, and every readout."""
+    """What tasks cost a tower together: each image once, and every readout."""
     passed = {pictures.identity: pictures for task in tasks for pictures in task.pictures}
     readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
     return readouts + sum(_passing_seconds(pictures, pictures.count) for pictures in passed.values())
 
 
 def _passing_seconds(pictures: Pictures, count: int) -> float:
-    """What `count` of a set's pictures cost."""
+    """What `count` of a set's images cost."""
     return PICTURE_SECONDS * pictures.scale**2 * count
 
 

@@ -71,22 +71,22 @@ def _add_heads(cfg: CN) -> None:
     visft.HEAD_FILES = ()
 
     # Objectives of the tower itself in stage `lora`, beside the heads, by the names of their nodes below (lower case).
-    # Without heads (HEADS (), HEAD_FILES (), VISFT.STAGES ("lora",)) they are all that trains. They see the pictures
+    # Without heads (HEADS (), HEAD_FILES (), VISFT.STAGES ("lora",)) they are all that trains. They see the images
     # that the heads are given; without heads, those that they can learn from. BALANCE_GRADIENTS leaves them alone.
     visft.OBJECTIVES = ()
 
-    # 1 - cosine between the CLIP embedding of a picture and that of the tower before tuning.
+    # 1 - cosine between the CLIP embedding of an image and that of the tower before tuning.
     visft.ANCHOR = anchor = CN()
     anchor.OBJECTIVE = "Anchor"  # in VISFT_OBJECTIVES_REGISTRY
     anchor.WEIGHT = 1.0
-    # Side of the picture in pixels, both sides being resized to it; 0: the size that the tower was pretrained at.
+    # Side of the image in pixels, both sides being resized to it; 0: the size that the tower was pretrained at.
     anchor.SIZE = 0
-    # The same for this many parts of each picture, drawn at random; 0: whole pictures alone.
+    # The same for this many parts of each image, drawn at random; 0: whole images alone.
     anchor.CROPS = 0
     # Every second part, at random, is grey, of another contrast, or a grey negative: of another domain.
     anchor.RECOLOR = False
 
-    # CLIP's own loss on pictures and captions; text tower and logit scale are the base's, and frozen.
+    # CLIP's own loss on images and captions; text tower and logit scale are the base's, and frozen.
     visft.CONTRASTIVE = contrastive = CN()
     contrastive.OBJECTIVE = "Contrastive"
     contrastive.WEIGHT = 1.0
@@ -97,10 +97,10 @@ def _add_heads(cfg: CN) -> None:
     visft.SELF_DISTILLATION = distillation = CN()
     distillation.OBJECTIVE = "SelfDistillation"
     distillation.WEIGHT = 1.0
-    # `boxes`: the annotated ones. `grid`: m x n parts of the picture, which needs no labels.
+    # `boxes`: the annotated ones. `grid`: m x n parts of the image, which needs no labels.
     distillation.REGIONS = "grid"
     distillation.GRID = 6  # m and n are drawn from 1 to this
-    distillation.MAX_REGIONS = 16  # of a picture, drawn where there are more; 0: all
+    distillation.MAX_REGIONS = 16  # of an image, drawn where there are more; 0: all
 
     visft.DETECTION = det = CN()
     # Class in VISFT_HEADS_REGISTRY: DETRHead, or RCNNHead (which reads detectron2's own MODEL.RPN, MODEL.ROI_* keys).
@@ -123,10 +123,10 @@ def _add_heads(cfg: CN) -> None:
     # `softmax`: over the classes and no-object. `sigmoid`: each class on its own, by focal loss over the number of
     # objects (Deformable DETR); NO_OBJECT_WEIGHT is not used, and inference takes the best (query, class) pairs.
     det.CLASS_LOSS = "softmax"
-    # Federated loss, for data sets whose pictures are annotated with some of the classes only (LVIS): this many take
-    # part in an iteration's class loss, those annotated in its pictures and others drawn. 0: all.
+    # Federated loss, for data sets whose images are annotated with some of the classes only (LVIS): this many take
+    # part in an iteration's class loss, those annotated in its images and others drawn. 0: all.
     det.FED_LOSS_CLASSES = 0
-    # They are drawn by the number of training pictures that have them, to this power.
+    # They are drawn by the number of training images that have them, to this power.
     det.FED_LOSS_POWER = 0.5
     # Inference leaves out a box whose IoU with a better one of its class is above this. 1: none, as DETR has it; after
     # a short training, queries still repeat each other.
@@ -152,10 +152,10 @@ def _add_heads(cfg: CN) -> None:
     # `softmax`: over the classes and no-object. `sigmoid`: each class on its own, by focal loss over the number of
     # objects (Deformable DETR); NO_OBJECT_WEIGHT is not used, and inference takes the best (query, class) pairs.
     seg.CLASS_LOSS = "softmax"
-    # Federated loss, for data sets whose pictures are annotated with some of the classes only (LVIS): this many take
-    # part in an iteration's class loss, those annotated in its pictures and others drawn. 0: all.
+    # Federated loss, for data sets whose images are annotated with some of the classes only (LVIS): this many take
+    # part in an iteration's class loss, those annotated in its images and others drawn. 0: all.
     seg.FED_LOSS_CLASSES = 0
-    # They are drawn by the number of training pictures that have them, to this power.
+    # They are drawn by the number of training images that have them, to this power.
     seg.FED_LOSS_POWER = 0.5
     seg.CLASS_WEIGHT = 2.0
     seg.MASK_WEIGHT = 5.0
@@ -244,8 +244,8 @@ def _add_run(cfg: CN) -> None:
     # Whether a stage that another one follows is evaluated at its end. The last one always is, and so is the first if
     # nothing was evaluated before it.
     run.EVAL_BETWEEN_STAGES = True
-    # `joint`: the pictures of an iteration pass the tower once and feed every head whose labels they carry. `ratio`: an
-    # iteration draws one task, and feeds its head alone, from pictures with its labels (the authors').
+    # `joint`: the images of an iteration pass the tower once and feed every head whose labels they carry. `ratio`: an
+    # iteration draws one task, and feeds its head alone, from images with its labels (the authors').
     run.TASK_MIXING = "joint"
     # With `ratio`: how often each task is drawn, in the order of MODEL.VISFT.HEADS, in any unit; (): equally often.
     run.TASK_RATIOS = ()
@@ -269,7 +269,7 @@ def _add_run(cfg: CN) -> None:
     data.TRAIN_IMAGES = ""
     data.TEST_JSON = ""
     data.TEST_IMAGES = ""
-    # Captions of their pictures, files in the format of COCO's captions_*.json; "": none. Captions and IMAGES without
+    # Captions of their images, files in the format of COCO's captions_*.json; "": none. Captions and IMAGES without
     # JSON make a data set of captions alone.
     data.TRAIN_CAPTIONS = ""
     data.TEST_CAPTIONS = ""
@@ -278,7 +278,7 @@ def _add_run(cfg: CN) -> None:
 
     # Of detectron2's INPUT, tools/train_net.py reads MIN_SIZE_*, MAX_SIZE_* and RANDOM_FLIP for ViSFT runs; FORMAT must
     # be RGB. MASK_FORMAT and CROP are for detectron2's stock mapper alone: ours reads polygons and bitmaps alike.
-    # How training pictures are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
+    # How training images are resized: `detection` (short side of INPUT.MIN_SIZE_TRAIN, half the time after a random
     # crop, as DETR), `lsj` (large-scale jitter to INPUT_SIZE, as Mask2Former), `fixed` (long side INPUT_SIZE, no crop),
     # `square` (both sides INPUT_SIZE).
     run.INPUT = inp = CN()
@@ -289,8 +289,8 @@ def _add_run(cfg: CN) -> None:
     inp.CROP_SIZE = (384, 600)
     inp.CROP_PROBABILITY = 0.5
 
-    # Memory in GiB, in each process, for the frozen tower's features in stage `heads`: a picture that comes again
-    # unchanged (`fixed`, `square`) is not computed again. Then each picture passes the tower alone. 0: off.
+    # Memory in GiB, in each process, for the frozen tower's features in stage `heads`: an image that comes again
+    # unchanged (`fixed`, `square`) is not computed again. Then each image passes the tower alone. 0: off.
     run.FEATURE_CACHE = 0.0
 
     run.SOLVER = CN()

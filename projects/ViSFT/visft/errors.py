@@ -10,7 +10,7 @@ class ConfigError(VisftError, ValueError):
 
 
 class DataError(VisftError, ValueError):
-    """A data set is missing, or an annotation or picture in it is broken."""
+    """A data set is missing, or an annotation or image in it is broken."""
 
 
 class CheckpointError(VisftError, RuntimeError):

@@ -40,7 +40,7 @@ def test_a_window_as_large_as_the_grid_is_global_attention(name, class_token):
 @pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "EVA02-B-16"])
 @torch.no_grad()
 def test_windows_are_images_of_their_own_up_to_position(name):
-    # Patches alone, no absolute position: the windows of a picture are what the tower makes of the cut-outs. Rotary
+    # Patches alone, no absolute position: the windows of an image are what the tower makes of the cut-outs. Rotary
     # position is relative, so it agrees as well.
     clip = small_clip(name)
     table = clip.visual.trunk.pos_embed if hasattr(clip.visual, "trunk") else clip.visual.positional_embedding
@@ -52,7 +52,7 @@ def test_windows_are_images_of_their_own_up_to_position(name):
     rope = backbone._parts.rope((5, 6), images.device)
     for top, left, bottom, right in ((0, 0, 3, 3), (0, 3, 3, 6), (3, 0, 5, 3), (3, 3, 5, 6)):
         part = CLIPViT(clip.visual, class_token="drop").eval()
-        if rope is not None:  # the same spacing of positions as in the whole picture
+        if rope is not None:  # the same spacing of positions as in the whole image
             cut = rope.unflatten(0, (5, 6))[top:bottom, left:right].flatten(0, 1)
             part._parts.rope = lambda grid, device, cut=cut: cut
         expected = part(images[:, :, top * 16 : bottom * 16, left * 16 : right * 16])["last_feat"]

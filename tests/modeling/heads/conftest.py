@@ -1,4 +1,4 @@
-"""Annotated pictures for the heads' tests."""
+"""Annotated images for the heads' tests."""
 
 import pytest
 from annotated_images import annotated
@@ -6,7 +6,7 @@ from annotated_images import annotated
 
 @pytest.fixture
 def images() -> list[dict]:
-    """Four pictures of 64 x 64: with three objects, none, one, and five."""
+    """Four images of 64 x 64: with three objects, none, one, and five."""
     size = (64, 64)
     return [
         annotated(7, size, [[4, 4, 30, 40], [20, 8, 60, 24], [33, 33, 63, 63]], [0, 1, 2]),

@@ -90,7 +90,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions(kind):
         assert tuple(ids) == best
         assert total == pytest.approx(known_scores[best], abs=1e-4)
         assert maps.shape == (len(ids), GRID * GRID)
-    assert len({tuple(ids) for ids, *_ in found}) > 1, "the pictures would not matter"
+    assert len({tuple(ids) for ids, *_ in found}) > 1, "the images would not matter"
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 3, 6])

@@ -51,7 +51,7 @@ def losses(head, features, images, normalizers=None):
 
 
 def matching() -> Matching:
-    """Two pictures, of two layers: query 1 and 3 of the first are matched, and query 0 of the second."""
+    """Two images, of two layers: query 1 and 3 of the first are matched, and query 0 of the second."""
     return Matching(
         image=torch.tensor([0, 0, 1]),
         query=torch.tensor([[1, 3, 0], [3, 2, 4]]),

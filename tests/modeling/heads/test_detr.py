@@ -157,7 +157,7 @@ def test_which_pictures_have_labels(images):
     head = make_head()
     assert head.has_labels(images[0]) and head.has_labels(images[1])
     assert not head.has_labels({"image_id": 3})
-    assert head.has_labels({"instances": Instances((64, 64))})  # a mapper's, of a picture with nothing on it
+    assert head.has_labels({"instances": Instances((64, 64))})  # a mapper's, of an image with nothing on it
     assert not head.has_labels({"instances": Instances((64, 64), gt_classes=torch.tensor([1]))})
 
 
@@ -197,7 +197,7 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
 
 def test_detections_are_limited_and_inside_the_picture(images):
     head = make_head(max_detections=3).eval()
-    torch.nn.init.constant_(head.bbox_embeds.layers[-1].bias, 2.0)  # large boxes, beyond the picture
+    torch.nn.init.constant_(head.bbox_embeds.layers[-1].bias, 2.0)  # large boxes, beyond the image
     result = head.inference(HeadInputs(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64)))[0]
     assert len(result) == 3
     boxes = result.pred_boxes.tensor

@@ -42,7 +42,7 @@ def gradients(head, losses) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_of_two_processes_add_up_to_those_of_the_joined_batch(images):
-    """Also: pictures alone give what they give in a batch, random points included."""
+    """Also: images alone give what they give in a batch, random points included."""
     head, features = make_head(), torch.randn(4, 12, 8, 8)
     total = head.normalizers(images)
     torch.testing.assert_close(total, head.normalizers(images[:1]) + head.normalizers(images[1:]))

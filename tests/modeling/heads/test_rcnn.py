@@ -18,7 +18,7 @@ CHANNELS = 16
 
 
 class Pooled(Backbone):
-    """A map for any picture, so that a whole GeneralizedRCNN can be run beside the head."""
+    """A map for any image, so that a whole GeneralizedRCNN can be run beside the head."""
 
     def __init__(self, stride: int):
         super().__init__()
@@ -68,7 +68,7 @@ def build(stride: int = 16, **options) -> RCNNHead:
 
 
 def picture(height: int, width: int, boxes: list[list[float]], kind: str = "polygons") -> dict:
-    """A picture with rectangles of the classes 0, 1, ... as objects."""
+    """An image with rectangles of the classes 0, 1, ... as objects."""
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
     instances.gt_classes = torch.arange(len(boxes))
@@ -170,7 +170,7 @@ def test_a_frozen_head_still_has_losses():
 
 
 def test_losses_count_pictures_over_all_processes():
-    """A process with one of two pictures takes half of the joined batch's region proposal loss, and so on."""
+    """A process with one of two images takes half of the joined batch's region proposal loss, and so on."""
     head = build()
     model, images = beside(head), batch()
     torch.manual_seed(1)

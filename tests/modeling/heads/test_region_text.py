@@ -34,7 +34,7 @@ def head_of(tower: CLIPViT, **options) -> RegionTextHead:
 def losses(
     head: RegionTextHead, features: torch.Tensor, images: list[dict], normalizers=None
 ) -> torch.Tensor:
-    """Of the pictures with objects."""
+    """Of the images with objects."""
     padding = torch.zeros(len(images), *features.shape[-2:], dtype=torch.bool)
     normalizers = head.normalizers(images) if normalizers is None else normalizers
     found = head.losses(HeadInputs(features, padding, images, [SIZE] * len(images), SIZE), normalizers)
@@ -183,7 +183,7 @@ def test_a_siglip_has_its_sigmoid_its_scale_and_its_bias(labelled, tmp_path):
 
 @torch.no_grad()
 def test_names_that_take_no_part_are_no_negatives(tower, images):
-    """Federated, as LVIS asks for: the softmax is over the names of the pictures and those that are drawn."""
+    """Federated, as LVIS asks for: the softmax is over the names of the images and those that are drawn."""
     weights = torch.tensor([1.0, 1, 1, 1, 1, 0])
     head = head_of(tower, federated=Federated(3, weights))
     image, features = images[2], torch.randn(1, 192, 8, 8)
@@ -197,7 +197,7 @@ def test_names_that_take_no_part_are_no_negatives(tower, images):
     full = head_of(tower)
     region = full.inference(HeadInputs(features, None, [image], [SIZE], SIZE))[0]
     mask = image["instances"].gt_masks.tensor
-    doubled = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the original picture is twice as large
+    doubled = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the original image is twice as large
     logits = region.logits(doubled)[0]
     torch.testing.assert_close(found, logits[chosen].logsumexp(0) - logits[2], rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ from visft.modeling.tower_losses import Batch
 
 
 def embeddings(model, images, captions) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Unit vectors of pictures by the tuned tower and of captions by open_clip's base, and its logit scale."""
+    """Unit vectors of images by the tuned tower and of captions by open_clip's base, and its logit scale."""
     base = base_of()
     pixels = torch.stack([normalised(image["image"]) for image in images])
     tokens = open_clip_models.open_clip().get_tokenizer("visft-tiny")(captions)

@@ -19,12 +19,12 @@ WORLD = 2
 
 
 def said(number: int, caption: int | None, **kind) -> dict:
-    """A picture, with a caption where there is one."""
+    """An image, with a caption where there is one."""
     image = picture(number=number, **kind)
     return image if caption is None else image | {"captions": [CAPTIONS[caption]]}
 
 
-# The pictures of each process.
+# The images of each process.
 BATCHES = {
     "everything": [[said(1, 0), said(2, 1)], [said(3, 2), said(4, 0)]],
     "captions on one": [[said(1, 0), said(2, 1), said(3, 2)], [said(4, None), said(5, None)]],

@@ -33,7 +33,7 @@ def test_loss_and_gradient_are_those_of_regions_and_crops():
 
 
 def test_one_pass_of_the_tower_serves_heads_and_regions():
-    """The heads' pictures are those of the objective: their map is not computed twice."""
+    """The heads' images are those of the objective: their map is not computed twice."""
     seen = []
     model = with_objectives("self_distillation", options=BOXES)
     model.backbone.register_forward_hook(lambda *_: seen.append(1))

@@ -104,7 +104,7 @@ class DenseText(_Segmentation):
 
 @register
 class DenseCorrespondence(Benchmark):
-    """Cells on objects, found again by their nearest feature in the picture turned, scaled, shifted and recoloured.
+    """Cells on objects, found again by their nearest feature in the image turned, scaled, shifted and recoloured.
     Items are scenes, columns how many were found and how many there are."""
 
     name, family, metric = "dense correspondence", "dense", "PCK@0.1 under augmentation"

@@ -75,7 +75,7 @@ class FewShotVendor(FewShotEmoji):
 
 @register
 class FewShotDigits(Benchmark):
-    """scikit-learn's handwritten digits: a foreign domain. Items are pictures; each seed draws other shots."""
+    """scikit-learn's handwritten digits: a foreign domain. Items are images; each seed draws other shots."""
 
     name, family, metric = "few-shot digits", "few-shot", "accuracy on digits, mean over 1 to 16 shots"
     readout_seconds = 4
@@ -86,7 +86,7 @@ class FewShotDigits(Benchmark):
         return None if find_spec("sklearn") else "needs scikit-learn: pip install 'visft[eval]'"
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Indices of the pictures to train on and to test on, all pictures `[N, 8, 8]`, all labels."""
+        """Indices of the images to train on and to test on, all images `[N, 8, 8]`, all labels."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

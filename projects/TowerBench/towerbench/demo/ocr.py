@@ -78,7 +78,7 @@ def words() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def lines(part: str) -> tuple[tuple[tuple[str, str], ...], ...]:
-    """The words of every picture of a part, each with its typeface. In training every second one is letters at random,
+    """The words of every image of a part, each with its typeface. In training every second one is letters at random,
     so that what is learned is letters."""
     rng = np.random.default_rng([13, list(COUNTS).index(part)])
     fonts = TEST_FONTS if part in ("test", "development") else TRAIN_FONTS
@@ -114,7 +114,7 @@ def picture(
     height = SIDE // LINES
     for place, (word, face) in enumerate(rows):
         tile = inked(word, files[face])
-        # As wide as its letters ask for, but no wider than the picture and no higher than the line.
+        # As wide as its letters ask for, but no wider than the image and no higher than the line.
         width = min(SIDE - 4, round(len(word) * rng.uniform(15, 19)))
         tall = round(min(height - 4, max(14, tile.height * width / tile.width)) * rng.uniform(0.9, 1))
         tile = tile.resize((width, tall), Image.Resampling.LANCZOS)
@@ -127,7 +127,7 @@ def picture(
 
 @register
 class OcrWords(Benchmark):
-    """Four words a picture. Items are pictures, columns word and character accuracy."""
+    """Four words an image. Items are images, columns word and character accuracy."""
 
     name, family, metric = "ocr words", "ocr", "mean of word and character accuracy"
     quick_seeds = 1

@@ -14,7 +14,7 @@ from towerbench.standardise import Standardiser
 
 KINDS = ("mask", "box")
 GRID = 8
-"""Readouts that look at whole pictures see GRID x GRID cells."""
+"""Readouts that look at whole images see GRID x GRID cells."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,7 +37,7 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
     """The mean feature `[M, C]` of each object of a part, weighted by how much of a cell it covers.
 
     Args:
-        pictures: the part's, `dense`.
+        images: the part's, `dense`.
         kind: `mask` or `box`: what is given of the object.
     """
     scenes, found = unseen.scenes(part), []

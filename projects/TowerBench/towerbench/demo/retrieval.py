@@ -29,7 +29,7 @@ class RetrievalScenes(Benchmark):
 
 
 def recalls(similarity: torch.Tensor) -> np.ndarray:
-    """`[N, N]` (pictures, captions; pairs on the diagonal) -> `[N, 6]`: found among the first 1, 5, 10, both ways.
+    """`[N, N]` (images, captions; pairs on the diagonal) -> `[N, 6]`: found among the first 1, 5, 10, both ways.
 
     A caption that several scenes share is as near to each: it does not count against its own.
     """

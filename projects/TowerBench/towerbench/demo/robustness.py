@@ -50,7 +50,7 @@ CORRUPTIONS: dict[Callable, tuple[float, ...]] = {
 
 
 def corrupted(picture: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """A picture `[H, W, 3]` uint8 under every corruption, 20 in all."""
+    """An image `[H, W, 3]` uint8 under every corruption, 20 in all."""
     for corrupt, strengths in CORRUPTIONS.items():
         for strength in strengths:
             yield corrupt(picture, strength, rng)

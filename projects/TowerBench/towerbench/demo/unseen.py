@@ -33,7 +33,7 @@ def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
 
 
 def pictures(part: str, *, dense: bool = False) -> Pictures:
-    """A part's pictures, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
+    """A part's images, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
 
     Args:
         dense: for maps (and embeddings) at `DENSE_SCALE`, else for embeddings at the native side.

@@ -28,7 +28,7 @@ WEIGHT_DECAY = 0.05
 STARTS = 3
 """Models that are trained; scores are their mean. The start alone moves the accuracy by some 2 points."""
 PRIOR = 5.0
-"""Weight, in questions, of a kind's answers against those on one thing, where answers are guessed without a picture."""
+"""Weight, in questions, of a kind's answers against those on one thing, where answers are guessed without an image."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def tallied(part: str, right: np.ndarray) -> np.ndarray:
 
 def guessed(part: str) -> np.ndarray:
     """Whether the answer that training has most often to a question's kind and first thing is right: what can be
-    answered without the picture."""
+    answered without the image."""
     by_thing, by_kind_ = {}, {}
     for q in questions("train"):
         for table, key in ((by_thing, (q.kind, q.first)), (by_kind_, q.kind)):

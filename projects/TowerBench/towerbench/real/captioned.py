@@ -1,4 +1,4 @@
-"""Sets of captioned pictures as they lie on disk: Karpathy's splits, COCO's format, DCI and Urban-1k."""
+"""Sets of captioned images as they lie on disk: Karpathy's splits, COCO's format, DCI and Urban-1k."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ class CaptionedSet:
 
     Args:
         name: what it is.
-        files: one a picture.
-        captions: of each picture, at least one.
+        files: one an image.
+        captions: of each image, at least one.
         annotations: the files that say so.
     """
 
@@ -31,12 +31,12 @@ class CaptionedSet:
     annotations: Sequence[Path]
 
     def part(self, name: str, numbers: Sequence[int]) -> "CaptionedSet":
-        """Some of its pictures, under another name."""
+        """Some of its images, under another name."""
         files, captions = [self.files[i] for i in numbers], [self.captions[i] for i in numbers]
         return CaptionedSet(name, files, captions, self.annotations)
 
     def pictures(self, **how: Any) -> Pictures:
-        """Its pictures; `how` is of `sources.pictures`.
+        """Its images; `how` is of `sources.pictures`.
 
         Raises:
             DataError: one is not there.
@@ -48,10 +48,10 @@ class CaptionedSet:
 def collected(
     name: str, rows: Iterable[tuple[Path, Iterable[str]]], annotations: Sequence[Path]
 ) -> CaptionedSet:
-    """A set of pictures and their captions; captions without a word are dropped, and pictures that have no other.
+    """A set of images and their captions; captions without a word are dropped, and images that have no other.
 
     Raises:
-        DataError: no picture has a caption.
+        DataError: no image has a caption.
     """
     files, captions, dropped = [], [], 0
     for file, texts in rows:
@@ -62,7 +62,7 @@ def collected(
         else:
             dropped += 1
     if dropped:
-        logger.warning("%s: %d pictures without a caption are left out", name, dropped)
+        logger.warning("%s: %d images without a caption are left out", name, dropped)
     if not files:
         raise DataError(
             f"{annotations[0]}: no picture of `{name}` has a caption; is it the right file, and whole? Get it again"
@@ -71,10 +71,10 @@ def collected(
 
 
 def karpathy(name: str, file: Path, picture: Callable[[Mapping[str, Any]], Path]) -> CaptionedSet:
-    """The test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of a picture.
+    """The test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of an image.
 
     Args:
-        picture: the file of an entry of its `images`.
+        image: the file of an entry of its `images`.
     """
 
     def rows() -> Iterable[tuple[Path, Iterable[str]]]:
@@ -87,12 +87,12 @@ def karpathy(name: str, file: Path, picture: Callable[[Mapping[str, Any]], Path]
 
 
 def karpathy_flickr30k(file: Path, folder: Path) -> CaptionedSet:
-    """Flickr30k's test split: 1,000 pictures of `folder`."""
+    """Flickr30k's test split: 1,000 images of `folder`."""
     return karpathy("flickr30k test", file, lambda entry: folder / field(entry, "filename", file, str))
 
 
 def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
-    """COCO's test split: 5,000 pictures of val2014, which are in train2017 and val2017 under names of their own."""
+    """COCO's test split: 5,000 images of val2014, which are in train2017 and val2017 under names of their own."""
     whole = (coco / "val2014").is_dir()
 
     def picture(entry: Mapping[str, Any]) -> Path:
@@ -106,10 +106,10 @@ def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
 
 
 def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) -> CaptionedSet:
-    """Captions in COCO's format, with all captions of a picture.
+    """Captions in COCO's format, with all captions of an image.
 
     Args:
-        domain: of nocaps: pictures of this `domain` alone.
+        domain: of nocaps: images of this `domain` alone.
     """
     content = sources.read_json(file)
     captions: dict[int | str, list[str]] = {}
@@ -127,7 +127,7 @@ def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) 
 
 
 def dci(splits: Path, annotations: Path, photos: Path) -> CaptionedSet:
-    """Densely Captioned Images (arXiv:2312.08578): the pictures of all splits, each with its short caption followed by
+    """Densely Captioned Images (arXiv:2312.08578): the images of all splits, each with its short caption followed by
     the extra one, as those who report retrieval on it do.
 
     Args:

@@ -1,4 +1,4 @@
-"""A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' pictures: scored by CIDEr-D."""
+"""A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' images: scored by CIDEr-D."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,16 +31,16 @@ NOCAPS_PICTURES = "nocaps/images|nocaps/val"
 
 
 class NoCaps(sources.RealBenchmark):
-    """Items are pictures of one domain, scores their CIDEr-D among this domain's captions; it can be above 1."""
+    """Items are images of one domain, scores their CIDEr-D among this domain's captions; it can be above 1."""
 
     family, metric = "captioning", "CIDEr-D"
     version = 2
     domain = ""
     needs = {
         NOCAPS: "nocaps' validation captions",
-        NOCAPS_PICTURES: "their 4,500 pictures, of Open Images",
+        NOCAPS_PICTURES: "their 4,500 images, of Open Images",
         COCO_CAPTIONS: "of COCO's annotations_trainval2017.zip, for the readout",
-        COCO_PICTURES: "COCO's pictures train2017, for the readout",
+        COCO_PICTURES: "COCO's images train2017, for the readout",
     }
 
     @classmethod
@@ -49,7 +49,7 @@ class NoCaps(sources.RealBenchmark):
 
     @functools.cached_property
     def set(self) -> CaptionedSet:
-        """The domain's pictures."""
+        """The domain's images."""
         where = self.path(NOCAPS), self.path(NOCAPS_PICTURES)
         return captioned.coco_format(f"nocaps {self.domain}", *where, self.domain)
 
@@ -61,7 +61,7 @@ class NoCaps(sources.RealBenchmark):
 
     def pictures(self, seed: int) -> Mapping[str, Pictures]:
         sets = {**self.readout, "test": self.set}
-        # Whole pictures: captions speak of what is at their borders, too.
+        # Whole images: captions speak of what is at their borders, too.
         return {part: each.pictures(fit="squash", dense=True) for part, each in sets.items()}
 
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
@@ -70,8 +70,8 @@ class NoCaps(sources.RealBenchmark):
         return np.array([scores[i] for i in told])
 
     def told(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> list[str]:
-        """What the readout says of each picture."""
-        # The domains' benchmarks share it: it depends on the tower, COCO's pictures and the seed alone.
+        """What the readout says of each image."""
+        # The domains' benchmarks share it: it depends on the tower, COCO's images and the seed alone.
         known = _readouts.setdefault(tower, {})
         key = pictures["train"].identity, pictures["held"].identity, RECIPE, seed
         if key not in known:
@@ -86,7 +86,7 @@ def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, Caption
     numbers = sources.spread(len(whole.files), PICTURES)
     if len(numbers) < 2:
         raise DataError(
-            f"{file}: has captions of {len(numbers)} picture; at least 2 are needed to train and to choose"
+            f"{file}: has captions of {len(numbers)} image; at least 2 are needed to train and to choose"
         )
     held = numbers[::HELD]
     train = sorted(set(numbers) - set(held))
@@ -100,8 +100,8 @@ class Readout:
     """A decoder trained on one tower's features, which are standardised channel by channel.
 
     Args:
-        pictures: `train` and `held`.
-        texts: the captions of each of these pictures.
+        images: `train` and `held`.
+        texts: the captions of each of these images.
     """
 
     def __init__(
@@ -115,30 +115,30 @@ class Readout:
             grid_cells(tower, pictures["train"], RECIPE.grid), channels=2
         )
         sides = (
-            # Half precision: thousands of pictures are kept.
+            # Half precision: thousands of images are kept.
             (torch.cat([part.half() for part in self._seen(tower, pictures[name])]), texts[name])
             for name in ("train", "held")
         )
         self.captioner = caption_readout.trained(*sides, RECIPE, seed)
 
     def told(self, tower: FeatureStore, pictures: Pictures) -> list[str]:
-        """What the readout says of each picture."""
+        """What the readout says of each image."""
         return [text for part in self._seen(tower, pictures) for text in self.captioner.said(part)]
 
     def _seen(self, tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
-        """Cells `[n, P, C]` as the decoder sees them, of some pictures at a time."""
+        """Cells `[n, P, C]` as the decoder sees them, of some images at a time."""
         return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
 
 
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
 
 
-# The in-domain pictures show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
+# The in-domain images show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
 for _domain in ("in-domain", "near-domain", "out-domain"):
     variant(
         NoCaps,
         f"captioning nocaps-{_domain.removesuffix('-domain')}",
-        f"nocaps' validation pictures that are {_domain}.",
+        f"nocaps' validation images that are {_domain}.",
         domain=_domain,
         in_domain=_domain == "in-domain",
     )

@@ -1,4 +1,4 @@
-"""Sets of labelled pictures as they lie on disk: ImageNet and its relatives, and clip-benchmark's webdatasets."""
+"""Sets of labelled images as they lie on disk: ImageNet and its relatives, and clip-benchmark's webdatasets."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ from towerbench.real.sources import Source
 logger = logging.getLogger(__name__)
 
 IMAGENET_VARIANTS = {
-    "imagenet": ("imagenet/val", "ImageNet's validation pictures, in 1000 folders n01440764, ...", 1000),
+    "imagenet": ("imagenet/val", "ImageNet's validation images, in 1000 folders n01440764, ...", 1000),
     "imagenet-v2": (
         "imagenetv2-matched-frequency-format-val",
         "ImageNet-v2, as its archive unpacks: folders 0 to 999",
@@ -47,14 +47,14 @@ VTAB = (
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Labelled pictures.
+    """Labelled images.
 
     Args:
-        sources: one a picture.
+        sources: one an image.
         labels: indices into `names`.
         names: of the classes, in words. templates: of prompts, with `{}` for the name.
         imagenet: by class the indices of ImageNet's classes that stand for it; None: it is no relative of ImageNet.
-        border: pixels to be cut off each picture on every side.
+        border: pixels to be cut off each image on every side.
     """
 
     sources: Sequence[Source]
@@ -69,7 +69,7 @@ class LabelledSet:
         return tower.class_embeddings(self.names, self.templates)
 
     def part(self, numbers: Sequence[int]) -> "LabelledSet":
-        """Some of its pictures."""
+        """Some of its images."""
         rows = [self.sources[i] for i in numbers], [self.labels[i] for i in numbers]
         return LabelledSet(*rows, self.names, self.templates, self.imagenet, self.border)
 
@@ -97,7 +97,7 @@ def imagenet_ids() -> list[str]:
 
 
 def imagenet_folders(folder: Path) -> dict[int, Path]:
-    """Folders of pictures by index of their class; named by WordNet id, or by index where all names are numbers.
+    """Folders of images by index of their class; named by WordNet id, or by index where all names are numbers.
 
     Raises:
         DataError: there are none, or one is named by neither.
@@ -129,7 +129,7 @@ def imagenet_like(folder: Path, classes: int) -> LabelledSet:
         (Source(file), label) for label, index in enumerate(order) for file in sources.listed(folders[index])
     ]
     if not rows:
-        raise DataError(f"{folder}: its folders hold no pictures; unpack the data set's archive there")
+        raise DataError(f"{folder}: its folders hold no images; unpack the data set's archive there")
     names = imagenet_names()
     return LabelledSet(
         *zip(*rows, strict=True),
@@ -140,7 +140,7 @@ def imagenet_like(folder: Path, classes: int) -> LabelledSet:
 
 
 def objectnet(folder: Path) -> LabelledSet:
-    """ObjectNet's pictures of those of its classes that ImageNet has too, told apart among these.
+    """ObjectNet's images of those of its classes that ImageNet has too, told apart among these.
 
     Args:
         folder: as the archive unpacks, with `images` and `mappings`.
@@ -172,9 +172,9 @@ def objectnet(folder: Path) -> LabelledSet:
         imagenet.append(tuple(index_of[words] for words in meant))
     if not rows:
         raise DataError(
-            f"{folder / 'images'}: holds no pictures of classes that ImageNet has; unpack ObjectNet there"
+            f"{folder / 'images'}: holds no images of classes that ImageNet has; unpack ObjectNet there"
         )
-    # A red border of a pixel marks the pictures; two are cut off.
+    # A red border of a pixel marks the images; two are cut off.
     return LabelledSet(*zip(*rows, strict=True), names, imagenet_templates(), imagenet, border=2)
 
 
@@ -212,7 +212,7 @@ def webdataset(folder: Path, split: str) -> LabelledSet:
                         parts[key] = Source(shard, member.offset_data, member.size)
         except (tarfile.TarError, ValueError, OSError) as error:
             raise DataError(
-                f"{shard}: is no readable tar of pictures and `.cls` ({error}); get it again"
+                f"{shard}: is no readable tar of images and `.cls` ({error}); get it again"
             ) from error
         for key in parts:
             if not 0 <= classes.get(key, -1) < len(names):

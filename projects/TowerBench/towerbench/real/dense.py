@@ -1,4 +1,4 @@
-"""Semantic segmentation of real pictures from each cell of the map: by a linear probe, and by the classes' names."""
+"""Semantic segmentation of real images from each cell of the map: by a linear probe, and by the classes' names."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ from towerbench.real.sources import Source
 from towerbench.registry import Context, variant
 
 CELLS = 12
-"""Of a picture that a probe trains on: one of each class in it, then any."""
+"""Of an image that a probe trains on: one of each class in it, then any."""
 
 SIDE = 256
-"""A picture is compared at SIDE x SIDE of its pixels at most, evenly spread; each counts for all those it stands for:
-larger pictures count for more, as ever in mIoU."""
+"""An image is compared at SIDE x SIDE of its pixels at most, evenly spread; each counts for all those it stands for:
+larger images count for more, as ever in mIoU."""
 
 IGNORED, BROKEN = 255, 254
 
@@ -47,7 +47,7 @@ class Labelled:
     """Pictures with label maps.
 
     Args:
-        maps: files, one a picture. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
+        maps: files, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
     """
 
     pictures: Sequence[Source]
@@ -95,17 +95,17 @@ class Labelled:
         return f"{whole[0]} to {whole[-1]}" + (" and 255" if values[-1] == IGNORED else "")
 
     def part(self, numbers: Sequence[int]) -> "Labelled":
-        """Some of its pictures."""
+        """Some of its images."""
         return Labelled([self.pictures[i] for i in numbers], [self.maps[i] for i in numbers], self.table)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where pictures and maps come from.
+    """Where images and maps come from.
 
     Args:
         needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
-        files: from `--data` and whether it is to train to pictures and maps, in order.
+        files: from `--data` and whether it is to train to images and maps, in order.
         names: a function that gives the words for each class.
         first: the value of the first class in maps; those below have no class.
         void: whether 255 stands for no class.
@@ -137,7 +137,7 @@ def _ade20k_files(data: Path, train: bool) -> list[tuple[Path, Path]]:
     found = sources.listed(folder / "images" / split)
     if not found:
         raise DataError(
-            f"{folder / 'images' / split}: holds no pictures; unpack ADEChallengeData2016.zip there"
+            f"{folder / 'images' / split}: holds no images; unpack ADEChallengeData2016.zip there"
         )
     return [(file, folder / "annotations" / split / f"{file.stem}.png") for file in found]
 
@@ -151,10 +151,10 @@ def _listed(folder: str, lists: str, labels: str, data: Path, train: bool) -> li
     """As the VOC devkit has them: names in a list."""
     file = data / folder / "ImageSets" / lists / f"{'train' if train else 'val'}.txt"
     names = sources.read_text(
-        file, "one name of a picture a line was expected; get the data set again"
+        file, "one name of an image a line was expected; get the data set again"
     ).split()
     if not names:
-        raise DataError(f"{file}: names no pictures; one a line was expected; get the data set again")
+        raise DataError(f"{file}: names no images; one a line was expected; get the data set again")
     root = data / folder
     return [(root / "JPEGImages" / f"{name}.jpg", root / labels / f"{name}.png") for name in names]
 
@@ -162,7 +162,7 @@ def _listed(folder: str, lists: str, labels: str, data: Path, train: bool) -> li
 DATA_SETS = {
     "ade20k": DataSet(
         needs={
-            "ADEChallengeData2016/images/validation": "ADE20K's validation pictures, as the archive unpacks",
+            "ADEChallengeData2016/images/validation": "ADE20K's validation images, as the archive unpacks",
             "ADEChallengeData2016/annotations/validation": "their label maps, of the same archive",
         },
         trains_on={
@@ -184,7 +184,7 @@ DATA_SETS = {
     ),
     "pascal-context": DataSet(
         needs={
-            "VOCdevkit/VOC2010/JPEGImages": "Pascal VOC 2010's pictures, as VOCtrainval_03-May-2010.tar unpacks",
+            "VOCdevkit/VOC2010/JPEGImages": "Pascal VOC 2010's images, as VOCtrainval_03-May-2010.tar unpacks",
             "VOCdevkit/VOC2010/SegmentationClassContext": "mmsegmentation's pascal_context.py writes it",
             "VOCdevkit/VOC2010/ImageSets/SegmentationContext": "the same script's train.txt and val.txt",
         },
@@ -199,7 +199,7 @@ DATA_SETS = {
 
 
 class _Dense(sources.RealBenchmark):
-    """Items are pictures, columns intersections and unions by class."""
+    """Items are images, columns intersections and unions by class."""
 
     family = "dense"
     data_set: str
@@ -213,7 +213,7 @@ class _Dense(sources.RealBenchmark):
         self.test = self.read(train=False, most=maps.TEST)
 
     def read(self, *, train: bool, most: int) -> Labelled:
-        """At most so many pictures of a part, which have been checked."""
+        """At most so many images of a part, which have been checked."""
         found = DATA_SETS[self.data_set]
         rows = found.files(self.context.data, train)
         rows = [rows[i] for i in sources.spread(len(rows), most)]
@@ -227,7 +227,7 @@ class _Dense(sources.RealBenchmark):
         return self.shown("test", self.test)
 
     def shown(self, part: str, found: Labelled) -> Mapping[str, Pictures]:
-        """A part's pictures, and what stands for its label maps."""
+        """A part's images, and what stands for its label maps."""
         return {
             part: maps.pictures(found.pictures, self.data_set, part),
             f"{part} label maps": maps.annotated(found.maps, f"{self.data_set} {part} label maps"),
@@ -279,7 +279,7 @@ class DenseProbe(_Dense):
         train, held = maps.train_and_held(len(whole.pictures))
         if not held:
             raise DataError(
-                f"{whole.pictures[0].file.parent}: {len(whole.pictures)} pictures are to train on; at least "
+                f"{whole.pictures[0].file.parent}: {len(whole.pictures)} images are to train on; at least "
                 f"{maps.HELD_OF} are needed, of which one is to choose by"
             )
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}

@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours on few labelled pictures: ImageNet's 16 a class, VTAB's 1000 a task."""
+"""Linear probe and nearest neighbours on few labelled images: ImageNet's 16 a class, VTAB's 1000 a task."""
 
 import functools
 from collections.abc import Mapping
@@ -38,14 +38,14 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 class _FewShot(sources.RealBenchmark):
-    """Items are pictures of the test set. Each seed draws other pictures to train on."""
+    """Items are images of the test set. Each seed draws other images to train on."""
 
     family = "few-shot"
     version = 2
     max_seeds = None
     method = ""
     tested: type[zero_shot.ZeroShot]
-    """Has the same test set, whose pictures pass a tower once for both."""
+    """Has the same test set, whose images pass a tower once for both."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -80,7 +80,7 @@ class _FewShot(sources.RealBenchmark):
     def scores(
         self, tower: FeatureStore, pictures: Mapping[str, Pictures], train: Rows, held: Rows, classes: int
     ) -> torch.Tensor:
-        """Scores of the trained classes `[N, classes]` for the N pictures that are tested."""
+        """Scores of the trained classes `[N, classes]` for the N images that are tested."""
         features = tower.embeddings(pictures["test"])
         if self.method == "kNN":
             found = [
@@ -88,7 +88,7 @@ class _FewShot(sources.RealBenchmark):
                 for k in NEIGHBOURS
             ]
             return neighbours(*train, classes, features, NEIGHBOURS[int(torch.stack(found).argmax())])
-        # ImageNet and its relatives share it: it depends on the tower and the pictures it is trained on alone.
+        # ImageNet and its relatives share it: it depends on the tower and the images it is trained on alone.
         known = _probes.setdefault(tower, {})
         key = pictures["train"].identity, pictures["held"].identity
         if key not in known:
@@ -116,7 +116,7 @@ def neighbours(
 
 
 class _FromImageNet(_FewShot):
-    """Trained on ImageNet's own pictures, whichever relative is tested."""
+    """Trained on ImageNet's own images, whichever relative is tested."""
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
         return _of_imagenet(self.path("imagenet/train"), seed)
@@ -130,7 +130,7 @@ def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
         files = sources.listed(of_class)
         if len(files) < 2:
             raise DataError(
-                f"{of_class}: holds {len(files)} pictures; at least 2 are needed to train and to choose"
+                f"{of_class}: holds {len(files)} images; at least 2 are needed to train and to choose"
             )
         order = np.random.default_rng([seed, index]).permutation(len(files))[: SHOTS + HELD]
         shots = min(SHOTS, len(order) - 1)
@@ -140,7 +140,7 @@ def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
 
 
 class _FromVtab(_FewShot):
-    """Trained on pictures of the task's own train split."""
+    """Trained on images of the task's own train split."""
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
         _, train = self.needs
@@ -154,7 +154,7 @@ def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
     order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
     cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
     if not cut:
-        raise DataError(f"{folder}: this train split holds {len(order)} pictures; more are needed")
+        raise DataError(f"{folder}: this train split holds {len(order)} images; more are needed")
     return whole.part(order[:cut]), whole.part(order[cut:])
 
 
@@ -179,7 +179,7 @@ def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
         )
 
 
-_TRAIN = {"imagenet/train": "ImageNet's training pictures, in 1000 folders"}
+_TRAIN = {"imagenet/train": "ImageNet's training images, in 1000 folders"}
 for _name, (_paths, _what, _) in IMAGENET_VARIANTS.items():
     _declare(_name, _FromImageNet, {_paths: _what} | _TRAIN)
 _declare("objectnet", _FromImageNet, {OBJECTNET: "ObjectNet, as its archive unpacks"} | _TRAIN)

@@ -1,4 +1,4 @@
-"""Grounded object identification on real pictures: what is in this box, or under this mask?
+"""Grounded object identification on real images: what is in this box, or under this mask?
 
 Each kind of region is a benchmark of its own: boxes and masks of things, masks of stuff.
 """
@@ -31,9 +31,9 @@ class DataSet:
 
     Args:
         needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
-        load: from `--data`, whether it is to train, and a choice of pictures to the regions.
+        load: from `--data`, whether it is to train, and a choice of images to the regions.
         kinds: of regions that it has.
-        in_domain: its pictures are those that the fine-tuning sees.
+        in_domain: its images are those that the fine-tuning sees.
         item_set: as `Benchmark.item_set`.
     """
 
@@ -54,7 +54,7 @@ def _ade20k(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
 
 def _objects365(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     def other(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
-        """A probe trains on pictures that are not tested: the train split is two million pictures in 367 GB."""
+        """A probe trains on images that are not tested: the train split is two million images in 367 GB."""
         tested = set(regions.evenly(labels, classes))
         rest = [number for number in range(len(labels)) if number not in tested]
         return [rest[i] for i in choice([labels[number] for number in rest], classes)]
@@ -96,14 +96,14 @@ _COCO_PICTURES = {"coco/train2017": "COCO's training pictures", "coco/val2017": 
 DATA_SETS = {
     "ade20k": DataSet(
         needs={
-            "ADEChallengeData2016/images/validation": "ADE20K's validation pictures, as the archive unpacks",
+            "ADEChallengeData2016/images/validation": "ADE20K's validation images, as the archive unpacks",
             "ADEChallengeData2016/ade20k_panoptic_val.json": "Mask2Former's prepare_ade20k_pan_seg.py writes it",
-            "ADEChallengeData2016/ade20k_panoptic_val": "the same script's pictures of segments",
+            "ADEChallengeData2016/ade20k_panoptic_val": "the same script's images of segments",
         },
         trains_on={
             "ADEChallengeData2016/images/training": "ADE20K's training pictures",
             "ADEChallengeData2016/ade20k_panoptic_train.json": "the same script's",
-            "ADEChallengeData2016/ade20k_panoptic_train": "the same script's pictures of segments",
+            "ADEChallengeData2016/ade20k_panoptic_train": "the same script's images of segments",
         },
         load=_ade20k,
         kinds=regions.KINDS,
@@ -112,7 +112,7 @@ DATA_SETS = {
     "objects365": DataSet(
         needs={
             "objects365/annotations/zhiyuan_objv2_val.json": "Objects365 v2's validation annotations",
-            "objects365/val": "its validation pictures, as the archives unpack: patch0, patch1, ...",
+            "objects365/val": "its validation images, as the archives unpack: patch0, patch1, ...",
         },
         trains_on={},
         load=_objects365,
@@ -149,14 +149,14 @@ def _read(name: str, data: Path, train: bool, stamp: tuple[int, ...]) -> RegionS
     """A part of a data set, read once for all its benchmarks; the stamp is of the annotations as they are."""
     if not train:
         return DATA_SETS[name].load(data, train, regions.evenly)
-    # Pictures to choose the penalty by are of the same draw.
+    # Images to choose the penalty by are of the same draw.
     return DATA_SETS[name].load(
         data, train, lambda labels, classes: regions.balanced(labels, classes, PROBE_REGIONS // classes)
     )
 
 
 class _Goi(sources.RealBenchmark):
-    """Items are pictures; columns, by class, how many regions they have and how many are named right."""
+    """Items are images; columns, by class, how many regions they have and how many are named right."""
 
     family = "goi"
     data_set: str
@@ -168,7 +168,7 @@ class _Goi(sources.RealBenchmark):
         self.regions = self.test.of_kind(self.kind)
         if not any(self.regions):
             raise DataError(
-                f"{self.test.files[0]}: its pictures have no {self.kind}; is it {self.data_set}'s file?"
+                f"{self.test.files[0]}: its images have no {self.kind}; is it {self.data_set}'s file?"
             )
 
     def read(self, *, train: bool) -> RegionSet:
@@ -182,7 +182,7 @@ class _Goi(sources.RealBenchmark):
         return self.shown("test", self.test)
 
     def shown(self, part: str, found: RegionSet) -> Mapping[str, Pictures]:
-        """A part's pictures, and what stands for its annotations."""
+        """A part's images, and what stands for its annotations."""
         return {
             part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
             f"{part} annotations": maps.annotated(found.files, f"{self.data_set} {part} annotations"),
@@ -213,7 +213,7 @@ def pooled(
     taken: Sequence[Sequence[regions.Region]],
     kind: str,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """By picture: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
+    """By image: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
     for start, cells in in_chunks(tower, pictures):
         for number, each in enumerate(cells, start):
             if taken[number]:
@@ -255,7 +255,7 @@ class GoiProbe(_Goi):
         for part, taken in self.taken.items():
             if not any(taken):
                 raise DataError(
-                    f"{whole.files[0]}: the {len(self.parts[part].pictures)} pictures drawn as {part} have no "
+                    f"{whole.files[0]}: the {len(self.parts[part].pictures)} images drawn as {part} have no "
                     f"{self.kind}; some are needed to train and to choose"
                 )
 

@@ -1,4 +1,4 @@
-"""What the benchmarks on maps of features share: which pictures, how large, and classes as words."""
+"""What the benchmarks on maps of features share: which images, how large, and classes as words."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ TRAIN, HELD_OF = 2500, 5
 """Pictures of its train split that a probe sees; of every HELD_OF the last one is to choose the penalty by."""
 
 SCALE = 2.0
-"""Maps are of pictures at twice the tower's native side, as in the demo suite."""
+"""Maps are of images at twice the tower's native side, as in the demo suite."""
 
 TEMPLATES = (
     "a photo of a {}.",
@@ -25,7 +25,7 @@ TEMPLATES = (
     "a close-up photo of a {}.",
     "a cropped photo of a {}.",
 )
-"""Four of CLIP's 80: thousands of names are told apart, and parts of pictures are seen."""
+"""Four of CLIP's 80: thousands of names are told apart, and parts of images are seen."""
 
 L2 = (1e-2, 1e-3, 1e-4)
 """Strengths of a probe's penalty that are tried."""
@@ -33,18 +33,18 @@ L2 = (1e-2, 1e-3, 1e-4)
 
 def pictures(shown: Sequence[sources.Source], data_set: str, part: str) -> Pictures:
     """A part of a data set, for maps. The same files of one part are one set, whatever annotations go with them:
-    ADE20K's validation pictures pass a tower once for regions and for segmentation."""
+    ADE20K's validation images pass a tower once for regions and for segmentation."""
     return sources.pictures(shown, f"{data_set} {part}", fit="squash", scale=SCALE, dense=True)
 
 
 def train_and_held(count: int) -> tuple[list[int], list[int]]:
-    """So many pictures parted, by number: to train on, and to choose the penalty by (see `HELD_OF`)."""
+    """So many images parted, by number: to train on, and to choose the penalty by (see `HELD_OF`)."""
     held = list(range(HELD_OF - 1, count, HELD_OF))
     return [number for number in range(count) if (number + 1) % HELD_OF], held
 
 
 def annotated(files: Iterable[Path], name: str) -> Pictures:
-    """A set of no pictures that stands for files of annotations: where they change, old results are not taken up."""
+    """A set of no images that stands for files of annotations: where they change, old results are not taken up."""
     return sources.pictures((), name, annotations=files)
 
 

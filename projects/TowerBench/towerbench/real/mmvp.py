@@ -1,4 +1,4 @@
-"""MMVP-VLM's pairs of pictures that CLIP takes for alike, and their statements (arXiv:2401.06209)."""
+"""MMVP-VLM's pairs of images that CLIP takes for alike, and their statements (arXiv:2401.06209)."""
 
 import csv
 import functools
@@ -27,7 +27,7 @@ TEMPLATE = "a photo of {}"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures, and what is said of each and not of the other."""
+    """Two images, and what is said of each and not of the other."""
 
     files: tuple[Path, Path]
     statements: tuple[str, str]
@@ -86,7 +86,7 @@ class Mmvp(sources.RealBenchmark):
     item_set = "mmvp-vlm"
     needs = {
         "MMVP_VLM/Questions.csv": "MMVP-VLM's statements",
-        "MMVP_VLM/MLLM_VLM Images": "its 270 pictures, in a folder for each of nine patterns",
+        "MMVP_VLM/MLLM_VLM Images": "its 270 images, in a folder for each of nine patterns",
     }
 
     @functools.cached_property
@@ -102,7 +102,7 @@ class Mmvp(sources.RealBenchmark):
     def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
         seen = tower.embeddings(pictures["test"]).unflatten(0, (-1, 2))
         said = tower.text([TEMPLATE.format(text) for pair in self.pairs for text in pair.statements])
-        similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, pictures, statements]
+        similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, images, statements]
         own = similar.diagonal(dim1=1, dim2=2)
         return (own > self.others(similar)).all(1).numpy()
 
@@ -116,7 +116,7 @@ class Mmvp(sources.RealBenchmark):
 
 @register
 class MmvpStatements(Mmvp):
-    """As the authors' script counts, and published figures are: each statement chooses one of the two pictures."""
+    """As the authors' script counts, and published figures are: each statement chooses one of the two images."""
 
     name, metric = "vqa mmvp-vlm", "pairs whose statements both choose their picture"
 
@@ -126,9 +126,9 @@ class MmvpStatements(Mmvp):
 
 @register
 class MmvpPictures(Mmvp):
-    """The other way: each picture chooses one of the two statements."""
+    """The other way: each image chooses one of the two statements."""
 
-    name, metric = "vqa mmvp-vlm pictures", "pairs whose pictures both choose their statement"
+    name, metric = "vqa mmvp-vlm pictures", "pairs whose images both choose their statement"
 
     def others(self, similar: torch.Tensor) -> torch.Tensor:
         return similar.flip(2).diagonal(dim1=1, dim2=2)

@@ -1,4 +1,4 @@
-"""Word pictures read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
+"""Word images read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ SIZES = (20, 48)
 
 
 class Ocr(sources.RealBenchmark):
-    """Items are pictures of `LINES` words, columns right words, shares of right characters, and how many words."""
+    """Items are images of `LINES` words, columns right words, shares of right characters, and how many words."""
 
     family = "ocr"
     version = 2
@@ -91,8 +91,8 @@ class Readout:
     """A reader trained on one tower's features, which are standardised channel by channel.
 
     Args:
-        pictures: `train` and `held`.
-        labels: the words in these pictures, `LINES` a picture; the last may have fewer.
+        images: `train` and `held`.
+        labels: the words in these images, `LINES` an image; the last may have fewer.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Readout:
         self.reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
 
     def read(self, tower: FeatureStore, pictures: Pictures, count: int) -> list[str]:
-        """The first `count` words of pictures."""
+        """The first `count` words of images."""
         return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
 
     def _seen(self, tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
@@ -132,7 +132,7 @@ def _columns(tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[to
 
 
 def tallied(scores: np.ndarray) -> np.ndarray:
-    """Sums of words' scores `[N, k]` by picture, and how many words it has: `[ceil(N / LINES), k + 1]`."""
+    """Sums of words' scores `[N, k]` by image, and how many words it has: `[ceil(N / LINES), k + 1]`."""
     scores = np.concatenate((scores, np.ones((len(scores), 1))), 1)
     empty = np.zeros((-len(scores) % LINES, scores.shape[1]))
     return np.concatenate((scores, empty)).reshape(-1, LINES, scores.shape[1]).sum(1)
@@ -273,5 +273,5 @@ for _name, (*_paths, _count) in _SETS.items():
         f"ocr {_name}",
         f"{_name}, letters and digits, case not told apart.",
         metric="mean of word and character accuracy",
-        needs={"|".join(_paths): f"{_count} word pictures, an LMDB or a folder with a list of labels"},
+        needs={"|".join(_paths): f"{_count} word images, an LMDB or a folder with a list of labels"},
     )

@@ -1,4 +1,4 @@
-"""Questions on pictures in VQA's files, and how an answer is scored (arXiv:1505.00468, visualqa.org/evaluation)."""
+"""Questions on images in VQA's files, and how an answer is scored (arXiv:1505.00468, visualqa.org/evaluation)."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a picture.
+    """A question on an image.
 
     Args:
         scores: of every answer that a person gave, what it is worth; of any other 0.
@@ -36,7 +36,7 @@ class Asked:
     """Pictures and what is asked on each.
 
     Args:
-        pictures: their numbers in COCO.
+        images: their numbers in COCO.
         questions: of each, at least one.
     """
 
@@ -44,13 +44,13 @@ class Asked:
     questions: Sequence[Sequence[Question]]
 
     def part(self, places: Iterable[int]) -> "Asked":
-        """Some of its pictures."""
+        """Some of its images."""
         places = list(places)
         return Asked([self.pictures[i] for i in places], [self.questions[i] for i in places])
 
     @property
     def every(self) -> list[Question]:
-        """All questions, picture by picture."""
+        """All questions, image by image."""
         return [question for several in self.questions for question in several]
 
 
@@ -85,10 +85,10 @@ def scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def read(questions: Path, annotations: Path, most: int) -> Asked:
-    """The questions on at most so many pictures, spread over the set, the same ones every time.
+    """The questions on at most so many images, spread over the set, the same ones every time.
 
     Raises:
-        DataError: a file is broken, a question has no annotation or the other way round, or they differ in the picture.
+        DataError: a file is broken, a question has no annotation or the other way round, or they differ in the image.
     """
     asked: dict[int, tuple[int, str]] = {}
     for entry in field(sources.read_json(questions), "questions", questions, list):
@@ -111,7 +111,7 @@ def read(questions: Path, annotations: Path, most: int) -> Asked:
         seen.add(number)
         if asked.get(number, (None,))[0] != picture:
             raise DataError(
-                f"{annotations}: question {number} on picture {picture} is not in {questions}; get both of one version"
+                f"{annotations}: question {number} on image {picture} is not in {questions}; get both of one version"
             )
         if picture in chosen:
             given = field(entry, "answers", annotations, list)
@@ -133,10 +133,10 @@ def read(questions: Path, annotations: Path, most: int) -> Asked:
     )
 
 
-# ---------------------------------------------------------------- what needs no picture
+# ---------------------------------------------------------------- what needs no image
 
 BEGINNING = 5
-"""Words of a question that are looked at, where it is answered without its picture."""
+"""Words of a question that are looked at, where it is answered without its image."""
 
 FREQUENT = 5
 """Questions of the training that begin alike, at least, before their answers are believed."""

@@ -1,4 +1,4 @@
-"""Regions of pictures as data sets give them: panoptic segments, and COCO's instances."""
+"""Regions of images as data sets give them: panoptic segments, and COCO's instances."""
 
 import logging
 import math
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 KINDS = ("boxes", "thing masks", "stuff masks")
 
 Choice = Callable[[Sequence[Sequence[int]], int], list[int]]
-"""From the labels of the regions in each picture, and the number of classes, to the pictures that are taken."""
+"""From the labels of the regions in each image, and the number of classes, to the images that are taken."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A region of a picture.
+    """A region of an image.
 
     Args:
         label: index of its class.
-        box: `(x, y, width, height)` in pixels, within the picture.
+        box: `(x, y, width, height)` in pixels, within the image.
         mask: the id of a segment, or COCO's run lengths; None: none is given, or no pixel is in it.
     """
 
@@ -41,7 +41,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture with regions.
+    """An image with regions.
 
     Args:
         size: (height, width), which boxes and masks are of.
@@ -82,7 +82,7 @@ class RegionSet:
     files: tuple[Path, ...]
 
     def of_kind(self, kind: str, per_class: int | None = None) -> list[list[Region]]:
-        """The regions of a kind by picture; at most `per_class` of each class, the first ones."""
+        """The regions of a kind by image; at most `per_class` of each class, the first ones."""
         seen = [0] * len(self.names)
         found: list[list[Region]] = []
         for shown in self.pictures:
@@ -98,17 +98,17 @@ class RegionSet:
         return found
 
     def part(self, numbers: Sequence[int]) -> "RegionSet":
-        """Some of its pictures."""
+        """Some of its images."""
         return replace(self, pictures=[self.pictures[i] for i in numbers])
 
 
 def evenly(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
-    """The pictures that are tested, a `Choice`."""
+    """The images that are tested, a `Choice`."""
     return sources.spread(len(labels), maps.TEST)
 
 
 def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> list[int]:
-    """A `Choice` of at most `maps.TRAIN` pictures to train on, the same ones at every call: pictures of the rarest
+    """A `Choice` of at most `maps.TRAIN` images to train on, the same ones at every call: images of the rarest
     class first, until there are `per_class` of its regions, then of the next."""
     holders: list[list[int]] = [[] for _ in range(classes)]
     for picture in np.random.default_rng(0).permutation(len(labels)):
@@ -129,10 +129,10 @@ def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> l
 
 
 def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> RegionSet:
-    """COCO's panoptic format: a JSON file, and pictures whose colours are the segments' ids.
+    """COCO's panoptic format: a JSON file, and images whose colours are the segments' ids.
 
     Args:
-        folder: of the pictures. segments: folder of the pictures of segments.
+        folder: of the images. segments: folder of the images of segments.
 
     Raises:
         DataError: a file is missing or broken, or they contradict each other; all that are chosen are read.
@@ -168,27 +168,27 @@ def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> R
 
 
 def segment_ids(file: Path) -> np.ndarray:
-    """The ids `[H, W]` int32 that a picture of segments has as colours: R + 256 G + 65536 B.
+    """The ids `[H, W]` int32 that an image of segments has as colours: R + 256 G + 65536 B.
 
     Raises:
-        DataError: it is missing, or no colour picture.
+        DataError: it is missing, or no colour image.
     """
     with sources.readable(file, "picture of segments", "make the panoptic annotations again"):
         colours = np.asarray(Image.open(file))
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise DataError(
-            f"{file}: has shape {colours.shape}; a colour picture `[H, W, 3]` was expected, whose colours are the ids "
+            f"{file}: has shape {colours.shape}; a colour image `[H, W, 3]` was expected, whose colours are the ids "
             "of segments; make the panoptic annotations again"
         )
     return colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
 
 
 def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_file: Path) -> set[int]:
-    """The ids in a picture of segments, which are all known but 0 (nothing)."""
+    """The ids in an image of segments, which are all known but 0 (nothing)."""
     ids = segment_ids(file)
     if ids.shape != size:
         raise DataError(
-            f"{file}: is of height and width {ids.shape}, and {json_file} says {size} for its picture; make the "
+            f"{file}: is of height and width {ids.shape}, and {json_file} says {size} for its image; make the "
             "panoptic annotations again"
         )
     flat = ids.ravel()
@@ -209,8 +209,8 @@ def instances(
     """COCO's format of instances, as Objects365 and LVIS have it too. Crowds, and boxes without area, are left out.
 
     Args:
-        folder: what paths of pictures begin with.
-        picture: from an entry of `images` to its path below; "": it is known to be missing.
+        folder: what paths of images begin with.
+        image: from an entry of `images` to its path below; "": it is known to be missing.
         masks: whether `segmentation` is read too.
 
     Raises:
@@ -285,7 +285,7 @@ def _size(image: Mapping[str, Any], file: Path) -> tuple[int, int]:
 
 
 def _box(entry: Any, size: tuple[int, int], file: Path) -> tuple[float, float, float, float] | None:
-    """A box cut to its picture; None: it has no area. Published boxes reach a little over the edge."""
+    """A box cut to its image; None: it has no area. Published boxes reach a little over the edge."""
     box = field(entry, "bbox", file, list)
     if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
         raise DataError(f"{file}: `bbox` is {box}; four numbers x, y, width, height were expected")
@@ -295,7 +295,7 @@ def _box(entry: Any, size: tuple[int, int], file: Path) -> tuple[float, float, f
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, size[1]), min(y + height, size[0])
     if left >= right or top >= bottom:
         raise DataError(
-            f"{file}: the box {box} lies outside its picture, which has height and width {size}; are the pictures "
+            f"{file}: the box {box} lies outside its image, which has height and width {size}; are the images "
             "and annotations of one version?"
         )
     return left, top, right - left, bottom - top

@@ -13,11 +13,11 @@ from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import variant
 
 CHUNK = 128
-"""Queries that are compared with all pictures or captions at a time."""
+"""Queries that are compared with all images or captions at a time."""
 
 
 class Retrieval(sources.RealBenchmark):
-    """recall@1/5/10 both ways. Items are pictures with all their captions, of which a picture may have any number."""
+    """recall@1/5/10 both ways. Items are images with all their captions, of which an image may have any number."""
 
     family, metric = "retrieval", "mean of recall@1, 5, 10, both ways"
 
@@ -39,23 +39,23 @@ class Retrieval(sources.RealBenchmark):
         return hits(tower.embeddings(pictures["test"]), tower.text(list(place)), own)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
-        # A picture counts as a query once, each of its captions once: the latter's recall is a ratio of sums.
+        # An image counts as a query once, each of its captions once: the latter's recall is a ratio of sums.
         ways = len(AT)
         of_captions = means[..., :ways] / means[..., ways : ways + 1]
         return np.concatenate((of_captions, means[..., ways + 1 :]), -1).mean(-1)
 
 
 def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int]]) -> np.ndarray:
-    """Scores `[N, 7]`: of how many of a picture's captions it is among the first 1, 5, 10 pictures; how many captions
+    """Scores `[N, 7]`: of how many of a picture's captions it is among the first 1, 5, 10 images; how many captions
     it has; whether one of them is among the first 1, 5, 10 captions.
 
-    What is exactly as near as the right one stands behind it. So a caption that another picture has too, word by word,
+    What is exactly as near as the right one stands behind it. So a caption that another image has too, word by word,
     does not count against a picture's own.
 
     Args:
-        pictures: `[N, D]` of unit length.
+        images: `[N, D]` of unit length.
         lines: `[U, D]` of unit length, of different texts.
-        own: by picture the lines that are its captions.
+        own: by image the lines that are its captions.
     """
     owner = torch.tensor([i for i, several in enumerate(own) for _ in several])
     line = torch.tensor([u for several in own for u in several])
@@ -100,7 +100,7 @@ _declare(
         "flickr30k/dataset_flickr30k.json|caption_datasets/dataset_flickr30k.json": (
             "of Karpathy's caption_datasets.zip"
         ),
-        "flickr30k/flickr30k-images|flickr30k-images": "Flickr30k's pictures, as its archive unpacks",
+        "flickr30k/flickr30k-images|flickr30k-images": "Flickr30k's images, as its archive unpacks",
     },
     captioned.karpathy_flickr30k,
     "Flickr30k, Karpathy's test split.",
@@ -110,7 +110,7 @@ _declare(
     {
         "densely_captioned_images/splits.json": "Densely Captioned Images, as dci.tar.gz unpacks",
         "densely_captioned_images/annotations|densely_captioned_images/complete": "of the same archive",
-        "densely_captioned_images/photos": "the pictures of SA-1B's sa_000138.tar",
+        "densely_captioned_images/photos": "the images of SA-1B's sa_000138.tar",
     },
     captioned.dci,
     "Densely Captioned Images, long captions, which the text tower's context cuts.",
@@ -125,19 +125,19 @@ _declare(
     "coco",
     {
         "coco/annotations/captions_val2017.json": "of COCO's annotations_trainval2017.zip",
-        "coco/val2017": "COCO's pictures val2017",
+        "coco/val2017": "COCO's images val2017",
     },
     lambda file, folder: captioned.coco_format("coco val2017", file, folder),
-    "COCO's val2017: pictures like those that fine-tuning saw.",
+    "COCO's val2017: images like those that fine-tuning saw.",
     in_domain=True,
 )
 _declare(
     "coco-karpathy",
     {
         "coco/dataset_coco.json|caption_datasets/dataset_coco.json": "of Karpathy's caption_datasets.zip",
-        "coco/val2014|coco/train2017": "COCO's pictures: val2014, or both train2017 and val2017",
+        "coco/val2014|coco/train2017": "COCO's images: val2014, or both train2017 and val2017",
     },
     lambda file, folder: captioned.karpathy_coco(file, folder.parent),
-    "COCO, Karpathy's test split: for the most part pictures that fine-tuning on train2017 saw.",
+    "COCO, Karpathy's test split: for the most part images that fine-tuning on train2017 saw.",
     in_domain=True,
 )

@@ -18,7 +18,7 @@ SIDE = 224
 
 
 class _Robustness(sources.RealBenchmark):
-    """Items are pictures, k the corruptions."""
+    """Items are images, k the corruptions."""
 
     family, metric = "robustness", "top-1 accuracy, mean over 20 corruptions"
     tested: type[zero_shot.ZeroShot]

@@ -57,7 +57,7 @@ class RealBenchmark(Benchmark):
 
 @dataclass(frozen=True)
 class Source:
-    """An encoded picture: a file, or a part of one.
+    """An encoded image: a file, or a part of one.
 
     Args:
         offset, size: of the part in bytes; size None: the whole file.
@@ -79,7 +79,7 @@ class Source:
                 return handle.read(-1 if self.size is None else self.size)
         except OSError as error:
             raise DataError(
-                f"{self.file}: cannot be read ({error.strerror}); a picture was expected"
+                f"{self.file}: cannot be read ({error.strerror}); an image was expected"
             ) from error
 
 
@@ -96,7 +96,7 @@ def decoded(data: bytes, what: object) -> np.ndarray:
     """Encoded bytes as `[H, W, 3]` uint8 RGB; `what` names them in the error.
 
     Raises:
-        DataError: they are no picture, or a broken one.
+        DataError: they are no image, or a broken one.
     """
     with readable(what, "picture", "get the file again"):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -113,12 +113,12 @@ def pictures(
     scale: float = 1.0,
     dense: bool = False,
 ) -> Pictures:
-    """A set of pictures from disk.
+    """A set of images from disk.
 
     Args:
         name: what it is; says also what `change` does.
         annotations: files that scores depend on: where they change, results of an earlier run are not taken up.
-        change: makes `times` pictures of each decoded one `[H, W, 3]` and its number.
+        change: makes `times` images of each decoded one `[H, W, 3]` and its number.
     """
     digest = hashlib.sha256(name.encode())
     sizes: dict[Path, int] = {}
@@ -151,7 +151,7 @@ def _size(file: Path) -> int:
 
 
 def listed(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name."""
+    """The images in a folder, by name."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
 
 

@@ -52,7 +52,7 @@ class Answerer(nn.Module):
         self.answers = nn.Linear(2 * WIDTH, answers)
 
     def forward(self, cells: torch.Tensor, picture: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, P, C]`, and of each question its picture `[Q]` and embedding `[Q, W]` -> scores `[Q, answers]`."""
+        """Cells `[N, P, C]`, and of each question its image `[Q]` and embedding `[Q, W]` -> scores `[Q, answers]`."""
         keys, values = self.keys(cells), F.relu(self.values(cells)) + self.place
         queries = self.query(words).unflatten(1, (GLIMPSES, WIDTH))
         looked = torch.einsum("qgw,qpw->qgp", queries, keys[picture]) / WIDTH**0.5
@@ -72,7 +72,7 @@ class Side:
     Args:
         cells: `[N, P, C]`, in half precision.
         words: of each question `[Q, W]`.
-        first: where the questions of each picture begin, and where all end `[N + 1]`.
+        first: where the questions of each image begin, and where all end `[N + 1]`.
         worth: of each question what every answer is worth, sparse: numbers of answers `[k]` and their worth `[k]`.
     """
 
@@ -82,7 +82,7 @@ class Side:
     worth: list[tuple[torch.Tensor, torch.Tensor]]
 
     def scores(self, model: Answerer, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of all questions on some pictures, and what the answers are worth, both `[q, answers]`."""
+        """Scores of all questions on some images, and what the answers are worth, both `[q, answers]`."""
         rows = [torch.arange(self.first[p], self.first[p + 1]) for p in pictures.tolist()]
         within = torch.cat([torch.full((len(r),), place) for place, r in enumerate(rows)])
         row = torch.cat(rows)
@@ -128,9 +128,9 @@ def trained(train: Side, held: Side, answers: int, seed: int) -> Answerer:
 
 
 class Vqa(sources.RealBenchmark):
-    """Items are pictures, columns what the answers to their questions are worth in sum, and how many questions.
+    """Items are images, columns what the answers to their questions are worth in sum, and how many questions.
 
-    In-domain: the pictures are COCO's, and train2017, which fine-tuning sees, holds train2014 and most of val2014.
+    In-domain: the images are COCO's, and train2017, which fine-tuning sees, holds train2014 and most of val2014.
     """
 
     family, metric = "vqa", "VQA's soft accuracy, a readout's choice of frequent answers"
@@ -144,7 +144,7 @@ class Vqa(sources.RealBenchmark):
         whole = questions.read(train_questions, train_annotations, TRAIN)
         if len(whole.pictures) < 2:
             raise DataError(
-                f"{train_questions}: asks about {len(whole.pictures)} picture; at least 2 are needed to train "
+                f"{train_questions}: asks about {len(whole.pictures)} image; at least 2 are needed to train "
                 "and to choose"
             )
         places = range(len(whole.pictures))
@@ -214,7 +214,7 @@ class Vqa(sources.RealBenchmark):
 
 
 def coco_picture(folder: Path, number: int) -> Path:
-    """A picture of COCO's train2014 or val2014, in that folder, or under its name of 2017 in train2017 or val2017."""
+    """An image of COCO's train2014 or val2014, in that folder, or under its name of 2017 in train2017 or val2017."""
     if folder.name.endswith("2014"):
         return folder / f"COCO_{folder.name}_{number:012d}.jpg"
     held = folder.parent / "val2017" / f"{number:012d}.jpg"
@@ -226,8 +226,8 @@ def _declare(name: str, folder: str, prefix: str, about: str) -> None:
     for split in ("train2014", "val2014"):
         needs[f"{folder}/{prefix}OpenEnded_mscoco_{split}_questions.json"] = f"{about}'s questions"
         needs[f"{folder}/{prefix}mscoco_{split}_annotations.json"] = f"{about}'s answers"
-    needs["coco/train2014|coco/train2017"] = "COCO's pictures train2014, or train2017 and val2017"
-    needs["coco/val2014|coco/val2017"] = "COCO's pictures val2014, or train2017 and val2017"
+    needs["coco/train2014|coco/train2017"] = "COCO's images train2014, or train2017 and val2017"
+    needs["coco/val2014|coco/val2017"] = "COCO's images val2014, or train2017 and val2017"
     variant(Vqa, f"vqa {name}", f"{about}.", needs=needs)
 
 

@@ -1,4 +1,4 @@
-"""Sets of word pictures as they lie on disk: LMDB, and folders with a list of labels."""
+"""Sets of word images as they lie on disk: LMDB, and folders with a list of labels."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ LABEL_FILES = (
     "label.txt",
     "gt.txt",
 )
-"""Lists of labels that are known, in a folder of pictures: of MMOCR, PaddleOCR and others."""
+"""Lists of labels that are known, in a folder of images: of MMOCR, PaddleOCR and others."""
 
 SIDE = 448
 """Of the square that LINES words share."""
@@ -41,12 +41,12 @@ SIDE = 448
 
 @dataclass(frozen=True)
 class WordSet:
-    """Word pictures with their labels.
+    """Word images with their labels.
 
     Args:
-        name: what it is, with all that decides the pictures besides `files`.
+        name: what it is, with all that decides the images besides `files`.
         labels: of letters of LETTERS alone, at least one.
-        read: yields the pictures `[H, W, 3]` in order.
+        read: yields the images `[H, W, 3]` in order.
         files: what it is read from.
     """
 
@@ -56,7 +56,7 @@ class WordSet:
     files: Sequence[Path] = ()
 
     def pictures(self) -> Pictures:
-        """`LINES` words a picture, each in a line of its own, for `ctc_readout.columns`; the last fills its picture."""
+        """`LINES` words an image, each in a line of its own, for `ctc_readout.columns`; the last fills its image."""
         digest = hashlib.sha256(repr((self.name, SIDE, LINES, self.labels)).encode())
         for file in self.files:
             about = file.stat()
@@ -78,7 +78,7 @@ class WordSet:
 
 
 def line(picture: np.ndarray) -> np.ndarray:
-    """A word picture as large as it fits into the middle of a line, on its mean colour: `[SIDE / LINES, SIDE, 3]`."""
+    """A word image as large as it fits into the middle of a line, on its mean colour: `[SIDE / LINES, SIDE, 3]`."""
     height, width = SIDE // LINES, SIDE
     factor = min(height / picture.shape[0], width / picture.shape[1])
     size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
@@ -134,7 +134,7 @@ class Labelled:
 
     Args:
         texts: the labels as they are written.
-        read: yields the pictures of some numbers of labels.
+        read: yields the images of some numbers of labels.
         files: what it is read from.
     """
 
@@ -194,7 +194,7 @@ def listed_words(folder: Path) -> Labelled:
 
 
 def database(folder: Path, most: int | None = None) -> Labelled:
-    """An LMDB of `num-samples` pictures `image-000000001`, ... and labels `label-000000001`, ...
+    """An LMDB of `num-samples` images `image-000000001`, ... and labels `label-000000001`, ...
 
     Args:
         most: so many words of it at most, spread over it, the same ones every time; None: all.
@@ -243,7 +243,7 @@ def _count(file: Path, get: Callable[[str], bytes | None]) -> int:
     value = get("num-samples")
     if value is None or not value.isdigit() or int(value) < 1:
         raise DataError(
-            f"{file}: `num-samples` is {value!r}; a number above 0 was expected; is it a set of word pictures?"
+            f"{file}: `num-samples` is {value!r}; a number above 0 was expected; is it a set of word images?"
         )
     count = int(value)
     for kind in ("label", "image"):

@@ -22,7 +22,7 @@ from towerbench.registry import variant
 
 
 class ZeroShot(sources.RealBenchmark):
-    """Items are pictures: whether the nearest of the classes' names is right."""
+    """Items are images: whether the nearest of the classes' names is right."""
 
     family, metric = "zero-shot", "top-1 accuracy"
 
@@ -46,7 +46,7 @@ class ZeroShot(sources.RealBenchmark):
 
 
 def pictures_of(labelled: LabelledSet, name: str) -> Pictures:
-    """A set's pictures as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
+    """A set's images as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
     if not labelled.border:
         return sources.pictures(labelled.sources, name)
     name = f"{name} without {labelled.border} pixels of border"
@@ -65,7 +65,7 @@ BY_NAME: dict[str, type[ZeroShot]] = {}
 
 
 def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], LabelledSet]) -> None:
-    about = f"{name}, all its pictures."
+    about = f"{name}, all its images."
     BY_NAME[name] = variant(ZeroShot, f"zero-shot {name}", about, needs=needs, load=load, item_set=name)
 
 

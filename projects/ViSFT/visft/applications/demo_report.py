@@ -55,7 +55,7 @@ def write(
     known: Mapping[str, str],
     scenes: Sequence[Scene] = (),
 ) -> Path:
-    """Write `report.html` of a run from its report.json, the suite's results.json and its pictures.
+    """Write `report.html` of a run from its report.json, the suite's results.json and its images.
 
     Args:
         folder: OUTPUT_DIR.
@@ -95,7 +95,7 @@ def page(
     Args:
         figures: what is in report.json.
         results: what is in the suite's results.json.
-        pictures: a caption and a PNG each.
+        images: a caption and a PNG each.
     """
     rows = _suite_rows(results, suite) if results else []
     parts = ["<h1>A CLIP tower, before and after ViSFT</h1>", *_paragraphs(rows, _fallen(figures, known))]

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         file.write_text(json.dumps(truth))
         metric = LVISMetric if args.format == "lvis" else COCOMetric
         print(
-            f"{args.images} pictures, {args.detections} detections each, {args.classes} classes, {args.format}"
+            f"{args.images} images, {args.detections} detections each, {args.classes} classes, {args.format}"
         )
         for task in ("bbox", "segm"):
             seconds, figures = time_both(metric, file, results, task, args.repeats)
@@ -63,7 +63,7 @@ def difference(one: dict[str, float], other: dict[str, float]) -> float:
 
 
 def draw(images: int, detections: int, classes: int) -> tuple[dict, list[dict]]:
-    """Annotations (about 7 a picture, as COCO has) and results, boxes and masks, in COCO's and LVIS's format alike."""
+    """Annotations (about 7 an image, as COCO has) and results, boxes and masks, in COCO's and LVIS's format alike."""
     rng = np.random.default_rng(0)
     truth: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": []}
     for number in range(1, classes + 1):

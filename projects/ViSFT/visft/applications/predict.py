@@ -1,4 +1,4 @@
-"""`tools/predict.py`: draws what the heads of a run see on pictures of the user's own."""
+"""`tools/predict.py`: draws what the heads of a run see on images of the user's own."""
 
 import argparse
 import logging
@@ -39,7 +39,7 @@ def find_pictures(paths: Iterable[str]) -> list[Path]:
     """Picture files, those of a folder (not of its subfolders) included, in order.
 
     Raises:
-        DataError: if a path is not there, or none holds a picture.
+        DataError: if a path is not there, or none holds an image.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -50,7 +50,7 @@ def find_pictures(paths: Iterable[str]) -> list[Path]:
         else:
             raise DataError(f"--input {path}: there is no such file or folder")
     if not found:
-        raise DataError(f"--input {' '.join(map(str, paths))}: no pictures there ({', '.join(SUFFIXES)})")
+        raise DataError(f"--input {' '.join(map(str, paths))}: no images there ({', '.join(SUFFIXES)})")
     return found
 
 
@@ -65,8 +65,8 @@ def predict_files(
     metadata,
     threshold: float = THRESHOLD,
 ) -> list[Path]:
-    """Draw what each head sees on pictures of the user's own; returns the files written: `folder/<name>.png`, and with
-    a caption head `folder/<name>_words.png`, where it looked at each word. None of them replaces a picture of `files`.
+    """Draw what each head sees on images of the user's own; returns the files written: `folder/<name>.png`, and with
+    a caption head `folder/<name>_words.png`, where it looked at each word. None of them replaces an image of `files`.
 
     Args:
         mapper: turns a record into the model's input, as in evaluation.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 JOINT = "joint"
 PARTS = ("tower", "heads", "other")
 """Parts of an iteration's time: forward and backward of the tower; of the heads, losses and matching included;
-preparing the pictures, and the optimizer's step."""
+preparing the images, and the optimizer's step."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if not cfg.MODEL.VISFT.HEADS:
         raise ConfigError("MODEL.VISFT.HEADS is empty; the benchmark compares heads, so name some")
     if args.rounds < 1 or args.images < 0:
-        raise ConfigError("--rounds is a number of rounds, at least 1, and --images of pictures, at least 0")
+        raise ConfigError("--rounds is a number of rounds, at least 1, and --images of images, at least 0")
     cfg.VISFT.STAGES = (args.stage,)
     checks.check(cfg, test=False)
     solver = cfg.VISFT.SOLVER[args.stage.upper()]
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
-    """The first pictures of DATASETS.TRAIN's stream that carry labels for every head, mapped for training.
+    """The first images of DATASETS.TRAIN's stream that carry labels for every head, mapped for training.
 
     Raises:
         DataError: there is none.
@@ -89,7 +89,7 @@ def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
     rows = functools.reduce(np.intersect1d, pictures.rows.values())
     if not len(rows):
         raise DataError(
-            f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)}): no picture has labels for all of "
+            f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)}): no image has labels for all of "
             f"{', '.join(model.heads)}; name a data set with all of them, or fewer of MODEL.VISFT.HEADS"
         )
     records, mapper = Subset(pictures.records, rows), ViSFTMapper(cfg, is_train=True)
@@ -157,7 +157,7 @@ def table(found: dict) -> str:
     heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
     height, width = (max(sides) for sides in zip(*found["images"], strict=True))
     lines = [
-        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} pictures in {height} x {width}; "
+        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
         f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
         "interleaved rounds",
         f"{'':28}{'iterations/s':>13}{'total s':>10}"

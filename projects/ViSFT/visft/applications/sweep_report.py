@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write all three, each atomically; the picture as soon as there is a finished run."""
+    """Write all three, each atomically; the image as soon as there is a finished run."""
     files.write_json(folder / "results.json", results)
     write_atomically(folder / "table.md", table(results) + "\n")
     if any(run["figures"] and run["untuned"] for run in results["runs"]):

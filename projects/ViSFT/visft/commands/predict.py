@@ -8,7 +8,7 @@ from visft.utils import cli
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(description="Draw what the heads see on pictures.")
+    parser = argparse.ArgumentParser(description="Draw what the heads see on images.")
     parser.add_argument(
         "--config-file",
         default="",

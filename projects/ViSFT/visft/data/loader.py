@@ -50,7 +50,7 @@ def build_train_loader(
         records: dataset dicts as `load_records` makes them; None: all of `DATASETS.TRAIN`.
         repeats: of given records, how often each comes in an epoch (see `visft.data.repeat_factor`); None: once.
         reads_masks: whether `gt_masks` are wanted.
-        batch_size: pictures an iteration over all processes, as `IMS_PER_BATCH`.
+        batch_size: images an iteration over all processes, as `IMS_PER_BATCH`.
         start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
         seed: must be the same in all processes, and the same after a restart.
 
@@ -80,7 +80,7 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
-    """One pass over a data set in its order, a picture a batch, each process its share (detectron2's InferenceSampler).
+    """One pass over a data set in its order, an image a batch, each process its share (detectron2's InferenceSampler).
 
     Raises:
         DataError: the data set is broken.
@@ -114,16 +114,16 @@ def share_of(batch_size: int, world_size: int, key: str) -> int:
 
 
 class PictureCounts:
-    """What a loader's stream has seen: epochs, and pictures that were replaced because they do not decode.
+    """What a loader's stream has seen: epochs, and images that were replaced because they do not decode.
 
     Args:
-        num_records: pictures an epoch, on average.
+        num_records: images an epoch, on average.
         batch_size: over all processes.
         batches: that were delivered before.
         task: named in messages, where there are several streams.
 
     Attributes:
-        skipped: the pictures that did not decode, with how often they were replaced.
+        skipped: the images that did not decode, with how often they were replaced.
     """
 
     def __init__(self, num_records: int, batch_size: int, batches: int, task: str = ""):
@@ -150,7 +150,7 @@ class PictureCounts:
         )
         if epochs_now > epochs_before and self._skipped_in_epoch:
             logger.warning(
-                "%sEpoch %d: %d times a picture that does not decode was replaced by another, the first is %s",
+                "%sEpoch %d: %d times an image that does not decode was replaced by another, the first is %s",
                 self._task,
                 epochs_now,
                 self._skipped_in_epoch,
@@ -184,7 +184,7 @@ class TrainLoader:
             repeats: [number of records] how often each comes in an epoch; None: once.
             batch_size: over all processes.
             num_workers, pin_memory: see `loader_options`.
-            skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
+            skip_broken: put the next image that decodes in the place of one that does not, instead of stopping.
             rank, world_size: default: those of the process group.
         """
         rank = comm.get_rank() if rank is None else rank
@@ -205,7 +205,7 @@ class TrainLoader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """The pictures that did not decode, with how often they were replaced (by `skip_broken`) so far in this
+        """The images that did not decode, with how often they were replaced (by `skip_broken`) so far in this
         process."""
         return self._counts.skipped
 
@@ -221,7 +221,7 @@ class TrainLoader:
 
 
 class TestLoader:
-    """Batches of one mapped dict. With `skip_broken`, pictures that do not decode are left out, with a count at the
+    """Batches of one mapped dict. With `skip_broken`, images that do not decode are left out, with a count at the
     end; COCO's evaluation then counts their objects as missed."""
 
     def __init__(
@@ -257,7 +257,7 @@ class TestLoader:
                 yield batch
         if skipped:
             logger.warning(
-                "%d of %d pictures do not decode and were left out, the first: %s",
+                "%d of %d images do not decode and were left out, the first: %s",
                 len(skipped),
                 len(self),
                 skipped[0],
@@ -268,9 +268,9 @@ class Positions:
     """Batch sampler: lists of (position in the stream, index of the record).
 
     Args:
-        num_records: pictures an epoch. seed: of the order.
-        start: position of this process's first picture.
-        share: pictures a batch in this process. stride: in all processes.
+        num_records: images an epoch. seed: of the order.
+        start: position of this process's first image.
+        share: images a batch in this process. stride: in all processes.
         repeats: [num_records] how often each comes in an epoch, on average; None: once.
     """
 
@@ -330,7 +330,7 @@ class Samples(Dataset):
             else:
                 return sample | {"skipped": skipped} if skipped else sample
         return DataError(
-            f"none of the {len(self.records)} pictures to train on decodes, the first is {skipped[0]}; copy them again"
+            f"none of the {len(self.records)} images to train on decodes, the first is {skipped[0]}; copy them again"
         )
 
 

@@ -1,4 +1,4 @@
-"""From one picture and its annotations to what the model reads: one decode, boxes and masks in the same frame."""
+"""From one image and its annotations to what the model reads: one decode, boxes and masks in the same frame."""
 
 import re
 
@@ -16,7 +16,7 @@ _SIDES = re.compile(rf"\b(?:{'|'.join(_OTHER_SIDE)})\b", re.IGNORECASE)
 
 
 class _OnePixelAtLeast:
-    """In front of a resizing augmentation: no side becomes 0, as that of a thin picture would."""
+    """In front of a resizing augmentation: no side becomes 0, as that of a thin image would."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -87,11 +87,11 @@ class ViSFTMapper:
 
     - `image`: uint8 [3, H, W], RGB, resized, neither normalised nor padded;
     - `height`, `width`: of the annotated image; `file_name`, `image_id`;
-    - in training `instances`: `gt_boxes` (xyxy in the resized picture), `gt_classes` (contiguous), and `gt_masks`
+    - in training `instances`: `gt_boxes` (xyxy in the resized image), `gt_classes` (contiguous), and `gt_masks`
       (BitMasks, from polygons and run lengths alike) if the data set has masks and they are read. Crowds and objects
-      that a crop leaves nothing of are not in it. It is there, if need be empty, for every picture of a data set with
+      that a crop leaves nothing of are not in it. It is there, if need be empty, for every image of a data set with
       annotations;
-    - in training `captions`: the list of texts, if the picture has any. Of a mirrored picture, left and right have
+    - in training `captions`: the list of texts, if the image has any. Of a mirrored image, left and right have
       changed places in them.
     """
 
@@ -166,7 +166,7 @@ class ViSFTMapper:
 
 
 def mirror(caption: str) -> str:
-    """A caption of the mirrored picture: English left and right change places."""
+    """A caption of the mirrored image: English left and right change places."""
     return _SIDES.sub(lambda found: _OTHER_SIDE[found[0].lower()], caption)
 
 

@@ -1,7 +1,7 @@
-"""Repeat-factor sampling (LVIS, arXiv 1908.03195, appendix B.2): pictures of rare classes come several times an epoch.
+"""Repeat-factor sampling (LVIS, arXiv 1908.03195, appendix B.2): images of rare classes come several times an epoch.
 
 The factors are those of detectron2's RepeatFactorTrainingSampler. The order is a function of (seed, epoch), as that of
-the plain stream (see `visft.data.loader`), which it equals where no picture is repeated.
+the plain stream (see `visft.data.loader`), which it equals where no image is repeated.
 """
 
 import bisect
@@ -41,7 +41,7 @@ def check_sampler(cfg: CfgNode) -> None:
 
 
 def build_repeats(cfg: CfgNode, records: list[dict]) -> np.ndarray | None:
-    """The repeat factors [len(records)] that a config asks for; None: every picture comes once an epoch.
+    """The repeat factors [len(records)] that a config asks for; None: every image comes once an epoch.
 
     Args:
         cfg: reads DATALOADER.{SAMPLER_TRAIN, REPEAT_THRESHOLD, REPEAT_SQRT}.
@@ -54,7 +54,7 @@ def build_repeats(cfg: CfgNode, records: list[dict]) -> np.ndarray | None:
         return None
     factors = repeat_factors(records, cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT)
     logger.info(
-        "repeat factors: %d of %d pictures come more than once, up to %.1f times; an epoch has %d",
+        "repeat factors: %d of %d images come more than once, up to %.1f times; an epoch has %d",
         (factors > 1).sum(),
         len(factors),
         factors.max(),
@@ -66,10 +66,10 @@ def build_repeats(cfg: CfgNode, records: list[dict]) -> np.ndarray | None:
 def repeat_factors(records: Iterable[dict], threshold: float, sqrt: bool = True) -> np.ndarray:
     """[number of records] how often each comes in an epoch, on average; at least 1.
 
-    A class in a part f of the pictures has the factor max(1, sqrt(threshold / f)), a picture that of its rarest class.
+    A class in a part f of the images has the factor max(1, sqrt(threshold / f)), an image that of its rarest class.
 
     Args:
-        threshold: the part of the pictures below which classes are repeated.
+        threshold: the part of the images below which classes are repeated.
         sqrt: without, the factor of a class is max(1, threshold / f).
     """
     classes = [{a["category_id"] for a in record.get("annotations", ())} for record in outlines_of(records)]
@@ -86,7 +86,7 @@ def epoch_length(factors: np.ndarray) -> int:
 class RepeatedOrder:
     """The record at each position of the endless stream.
 
-    In an epoch a picture comes as often as the whole part of its factor says, and once more with the probability of the
+    In an epoch an image comes as often as the whole part of its factor says, and once more with the probability of the
     rest, drawn anew each epoch; so epochs differ a little in length.
 
     Args:

@@ -1,7 +1,7 @@
-"""How the tasks share the training: which pictures each head can learn from, and which task an iteration trains.
+"""How the tasks share the training: which images each head can learn from, and which task an iteration trains.
 
-`joint`: every iteration shows pictures to all heads at once; each learns from those that carry its labels. One pass of
-the tower serves all. `ratio`, the authors': an iteration draws one task, and its pictures feed that task's head alone,
+`joint`: every iteration shows images to all heads at once; each learns from those that carry its labels. One pass of
+the tower serves all. `ratio`, the authors': an iteration draws one task, and its images feed that task's head alone,
 in the task's own number and size. Both are functions of (seed, iteration), as all of `visft.data.loader`: a killed run
 goes on to the bit, with any number of workers and processes.
 """
@@ -59,12 +59,12 @@ class LabelledPictures:
     mask_readers: frozenset[str] | None = None
 
     def of(self, *heads: str) -> Dataset:
-        """The pictures that carry labels for at least one of the heads, in their order."""
+        """The images that carry labels for at least one of the heads, in their order."""
         rows = self._rows_of(heads)
         return self.records if len(rows) == len(self.records) else Subset(self.records, rows)
 
     def repeats_of(self, *heads: str) -> np.ndarray | None:
-        """`repeats` of the pictures that `of` gives."""
+        """`repeats` of the images that `of` gives."""
         return None if self.repeats is None else self.repeats[self._rows_of(heads)]
 
     def masks_for(self, *names: str) -> bool:
@@ -89,7 +89,7 @@ def load_labelled(
         mask_readers: those of them that read masks; None: all.
 
     Raises:
-        DataError: a data set is broken, or there is no picture for any head (mixing by ratio: for one of them), or none
+        DataError: a data set is broken, or there is no image for any head (mixing by ratio: for one of them), or none
             for an objective among those that the heads are given.
     """
     names = tuple(cfg.DATASETS.TRAIN)
@@ -109,7 +109,7 @@ def load_labelled(
     missing = [head for head in heads if not len(rows[head])]
     if missing and (len(missing) == len(heads) or cfg.VISFT.TASK_MIXING == "ratio"):
         raise DataError(
-            f"DATASETS.TRAIN ({', '.join(names)}): none of its {len(records)} pictures has labels for the head "
+            f"DATASETS.TRAIN ({', '.join(names)}): none of its {len(records)} images has labels for the head "
             f"`{missing[0]}`; add a data set that has, or leave the head out of MODEL.VISFT.HEADS"
         )
     for head in missing:
@@ -124,7 +124,7 @@ def load_labelled(
     useful = len(drawn)
     if useful < len(records):
         logger.info(
-            "%d of %d pictures have no labels that are learned, and are left out",
+            "%d of %d images have no labels that are learned, and are left out",
             len(records) - useful,
             len(records),
         )
@@ -144,7 +144,7 @@ def build_stage_loader(
     Args:
         cfg: reads VISFT.{TASK_MIXING, TASK_RATIOS, TASKS, INPUT, SOLVER}, MODEL.VISFT.{HEADS, OBJECTIVES}, INPUT and
             DATALOADER.
-        stage: `heads` or `lora`; each has its own order of pictures and tasks.
+        stage: `heads` or `lora`; each has its own order of images and tasks.
         start_iteration: the trainer's iteration to go on from; each takes ACCUMULATE batches.
         seed: of the run; the same in all processes, and after a restart.
 
@@ -182,7 +182,7 @@ def build_stage_loader(
     for task, ratio in zip(tasks, ratios, strict=True):
         share = 100 * ratio / sum(ratios)
         logger.info(
-            "task %s: %.1f %% of the iterations, %d of %d pictures a batch",
+            "task %s: %.1f %% of the iterations, %d of %d images a batch",
             task.name,
             share,
             task.batch_size,
@@ -300,7 +300,7 @@ class MixedLoader:
             start_iteration: the first to deliver; the batches are those of a run that started at 0.
             accumulate: batches an iteration.
             num_workers, pin_memory: see `loader_options`.
-            skip_broken: put the next picture that decodes in the place of one that does not, instead of stopping.
+            skip_broken: put the next image that decodes in the place of one that does not, instead of stopping.
             rank, world_size: default: those of the process group.
 
         Raises:
@@ -330,7 +330,7 @@ class MixedLoader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """The pictures that did not decode, with how often they were replaced so far in this process."""
+        """The images that did not decode, with how often they were replaced so far in this process."""
         found: dict[str, int] = {}
         for counts in self._counts.values():
             for file_name, number in counts.skipped.items():
@@ -349,7 +349,7 @@ class MixedLoader:
 
 
 class _TaskPositions:
-    """Sampler of whole batches: (index of the task, positions and indices of its pictures)."""
+    """Sampler of whole batches: (index of the task, positions and indices of its images)."""
 
     def __init__(self, draws: TaskDraws, streams: list[Positions], start: int, accumulate: int):
         self.draws, self.streams, self.start, self.accumulate = draws, streams, start, accumulate
@@ -376,7 +376,7 @@ def _as_it_is(batch: tuple[str, list]) -> tuple[str, list]:
 
 
 def _outline(record: dict) -> dict:
-    """What the mapper will make of a record, as far as a head asks whether there are labels. Reads no picture."""
+    """What the mapper will make of a record, as far as a head asks whether there are labels. Reads no image."""
     image = {key: record[key] for key in ("file_name", "image_id", "captions") if record.get(key)}
     if "annotations" in record:
         count = sum(not annotation.get("iscrowd", 0) for annotation in record["annotations"])

@@ -24,7 +24,7 @@ def load_records(
         names: names in detectron2's DatasetCatalog.
         train: whether to check for what training needs; else for what evaluation needs.
         rules: which images may be bad (default: none).
-        filter_empty: drop pictures without an annotation that is no crowd; of one with captions, only the annotations.
+        filter_empty: drop images without an annotation that is no crowd; of one with captions, only the annotations.
     """
     parts: list[Sequence[dict]] = []
     for name in names:
@@ -103,7 +103,7 @@ def _not_empty(records: Iterable[dict], name: str) -> tuple[list[int], set[int]]
         kept.append(index)
     if bare or dropped:
         logger.info(
-            "%s: %d of %d pictures have nothing but crowds annotated; %d are left out, the others have captions",
+            "%s: %d of %d images have nothing but crowds annotated; %d are left out, the others have captions",
             name,
             len(bare) + dropped,
             len(kept) + dropped,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
 _BOX_TOLERANCE = 1.0
 
-# Pictures of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
+# Images of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
 # the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
 _KNOWN_FLAT = {200365, 550395}
 
@@ -157,7 +157,7 @@ def _check_annotations(
             unmasked_crowd = unmasked_crowd or missing
         else:
             unmasked = unmasked or missing
-    logger.info("%s: %d pictures, %d annotations, nothing wrong", path, len(sizes), len(seen))
+    logger.info("%s: %d images, %d annotations, nothing wrong", path, len(sizes), len(seen))
     return {
         "learnable": learnable,
         "masked": masked,
@@ -180,7 +180,7 @@ def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> Non
     over = max(-x, -y, x + w - width, y + h - height)
     if over > _BOX_TOLERANCE:
         raise DataError(
-            f"{path}: {where} has a box that reaches {over:g} px out of its picture, bbox {entry['bbox']} in "
+            f"{path}: {where} has a box that reaches {over:g} px out of its image, bbox {entry['bbox']} in "
             f"{width} x {height}; expected [x, y, width, height] in pixels inside the picture"
         )
 

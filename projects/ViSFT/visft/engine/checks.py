@@ -40,7 +40,7 @@ def check(
         cfg: as `settings.load_config` returns it (which has checked the keys). Own data (`VISFT.DATA`) is
             registered and becomes DATASETS.TRAIN / TEST here.
         processes: over all machines. local_processes: on this one.
-        train, test: whether the pictures of DATASETS.TRAIN, DATASETS.TEST will be read.
+        train, test: whether the images of DATASETS.TRAIN, DATASETS.TEST will be read.
 
     Raises:
         ConfigError, DataError, CheckpointError: one sentence each.

@@ -1,4 +1,4 @@
-"""Evaluation of every head on DATASETS.TEST, and pictures of it."""
+"""Evaluation of every head on DATASETS.TEST, and images of it."""
 
 import logging
 from pathlib import Path
@@ -43,7 +43,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
-    """Draw pictures of the first of DATASETS.TEST: ground truth beside each head's prediction; none without heads."""
+    """Draw images of the first of DATASETS.TEST: ground truth beside each head's prediction; none without heads."""
     if not cfg.MODEL.VISFT.HEADS:
         return
     _set_names(cfg, model, cfg.DATASETS.TEST[0])

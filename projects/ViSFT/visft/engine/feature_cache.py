@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once for each picture and kept: most of stage `heads` on small towers."""
+"""Features of a frozen tower, computed once for each image and kept: most of stage `heads` on small towers."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """Memoises the forward of a frozen backbone, picture by picture.
+    """Memoises the forward of a frozen backbone, image by image.
 
-    The key is the content of a normalised, padded picture, so every augmented view has its own entry and a wrong
-    one cannot be found. A picture is always computed alone: its features do not depend on what else is in the batch,
-    and a resumed run (whose cache is empty) gets the same to the bit. When the memory is full, further pictures are
+    The key is the content of a normalised, padded image, so every augmented view has its own entry and a wrong
+    one cannot be found. An image is always computed alone: its features do not depend on what else is in the batch,
+    and a resumed run (whose cache is empty) gets the same to the bit. When the memory is full, further images are
     computed as without a cache; nothing is thrown out, for a data set is read round and round.
 
     Args:

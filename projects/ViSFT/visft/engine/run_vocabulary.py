@@ -37,7 +37,7 @@ def check(cfg: CfgNode, *, train: bool) -> None:
 
     Raises:
         ConfigError: there is no vocabulary, and none will be built; or weights go with another one.
-        DataError: a vocabulary or caption file is broken, or no training picture has a caption.
+        DataError: a vocabulary or caption file is broken, or no training image has a caption.
     """
     names = caption_heads(cfg)
     if not names:

@@ -51,7 +51,7 @@ _LEFT_BY_A_RUN = (
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the stages of `VISFT.STAGES`, export, and write pictures and the report; returns all evaluations.
+    """Run the stages of `VISFT.STAGES`, export, and write images and the report; returns all evaluations.
 
     With `--resume`, a stage continues from its newest whole checkpoint, a finished one is not repeated. Without, an
     earlier run in the same OUTPUT_DIR is moved to its subfolder `earlier-N` first.

@@ -127,7 +127,7 @@ class StockTrainer(DefaultTrainer):
 
 
 def _read_labels(file_name: str, dtype: type) -> np.ndarray:
-    """A picture of class indices. detectron2's own reader asks numpy for `copy=False`, which numpy 2 refuses."""
+    """An image of class indices. detectron2's own reader asks numpy for `copy=False`, which numpy 2 refuses."""
     with Image.open(file_name) as picture:
         return np.asarray(picture, dtype)
 

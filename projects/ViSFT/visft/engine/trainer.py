@@ -187,7 +187,7 @@ class StageTrainer(TrainerBase):
         names = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in images)
         return TrainingError(
             f"stage {self.stage}, iteration {self.iter}: {what} is {value}; the batch was {names}; nothing of this "
-            'iteration is saved (a lower BASE_LR, AMP "" or cleaning these pictures\' labels may help, --resume '
+            'iteration is saved (a lower BASE_LR, AMP "" or cleaning these images\' labels may help, --resume '
             "goes on from the last checkpoint)"
         )
 

@@ -70,11 +70,11 @@ def caption_scores(
 ) -> dict[str, float]:
     """Figures times 100, BLEU as `BLEU1` to `BLEU4`.
 
-    CIDEr counts how rare words are in these references: it is 0 of a single picture.
+    CIDEr counts how rare words are in these references: it is 0 of a single image.
 
     Args:
-        references: the captions of each picture, a list of texts by image id.
-        candidates: what is scored, a text by image id, of the same pictures.
+        references: the captions of each image, a list of texts by image id.
+        candidates: what is scored, a text by image id, of the same images.
         metrics: of `KNOWN`.
     """
     truth, said = _words(references, candidates)
@@ -129,7 +129,7 @@ _SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor
 
 
 class CaptionEvaluator(DatasetEvaluator):
-    """Scores each caption head on the pictures of a data set that have captions.
+    """Scores each caption head on the images of a data set that have captions.
 
     `evaluate` returns `{"captioning": {"CIDEr": ..., "BLEU4": ..., ...}}`, as `caption_scores`.
     """

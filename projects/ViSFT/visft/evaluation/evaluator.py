@@ -77,7 +77,7 @@ class HeadsEvaluator(DatasetEvaluator):
 
         Args:
             inputs: with `image_id`.
-            outputs: the model's, in coordinates of the original pictures.
+            outputs: the model's, in coordinates of the original images.
 
         Raises:
             DataError: a prediction's class is none of the data set's.

@@ -1,6 +1,6 @@
 """LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval or the lvis package.
 
-LVIS is annotated in a federated way: of a picture it is known which classes are in it, which are not
+LVIS is annotated in a federated way: of an image it is known which classes are in it, which are not
 (`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
 found of a class that nothing is known of does not count, nor what is found too much of a class not annotated
 everywhere.
@@ -20,13 +20,13 @@ from visft.evaluation.average_precision import is_fast, mean
 from visft.evaluation.ground_truth import read_truth
 
 MAX_DETECTIONS = 300
-"""Of a picture, over all classes: the rest does not count."""
+"""Of an image, over all classes: the rest does not count."""
 
 FREQUENCIES = ("r", "c", "f")
-"""Rare, common and frequent classes: in up to 10, up to 100 and more pictures of the training set."""
+"""Rare, common and frequent classes: in up to 10, up to 100 and more images of the training set."""
 
 _AREAS = 4  # all, small, medium, large
-_CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each picture
+_CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each image
 
 
 class LVISMetric:
@@ -101,7 +101,7 @@ class LVISMetric:
     def _by_faster_coco_eval(self, results: list[dict], task: str) -> np.ndarray:
         """Precision [10 IoUs, 101 recalls, classes, areas]; -1 for what has no ground truth.
 
-        Some classes at a time, with the pictures that have any of them: 1,203 classes of 20,000 pictures would take
+        Some classes at a time, with the images that have any of them: 1,203 classes of 20,000 images would take
         many gigabytes.
         """
         from faster_coco_eval import COCO, COCOeval_faster
@@ -188,7 +188,7 @@ def _mended(function: types.FunctionType) -> types.FunctionType:
 
 
 def _best(scores: Sequence[float]) -> list[int]:
-    """Indices of the detections of a picture that count, in the order that the lvis package leaves them in."""
+    """Indices of the detections of an image that count, in the order that the lvis package leaves them in."""
     order = list(range(len(scores)))
     if len(order) > MAX_DETECTIONS:
         order = sorted(order, key=lambda index: scores[index], reverse=True)[:MAX_DETECTIONS]
@@ -196,7 +196,7 @@ def _best(scores: Sequence[float]) -> list[int]:
 
 
 def _limited(results: Sequence[dict]) -> list[dict]:
-    """The best detections of each picture."""
+    """The best detections of each image."""
     by_image = defaultdict(list)
     for result in results:
         by_image[result["image_id"]].append(result)

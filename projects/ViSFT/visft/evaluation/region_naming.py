@@ -75,7 +75,7 @@ class RegionTextEvaluator(DatasetEvaluator):
             outputs: the model's, with a RegionText under each head's name.
 
         Raises:
-            DataError: an image is not among the records, or a picture of segments cannot be read.
+            DataError: an image is not among the records, or an image of segments cannot be read.
         """
         for image, output in zip(inputs, outputs, strict=True):
             record = self._records.get(image["image_id"])
@@ -197,7 +197,7 @@ class StuffSegments:
             size: (height, width) of the image.
 
         Raises:
-            DataError: the picture of segments cannot be read, or has another size.
+            DataError: the image of segments cannot be read, or has another size.
         """
         if image_id not in self._content["segments"]:
             return [], []

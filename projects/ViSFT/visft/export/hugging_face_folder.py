@@ -54,7 +54,7 @@ def write(
 
     Raises:
         ExportError: transformers has no such tower (EVA, CoCa, PE-Core...), or it, in a process of its own, does not
-            load the folder, computes other embeddings or prepares pictures otherwise.
+            load the folder, computes other embeddings or prepares images otherwise.
     """
     path = place.folder(path)
     place.require("hf", "transformers")
@@ -98,7 +98,7 @@ def put_model(folder: Path, source: Source, converted: Converted) -> None:
     """Write a model's files into a new folder.
 
     Raises:
-        ExportError: the weights read back otherwise, or pictures are prepared in a way that transformers lacks.
+        ExportError: the weights read back otherwise, or images are prepared in a way that transformers lacks.
     """
     folder.mkdir()
     write_safetensors(folder / WEIGHTS, converted.tensors, {"format": "pt"})
@@ -168,7 +168,7 @@ def _processor(source: Source, converted: Converted) -> dict[str, Any]:
     mode = preprocess["resize_mode"]
     if mode == "longest":
         raise ExportError(
-            "The format `hf`: the tower's pictures are padded (resize_mode `longest`), which transformers' CLIP "
+            "The format `hf`: the tower's images are padded (resize_mode `longest`), which transformers' CLIP "
             "processors do not do; use open_clip."
         )
     squash = {"height": height, "width": width}

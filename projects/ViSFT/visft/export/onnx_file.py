@@ -1,4 +1,4 @@
-"""ONNX: pictures in, CLIP embedding out, any batch size; checked by onnxruntime."""
+"""ONNX: images in, CLIP embedding out, any batch size; checked by onnxruntime."""
 
 import contextlib
 import copy

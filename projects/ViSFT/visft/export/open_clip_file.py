@@ -45,7 +45,7 @@ def write(
 
     Raises:
         ExportError: no base; the base is of another architecture; open_clip, in a process of its own, does not load the
-            file, computes other embeddings than the model or prepares pictures otherwise.
+            file, computes other embeddings than the model or prepares images otherwise.
     """
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=True)

@@ -1,4 +1,4 @@
-"""What every export starts from: the tuned tower's tensors in float32, the base beside it, and how pictures come in."""
+"""What every export starts from: the tuned tower's tensors in float32, the base beside it, and how images come in."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Source:
         name, config: open_clip's name and description of the base's architecture; None where unknown.
         interpolate: 1: the tuned weights, 0: the base's.
         state: the tower's tensors under open_clip's names below `visual.`, LoRA in the weights.
-        preprocess: `size` `[h, w]`, `mean`, `std`, `interpolation`, `resize_mode` of pictures, as open_clip names them.
+        preprocess: `size` `[h, w]`, `mean`, `std`, `interpolation`, `resize_mode` of images, as open_clip names them.
     """
 
     model: CLIPViT
@@ -181,7 +181,7 @@ def _preprocess(model: CLIPViT, visual: nn.Module) -> dict[str, Any]:
     for part in ("mean", "std"):
         if found[part] != list(getattr(model, part)):
             raise ExportError(
-                f"The base's pictures have {part} {found[part]}, the model's {list(getattr(model, part))}; give the "
+                f"The base's images have {part} {found[part]}, the model's {list(getattr(model, part))}; give the "
                 "CLIP that the tower came from."
             )
     return found

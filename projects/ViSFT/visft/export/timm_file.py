@@ -59,7 +59,7 @@ def write(
 
     Raises:
         ExportError: timm has no such tower, or it, in a process of its own, does not load the file strictly, computes
-            other embeddings or prepares pictures otherwise.
+            other embeddings or prepares images otherwise.
     """
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=False)
@@ -149,7 +149,7 @@ def config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> di
     size, classes = preprocess["size"], found.arguments["num_classes"]
     if preprocess["resize_mode"] not in _CROPS:
         raise ExportError(
-            "The format `timm`: the tower's pictures are padded with black (resize_mode `longest`), timm pads with "
+            "The format `timm`: the tower's images are padded with black (resize_mode `longest`), timm pads with "
             "their mean; use open_clip."
         )
     return {

@@ -89,15 +89,15 @@ def run(
     Args:
         reader: a script of `readers`.
         path: what it loads.
-        embed: normalised pictures `[N, 3, h, w]` to the embeddings `[N, D]` that it must find.
+        embed: normalised images `[N, 3, h, w]` to the embeddings `[N, D]` that it must find.
         preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
         clip: what embeds the texts; None: the reader has no text tower.
         task: what else the reader must know.
-        pixels: how far the pictures may be that the reader prepares from the photographs by what the export says of
+        pixels: how far the images may be that the reader prepares from the photographs by what the export says of
             them; None: the reader prepares none.
 
     Raises:
-        ExportError: it does not load, or an embedding, a picture or a text's tokens differ.
+        ExportError: it does not load, or an embedding, an image or a text's tokens differ.
     """
     pictures = photographs(preprocess)
     given, expected = {"pictures": pictures}, {"images": embed(pictures)}
@@ -178,7 +178,7 @@ def _compare_pixels(found: Tensor, expected: Tensor, tolerance: float) -> None:
         ) / len(inner)
     if not distance <= tolerance:
         raise ExportError(
-            f"The reader prepares pictures otherwise than the model's own library: mean difference {distance:.1e} of "
+            f"The reader prepares images otherwise than the model's own library: mean difference {distance:.1e} of "
             f"normalised pixels {list(found.shape)}, allowed {tolerance:.0e}; nothing was exported."
         )
 

@@ -17,7 +17,7 @@ def balanced_copies(features: Tensor, heads: Mapping[str, float]) -> dict[str, T
     of all processes, with one reduction of as many numbers as there are heads, so that every process scales alike.
 
     Args:
-        features: the map `[N, C, h, w]` that all heads read; in a process that has no pictures for them anything
+        features: the map `[N, C, h, w]` that all heads read; in a process that has no images for them anything
             that requires grad.
         heads: the loss weight by name, the same in the same order in every process. Every process has to run its
             backward pass.

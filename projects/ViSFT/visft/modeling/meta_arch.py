@@ -36,7 +36,7 @@ class ViSFT(nn.Module):
 
     In training mode, `forward` returns `{"detection/loss_ce": ..., ...}`, weighted scalars to be summed; in evaluation
     mode a list of `{"instances": Instances, "detection": ..., "segmentation": ..., "captioning": str, "caption": str}`,
-    one for each picture.
+    one for each image.
 
     Attributes:
         backbone: the tower.
@@ -65,7 +65,7 @@ class ViSFT(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: maps normalised pictures `[N, 3, H, W]` to one map, as CLIPViT does.
+            backbone: maps normalised images `[N, 3, H, W]` to one map, as CLIPViT does.
             heads: `VisftHead`s by name.
             loss_weights: a factor on all losses of a head, in the order of `heads`; (): 1 for each.
             balance_gradients: in stage `lora`, bring the heads' gradients on the features to one norm, times their
@@ -210,8 +210,8 @@ class ViSFT(nn.Module):
         """Losses in training mode, predictions in evaluation mode.
 
         Args:
-            batched_inputs: for each picture `image` (RGB, uint8 or float `[3, H, W]`, 0..255), in training what its
-                heads need (`instances`), and optionally `height` and `width` of the original picture (pixels), and
+            batched_inputs: for each image `image` (RGB, uint8 or float `[3, H, W]`, 0..255), in training what its
+                heads need (`instances`), and optionally `height` and `width` of the original image (pixels), and
                 `task`: the one head that learns from it.
         """
         return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
@@ -280,7 +280,7 @@ class ViSFT(nn.Module):
         return {n: losses[n] if n in losses else nothing((), requires_grad=True) for n in names}
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
-        """What each head predicts, in coordinates of the original pictures, under its name.
+        """What each head predicts, in coordinates of the original images, under its name.
 
         `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
         else of the first that predicts boxes. `caption` is what the first caption head says.
@@ -321,7 +321,7 @@ class ViSFT(nn.Module):
             features = self.backbone(batch.tensor)[self.feature]
         image_sizes = [tuple(int(side) for side in size) for size in batch.image_sizes]
         padded_size = (batch.tensor.shape[-2], batch.tensor.shape[-1])
-        # Made on the CPU: slices of one GPU tensor for each picture would be launches for nothing.
+        # Made on the CPU: slices of one GPU tensor for each image would be launches for nothing.
         padding = torch.ones(len(images), 1, *padded_size)
         for row, (height, width) in zip(padding, image_sizes, strict=True):
             row[:, :height, :width] = 0

@@ -1,4 +1,4 @@
-"""Zeros that a backward pass carries to parameters which this process's pictures do not reach."""
+"""Zeros that a backward pass carries to parameters which this process's images do not reach."""
 
 from collections.abc import Iterable
 

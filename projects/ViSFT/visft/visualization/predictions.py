@@ -27,16 +27,16 @@ from visft.visualization.word_maps import draw_word_maps
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.3
-_SMALLEST = 384  # sides below are enlarged, or the labels would cover the picture
+_SMALLEST = 384  # sides below are enlarged, or the labels would cover the image
 _CAPTION_HEIGHT, _SIZE = 22, 12
 
 
 def draw(
     image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
 ) -> list[tuple[str, np.ndarray]]:
-    """One panel for each head: its name, and the picture with the instances that score at least `threshold`.
+    """One panel for each head: its name, and the image with the instances that score at least `threshold`.
 
-    Where no head gives instances, the picture as it is.
+    Where no head gives instances, the image as it is.
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
@@ -62,7 +62,7 @@ def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
 
 
 def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
-    """A picture `[H, W, 3]` with the annotations of its detectron2 data set record."""
+    """An image `[H, W, 3]` with the annotations of its detectron2 data set record."""
     return _visualizer(image, metadata).draw_dataset_dict(record).get_image()
 
 
@@ -135,7 +135,7 @@ def draw_predictions(
     classes: Metadata,
     count: int = 8,
 ) -> None:
-    """Write `folder/<picture>.png` for `count` pictures of a data set: ground truth beside each head's prediction; with
+    """Write `folder/<picture>.png` for `count` images of a data set: ground truth beside each head's prediction; with
     a caption head also `folder/<picture>_words.png`. `classes` name what is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = captions_of(data_set)

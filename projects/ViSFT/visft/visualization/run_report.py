@@ -10,7 +10,7 @@ from pathlib import Path
 from visft.utils import markdown
 
 WORDS = "_words"
-"""End of the names of pictures of where a caption head looked."""
+"""End of the names of images of where a caption head looked."""
 
 logger = logging.getLogger(__name__)
 

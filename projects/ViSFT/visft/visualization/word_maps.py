@@ -15,7 +15,7 @@ _DARKEST = 0.2  # brightness of what was not looked at
 
 
 def draw_word_maps(image: np.ndarray, caption: Caption) -> Image.Image:
-    """A panel for each word, as bright as the head's attention as it said the word; the picture itself before them.
+    """A panel for each word, as bright as the head's attention as it said the word; the image itself before them.
 
     Args:
         image: `[H, W, 3]` uint8 RGB.

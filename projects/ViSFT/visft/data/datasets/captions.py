@@ -1,4 +1,4 @@
-"""Captions of pictures, from files in the format of COCO's `captions_train2017.json`."""
+"""Captions of images, from files in the format of COCO's `captions_train2017.json`."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ def register_coco_captions() -> None:
 
 
 def captions_of(name: str) -> Mapping[int | str, list[str]]:
-    """The captions of a registered data set's pictures by image id; empty if it has none.
+    """The captions of a registered data set's images by image id; empty if it has none.
 
     They come from the file that the metadata name (`caption_json`), or from the records' own key `captions`.
 
@@ -82,7 +82,7 @@ def _captions(path: str, content: dict) -> dict[int | str, list[str]]:
 
 
 def load_captioned(path: str, image_root: str) -> list[dict]:
-    """Records of a caption file's own `images`: pictures that have captions and nothing else.
+    """Records of a caption file's own `images`: images that have captions and nothing else.
 
     Raises:
         DataError: the file is broken, or an image has no `id` or `file_name`.
@@ -99,10 +99,10 @@ def load_captioned(path: str, image_root: str) -> list[dict]:
 
 
 def check_captions(name: str) -> int:
-    """How many of a registered data set's pictures have captions.
+    """How many of a registered data set's images have captions.
 
     Raises:
-        DataError: its caption file is broken, or holds captions, but of other pictures.
+        DataError: its caption file is broken, or holds captions, but of other images.
     """
     captions = captions_of(name)
     if not captions:

@@ -177,7 +177,7 @@ def check_coco_json(
         entries_of(json_file, {}, "annotations")
     if train and not summary.learnable:
         raise DataError(
-            f"{json_file}: none of its {summary.pictures} pictures has an annotation that is no crowd, so there is "
+            f"{json_file}: none of its {summary.pictures} images has an annotation that is no crowd, so there is "
             "nothing to train on; expected at least one"
         )
     if not train and summary.no_area:
@@ -216,7 +216,7 @@ def register_own_data(cfg: CfgNode) -> None:
     With a training set alone, `DATASETS.TEST` becomes empty: the test set of another data set has other classes.
 
     Raises:
-        ConfigError: an annotation or caption file is given without the folder of pictures, or the reverse.
+        ConfigError: an annotation or caption file is given without the folder of images, or the reverse.
     """
     data = cfg.VISFT.DATA
     for split in ("TRAIN", "TEST"):
@@ -294,6 +294,6 @@ def _what_to_put_where(name: str, path: str) -> str:
         f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is not set, so it is ./datasets"
     )
     return (
-        f"{name}: {path} is not there; put the annotations at {meta.get('json_file')} and the pictures into "
+        f"{name}: {path} is not there; put the annotations at {meta.get('json_file')} and the images into "
         f"{meta.get('image_root')}, or set DETECTRON2_DATASETS to the folder that holds them ({where})"
     )

@@ -147,7 +147,7 @@ def is_positive_int(value: object) -> bool:
 
 
 def is_id(value: object) -> bool:
-    """Whether it can be the id of a picture or an annotation."""
+    """Whether it can be the id of an image or an annotation."""
     return is_int(value) or is_text(value)
 
 

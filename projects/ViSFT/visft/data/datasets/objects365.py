@@ -1,4 +1,4 @@
-"""Objects365 (Shao et al., ICCV 2019), version 2: 365 classes, boxes alone, two million pictures.
+"""Objects365 (Shao et al., ICCV 2019), version 2: 365 classes, boxes alone, two million images.
 
     $DETECTRON2_DATASETS/objects365/annotations/zhiyuan_objv2_{train,val}.json
     $DETECTRON2_DATASETS/objects365/{train,val}/patch*/*.jpg
@@ -17,7 +17,7 @@ from visft.data.datasets.published import Format
 
 NAMES = {split: f"objects365_v2_{split}" for split in ("train", "val")}
 
-# Pictures that the training set's file names and its archives have not.
+# Images that the training set's file names and its archives have not.
 _MISSING = {
     "patch16/objects365_v2_00908726.jpg",
     "patch6/objects365_v1_00320532.jpg",
@@ -31,7 +31,7 @@ def class_names() -> list[str]:
 
 
 def picture_path(file_name: str) -> str:
-    """Where a picture is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
+    """Where an image is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
     path = "/".join(file_name.split("/")[-2:])
     return "" if path in _MISSING else path
 
@@ -62,7 +62,7 @@ def register_objects365() -> None:
 
 
 def load(json_file: str, image_root: str) -> list[dict]:
-    """Dataset dicts, with the pictures where their archives put them."""
+    """Dataset dicts, with the images where their archives put them."""
     records = []
     for record in load_coco_json(json_file, ""):
         path = picture_path(record["file_name"])

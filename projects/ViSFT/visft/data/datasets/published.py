@@ -2,7 +2,7 @@
 
 All the world trains on these files as they are published, with boxes that reach over a picture's edge or have no area,
 and the mapper drops what it must. So what is checked is what would stop a training in its middle: entries that lack a
-key, ids that point nowhere, pictures that are not there.
+key, ids that point nowhere, images that are not there.
 """
 
 import functools
@@ -39,9 +39,9 @@ class Format:
 
     name: str
     picture_key: str
-    """Of an image: what says where its picture is."""
+    """Of an image: what says where its image is."""
     picture_path: Callable[[str], str]
-    """From that value to the path under the data set's `image_root`; "" for a picture known to be missing."""
+    """From that value to the path under the data set's `image_root`; "" for an image known to be missing."""
     has_polygons: bool = False
     """Each annotation has polygons."""
     federated: bool = False
@@ -51,7 +51,7 @@ class Format:
 
 
 def _lvis_path(url: str) -> str:
-    """LVIS names COCO's address of a picture; its last two parts are COCO's folder and the file."""
+    """LVIS names COCO's address of an image; its last two parts are COCO's folder and the file."""
     return "/".join(url.split("/")[-2:])
 
 
@@ -100,7 +100,7 @@ def _check(
     _check_annotations(layout, path, annotations, images, ids, evaluated)
     if train and not annotations:
         raise DataError(f"{path}: it has no annotations, so there is nothing to train on")
-    logger.info("%s: %d pictures, %d annotations, nothing wrong", path, len(images), len(annotations))
+    logger.info("%s: %d images, %d annotations, nothing wrong", path, len(images), len(annotations))
     found = [(layout.picture_path(entry[layout.picture_key]), entry) for entry in entries]
     return tuple(
         {

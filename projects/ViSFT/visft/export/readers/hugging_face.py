@@ -1,4 +1,4 @@
-"""Run in a process of its own: load a folder by transformers alone and embed given pictures and texts.
+"""Run in a process of its own: load a folder by transformers alone and embed given images and texts.
 
 Argument: a JSON file with `path` (the folder), `classes`, `given` and `found` (tensor files), `photographs` and
 `sentences`.

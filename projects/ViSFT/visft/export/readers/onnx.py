@@ -1,4 +1,4 @@
-"""Run in a process of its own: run a file by onnxruntime alone on given pictures, in batches of several sizes.
+"""Run in a process of its own: run a file by onnxruntime alone on given images, in batches of several sizes.
 
 Argument: a JSON file with `path`, `given` and `found` (tensor files).
 """
@@ -29,5 +29,5 @@ found = {
 }
 save_file({name: numpy.ascontiguousarray(array) for name, array in found.items()}, task["found"])
 if "preprocess" not in session.get_modelmeta().custom_metadata_map:
-    raise SystemExit("the file does not say how pictures are prepared")
+    raise SystemExit("the file does not say how images are prepared")
 print(json.dumps(f"onnxruntime {onnxruntime.__version__}"))

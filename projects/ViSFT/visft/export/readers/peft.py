@@ -1,4 +1,4 @@
-"""Run in a process of its own: load an adapter by peft over a model of transformers and embed given pictures.
+"""Run in a process of its own: load an adapter by peft over a model of transformers and embed given images.
 
 Argument: a JSON file with `path` (the adapter's folder), `base` (the model's), `class`, `given` and `found` (tensor
 files).

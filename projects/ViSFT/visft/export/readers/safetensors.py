@@ -1,4 +1,4 @@
-"""Run in a process of its own: load a vision tower's file into open_clip's or timm's tower and embed given pictures.
+"""Run in a process of its own: load a vision tower's file into open_clip's or timm's tower and embed given images.
 
 Argument: a JSON file with `path`, `config` (open_clip's) or `name` and `arguments` (timm's), `given` and `found`
 (tensor files).

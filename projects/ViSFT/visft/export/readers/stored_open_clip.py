@@ -27,5 +27,5 @@ height, width = (size, size) if isinstance(size, int) else size
 with torch.no_grad():
     embedding = model.encode_image(torch.zeros(1, 3, height, width))
 if not torch.isfinite(embedding).all():
-    raise SystemExit("the embedding of a picture is not finite")
+    raise SystemExit("the embedding of an image is not finite")
 print(json.dumps(f"open_clip {open_clip.__version__}"))

@@ -1,4 +1,4 @@
-"""Run in a process of its own: load a file by timm alone, in both of its ways, and embed given pictures.
+"""Run in a process of its own: load a file by timm alone, in both of its ways, and embed given images.
 
 Argument: a JSON file with `path` (the weights), `name` and `arguments` for `timm.create_model`, `given` and `found`
 (tensor files) and `photographs`.

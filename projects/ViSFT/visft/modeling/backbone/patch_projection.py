@@ -9,7 +9,7 @@ from torch import nn
 def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, section 3.2).
 
-    An attention pooler is given one patch to pool: it then returns its value. So a picture whose patches are all alike
+    An attention pooler is given one patch to pool: it then returns its value. So an image whose patches are all alike
     has their embedding.
 
     Args:

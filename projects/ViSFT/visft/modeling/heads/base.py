@@ -114,18 +114,18 @@ class VisftHead(nn.Module):
 
 
 def original_size(image: dict, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the picture before it was resized to `image_size`."""
+    """(height, width) of the image before it was resized to `image_size`."""
     return int(image.get("height", image_size[0])), int(image.get("width", image_size[1]))
 
 
 def num_targets(image: dict) -> int:
-    """How many objects are annotated on a picture."""
+    """How many objects are annotated on an image."""
     instances = image["instances"]
     return len(instances) if instances.get_fields() else 0
 
 
 def has_targets(image: dict, field: str) -> bool:
-    """Whether a picture is annotated with `field`. A mapper may leave it out where there is nothing to find."""
+    """Whether an image is annotated with `field`. A mapper may leave it out where there is nothing to find."""
     return "instances" in image and (image["instances"].has(field) or num_targets(image) == 0)
 
 

@@ -44,7 +44,7 @@ class RCNNHead(VisftHead):
     ) -> None:
         """
         Args:
-            proposal_generator: reads the map under the name `FEATURE`; None: proposals come with the pictures.
+            proposal_generator: reads the map under the name `FEATURE`; None: proposals come with the images.
             roi_heads: likewise.
             stride: of the tower's map, in pixels. The parts are built for `detector_stride(stride)`.
             loss_weight: a factor on all losses.
@@ -105,7 +105,7 @@ class RCNNHead(VisftHead):
         return cfg.MODEL.MASK_ON
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[1]: number of pictures. detectron2 divides by numbers of samples, which are as many for each picture."""
+        """[1]: number of images. detectron2 divides by numbers of samples, which are as many for each image."""
         for image in images:
             self.labels.check(image)
         return torch.tensor([float(len(images))])
@@ -135,7 +135,7 @@ class RCNNHead(VisftHead):
         """What detectron2's parts take: named maps, and the images, of which they read the sizes alone."""
         features = inputs.features.float()
         if self.scale != 1:
-            # By the factor, not to a size: cell centres stay where they are in the picture.
+            # By the factor, not to a size: cell centres stay where they are in the image.
             features = F.interpolate(
                 features, scale_factor=self.scale, mode="bilinear", recompute_scale_factor=False
             )

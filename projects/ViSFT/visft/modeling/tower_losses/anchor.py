@@ -1,4 +1,4 @@
-"""An anchor: the tuned tower's embedding of a picture stays near that of the tower before tuning."""
+"""An anchor: the tuned tower's embedding of an image stays near that of the tower before tuning."""
 
 import torch
 from detectron2.config import CfgNode
@@ -19,10 +19,10 @@ SMALLEST = 0.2
 
 @VISFT_OBJECTIVES_REGISTRY.register()
 class Anchor(Objective):
-    """1 - cosine of the two CLIP embeddings of a picture, whole and, with CROPS, in parts: the mean over all of them,
+    """1 - cosine of the two CLIP embeddings of an image, whole and, with CROPS, in parts: the mean over all of them,
     with or without labels.
 
-    Parts show single things, large: pictures of another kind than the training's, where the embedding shall stay, too.
+    Parts show single things, large: images of another kind than the training's, where the embedding shall stay, too.
     With RECOLOR every second part, at random, is changed: grey, of more or less contrast, half of them negatives.
     """
 
@@ -64,7 +64,7 @@ class Anchor(Objective):
         return total / normalizer
 
     def parts(self, batch: Batch, row: int) -> list[Tensor]:
-        """CROPS parts of a picture, of its shape, with sides of SMALLEST to 1 of its own, anywhere in it."""
+        """CROPS parts of an image, of its shape, with sides of SMALLEST to 1 of its own, anywhere in it."""
         picture = batch.images[row]["image"]
         height, width = picture.shape[1:]
         found = []
@@ -80,7 +80,7 @@ class Anchor(Objective):
 
 
 def recolored(picture: Tensor, whether: float, inverted: float, contrast: float) -> Tensor:
-    """A picture `[3, H, W]`, 0..255, as it is or grey, by three numbers in 0..1.
+    """An image `[3, H, W]`, 0..255, as it is or grey, by three numbers in 0..1.
 
     Args:
         whether: from 0.5 on it becomes grey (luma of BT.601).

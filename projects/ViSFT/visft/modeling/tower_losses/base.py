@@ -29,7 +29,7 @@ class Objective:
     """Whether it learns from captions, so that DATASETS.TRAIN must have some."""
 
     collective: ClassVar[bool] = False
-    """Whether `loss` speaks with the other processes, so that every one has to call it, also without pictures."""
+    """Whether `loss` speaks with the other processes, so that every one has to call it, also without images."""
 
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         self.check(cfg, name)
@@ -50,7 +50,7 @@ class Objective:
             )
 
     def has_labels(self, image: dict) -> bool:
-        """Whether it can learn from this picture."""
+        """Whether it can learn from this image."""
         raise NotImplementedError
 
     def count(self, batch: Batch, rows: list[int]) -> int:
@@ -61,15 +61,15 @@ class Objective:
         """The loss, a scalar, without its weight.
 
         Args:
-            batch: what the tower makes of the pictures.
-            rows: indices of the pictures that have labels; [] only if `collective`.
+            batch: what the tower makes of the images.
+            rows: indices of the images that have labels; [] only if `collective`.
             normalizer: mean of `count` over processes, above 0.
         """
         raise NotImplementedError
 
 
 def check_size(cfg: CfgNode, key: str, size: int) -> None:
-    """Check a key that gives the side in pixels of the pictures whose embedding is taken (0: the tower's own).
+    """Check a key that gives the side in pixels of the images whose embedding is taken (0: the tower's own).
 
     Raises:
         ConfigError: it is no multiple of the tower's patch.

@@ -17,8 +17,8 @@ class Batch:
 
     Args:
         backbone: the tower.
-        images: the mapped dicts of all pictures; `image` is RGB `[3, H, W]`, 0..255.
-        extract: the dense features of the pictures with these indices, with a graph; computed once for the same ones.
+        images: the mapped dicts of all images; `image` is RGB `[3, H, W]`, 0..255.
+        extract: the dense features of the images with these indices, with a graph; computed once for the same ones.
         draw: a number that everything random of this pass follows from, alike in all processes.
         device: where the tower is.
 
@@ -42,7 +42,7 @@ class Batch:
         self._kept: dict[tuple, Tensor] = {}
 
     def features(self, rows: Sequence[int]) -> HeadInputs:
-        """The tuned tower's map of pictures, as heads see it."""
+        """The tuned tower's map of images, as heads see it."""
         self.ran = True
         return self._extract(tuple(rows))
 
@@ -56,7 +56,7 @@ class Batch:
         return self._once("original", rows, size, self.original.image_embedding)
 
     def pictures(self, rows: Sequence[int], size: int = 0) -> Tensor:
-        """Whole pictures as the tower's embedding sees them `[len(rows), 3, h, w]`; both sides are resized.
+        """Whole images as the tower's embedding sees them `[len(rows), 3, h, w]`; both sides are resized.
 
         Args:
             size: side in pixels; 0: the size that the tower was pretrained at.
@@ -73,7 +73,7 @@ class Batch:
         return (stacked / 255 - mean) / std
 
     def generator(self, row: int, word: str = "") -> torch.Generator:
-        """A generator of its own for a picture in this pass: the same whatever process the picture is in.
+        """A generator of its own for an image in this pass: the same whatever process the image is in.
 
         Args:
             word: tells apart what is drawn for several purposes.
@@ -93,7 +93,7 @@ class Batch:
 
 
 def resized(picture: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A picture `[3, H, W]` at another size, as float32 in 0..255 (bicubic, antialiased, as CLIP's)."""
+    """An image `[3, H, W]` at another size, as float32 in 0..255 (bicubic, antialiased, as CLIP's)."""
     picture = picture.float()
     if picture.shape[1:] == shape:
         return picture
@@ -102,7 +102,7 @@ def resized(picture: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def crop(picture: Tensor, box: list[float]) -> Tensor:
-    """The pixels `[3, h, w]` of a picture `[3, H, W]` that a box touches, at least one each way."""
+    """The pixels `[3, h, w]` of an image `[3, H, W]` that a box touches, at least one each way."""
     height, width = picture.shape[1:]
     x0, y0 = (min(int(v), side - 1) for v, side in ((box[0], width), (box[1], height)))
     x1, y1 = (int(-(-v // 1)) for v in box[2:])

@@ -1,4 +1,4 @@
-"""CLIP's own training, continued on the pictures and captions of the fine-tuning."""
+"""CLIP's own training, continued on the images and captions of the fine-tuning."""
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from visft.modeling.zero_gradient import zero_for
 
 @VISFT_OBJECTIVES_REGISTRY.register()
 class Contrastive(Objective):
-    """Symmetric cross-entropy of pictures and captions (CLIP, arXiv 2103.00020, figure 3), all processes' together.
+    """Symmetric cross-entropy of images and captions (CLIP, arXiv 2103.00020, figure 3), all processes' together.
 
-    The text tower and the logit scale are the base's and frozen. One caption of a picture is drawn for a pass. Pictures
+    The text tower and the logit scale are the base's and frozen. One caption of an image is drawn for a pass. Images
     whose captions are the same to the text tower are no negatives of each other: such a pair is left out of both
     softmaxes, and each picture's target stays its own caption.
     """
@@ -57,7 +57,7 @@ class Contrastive(Objective):
         return symmetric_loss((images, texts, tokens), everyone, first, self.text.logit_scale) / normalizer
 
     def caption(self, batch: Batch, row: int) -> str:
-        """The caption of a picture that this pass learns."""
+        """The caption of an image that this pass learns."""
         captions = [caption for caption in batch.images[row]["captions"] if split_words(caption)]
         return captions[int(torch.randint(len(captions), (1,), generator=batch.generator(row)))]
 
@@ -69,7 +69,7 @@ def symmetric_loss(
     """The sum over own pairs of the mean of both cross-entropies.
 
     Args:
-        own: picture embeddings and text embeddings `[n, D]` of unit length, and tokens `[n, L]`.
+        own: image embeddings and text embeddings `[n, D]` of unit length, and tokens `[n, L]`.
         everyone: the same of all processes `[N, ...]`.
         first: where the own rows begin in them.
         scale: of the cosines.

@@ -22,7 +22,7 @@ class SelfDistillation(Objective):
     regions (CLIPSelf, section 3.3).
 
     A region's feature is the mean of the tuned map over its box, brought into the space of embeddings as one patch is.
-    Regions are the annotated boxes, or a grid over the picture of m x n patches, m and n drawn for each picture.
+    Regions are the annotated boxes, or a grid over the image of m x n patches, m and n drawn for each image.
     """
 
     needs_original = True
@@ -76,7 +76,7 @@ class SelfDistillation(Objective):
         return cosine_distance(found, expected).sum() / normalizer
 
     def regions(self, batch: Batch, row: int) -> Tensor:
-        """Boxes of a picture `[R, 4]` (x0, y0, x1, y1 in pixels of the resized picture), at least one."""
+        """Boxes of an image `[R, 4]` (x0, y0, x1, y1 in pixels of the resized image), at least one."""
         image, generator = batch.images[row], batch.generator(row, "regions")
         if self.kind == "boxes":
             boxes = image["instances"].gt_boxes.tensor.float().cpu()

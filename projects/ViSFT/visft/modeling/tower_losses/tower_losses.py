@@ -1,4 +1,4 @@
-"""All objectives of a run: which pictures each learns from, and one loss of each, alike over processes."""
+"""All objectives of a run: which images each learns from, and one loss of each, alike over processes."""
 
 from collections.abc import ItemsView, Mapping
 
@@ -31,9 +31,9 @@ class ObjectiveGroup:
         return self._objectives.items()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`NAME/loss`, weighted, of each objective that some process has pictures for.
+        """`NAME/loss`, weighted, of each objective that some process has images for.
 
-        The mean of a loss over processes is that of one process with all their pictures, as is the mean of the
+        The mean of a loss over processes is that of one process with all their images, as is the mean of the
         gradients. Every process calls this, and then runs its backward pass.
         """
         batch.original = self._original

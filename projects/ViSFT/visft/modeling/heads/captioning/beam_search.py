@@ -40,7 +40,7 @@ def beam_search(
     beam_size: int = 1,
     max_length: int = 30,
 ) -> list[tuple[list[int], Tensor, float]]:
-    """The most probable caption found for each picture; with `beam_size` 1, the greedy one.
+    """The most probable caption found for each image; with `beam_size` 1, the greedy one.
 
     A caption's score is the sum of its words' logarithmic probabilities, its end included. It can only fall with
     more words: as soon as the best caption of a beam has ended, no other can overtake it.
@@ -52,7 +52,7 @@ def beam_search(
         max_length: most words of a caption, its end not counted.
 
     Returns:
-        For each picture the words' numbers (without start and end), the attention on the cells at each word
+        For each image the words' numbers (without start and end), the attention on the cells at each word
         `[T, P]`, and the score.
     """
     count, width = len(cells), beam_size

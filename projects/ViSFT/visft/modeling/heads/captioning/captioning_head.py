@@ -21,8 +21,8 @@ class Caption(str):
 
     Attributes:
         words: the words.
-        maps: attention `[T, g, g]` at each word, over the padded picture; sums to 1.
-        seen: the part (height, width) of the maps that is picture, from the upper left.
+        maps: attention `[T, g, g]` at each word, over the padded image; sums to 1.
+        seen: the part (height, width) of the maps that is image, from the upper left.
         score: logarithm of the caption's probability.
     """
 
@@ -45,7 +45,7 @@ class Caption(str):
         return caption
 
     def word_maps(self, height: int, width: int) -> Tensor:
-        """The maps `[T, height, width]` laid over the picture at that size, each scaled to 0..1."""
+        """The maps `[T, height, width]` laid over the image at that size, each scaled to 0..1."""
         if not len(self.maps):
             return torch.zeros(0, height, width)
         whole = (max(height, round(height / self.seen[0])), max(width, round(width / self.seen[1])))
@@ -55,7 +55,7 @@ class Caption(str):
 
 
 class CaptioningHead(VisftHead):
-    """A head that says what is in a picture: pooled features, a decoder over a vocabulary, cross-entropy.
+    """A head that says what is in an image: pooled features, a decoder over a vocabulary, cross-entropy.
 
     A subclass makes the decoder and may add losses. In training one of a picture's captions is learned at a time. It
     is drawn from one number of the CPU's global generator a forward pass, and the image's id: processes that share a
@@ -171,7 +171,7 @@ class CaptioningHead(VisftHead):
         return captions
 
     def _captions(self, images: list[dict]) -> list[Tensor]:
-        """The numbers of one caption of each picture, start and end included."""
+        """The numbers of one caption of each image, start and end included."""
         chosen = []
         for index, image in enumerate(images):
             captions = [caption for caption in image["captions"] if split_words(caption)]

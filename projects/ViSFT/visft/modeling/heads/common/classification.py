@@ -28,7 +28,7 @@ class Classification(Protocol):
         """Cost of matching a query with a target of each class, in the shape of the logits."""
 
     def losses(self, logits: Tensor, labels: Tensor, matching: Matching) -> Tensor:
-        """[L] losses summed over queries and pictures. labels: [N, T] of the targets."""
+        """[L] losses summed over queries and images. labels: [N, T] of the targets."""
 
     def divisor(self, num_targets: Tensor, class_weights: Tensor) -> Tensor:
         """What the losses are divided by: the number of targets, or the sum of the class weights of all queries."""

@@ -1,7 +1,7 @@
 """Federated loss: of many classes, only some take part in an iteration's class loss (LVIS, arXiv 1908.03195).
 
-Where pictures are annotated with some classes only, an unannotated object of another class would be learnt as
-background. So an iteration leaves most classes out: those annotated in its pictures take part, and others are drawn
+Where images are annotated with some classes only, an unannotated object of another class would be learnt as
+background. So an iteration leaves most classes out: those annotated in its images take part, and others are drawn
 until there are as many as wanted, frequent ones more often (as detectron2's MODEL.ROI_BOX_HEAD.USE_FED_LOSS, after
 Zhou et al., arXiv 2103.07461). A class left out is as if its score were minus infinity: the softmax runs over the
 classes that take part, a sigmoid has neither loss nor gradient.
@@ -33,7 +33,7 @@ class Federated:
     """[outputs + 1] how likely each is to be drawn; 0 for no-object, and for outputs that are no class."""
 
     def present(self, images: list[dict], labels: LabelSpace) -> Tensor:
-        """[outputs + 1]: 1 for each class annotated in the pictures, else 0."""
+        """[outputs + 1]: 1 for each class annotated in the images, else 0."""
         found = torch.zeros(len(self.weights))
         for image in images:
             if num_targets(image):
@@ -46,7 +46,7 @@ class Federated:
         All processes draw the same (see `visft.utils.shared_random`).
 
         Args:
-            present: [outputs + 1], above 0 for classes annotated in the pictures of any process.
+            present: [outputs + 1], above 0 for classes annotated in the images of any process.
         """
         chosen = present.cpu() > 0
         weights = torch.where(chosen, 0.0, self.weights)
@@ -84,7 +84,7 @@ def build_federated(cfg: CfgNode, name: str, labels: LabelSpace) -> Federated | 
 
 
 def class_image_counts(cfg: CfgNode, name: str) -> list[int]:
-    """In how many pictures each contiguous class of DATASETS.TRAIN is, from the metadata `class_image_count`.
+    """In how many images each contiguous class of DATASETS.TRAIN is, from the metadata `class_image_count`.
 
     Raises:
         ConfigError: a data set has no such metadata, or two have different ones.

@@ -21,10 +21,10 @@ class LabelSpace:
     """The output of each contiguous class, where outputs are the data set's own ids; (): they are contiguous."""
 
     def check(self, image: dict) -> None:
-        """Refuse a picture with an annotation of a class that the head does not have.
+        """Refuse an image with an annotation of a class that the head does not have.
 
         Raises:
-            DataError: names picture and class.
+            DataError: names image and class.
         """
         known = len(self.dataset_ids) or self.num_classes
         if num_targets(image) and not 0 <= int(image["instances"].gt_classes.max()) < known:

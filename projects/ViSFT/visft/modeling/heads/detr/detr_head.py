@@ -48,7 +48,7 @@ class DETRTargets:
 class DETRHead(QueryHead):
     """Boxes from learned queries, trained by matching them one to one with the annotated boxes.
 
-    Boxes are relative to the unpadded picture and padding is masked, so a picture's result does not depend on the
+    Boxes are relative to the unpadded image and padding is masked, so a picture's result does not depend on the
     others of its batch.
     """
 

@@ -276,7 +276,7 @@ class Mask2FormerHead(QueryHead):
         return torch.cat((torch.cat(important), others.expand(len(masks), -1)), dim=1).int()
 
     def _random_points(self, images: list[dict], device: torch.device) -> list[Tensor]:
-        """An image's points [P, 2], 0..1 over the padded picture: for matching, candidates, random ones.
+        """An image's points [P, 2], 0..1 over the padded image: for matching, candidates, random ones.
 
         All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
         """
@@ -291,7 +291,7 @@ class Mask2FormerHead(QueryHead):
 
 
 def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
-    """Annotated masks at points [P, 2] (0..1 over the padded picture) -> [T, P]; padding is outside of every mask."""
+    """Annotated masks at points [P, 2] (0..1 over the padded image) -> [T, P]; padding is outside of every mask."""
     if not num_targets(image):
         return points.new_zeros((0, len(points)))
     masks, size = image["instances"].gt_masks, image["instances"].image_size
@@ -327,7 +327,7 @@ def _detections(
     """
     used, which = queries.unique(return_inverse=True)
     binary, quality = [], []
-    # Few at a time: a hundred float masks of a large picture take gigabytes.
+    # Few at a time: a hundred float masks of a large image take gigabytes.
     for chunk in masks[used].float().split(16):
         chunk = F.interpolate(chunk[None], padded_size, mode="bilinear", align_corners=False)
         chunk = chunk[..., : image_size[0], : image_size[1]]
