@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from demoworld import dataset
 from demoworld.tower import WEIGHTS_FILE
-from towerbench import Benchmark, Pictures, registry
+from towerbench import Benchmark, Images, registry
 from visft import model_zoo
 from visft.applications import sweep_plan
 from visft.checkpoint import load
@@ -74,8 +74,8 @@ class Agreement(Benchmark):
         rng = np.random.default_rng(seed)
         views = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(12)]
         return {
-            "views": Pictures(f"agreement/{seed}", 12, lambda: views),
-            "mirrored": Pictures(f"agreement/{seed}/m", 12, lambda: [view[:, ::-1].copy() for view in views]),
+            "views": Images(f"agreement/{seed}", 12, lambda: views),
+            "mirrored": Images(f"agreement/{seed}/m", 12, lambda: [view[:, ::-1].copy() for view in views]),
         }
 
     def items(self, tower, pictures, seed):

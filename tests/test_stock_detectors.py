@@ -33,8 +33,8 @@ STOCK = {
 def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """An image `[H, W, 3]`, its semantic labels `[H, W]` (0 things, 1 sky, 2 ground) and three annotated shapes."""
     height, width = size
-    picture = np.full((height, width, 3), (120, 170, 230), np.uint8)
-    picture[height // 2 :] = (90, 140, 60)
+    image = np.full((height, width, 3), (120, 170, 230), np.uint8)
+    image[height // 2 :] = (90, 140, 60)
     labels = np.where(np.arange(height)[:, None] < height // 2, 1, 2) * np.ones((1, width))
     ys, xs = np.mgrid[:height, :width]
     shapes = []
@@ -48,12 +48,12 @@ def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, n
         else:
             polygon = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]], float)
             inside = (xs >= x) & (xs < x + w) & (ys >= y) & (ys < y + h)
-        picture[inside] = rng.integers(0, 255, 3)
+        image[inside] = rng.integers(0, 255, 3)
         labels[inside] = 0
         shapes.append(
             {"category": category, "bbox": [x, y, w, h], "polygon": polygon.ravel().tolist(), "area": w * h}
         )
-    return picture, labels.astype(np.uint8), shapes
+    return image, labels.astype(np.uint8), shapes
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def world(tmp_path_factory):
         (root / split).mkdir()
         (root / f"{split}_labels").mkdir()
         for number, size in enumerate(SIZES, start=1):
-            picture, labels, shapes = draw(rng, size)
-            Image.fromarray(picture).save(root / split / f"{number}.jpg")
+            image, labels, shapes = draw(rng, size)
+            Image.fromarray(image).save(root / split / f"{number}.jpg")
             Image.fromarray(labels).save(root / f"{split}_labels" / f"{number}.png")
             images.append({"id": number, "file_name": f"{number}.jpg", "height": size[0], "width": size[1]})
             for shape in shapes:

@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 
 from towerbench import statistics
-from towerbench.captions import cider_by_picture
+from towerbench.captions import cider_by_image
 from visft.checkpoint import load
 from visft.data import build_test_mapper
 from visft.data.datasets import demo_world
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> list[str]:
     base, lines = None, []
     for name, (model, mapper) in built.items():
         found = said(model, mapper, records, truth)
-        by_scene = cider_by_picture(truth, found.captions)
+        by_scene = cider_by_image(truth, found.captions)
         scores = np.array([[by_scene[key], found.losses[key]] for key in sorted(by_scene)])
         base = scores if base is None else base
         means = f"CIDEr-D {100 * scores[:, 0].mean():.1f}, loss {scores[:, 1].mean():.3f}"

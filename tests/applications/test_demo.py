@@ -46,7 +46,7 @@ def test_report_has_figures_before_and_after(demo):
     assert (folder / "report.md").read_text().count("|") > 20
 
 
-def test_pictures_and_curves_are_drawn(demo):
+def test_images_and_curves_are_drawn(demo):
     folder, _ = demo
     assert list((folder / "predictions").glob("*.png"))
     assert (folder / "loss_curves.png").stat().st_size > 1000

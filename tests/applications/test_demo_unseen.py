@@ -7,7 +7,7 @@ from PIL import Image
 
 from demoworld import tower as demo_tower
 from towerbench.demo import emoji, regions, unseen
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from visft.applications import demo_unseen
 from visft.applications.compared_towers import load
 
@@ -34,9 +34,9 @@ def test_names_are_those_of_the_benchmark(towers, drawn, side):
     def make():
         yield from (scene.image for scene in unseen.scenes("test")[: len(SCENES)])
 
-    pictures = Pictures("some", len(SCENES), make, scale=unseen.DENSE_SCALE, dense=True)
-    store = FeatureStore(towers[side], [pictures])
-    features = store.project(regions.pooled(store, pictures, "test", "mask"))
+    images = Images("some", len(SCENES), make, scale=unseen.DENSE_SCALE, dense=True)
+    store = FeatureStore(towers[side], [images])
+    features = store.project(regions.pooled(store, images, "test", "mask"))
     names = store.class_embeddings(unseen.categories(), emoji.TEMPLATES)
     expected = [unseen.categories()[i] for i in (features @ names.T).argmax(1).tolist()]
     store.close()

@@ -34,8 +34,8 @@ def make_coco(folder: Path, *, count: int = 7, categories: list[dict] = CATEGORI
     content = {"images": [], "annotations": [], "categories": categories}
     for image_id in range(1, count + 1):
         width, height = int(rng.integers(200, 300)), int(rng.integers(160, 240))
-        picture = Image.new("RGB", (width, height))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (width, height))
+        draw = ImageDraw.Draw(image)
         for column, (category, colour) in enumerate(COLOURS.items()):
             # A third of the width each: the shapes do not cover one another.
             left, right = column * width // 3 + 4, (column + 1) * width // 3 - 4
@@ -43,7 +43,7 @@ def make_coco(folder: Path, *, count: int = 7, categories: list[dict] = CATEGORI
             # Lopsided, so that a wrong flip shows; without thin tips, which resizing may lose.
             corners = [(left, bottom), (left, top), ((left + right) // 2, top), (right, bottom)]
             draw.polygon(corners, fill=colour)
-            mask = (np.asarray(picture) == colour).all(-1)
+            mask = (np.asarray(image) == colour).all(-1)
             ys, xs = np.nonzero(mask)
             x, y = int(xs.min()), int(ys.min())
             box = [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y]
@@ -64,7 +64,7 @@ def make_coco(folder: Path, *, count: int = 7, categories: list[dict] = CATEGORI
                     "segmentation": segmentation,
                 }
             )
-        picture.save(coco.images / f"{image_id}.png")
+        image.save(coco.images / f"{image_id}.png")
         entry = {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
         content["images"].append(entry)
     coco.write(content)

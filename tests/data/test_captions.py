@@ -131,7 +131,7 @@ def test_images_of_a_caption_file_are_checked(coco, file, change, message):
         load_captioned(str(file), str(coco.images))
 
 
-def test_captions_without_pictures_are_refused():
+def test_captions_without_images_are_refused():
     cfg = get_cfg()
     add_visft_config(cfg)
     cfg.VISFT.DATA.TRAIN_CAPTIONS = "captions.json"
@@ -174,12 +174,12 @@ def test_records_may_bring_their_own():
         ("left-handed, right?", "right-handed, left?"),
     ],
 )
-def test_sides_change_places_in_the_caption_of_a_mirrored_picture(caption, mirrored):
+def test_sides_change_places_in_the_caption_of_a_mirrored_image(caption, mirrored):
     assert mirror(caption) == mirrored
     assert mirror(mirrored).lower() == caption.lower()
 
 
-def test_captions_follow_the_picture(own, coco):
+def test_captions_follow_the_image(own, coco):
     record = load_records((OWN_TRAIN,), train=True)[0]
     for flips, words in (
         ([], "green on the left, blue on the right."),

@@ -11,7 +11,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from visft.data import PictureError, ViSFTMapper, read_rgb
+from visft.data import ImageError, ViSFTMapper, read_rgb
 from visft.data.images import read_header
 
 STORED = {
@@ -92,7 +92,7 @@ def test_an_image_of_neither_size(tmp_path) -> None:
     path = _save(tmp_path / "a.png", STORED[6](UPRIGHT), 6)
     record = _record(path, np.zeros((41, 60, 3)))
     with pytest.raises(
-        PictureError, match=r"a.png: the image is 60 x 40 \(40 x 60 as stored\), its .* 60 x 41"
+        ImageError, match=r"a.png: the image is 60 x 40 \(40 x 60 as stored\), its .* 60 x 41"
     ):
         ViSFTMapper(augmentations=[T.NoOpTransform()], is_train=True)(record)
 
@@ -167,7 +167,7 @@ def test_numbers_without_a_range_are_refused(tmp_path, kind) -> None:
     sample_format = 3 if kind == "float32" else 2
     _write_tiff(tmp_path / "a.tif", data.tobytes(), bits=8 * data.itemsize, sample_format=sample_format)
     numbers = "floats" if kind == "float32" else "integers of 32 bits or with a sign"
-    with pytest.raises(PictureError, match=f"a.tif: its pixels are {numbers}, and the file does not tell"):
+    with pytest.raises(ImageError, match=f"a.tif: its pixels are {numbers}, and the file does not tell"):
         read_rgb(tmp_path / "a.tif")
 
 
@@ -192,11 +192,11 @@ def test_each_fault_has_its_reason(tmp_path, kind, reason) -> None:
         path.mkdir()
     elif kind != "missing":
         path.write_text("" if kind == "empty" else "not an image")
-    with pytest.raises(PictureError, match=reason) as raised:
+    with pytest.raises(ImageError, match=reason) as raised:
         read_rgb(path)
     assert str(raised.value).startswith(str(path)) and "\n" not in str(raised.value)
     assert "SKIP_BROKEN" not in str(raised.value)  # which has no say over an image that is no data set's
-    with pytest.raises(PictureError, match="SKIP_BROKEN"):
+    with pytest.raises(ImageError, match="SKIP_BROKEN"):
         ViSFTMapper(augmentations=[T.NoOpTransform()], is_train=True)({"file_name": str(path)})
 
 
@@ -207,11 +207,11 @@ def test_large_images_need_a_larger_limit(tmp_path, monkeypatch) -> None:
     Image.new("1", (14_000, 13_000)).save(tmp_path / "large.png")
     for limit in (178_956_970, 181_999_999):
         with pytest.raises(
-            PictureError, match="has 182,000,000 pixels.*VISFT.DATA.MAX_PIXELS.*to 182000000 or more"
+            ImageError, match="has 182,000,000 pixels.*VISFT.DATA.MAX_PIXELS.*to 182000000 or more"
         ):
             read_header(tmp_path / "large.png", max_pixels=limit)
     for limit in (182_000_000, 0):
         assert read_header(tmp_path / "large.png", max_pixels=limit).upright == (14_000, 13_000)
     _save(tmp_path / "small.png", UPRIGHT)
-    with pytest.raises(PictureError, match="has 2,400 pixels"):
+    with pytest.raises(ImageError, match="has 2,400 pixels"):
         read_rgb(tmp_path / "small.png", max_pixels=2_399)

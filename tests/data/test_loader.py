@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visft.data import (
-    PictureError,
+    ImageError,
     ViSFTMapper,
     build_test_loader,
     build_train_loader,
@@ -59,7 +59,7 @@ def test_a_batch_that_processes_cannot_share(cfg) -> None:
         TrainLoader(records, ViSFTMapper(cfg, is_train=True), batch_size=3, seed=0, rank=0, world_size=2)
 
 
-def test_every_epoch_sees_every_picture_once_in_another_order(cfg) -> None:
+def test_every_epoch_sees_every_image_once_in_another_order(cfg) -> None:
     ids = [s["image_id"] for batch in _take(build_train_loader(cfg, batch_size=2, seed=0), 14) for s in batch]
     epochs = [tuple(ids[i : i + 7]) for i in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(1, 8)) for epoch in epochs)
@@ -104,7 +104,7 @@ def test_a_mapper_may_draw_from_any_generator(cfg) -> None:
     assert by_one == by_four and len({s["draws"] for s in by_one}) == 12
 
 
-def test_pictures_without_objects(cfg, coco) -> None:
+def test_images_without_objects(cfg, coco) -> None:
     content = coco.content()
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
     for annotation in content["annotations"]:
@@ -123,17 +123,17 @@ def test_pictures_without_objects(cfg, coco) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_stops_training_with_its_name(cfg, coco, workers: int) -> None:
+def test_a_broken_image_stops_training_with_its_name(cfg, coco, workers: int) -> None:
     (coco.images / "4.png").write_bytes((coco.images / "4.png").read_bytes()[:100])
     cfg.DATALOADER.NUM_WORKERS = workers
     for loader in (build_train_loader(cfg, batch_size=7, seed=0), build_test_loader(cfg, "visft_own_test")):
-        with pytest.raises(PictureError) as raised:
+        with pytest.raises(ImageError) as raised:
             _take(loader, 7)
         message = str(raised.value)
         assert message.startswith(str(coco.images / "4.png")) and "\n" not in message
 
 
-def test_broken_pictures_are_replaced_and_counted(cfg, coco, caplog) -> None:
+def test_broken_images_are_replaced_and_counted(cfg, coco, caplog) -> None:
     whole = _take(build_train_loader(cfg, batch_size=7, seed=0), 2)
     for broken in ("4.png", "5.png"):
         (coco.images / broken).write_bytes(b"broken")
@@ -154,7 +154,7 @@ def test_broken_pictures_are_replaced_and_counted(cfg, coco, caplog) -> None:
     _assert_same(_take(build_train_loader(cfg, batch_size=7, seed=0), 2), batches)
 
 
-def test_nothing_but_broken_pictures(cfg, coco) -> None:
+def test_nothing_but_broken_images(cfg, coco) -> None:
     for path in coco.images.iterdir():
         path.write_bytes(b"broken")
     cfg.DATALOADER.SKIP_BROKEN = True
@@ -162,13 +162,13 @@ def test_nothing_but_broken_pictures(cfg, coco) -> None:
         next(build_train_loader(cfg, batch_size=2, seed=0))
 
 
-def test_evaluation_sees_every_picture_once_in_order(cfg) -> None:
+def test_evaluation_sees_every_image_once_in_order(cfg) -> None:
     loader = build_test_loader(cfg, "visft_own_test")
     assert len(loader) == 7
     assert [[s["image_id"] for s in batch] for batch in loader] == [[i] for i in range(1, 8)]
 
 
-def test_evaluation_leaves_broken_pictures_out_with_a_count(cfg, coco, caplog) -> None:
+def test_evaluation_leaves_broken_images_out_with_a_count(cfg, coco, caplog) -> None:
     (coco.images / "4.png").write_bytes(b"broken")
     cfg.DATALOADER.SKIP_BROKEN = True
     with caplog.at_level(logging.WARNING, logger="visft.data.loader"):

@@ -131,11 +131,11 @@ def test_polygons_and_run_lengths_give_the_same_mask(cfg, coco) -> None:
     from pycocotools import mask as mask_api
 
     record = next(r for r in load_records(("visft_own_train",), train=True) if r["image_id"] == 1)
-    picture = np.asarray(Image.open(record["file_name"]))
+    image = np.asarray(Image.open(record["file_name"]))
     drawn = []
     for annotation in record["annotations"]:
         channel = CHANNEL[annotation["category_id"]]
-        rle = mask_api.encode(np.asfortranarray((picture[..., channel] > 127).astype(np.uint8)))
+        rle = mask_api.encode(np.asfortranarray((image[..., channel] > 127).astype(np.uint8)))
         drawn.append(annotation | {"segmentation": rle})
     mapper = ViSFTMapper(augmentations=[T.HFlipTransform(record["width"])], is_train=True)
     a, b = (
@@ -182,7 +182,7 @@ def test_crowds_and_what_is_cut_off_are_left_out(cfg, coco) -> None:
     assert len(cut) == 0 and cut.gt_masks.tensor.shape == (0, record["height"], record["width"] // 3)
 
 
-def test_a_picture_without_objects_has_empty_instances(cfg, coco) -> None:
+def test_an_image_without_objects_has_empty_instances(cfg, coco) -> None:
     content = coco.content()
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
     coco.write(content)
@@ -239,7 +239,7 @@ def test_unknown_recipes(cfg) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fixed", "detection", "lsj"])
-def test_a_thin_picture_keeps_a_pixel(cfg, recipe):
+def test_a_thin_image_keeps_a_pixel(cfg, recipe):
     cfg.VISFT.INPUT.AUGMENTATION, cfg.VISFT.INPUT.SIZE, cfg.VISFT.INPUT.CROP_PROBABILITY = recipe, 128, 0.0
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (128,), 128
     for shape in ((4, 3000, 3), (3000, 4, 3)):

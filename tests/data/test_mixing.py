@@ -9,7 +9,7 @@ import pytest
 import torch
 from coco_shapes import make_coco
 
-from visft.data import PictureError, build_stage_loader, load_labelled
+from visft.data import ImageError, build_stage_loader, load_labelled
 from visft.data.loader import TrainLoader, derived_seed
 from visft.data.task_mixing import MixedLoader, Task, TaskDraws
 from visft.errors import ConfigError, DataError
@@ -65,8 +65,8 @@ def _take(loader, count: int) -> list[list[dict]]:
 
 
 def _loader(cfg, *, start: int = 0, stage: str = "lora", seed: int = 5, heads=HEADS):
-    pictures = load_labelled(cfg, labels_for(*heads))
-    return build_stage_loader(cfg, stage, pictures, start_iteration=start, seed=seed)
+    images = load_labelled(cfg, labels_for(*heads))
+    return build_stage_loader(cfg, stage, images, start_iteration=start, seed=seed)
 
 
 def _assert_same(found: list[list[dict]], expected: list[list[dict]]) -> None:
@@ -122,7 +122,7 @@ def test_counts_are_those_of_the_draws(iterations):
 # The loader
 
 
-def test_a_batch_is_of_one_task_from_pictures_with_its_labels(ratio):
+def test_a_batch_is_of_one_task_from_images_with_its_labels(ratio):
     batches = _take(_loader(ratio), 40)
     tasks = [{image["task"] for image in batch} for batch in batches]
     assert all(len(task) == 1 for task in tasks) and set().union(*tasks) == set(HEADS)
@@ -134,23 +134,23 @@ def test_a_batch_is_of_one_task_from_pictures_with_its_labels(ratio):
     assert [batch[0]["task"] for batch in batches] == [HEADS[draws(i)] for i in range(40)]
 
 
-def test_a_task_goes_through_its_pictures_epoch_by_epoch_whatever_is_drawn_between(ratio):
+def test_a_task_goes_through_its_images_epoch_by_epoch_whatever_is_drawn_between(ratio):
     """Its stream is the TrainLoader's over its images: the other tasks take nothing from it."""
-    pictures = load_labelled(ratio, labels_for(*HEADS))
+    images = load_labelled(ratio, labels_for(*HEADS))
     for head in HEADS:
         mine = [[i for i in b if i["task"] == head] for b in _take(_loader(ratio), 40)]
         mine = [b for b in mine if b]
         from visft.data import ViSFTMapper
 
         alone = TrainLoader(
-            pictures.of(head),
+            images.of(head),
             ViSFTMapper(ratio, is_train=True),
             batch_size=2,
             seed=derived_seed(derived_seed(5, "lora"), head),
         )
         expected = [[i | {"task": head} for i in b] for b in _take(alone, len(mine))]
         _assert_same(mine, expected)
-        ids, size = [i["image_id"] for b in mine for i in b], len(pictures.of(head))
+        ids, size = [i["image_id"] for b in mine for i in b], len(images.of(head))
         for epoch in range(len(ids) // size):
             assert len(set(ids[epoch * size : (epoch + 1) * size])) == size
 
@@ -177,14 +177,14 @@ def test_the_batches_of_an_iteration_are_of_one_task(ratio):
 
 
 def test_processes_share_the_batches_of_one(ratio):
-    pictures = load_labelled(ratio, labels_for("detection", "captioning"))
+    images = load_labelled(ratio, labels_for("detection", "captioning"))
 
     def record_id(record: dict) -> dict:
         return {"image_id": record["image_id"], "draw": torch.rand(()).item()}
 
     tasks = [
-        Task("detection", pictures.of("detection"), record_id, 4),
-        Task("captioning", pictures.of("captioning"), record_id, 2),
+        Task("detection", images.of("detection"), record_id, 4),
+        Task("captioning", images.of("captioning"), record_id, 2),
     ]
     one, *two = (
         _take(MixedLoader(tasks, (1, 1), seed=1, start_iteration=3, rank=r, world_size=w), 12)
@@ -227,8 +227,8 @@ def test_a_head_of_the_users_own_has_the_common_values(ratio):
     """There is no node VISFT.TASKS.TAGS."""
     ratio.MODEL.VISFT.HEADS = ("tags", "detection")
     ratio.VISFT.TASK_RATIOS = ()
-    pictures = load_labelled(ratio, {"tags": HAS_LABELS["detection"], "detection": HAS_LABELS["detection"]})
-    batches = _take(build_stage_loader(ratio, "heads", pictures, seed=0), 12)
+    images = load_labelled(ratio, {"tags": HAS_LABELS["detection"], "detection": HAS_LABELS["detection"]})
+    batches = _take(build_stage_loader(ratio, "heads", images, seed=0), 12)
     assert {batch[0]["task"] for batch in batches} == {"tags", "detection"}
     assert {len(batch) for batch in batches} == {2}
 
@@ -244,10 +244,10 @@ def test_the_global_generators_are_left_alone(ratio):
         assert states() == before
 
 
-def test_broken_pictures(ratio, coco, caplog):
+def test_broken_images(ratio, coco, caplog):
     file = coco.images / "6.png"
     file.write_bytes(file.read_bytes()[:-300])  # its header is whole
-    with pytest.raises(PictureError, match="6.png"):
+    with pytest.raises(ImageError, match="6.png"):
         _take(_loader(ratio), 40)
     ratio.DATALOADER.SKIP_BROKEN = True
     with caplog.at_level(logging.WARNING, logger="visft.data.loader"):
@@ -287,7 +287,7 @@ def mixed(cfg, tmp_path):
     _forget("mixing_boxes", "mixing_captions")
 
 
-def test_joint_feeds_all_pictures_that_carry_some_label(mixed):
+def test_joint_feeds_all_images_that_carry_some_label(mixed):
     heads = ("detection", "captioning")
     batches = _take(_loader(mixed, heads=heads), 5)
     images = [image for batch in batches for image in batch]
@@ -315,7 +315,7 @@ def test_ratio_draws_each_task_from_its_own_data_set(mixed):
 
 
 @pytest.mark.parametrize("mixing", ["joint", "ratio"])
-def test_a_head_that_no_picture_has_labels_for(mixed, mixing, caplog):
+def test_a_head_that_no_image_has_labels_for(mixed, mixing, caplog):
     mixed.VISFT.TASK_MIXING = mixing
     mixed.MODEL.VISFT.HEADS = ("detection", "segmentation")
     if mixing == "ratio":
@@ -329,7 +329,7 @@ def test_a_head_that_no_picture_has_labels_for(mixed, mixing, caplog):
             _loader(mixed, heads=("segmentation",))
 
 
-def test_pictures_without_objects_keep_their_captions(ratio):
+def test_images_without_objects_keep_their_captions(ratio):
     from detectron2.data import DatasetCatalog
 
     emptied = [
@@ -341,8 +341,8 @@ def test_pictures_without_objects_keep_their_captions(ratio):
 
     def seen(filter_empty: bool) -> dict[str, set[int]]:
         ratio.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
-        pictures = load_labelled(ratio, labels_for(*HEADS))
-        return {head: {r["image_id"] for r in pictures.of(head)} for head in HEADS}
+        images = load_labelled(ratio, labels_for(*HEADS))
+        return {head: {r["image_id"] for r in images.of(head)} for head in HEADS}
 
     # An annotated image with nothing on it is a label too, unless the config filters it out.
     assert seen(False)["detection"] == {1, 2, 3, 4, 5, 6, 7}

@@ -218,7 +218,7 @@ def test_objects365_is_read_as_it_is_published(objects):
     assert figures._class_names()[92] == "Dog"
 
 
-def test_pictures_that_objects365s_archives_lack_are_left_out(objects):
+def test_images_that_objects365s_archives_lack_are_left_out(objects):
     def change(body):
         body["images"][0]["file_name"] = "images/v1/patch6/objects365_v1_00320532.jpg"
 
@@ -227,7 +227,7 @@ def test_pictures_that_objects365s_archives_lack_are_left_out(objects):
     assert [record["image_id"] for record in load_records((name,), train=True)] == [2, 3, 4, 5, 6, 7]
 
 
-def test_another_picture_that_is_not_there_is_named(objects):
+def test_another_image_that_is_not_there_is_named(objects):
     def change(body):
         body["images"][0]["file_name"] = "images/v1/patch6/objects365_v1_00320533.jpg"
 

@@ -36,7 +36,7 @@ def test_factors_are_detectron2s(threshold, sqrt):
     assert bool(found.max() > 1) is (threshold > 0.001)
 
 
-def test_pictures_without_annotations_come_once():
+def test_images_without_annotations_come_once():
     assert repeat_factors([{"annotations": []}, {"captions": ["a"]}], 0.5).tolist() == [1, 1]
 
 
@@ -115,8 +115,8 @@ def test_without_rare_classes_the_stream_is_the_plain_one(cfg):
 def test_a_stages_loader_repeats_in_either_way_of_mixing(rare, mixing):
     rare.MODEL.VISFT.HEADS, rare.VISFT.TASK_MIXING = ("detection",), mixing
     rare.VISFT.SOLVER.HEADS.IMS_PER_BATCH = 4
-    pictures = load_labelled(rare, {"detection": lambda image: "instances" in image})
-    loader = build_stage_loader(rare, "heads", pictures, seed=0)
+    images = load_labelled(rare, {"detection": lambda image: "instances" in image})
+    loader = build_stage_loader(rare, "heads", images, seed=0)
     seen = np.bincount(sum(ids(loader, 40), []), minlength=8)
     assert 2 < seen[3] / np.delete(seen, [0, 3]).mean() < 3
 

@@ -57,16 +57,16 @@ def test_every_drawing_stands_for_one_category_and_splits_are_disjoint():
     assert len(catalogue.drawing_indices(every)) == len(every)
 
 
-def test_another_vendors_pictures_are_matched_by_code_points(tmp_path):
+def test_another_vendors_images_are_matched_by_code_points(tmp_path):
     from PIL import Image
 
     for name in ("1f415.png", "2708-fe0f.png", "unrelated.png", "1f1e6.png"):
         Image.new("RGBA", (20, 20), (255, 0, 0, 255)).save(tmp_path / name)
-    pictures, index = catalogue.other_pictures(tmp_path, size=32)
+    images, index = catalogue.other_images(tmp_path, size=32)
     assert [catalogue.catalogue()[i].text for i in index] == ["\u2708", "\U0001f415"]
-    assert pictures.shape == (2, 32, 32, 4)
+    assert images.shape == (2, 32, 32, 4)
     with pytest.raises(DemoWorldError, match="no image named by"):
-        catalogue.other_pictures(tmp_path / "nowhere")
+        catalogue.other_images(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------- scenes
@@ -161,7 +161,7 @@ def test_later_scenes_are_those_of_a_longer_world(world, tmp_path):
         dataset.make(tmp_path / "none", num_train=1, num_val=1, first_train=0)
 
 
-def test_masks_agree_with_boxes_and_pictures(world):
+def test_masks_agree_with_boxes_and_images(world):
     from PIL import Image
     from pycocotools.coco import COCO
 
@@ -276,7 +276,7 @@ def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
         tmp_path / "run",
         pretrain.Settings(**MINIATURE),
         pictures=[tmp_path / "trained"],
-        held_out_pictures=[tmp_path / "held-out"],
+        held_out_images=[tmp_path / "held-out"],
     )
     assert run.run() is not None
     final = json.loads((tmp_path / "run" / pretrain.LOG_FILE).read_text().splitlines()[-1])

@@ -48,7 +48,7 @@ def test_characters_name_the_drawings(npm, tmp_path):
     program = npm(_icons(**{"1f436": "dog-face", "2708-fe0f": "wide", "1f415": "an-alias"}))
     folder = vendors.fetch("some", tmp_path / "out", npm=program)
     assert sorted(path.name for path in folder.iterdir()) == ["1f436.svg", "2708.svg"]
-    rgba, index = catalogue.other_pictures(folder, size=32)
+    rgba, index = catalogue.other_images(folder, size=32)
     assert {catalogue.catalogue()[i].name for i in index} == {"dog face", "airplane"}
     dog = [catalogue.catalogue()[i].name for i in index].index("dog face")
     assert tuple(rgba[dog, 16, 16]) == (0xA0, 0x5A, 0x2C, 255)

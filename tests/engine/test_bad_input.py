@@ -272,14 +272,14 @@ def test_losses_that_are_not_finite_stop_the_run(tiny, tmp_path):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
 
 
-def test_a_picture_that_does_not_decode_is_named(tiny, tmp_path, shapes_train):
+def test_an_image_that_does_not_decode_is_named(tiny, tmp_path, shapes_train):
     import shutil
 
-    pictures = tmp_path / "pictures"
-    shutil.copytree(shapes_train[1], pictures)
-    for picture in pictures.iterdir():
-        picture.write_bytes(picture.read_bytes()[:60])
-    arguments = [*tiny, "VISFT.DATA.TRAIN_IMAGES", str(pictures)]
+    images = tmp_path / "pictures"
+    shutil.copytree(shapes_train[1], images)
+    for image in images.iterdir():
+        image.write_bytes(image.read_bytes()[:60])
+    arguments = [*tiny, "VISFT.DATA.TRAIN_IMAGES", str(images)]
     status, text = processes.run("train_net.py", arguments, tmp_path / "log", VISFT_DEBUG="")
     assert status == 1 and "Traceback" not in text, text
-    assert str(pictures) in text and "SKIP_BROKEN" in text
+    assert str(images) in text and "SKIP_BROKEN" in text

@@ -56,7 +56,7 @@ def test_the_vocabulary_is_kept_and_carried(run, data):
     assert rows == len(expected)
 
 
-def test_figures_losses_and_pictures(run):
+def test_figures_losses_and_images(run):
     output, _ = run
     report = files.read_json(output / "report.json")
     for side in ("before", "after"):
@@ -64,13 +64,13 @@ def test_figures_losses_and_pictures(run):
             assert report[side][name] >= 0, name
     metrics = (output / "lora" / "metrics.json").read_text()
     assert '"captioning/loss_words"' in metrics and '"captioning/loss_attention"' in metrics
-    pictures = {path.stem for path in (output / "predictions").glob("*.png")}
-    words = {name for name in pictures if name.endswith("_words")}
-    assert words and {name.removesuffix("_words") for name in words} == pictures - words
+    images = {path.stem for path in (output / "predictions").glob("*.png")}
+    words = {name for name in images if name.endswith("_words")}
+    assert words and {name.removesuffix("_words") for name in words} == images - words
     text = (output / "report.md").read_text()
     for title in ("Ground truth beside", "Where the caption head looked"):
         assert title in text
-    assert all(f"predictions/{name}.png" in text for name in pictures)
+    assert all(f"predictions/{name}.png" in text for name in images)
 
 
 def test_a_finished_run_is_resumed_and_evaluated_with_its_words(run, data):
@@ -102,12 +102,12 @@ def test_a_run_elsewhere_is_found_by_its_weights(run, data, tmp_path):
 
 def test_predict_draws_words_and_says_the_caption(run, data, tmp_path, caplog):
     output, words = run
-    picture = sorted(data[1][1].glob("*"))[0]
+    image = sorted(data[1][1].glob("*"))[0]
     out = tmp_path / "out"
     command = [
         *words[:2],
         "--input",
-        str(picture),
+        str(image),
         "--output",
         str(out),
         "--weights",
@@ -116,11 +116,11 @@ def test_predict_draws_words_and_says_the_caption(run, data, tmp_path, caplog):
     ]
     with caplog.at_level("INFO", logger="visft"):
         assert predict.main(command) == 0
-    assert {path.name for path in out.iterdir()} == {f"{picture.stem}.png", f"{picture.stem}_words.png"}
+    assert {path.name for path in out.iterdir()} == {f"{image.stem}.png", f"{image.stem}_words.png"}
     said = next(record.getMessage() for record in caplog.records if 'captioning "' in record.getMessage())
     count = len(said.partition('captioning "')[2].rstrip('"').split())
     assert 1 <= count <= 6
-    columns = Image.open(out / f"{picture.stem}_words.png").width // 160
+    columns = Image.open(out / f"{image.stem}_words.png").width // 160
     assert columns == min(count + 1, 6)
 
 

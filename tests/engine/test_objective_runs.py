@@ -20,11 +20,11 @@ ALONE = [*LORA, "MODEL.VISFT.HEADS", "()", "MODEL.VISFT.OBJECTIVES", EVERY]
 @pytest.fixture(scope="module")
 def captions(shapes_train, tmp_path_factory) -> list[str]:
     """Captions of all images to train on but one, two of them equal."""
-    pictures = json.loads(shapes_train[0].read_text())["images"]
-    texts = [f"picture number {max(i, 2)}" for i in range(len(pictures) - 1)]
-    rows = [{"id": i, "image_id": pictures[i]["id"], "caption": text} for i, text in enumerate(texts)]
+    images = json.loads(shapes_train[0].read_text())["images"]
+    texts = [f"picture number {max(i, 2)}" for i in range(len(images) - 1)]
+    rows = [{"id": i, "image_id": images[i]["id"], "caption": text} for i, text in enumerate(texts)]
     file = tmp_path_factory.mktemp("captions") / "captions.json"
-    file.write_text(json.dumps({"images": pictures, "annotations": rows}))
+    file.write_text(json.dumps({"images": images, "annotations": rows}))
     return ["VISFT.DATA.TRAIN_CAPTIONS", str(file)]
 
 

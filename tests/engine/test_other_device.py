@@ -74,13 +74,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def captions(shapes_train, tmp_path_factory) -> Path:
-    pictures = json.loads(shapes_train[0].read_text())["images"]
+    images = json.loads(shapes_train[0].read_text())["images"]
     rows = [
-        {"id": i, "image_id": picture["id"], "caption": f"an image with number {i % 3}"}
-        for i, picture in enumerate(pictures)
+        {"id": i, "image_id": image["id"], "caption": f"an image with number {i % 3}"}
+        for i, image in enumerate(images)
     ]
     file = tmp_path_factory.mktemp("captions") / "captions.json"
-    file.write_text(json.dumps({"images": pictures, "annotations": rows}))
+    file.write_text(json.dumps({"images": images, "annotations": rows}))
     return file
 
 
@@ -108,8 +108,8 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
         model, solver, layer_decay=cfg.MODEL.CLIP_VIT.LAYER_DECAY, heads=cfg.VISFT.SOLVER.HEADS
     )
     parts = [*model.heads.items(), *model.objectives.items()]
-    pictures = load_labelled(cfg, {name: part.has_labels for name, part in parts})
-    batches = build_stage_loader(cfg, stage, pictures, seed=1)
+    images = load_labelled(cfg, {name: part.has_labels for name, part in parts})
+    batches = build_stage_loader(cfg, stage, images, seed=1)
     trainer = StageTrainer(model, iter(batches), optimizer, stage=stage, clip_norm=solver.CLIP_NORM, seed=1)
     start = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     trainer.train(0, 2)

@@ -48,44 +48,44 @@ def test_report_is_the_evaluations(finished):
     assert (run / "loss_curves.png").stat().st_size > 1000
 
 
-def test_pictures_show_ground_truth_beside_each_head(finished, shapes_test):
+def test_images_show_ground_truth_beside_each_head(finished, shapes_test):
     run, _ = finished
-    pictures = sorted((run / "predictions").glob("*.png"))
-    assert len(pictures) == 4
-    sheet = np.asarray(Image.open(pictures[0]))
+    images = sorted((run / "predictions").glob("*.png"))
+    assert len(images) == 4
+    sheet = np.asarray(Image.open(images[0]))
     # Three panels (ground truth, detection, segmentation) of an enlarged square, a gap between them.
     side = sheet.shape[0] - 22
     assert side >= 384 and sheet.shape[1] == 3 * side + 8
-    plain = np.asarray(Image.open(shapes_test[1] / f"{pictures[0].stem}.png").resize((side, side), 0)).astype(
+    plain = np.asarray(Image.open(shapes_test[1] / f"{images[0].stem}.png").resize((side, side), 0)).astype(
         int
     )
     assert np.abs(sheet[22:, :side].astype(int) - plain).max() > 50  # something is drawn
 
 
-def test_predict_draws_pictures_of_the_users_own(finished, tmp_path):
+def test_predict_draws_images_of_the_users_own(finished, tmp_path):
     run, arguments = finished
     """Photos as they come: other sizes than in training, grey ones, other suffixes, and other files in the folder, into
     which the drawings go, too, replacing none of them."""
-    file, pictures = shapes.make(tmp_path / "own", images=2, size=80, seed=5)
-    with Image.open(pictures / "000001.png") as picture:
-        picture.resize((301, 97)).save(pictures / "wide.JPG", format="JPEG")
-        picture.convert("L").resize((33, 90)).save(pictures / "grey.jpeg")
-    file.rename(pictures / "annotations.json")
-    before = {file: file.read_bytes() for file in pictures.iterdir()}
-    command = [*arguments[:2], "--input", str(pictures), "--output", str(pictures)]
+    file, images = shapes.make(tmp_path / "own", images=2, size=80, seed=5)
+    with Image.open(images / "000001.png") as image:
+        image.resize((301, 97)).save(images / "wide.JPG", format="JPEG")
+        image.convert("L").resize((33, 90)).save(images / "grey.jpeg")
+    file.rename(images / "annotations.json")
+    before = {file: file.read_bytes() for file in images.iterdir()}
+    command = [*arguments[:2], "--input", str(images), "--output", str(images)]
     command += ["--weights", str(run), "--threshold", "0.0", *arguments[2:]]
     status, text = processes.run("predict.py", command, tmp_path / "log")
     assert status == 0, text
     assert {file: file.read_bytes() for file in before} == before
-    drawn = {file.name for file in pictures.iterdir()} - {file.name for file in before}
+    drawn = {file.name for file in images.iterdir()} - {file.name for file in before}
     assert drawn == {"000001_predicted.png", "000002_predicted.png", "grey.png", "wide.png"}
     for name, (width, height) in {"wide": (301, 97), "grey": (33, 90)}.items():
-        with Image.open(pictures / f"{name}.png") as sheet:
+        with Image.open(images / f"{name}.png") as sheet:
             # Two panels (detection, segmentation) of the image, enlarged, under their names.
             assert (sheet.width - 4) / 2 / (sheet.height - 22) == pytest.approx(width / height, rel=0.02)
 
 
-def test_predict_says_which_picture_is_missing(finished, tmp_path):
+def test_predict_says_which_image_is_missing(finished, tmp_path):
     _, arguments = finished
     command = [*arguments[:2], "--input", "/nowhere.jpg", "--output", str(tmp_path / "drawn"), *arguments[2:]]
     status, text = processes.run("predict.py", command, tmp_path / "log", VISFT_DEBUG="")

@@ -100,13 +100,13 @@ def coco(tmp_path_factory) -> Path:
     annotations.mkdir(parents=True)
     categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     for seed, split in enumerate(("train2017", "val2017")):
-        file, pictures = shapes.make(root / split, images=4, seed=seed)
+        file, images = shapes.make(root / split, images=4, seed=seed)
         content = json.loads(file.read_text()) | {"categories": categories}
         for folder in (split, f"panoptic_stuff_{split}", f"panoptic_{split}"):
             (root / "coco" / folder).mkdir()
         for image in content["images"]:
             name = Path(image["file_name"]).stem
-            with Image.open(pictures / image["file_name"]) as picture:
+            with Image.open(images / image["file_name"]) as picture:
                 picture.save(root / "coco" / split / f"{name}.jpg")
             image["file_name"] = f"{name}.jpg"
             labels = np.full((image["height"], image["width"]), 1 + image["id"], np.uint8)

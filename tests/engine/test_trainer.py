@@ -82,7 +82,7 @@ def test_iterations_depend_on_their_number_alone():
     assert weights(whole).equal(weights(parts))
 
 
-def test_a_loss_that_is_not_finite_names_the_pictures_and_saves_nothing():
+def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing():
     model, saved = Model(), []
     trainer = trainer_of(model, batches(broken=2))
     before = []
@@ -160,7 +160,7 @@ class Tower(nn.Module):
         return {"last_feat": self.layer(images)}
 
 
-def test_feature_cache_gives_the_towers_features_and_computes_each_picture_once():
+def test_feature_cache_gives_the_towers_features_and_computes_each_image_once():
     tower = Tower()
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():

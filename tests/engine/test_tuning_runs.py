@@ -107,14 +107,14 @@ def test_the_export_has_the_tuned_weights(whole):
         "visft-tiny", pretrained=str(folder / "export/visft_backbone.safetensors")
     ).eval()
     torch.manual_seed(0)
-    pictures = torch.randn(4, 3, 64, 64)
+    images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
-        before, found = base.encode_image(pictures), exported.encode_image(pictures)
+        before, found = base.encode_image(images), exported.encode_image(images)
         # By hand: the checkpoint's tensors in the place of the base's.
         tuned = load_file(folder / "lora" / "model_0000004.safetensors")
         state = {n.removeprefix("backbone.tower."): t for n, t in tuned.items()}
         assert base.visual.load_state_dict(state, strict=False).unexpected_keys == []
-        expected = base.encode_image(pictures)
+        expected = base.encode_image(images)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert (found - before).norm() > 1e-3 * before.norm()
     texts = open_clip.get_tokenizer("visft-tiny")(["a dog"])

@@ -121,7 +121,7 @@ def evaluate(evaluator) -> dict[str, float]:
     return flatten_results_dict(evaluator.evaluate())
 
 
-def test_the_evaluator_scores_pictures_with_captions(data_set):
+def test_the_evaluator_scores_images_with_captions(data_set):
     found = evaluate(CaptionEvaluator(NAME, ["captioning"], distributed=False))
     scored = IMAGES[:-1]
     expected = caption_scores(

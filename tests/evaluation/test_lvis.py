@@ -71,7 +71,7 @@ def test_the_sample_has_every_case(sample):
 
 
 @pytest.mark.parametrize("key", ["neg_category_ids", "not_exhaustive_category_ids"])
-def test_what_is_known_of_a_picture_changes_the_figures(sample, tmp_path, key, fast):
+def test_what_is_known_of_an_image_changes_the_figures(sample, tmp_path, key, fast):
     """Else the comparison with the package would say nothing of the federated part."""
     body = json.loads(json.dumps(sample["truth"]))
     for image in body["images"]:

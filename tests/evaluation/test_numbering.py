@@ -11,7 +11,7 @@ from pycocotools import mask as mask_api
 from test_average_precision import Sample, tied
 from test_heads import IDS, NAME, guesses, run, truth  # noqa: F401  truth: a fixture
 
-from towerbench.captions import cider_by_picture
+from towerbench.captions import cider_by_image
 from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
 from visft.evaluation.average_precision import COCOMetric
@@ -137,4 +137,4 @@ def test_captions_of_any_ids(own):
     said = {own(n): words[n - 1] if n % 2 else words[n] for n in range(len(words))}
     plain = caption_scores(dict(enumerate(references.values())), {n: said[own(n)] for n in range(len(words))})
     assert caption_scores(references, said) == plain and 0 < plain["CIDEr"]
-    assert list(cider_by_picture(references, said)) == list(references)
+    assert list(cider_by_image(references, said)) == list(references)

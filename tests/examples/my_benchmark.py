@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from towerbench import Benchmark, Pictures, register
+from towerbench import Benchmark, Images, register
 from towerbench.readout import chosen_on_validation
 
 
@@ -13,7 +13,7 @@ class Quarters(Benchmark):
 
     def pictures(self, seed):
         parts = ("train", "validation", "test")
-        return {part: Pictures(f"quarters/{part}", 40, lambda part=part: squares(part)) for part in parts}
+        return {part: Images(f"quarters/{part}", 40, lambda part=part: squares(part)) for part in parts}
 
     def items(self, tower, pictures, seed):
         labels = torch.arange(40) % 4
@@ -25,7 +25,7 @@ class Quarters(Benchmark):
 def squares(part):
     rng = np.random.default_rng(len(part))
     for i in range(40):
-        picture = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+        image = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
         y, x = rng.integers(4, 20, 2) + 32 * np.array(divmod(i % 4, 2))
-        picture[y : y + 8, x : x + 8] = 255
-        yield picture
+        image[y : y + 8, x : x + 8] = 255
+        yield image

@@ -18,7 +18,7 @@ SMALL = {
 
 def captioned(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
     """Shapes, with two captions an image; the last image has none."""
-    instances, pictures = shapes.make(folder, seed=seed)
+    instances, images = shapes.make(folder, seed=seed)
     content = json.loads(instances.read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     annotations = []
@@ -28,4 +28,4 @@ def captioned(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
             annotations.append({"id": len(annotations), "image_id": image["id"], "caption": text})
     captions = folder / "captions.json"
     captions.write_text(json.dumps({"images": content["images"], "annotations": annotations}))
-    return instances, pictures, captions
+    return instances, images, captions

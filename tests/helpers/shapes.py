@@ -18,8 +18,8 @@ def make(folder: Path, *, images: int = 12, size: int = 64, seed: int = 0) -> tu
     # Ids with gaps, as COCO's have.
     content["categories"] = [{"id": 3 * i + 2, "name": name} for i, name in enumerate(CLASSES)]
     for number in range(1, images + 1):
-        picture = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 90, 3)))
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 90, 3)))
+        pen = ImageDraw.Draw(image)
         for _ in range(int(rng.integers(1, 4))):
             kind = int(rng.integers(3))
             w = h = int(rng.integers(size // 6, size // 3))
@@ -49,7 +49,7 @@ def make(folder: Path, *, images: int = 12, size: int = 64, seed: int = 0) -> tu
                 }
             )
         name = f"{number:06d}.png"
-        picture.save(pictures / name)
+        image.save(pictures / name)
         content["images"].append({"id": number, "file_name": name, "height": size, "width": size})
     file = folder / "annotations.json"
     file.write_text(json.dumps(content))

@@ -51,7 +51,7 @@ class Seen:
 # What the tower sees
 
 
-def test_pictures_are_normalised_then_padded_with_zeros(model):
+def test_images_are_normalised_then_padded_with_zeros(model):
     images = [picture((48, 64)), picture((52, 40), number=2)]
     seen = Seen(model.backbone)
     model(images)
@@ -219,7 +219,7 @@ def test_evaluation_mode_is_evaluation_mode_in_each_stage(model):
 # What comes out
 
 
-def test_each_picture_has_every_heads_output_and_instances(model):
+def test_each_image_has_every_heads_output_and_instances(model):
     model.eval()
     images = [picture((48, 64)), picture((40, 40), number=2)]
     for image in images:

@@ -17,7 +17,7 @@ from demoworld import tower as demo_tower
 from towerbench import (
     Context,
     FeatureStore,
-    Pictures,
+    Images,
     Tower,
     features,
     forest_plot,
@@ -88,7 +88,7 @@ def run(output, compare=(), benchmarks=(my_benchmark.Quarters,), seeds=2):
 
 
 def test_embeddings_are_open_clips_and_maps_clip_vits(tower):
-    pictures = Pictures("noise", 5, noise(), dense=True)
+    pictures = Images("noise", 5, noise(), dense=True)
     store = FeatureStore(tower, [pictures])
     images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
@@ -106,22 +106,22 @@ def test_embeddings_are_open_clips_and_maps_clip_vits(tower):
     store.close()
 
 
-def test_features_are_the_same_however_many_pictures_pass_at_once(tower, monkeypatch):
-    pictures, found = Pictures("noise", 5, noise(), dense=True), []
+def test_features_are_the_same_however_many_images_pass_at_once(tower, monkeypatch):
+    images, found = Images("noise", 5, noise(), dense=True), []
     for batch in (1, 2, 5):
         monkeypatch.setattr(features, "BATCH_PIXELS_CPU", batch * 64 * 64)
         store = FeatureStore(tower)
-        assert [len(each) for each in store._batches(pictures)][0] == batch
-        found.append((store.embeddings(pictures), store.dense(pictures)))
+        assert [len(each) for each in store._batches(images)][0] == batch
+        found.append((store.embeddings(images), store.dense(images)))
         store.close()
     for each in found[1:]:
         torch.testing.assert_close(each, found[0], rtol=2e-3, atol=1e-3)
 
 
-def test_a_picture_passes_once_for_whoever_asks(tower, monkeypatch):
+def test_an_image_passes_once_for_whoever_asks(tower, monkeypatch):
     passed = Counted(monkeypatch)
-    plain, dense = Pictures("one", 5, noise()), Pictures("one", 5, noise(), dense=True)
-    larger = Pictures("one", 5, noise(), scale=2.0)
+    plain, dense = Images("one", 5, noise()), Images("one", 5, noise(), dense=True)
+    larger = Images("one", 5, noise(), scale=2.0)
     store = FeatureStore(tower, [plain, dense, larger])
     store.embeddings(plain)  # asked for first, and by one that needs no map
     assert store.dense(dense).shape == (5, 192, 8, 8) and passed.count == 5
@@ -134,7 +134,7 @@ def test_a_picture_passes_once_for_whoever_asks(tower, monkeypatch):
 
 
 def test_maps_stay_what_they_are_when_others_are_released(tower):
-    one, two, three = (Pictures(f"{seed}", 3, noise(3, seed=seed), dense=True) for seed in range(3))
+    one, two, three = (Images(f"{seed}", 3, noise(3, seed=seed), dense=True) for seed in range(3))
     store = FeatureStore(tower)
     store.dense(one)
     expected = store.dense(two)
@@ -169,8 +169,8 @@ def test_scale_and_fit(tower):
     store = FeatureStore(tower)
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, 16:48] = 255
-    [squashed] = store._batches(Pictures("wide", 1, lambda: [wide]))
-    [cropped] = store._batches(Pictures("wide", 1, lambda: [wide], fit="crop"))
+    [squashed] = store._batches(Images("wide", 1, lambda: [wide]))
+    [cropped] = store._batches(Images("wide", 1, lambda: [wide], fit="crop"))
     assert squashed.shape == cropped.shape == (1, 3, 64, 64)
     # Bicubic resampling rings at edges.
     assert cropped[..., 4:-4].min() == 255 and squashed[..., :10].max() == 0
@@ -332,7 +332,7 @@ class Costly(my_benchmark.Quarters):
     name, family, readout_seconds = "costly", "dense", 40.0
 
     def pictures(self, seed):
-        return {**super().pictures(seed), "large": Pictures("large", 10, noise(10), scale=2.0)}
+        return {**super().pictures(seed), "large": Images("large", 10, noise(10), scale=2.0)}
 
 
 def test_the_time_that_is_left_is_told_by_what_benchmarks_cost(monkeypatch):
@@ -457,7 +457,7 @@ def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monke
         name, family = "on maps", "dense"
 
         def pictures(self, seed):
-            return {"test": Pictures("on maps", 1, noise(1), dense=True)}
+            return {"test": Images("on maps", 1, noise(1), dense=True)}
 
     monkeypatch.setattr(Tower, "has_map", False)
     with caplog.at_level("INFO"):

@@ -95,10 +95,10 @@ def test_retrieval_finds_more_than_chance(store, few):
 
 
 def test_corruptions_grow_stronger():
-    picture = next(iter(emoji.views(emoji.unseen()[:1], 1, 0).make())).astype(np.float64)
-    found = list(robustness.corrupted(picture.astype(np.uint8), np.random.default_rng(0)))
+    image = next(iter(emoji.views(emoji.unseen()[:1], 1, 0).make())).astype(np.float64)
+    found = list(robustness.corrupted(image.astype(np.uint8), np.random.default_rng(0)))
     assert len(found) == 20 and all(p.shape == (64, 64, 3) and p.dtype == np.uint8 for p in found)
-    distance = np.array([np.abs(p - picture).mean() for p in found]).reshape(4, 5)
+    distance = np.array([np.abs(p - image).mean() for p in found]).reshape(4, 5)
     assert (np.diff(distance, axis=1) > 0).all()
 
 

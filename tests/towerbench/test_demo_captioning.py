@@ -38,20 +38,20 @@ def test_captions_of_exact_features_are_better_than_those_of_other_scenes():
     truth = dict(enumerate(texts["test"]))
 
     def score(seen):
-        found = captions.cider_by_picture(truth, dict(enumerate(captioner.said(3 * seen))))
+        found = captions.cider_by_image(truth, dict(enumerate(captioner.said(3 * seen))))
         return np.mean(list(found.values()))
 
     exact, other = score(cells["test"]), score(cells["test"].roll(7, 0))
     assert exact > 1.3 * other and exact > 0.3, (exact, other)
 
 
-def test_cider_by_picture_has_the_figure_as_its_mean():
+def test_cider_by_image_has_the_figure_as_its_mean():
     truth = {7: ["a dog on grass", "the dog"], 3: ["two cats in a box"], 5: ["a red car is here"]}
     told = {3: "two cats in a box", 7: "a dog", 5: "a car is here"}
-    by_picture = captions.cider_by_picture(truth, told)
-    assert list(by_picture) == [7, 3, 5] and max(by_picture, key=by_picture.get) == 3
+    by_image = captions.cider_by_image(truth, told)
+    assert list(by_image) == [7, 3, 5] and max(by_image, key=by_image.get) == 3
     whole = caption_scores(truth, told, ["CIDEr"])["CIDEr"]
-    assert 100 * np.mean(list(by_picture.values())) == pytest.approx(whole)
+    assert 100 * np.mean(list(by_image.values())) == pytest.approx(whole)
 
 
 def test_the_same_start_for_every_tower():

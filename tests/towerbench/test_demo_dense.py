@@ -80,7 +80,7 @@ def test_correspondence_of_places_is_exact_where_they_are_told():
     assert scores(dense.DenseCorrespondence, constant)[1] < 0.1
 
 
-def test_a_warped_picture_is_where_its_matrix_says():
+def test_a_warped_image_is_where_its_matrix_says():
     image = np.zeros((128, 128, 3), np.uint8)
     image[30:36, 80:86] = 255
     for number in range(4):
@@ -130,7 +130,7 @@ def poolers():
 
 
 @pytest.mark.parametrize("patch_embeddings", [encoder.patch_embeddings, patch_projection.patch_embeddings])
-def test_a_picture_of_patches_that_are_alike_has_their_embedding(patch_embeddings):
+def test_an_image_of_patches_that_are_alike_has_their_embedding(patch_embeddings):
     torch.manual_seed(0)
     for visual, parts in poolers():
         visual.eval()

@@ -94,7 +94,7 @@ def test_a_question_is_answered_as_alone_however_many_its_scene_has():
     assert test.loss(model, torch.arange(9)) == loss
 
 
-def test_what_can_be_answered_without_a_picture():
+def test_what_can_be_answered_without_an_image():
     found = vqa.VqaScenes(Context()).baselines()
     assert found["chance"] == pytest.approx((1 / 2 + 1 / 4 + 1 / 11 + 1 / 4) / 4)
     assert found["chance"] - 0.05 < found["text only"] < 0.6

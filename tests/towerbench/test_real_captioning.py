@@ -110,9 +110,9 @@ def test_the_readout_says_what_is_shown_and_is_scored_by_cider(store, data):
     from pycocoevalcap.cider.cider import Cider
 
     benchmark = of("near", data)
-    pictures = benchmark.pictures(0)
-    told = benchmark.told(store, pictures, 0)
-    scores = benchmark.items(store, pictures, 0)
+    images = benchmark.pictures(0)
+    told = benchmark.told(store, images, 0)
+    scores = benchmark.items(store, images, 0)
     assert len(told) == DOMAINS["near-domain"] and np.mean(scores) > 1
 
     def plain(text):
@@ -168,20 +168,20 @@ def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(data, monkeypa
     places = sorted(int(file.stem) - 9 for file in train | held)
     assert places[0] < 10 and places[-1] > 60  # spread over the file, not its beginning
     sets = of("out", data).pictures(0)
-    assert {pictures.fit for pictures in sets.values()} == {"squash"}
+    assert {images.fit for images in sets.values()} == {"squash"}
 
 
 def test_features_are_standardised_by_those_that_are_trained_on(store, data, monkeypatch):
     benchmark = of("in", data)
-    pictures = benchmark.pictures(0)
+    images = benchmark.pictures(0)
     told = {part: each.captions for part, each in benchmark.readout.items()}
-    readout = captioning.Readout(store, pictures, told, 0)
-    maps = store.dense(pictures["train"])
+    readout = captioning.Readout(store, images, told, 0)
+    maps = store.dense(images["train"])
     pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 8).flatten(2).transpose(1, 2)
     deviation = pooled.flatten(0, 1).std(0, correction=0)
     seen = []
     monkeypatch.setattr(caption_readout.Captioner, "said", lambda self, cells: seen.append(cells) or [])
-    readout.told(store, pictures["train"])
+    readout.told(store, images["train"])
     torch.testing.assert_close(
         torch.cat(seen), (pooled - pooled.mean((0, 1))) / deviation, rtol=1e-2, atol=1e-3
     )

@@ -126,7 +126,7 @@ def test_objectnet_maps_onto_imagenet(data):
     )
     assert list(found.labels) == [0] * 3 + [1] * 3
     assert next(zero_shot.without_border(np.zeros((40, 60, 3)), 2)).shape == (36, 56, 3)
-    first = next(iter(zero_shot.pictures_of(found, "o").make()))
+    first = next(iter(zero_shot.images_of(found, "o").make()))
     assert first.shape == (36, 56, 3)
 
 
@@ -195,12 +195,12 @@ def test_a_probe_is_trained_once_for_imagenet_and_its_relatives(store, data, mon
     monkeypatch.setattr(few_shot, "chosen_on_validation", counting)
     for name in ("imagenet", "imagenet-v2", "imagenet-sketch"):
         benchmark, hits = run(f"linear probe {name}", fresh, data)
-        pictures = benchmark.pictures(0)
+        images = benchmark.pictures(0)
         rows = [
-            (store.embeddings(pictures[part]), torch.tensor(drawn.labels))
+            (store.embeddings(images[part]), torch.tensor(drawn.labels))
             for part, drawn in zip(("train", "held"), benchmark.drawn(0), strict=True)
         ]
-        alone = chosen_on_validation(*rows, 1000).predict(store.embeddings(pictures["test"]))
+        alone = chosen_on_validation(*rows, 1000).predict(store.embeddings(images["test"]))
         assert hits.tolist() == (alone == torch.tensor(benchmark.test.set.labels)).tolist()
     assert len(trained) == 1
     run("linear probe imagenet", fresh, data, seed=1)
@@ -228,7 +228,7 @@ def test_what_is_drawn_is_looked_up_once(tmp_path, monkeypatch):
     assert len(read) == 2
 
 
-def test_benchmarks_on_the_same_pictures_draw_the_same_items(data):
+def test_benchmarks_on_the_same_images_draw_the_same_items(data):
     context = Context(data=data)
     for name, tested in zero_shot.BY_NAME.items():
         if tested.missing(context):
@@ -240,7 +240,7 @@ def test_benchmarks_on_the_same_pictures_draw_the_same_items(data):
         assert registered()[f"robustness {name}"].item_set == ""
 
 
-def test_a_task_of_vtab_without_pictures_to_train_on(tmp_path):
+def test_a_task_of_vtab_without_images_to_train_on(tmp_path):
     webdataset(tmp_path / "wds_vtab-svhn", ("test",))
     context = Context(data=tmp_path)
     assert registered()["zero-shot vtab/svhn"].missing(context) is None

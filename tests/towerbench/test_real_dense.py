@@ -112,8 +112,8 @@ def test_patches_against_names_is_scikit_learns_jaccard(store, data, name):
         ]
     )
     told, true = [], []
-    pictures = benchmark.pictures(0)["test"]
-    for cells, file in zip(store.dense(pictures), files(data, name), strict=True):
+    images = benchmark.pictures(0)["test"]
+    for cells, file in zip(store.dense(images), files(data, name), strict=True):
         values = np.asarray(Image.open(file))
         scores = store.project(cells.permute(1, 2, 0)) @ texts.T
         scores = F.interpolate(
@@ -216,7 +216,7 @@ def test_class_names():
     assert dense._ade20k_names() == [maps.words(name) for name in ADE20K_SEM_SEG_CATEGORIES]
 
 
-def test_pictures_of_one_set_pass_a_tower_once(data):
+def test_images_of_one_set_pass_a_tower_once(data):
     probe, text = (registered()[f"dense {kind} ade20k"](Context(data=data)) for kind in ("probe", "text"))
     assert probe.pictures(0)["test"].identity == text.pictures(0)["test"].identity
     assert probe.pictures(0)["test label maps"].count == 0
@@ -252,7 +252,7 @@ def test_broken_maps_are_refused(tmp_path, case):
         registered()["dense text pascal-context"](Context(data=tmp_path))
 
 
-def test_broken_lists_and_pictures_are_refused(tmp_path):
+def test_broken_lists_and_images_are_refused(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     devkit(root, "Segmentation", "SegmentationClass", (0, 1, 20, 255), True)
     cls = registered()["dense text voc2012"]

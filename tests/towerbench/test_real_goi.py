@@ -297,7 +297,7 @@ def test_boxes_of_objects365(store, data, caplog):
     assert all(r.box[2] > 0 for r in cut)
 
 
-def test_resampled_pictures_give_the_accuracy_of_their_regions(store, data):
+def test_resampled_images_give_the_accuracy_of_their_regions(store, data):
     """What the bootstrap draws: images, some of them several times."""
     benchmark, found = run("goi zero-shot coco boxes", store, data)
     by_class = found.reshape(6, -1, 3)
@@ -305,8 +305,8 @@ def test_resampled_pictures_give_the_accuracy_of_their_regions(store, data):
         weights = np.bincount(draw, minlength=6) / 6
         means = np.tensordot(weights, found, 1)
         true, one, five = [], [], []
-        for picture in draw:
-            for label, (count, first, within) in enumerate(by_class[picture]):
+        for image in draw:
+            for label, (count, first, within) in enumerate(by_class[image]):
                 true += [label] * int(count)
                 one += [label] * int(first) + [-1] * int(count - first)
                 five += [label] * int(within) + [-1] * int(count - within)
@@ -357,7 +357,7 @@ def test_more_regions_than_a_probe_takes_are_left(data):
     assert counts.tolist() == [2, 2, 2]
 
 
-def test_one_set_of_pictures_for_all_kinds_and_for_segmentation(data):
+def test_one_set_of_images_for_all_kinds_and_for_segmentation(data):
     sets = [
         registered()[f"goi {method} ade20k {kind}"](Context(data=data)).pictures(0)
         for method in ("zero-shot", "probe")
@@ -469,7 +469,7 @@ def test_a_mask_that_covers_no_pixel_has_no_region():
     assert mask_api.decode(whole)[-5:, -1].all() and mask_api.area(whole) == 5
 
 
-def test_the_command_counts_no_pictures_of_the_fine_tuning(data, tmp_path):
+def test_the_command_counts_no_images_of_the_fine_tuning(data, tmp_path):
     arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
     same = ["--compare", str(demo_tower.WEIGHTS_FILE)]
     names = [f"goi {m} {of}" for m in ("zero-shot", "probe") for of in ("ade20k thing masks", "coco boxes")]

@@ -115,7 +115,7 @@ def test_words_lie_in_lines(tmp_path):
     assert made.key == words.word_set("set", tmp_path / "set").pictures().key
 
 
-def test_accuracy_is_that_of_words_whatever_picture_they_share():
+def test_accuracy_is_that_of_words_whatever_image_they_share():
     scores = ctc_readout.accuracies(["ab", "xb", "", "q", "cat"], ["ab", "ab", "cd", "q", "cat"])
     sums = ocr.tallied(scores)
     assert sums.tolist() == [[2, 2.5, 4], [1, 1, 1]]
@@ -161,12 +161,12 @@ def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypa
     ocr.readout_sets.cache_clear()
     benchmark = registered()["ocr svt"](Context(data=tmp_path))
     assert benchmark.metric.endswith("readout trained on words of ocr/train/synth")
-    pictures = benchmark.pictures(0)
-    scores = benchmark.items(store, pictures, 0)
+    images = benchmark.pictures(0)
+    scores = benchmark.items(store, images, 0)
     assert scores.shape == (2, 3) and scores[:, 2].tolist() == [4, 2]
     assert benchmark.figure(scores.mean(0)) > 0.75, scores
     benchmark.set.labels[:] = benchmark.set.labels[1:] + benchmark.set.labels[:1]
-    other = benchmark.items(store, pictures, 0)
+    other = benchmark.items(store, images, 0)
     assert benchmark.figure(other.mean(0)) < benchmark.figure(scores.mean(0)) - 0.3
     ocr.readout_sets.cache_clear()
 

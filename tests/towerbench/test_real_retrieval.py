@@ -148,7 +148,7 @@ def recalls_by_loops(clip, found: captioned.CaptionedSet) -> list[float]:
     pairs = [(i, text) for i, several in enumerate(found.captions) for text in several]
     lines = [model.encode_text(tokenizer([text]))[0] for _, text in pairs]
     lines = [(line / line.norm()).double().numpy() for line in lines]
-    of_captions, of_pictures = [], []
+    of_captions, of_images = [], []
     for (owner, _), line in zip(pairs, lines, strict=True):
         order = sorted(range(len(images)), key=lambda i: -(images[i] @ line))
         of_captions.append(order.index(owner))
@@ -157,8 +157,8 @@ def recalls_by_loops(clip, found: captioned.CaptionedSet) -> list[float]:
         order = sorted(
             range(len(pairs)), key=lambda j: (-round(float(lines[j] @ image), 6), pairs[j][0] != i)
         )
-        of_pictures.append(next(place for place, j in enumerate(order) if pairs[j][0] == i))
-    return [100 * np.mean(np.array(ranks) < k) for ranks in (of_captions, of_pictures) for k in (1, 5, 10)]
+        of_images.append(next(place for place, j in enumerate(order) if pairs[j][0] == i))
+    return [100 * np.mean(np.array(ranks) < k) for ranks in (of_captions, of_images) for k in (1, 5, 10)]
 
 
 def run(name, store, data):
@@ -185,26 +185,26 @@ def test_the_parts_of_the_queries_make_no_difference(store, data, monkeypatch):
 
 
 def test_ranks_by_hand():
-    pictures = torch.eye(3)
+    images = torch.eye(3)
     lines = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.9], [0.0, 0.8, 0.1]])
     # The first line is a caption of images 0 and 1, the second one of 1 too, and stands before in images 2.
-    scores = retrieval.hits(pictures, lines, [[0], [0, 1], [2]])
+    scores = retrieval.hits(images, lines, [[0], [0, 1], [2]])
     at_one = scores[:, [0, 3, 4]].tolist()
     assert at_one == [[1, 1, 1], [0, 2, 0], [0, 1, 0]]
     assert scores[:, 1].tolist() == [1, 2, 1]  # every rank is below 5
 
 
-def test_shared_captions_do_not_count_against_a_pictures_own():
-    pictures = torch.eye(2)
+def test_shared_captions_do_not_count_against_an_images_own():
+    images = torch.eye(2)
     shared = torch.tensor([[0.6, 0.6], [0.1, 0.7]])
-    scores = retrieval.hits(pictures, shared, [[0], [0, 1]])
+    scores = retrieval.hits(images, shared, [[0], [0, 1]])
     assert scores[:, 4].tolist() == [
         1,
         1,
     ]  # image 0's only caption is the nearest, though image 1 has it too
 
 
-def test_the_bootstrap_draws_pictures_with_their_captions(store, data):
+def test_the_bootstrap_draws_images_with_their_captions(store, data):
     """The figure of drawn images is the recall of their captions and of them, each as often as it was drawn."""
     benchmark, scores = run("retrieval coco", store, data)
     drawn = np.random.default_rng(0).integers(0, COUNT, COUNT)
@@ -315,7 +315,7 @@ def test_broken_data_are_refused(data, tmp_path):
         captioned.urban1k(tmp_path).pictures()
 
 
-def test_pictures_without_captions_are_left_out_with_a_count(tmp_path, caplog):
+def test_images_without_captions_are_left_out_with_a_count(tmp_path, caplog):
     (tmp_path / "caption").mkdir()
     for name, text in (("1", "a dog"), ("2", " ...\n"), ("3", "")):
         (tmp_path / "caption" / f"{name}.txt").write_text(text)

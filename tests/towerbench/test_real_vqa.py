@@ -121,8 +121,8 @@ def test_files_are_read(data):
     assert len(few.pictures) == 5 and set(few.pictures) < set(whole.pictures)
 
 
-def test_pictures_are_found_under_their_names_of_both_years(data, tmp_path):
-    assert vqa.coco_picture(data / "coco/val2014", 1001).is_file()
+def test_images_are_found_under_their_names_of_both_years(data, tmp_path):
+    assert vqa.coco_image(data / "coco/val2014", 1001).is_file()
     write(tmp_path, "", "okvqa", (4, 3), 2017)
     benchmark = registered()["vqa ok-vqa"](Context(data=tmp_path))
     assert registered()["vqa ok-vqa"].missing(Context(data=tmp_path)) is None and benchmark.in_domain
@@ -131,11 +131,11 @@ def test_pictures_are_found_under_their_names_of_both_years(data, tmp_path):
         (tmp_path / "coco/val2017" / "000000001001.jpg").read_bytes()
     )
     (tmp_path / "coco/val2017" / "000000001001.jpg").unlink()
-    assert vqa.coco_picture(tmp_path / "coco/val2017", 1001).parent.name == "train2017"
+    assert vqa.coco_image(tmp_path / "coco/val2017", 1001).parent.name == "train2017"
     assert "coco/val2014 or coco/val2017" in registered()["vqa vqav2"].missing(Context(data=tmp_path / "no"))
 
 
-def test_without_a_picture_by_hand(data):
+def test_without_an_image_by_hand(data):
     def question(text, **scores):
         return questions.Question(text, scores)
 
@@ -154,16 +154,16 @@ def test_without_a_picture_by_hand(data):
     assert found == pytest.approx({"most frequent answer": 0.6, "question alone": 0.6})
 
 
-def test_the_readout_answers_from_the_picture_and_not_from_others(store, data, monkeypatch):
+def test_the_readout_answers_from_the_image_and_not_from_others(store, data, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 40)
     monkeypatch.setattr(vqa, "BATCH", 12)
     benchmark = registered()["vqa vqav2"](Context(data=data))
-    pictures = benchmark.pictures(0)
-    scores = benchmark.items(store, pictures, 0)
+    images = benchmark.pictures(0)
+    scores = benchmark.items(store, images, 0)
     assert scores.shape == (12, 2) and (scores[:, 1] == 2).all()
     figure = benchmark.figure(scores.mean(0))
     assert figure > 0.85, figure
-    assert np.array_equal(scores, benchmark.items(store, pictures, 0))
+    assert np.array_equal(scores, benchmark.items(store, images, 0))
     sides = benchmark.sides
 
     def turned(*given):
@@ -172,7 +172,7 @@ def test_the_readout_answers_from_the_picture_and_not_from_others(store, data, m
         return train, held, test
 
     monkeypatch.setattr(benchmark, "sides", turned)
-    other = benchmark.figure(benchmark.items(store, pictures, 0).mean(0))
+    other = benchmark.figure(benchmark.items(store, images, 0).mean(0))
     assert other < 0.7, other
 
 

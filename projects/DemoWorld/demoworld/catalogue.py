@@ -280,7 +280,7 @@ def pictures(size: int = RENDER_SIZE) -> np.ndarray:
     return rendered
 
 
-def other_pictures(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
+def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
     """Another vendor's pictures of the same emoji: files named by code points (`1f415.svg`, `2708-fe0f.png`).
 
     Args:

@@ -207,7 +207,7 @@ class Views:
 
     Args:
         classes: use only the first so many emoji (0: all).
-        folders: further vendors' pictures (`catalogue.other_pictures`), drawn from as often as OpenMoji's.
+        folders: further vendors' pictures (`catalogue.other_images`), drawn from as often as OpenMoji's.
         held_out: folders of vendors that are in no batch, after the others in `evaluation`.
     """
 
@@ -227,7 +227,7 @@ class Views:
         self.vendors = [(own, torch.arange(len(emoji)))]
         self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
         for folder in (*folders, *held_out):
-            rgba, index = catalogue.other_pictures(folder)
+            rgba, index = catalogue.other_images(folder)
             kept = torch.tensor([i < len(emoji) for i in index])
             self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
         # where[v, c]: the place of class c among vendor v's pictures, or -1.
@@ -238,7 +238,7 @@ class Views:
 
     def _banks_of(self, size: int) -> list[torch.Tensor]:
         if size != self._size:
-            self._banks = [augment.premultiplied(pictures, size) for pictures, _ in self.vendors]
+            self._banks = [augment.premultiplied(images, size) for images, _ in self.vendors]
             self._size = size
         return self._banks
 
@@ -268,8 +268,8 @@ class Views:
         self, vendor: int = 0, size: int = 64, views: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Views from seeds that training never uses: `(pictures, labels)`, every class `views` times."""
-        pictures, classes = self.vendors[vendor]
-        bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(pictures, size)
+        images, classes = self.vendors[vendor]
+        bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(images, size)
         for view in range(views):
             for start in range(0, len(classes), 256):
                 index = torch.arange(start, min(start + 256, len(classes)))
@@ -288,7 +288,7 @@ class Pretraining:
         settings: of a new run.
         resume: go on with the run in `output`, under the settings it was started with.
         pictures: folders of further vendors' pictures to train on as well.
-        held_out_pictures: folders of vendors that are only evaluated.
+        held_out_images: folders of vendors that are only evaluated.
 
     Raises:
         DemoWorldError: the folder already holds a run and `resume` is not set, or its checkpoint cannot be read.
@@ -301,7 +301,7 @@ class Pretraining:
         *,
         resume: bool = False,
         pictures: Sequence[str | Path] = (),
-        held_out_pictures: Sequence[str | Path] = (),
+        held_out_images: Sequence[str | Path] = (),
         checkpoint_seconds: float = 120.0,
         evaluate_seconds: float = 900.0,
     ) -> None:
@@ -319,7 +319,7 @@ class Pretraining:
             )
         self.settings = settings
         self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
-        self.views = Views(settings.classes, pictures, held_out_pictures)
+        self.views = Views(settings.classes, pictures, held_out_images)
         self.model = create_tower(settings.seed)
         self.optimizer = Optimizer(self.model, settings)
         self.average = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}

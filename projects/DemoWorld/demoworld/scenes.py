@@ -108,17 +108,17 @@ def cast_of(
 ) -> Cast:
     """A cast of categories, given by name and emoji; `held_out` are further emoji that training scenes do not show."""
     emoji, rendered = catalogue.catalogue(), catalogue.pictures()
-    train, every, pictures, flips = [], [], [], []
+    train, every, images, flips = [], [], [], []
     for place, (_, texts) in enumerate(categories):
         indices = catalogue.drawing_indices((*texts, *(held_out[place] if held_out else ())))
-        start = len(pictures)
+        start = len(images)
         train.append(tuple(range(start, start + len(texts))))
         every.append(tuple(range(start, start + len(indices))))
         for i in indices:
-            pictures.append((i, Image.fromarray(rendered[i], "RGBA")))
+            images.append((i, Image.fromarray(rendered[i], "RGBA")))
             flips.append(catalogue.may_flip(emoji[i].name))
     names = tuple(name for name, _ in categories)
-    return Cast(names, tuple(train), tuple(every), tuple(pictures), tuple(flips))
+    return Cast(names, tuple(train), tuple(every), tuple(images), tuple(flips))
 
 
 @functools.cache
@@ -201,15 +201,15 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
     kept: list[tuple[SceneObject, np.ndarray, slice, slice]] = []
     for category in categories:
         drawing = int(rng.choice(drawings[category]))
-        emoji, picture = cast.pictures[drawing]
+        emoji, image = cast.pictures[drawing]
         if cast.flips[drawing] and rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.5:
-            picture = picture.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
-        picture = picture.crop(picture.getchannel("A").getbbox())
-        scale = rng.uniform(28, largest) / max(picture.size)
-        w, h = (max(4, round(side * scale)) for side in picture.size)
-        rgba = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR))
+            image = image.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
+        image = image.crop(image.getchannel("A").getbbox())
+        scale = rng.uniform(28, largest) / max(image.size)
+        w, h = (max(4, round(side * scale)) for side in image.size)
+        rgba = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
         # Up to an eighth may lie outside the frame.
         x, y = (
             int(rng.integers(-(side // 8), max(1, room - side + side // 8)))

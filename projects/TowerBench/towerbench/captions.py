@@ -13,7 +13,7 @@ def missing() -> str | None:
     return None if find_spec("pycocoevalcap") else "needs pycocoevalcap (pip install 'visft[eval]')"
 
 
-def cider_by_picture(references: Mapping, candidates: Mapping) -> dict:
+def cider_by_image(references: Mapping, candidates: Mapping) -> dict:
     """CIDEr-D of each image by its id, not times 100; their mean is the figure. It can be above 1.
 
     How rare words are is counted in these references.

@@ -10,7 +10,7 @@ from torch import nn
 
 from towerbench import readout_training
 from towerbench.dense_maps import in_chunks
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 
 LINES = 4
 """Words below each other in an image."""
@@ -120,7 +120,7 @@ def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.
     return F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)
 
 
-def columns(tower: FeatureStore, pictures: Pictures, least: int) -> Iterator[torch.Tensor]:
+def columns(tower: FeatureStore, pictures: Images, least: int) -> Iterator[torch.Tensor]:
     """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some images at a time.
 
     Args:

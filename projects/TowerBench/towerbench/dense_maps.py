@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 
 CHUNK = 64
 """Pictures whose maps are in memory at a time."""
 
 
 def in_chunks(
-    tower: FeatureStore, pictures: Pictures, stop: int | None = None
+    tower: FeatureStore, pictures: Images, stop: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Maps `[n, C, h, w]` of `CHUNK` images at a time, each with the number of its first image.
 
@@ -25,7 +25,7 @@ def in_chunks(
         yield start, tower.dense(pictures, start, min(start + CHUNK, stop))
 
 
-def grid_cells(tower: FeatureStore, pictures: Pictures, grid: int) -> Iterator[torch.Tensor]:
+def grid_cells(tower: FeatureStore, pictures: Images, grid: int) -> Iterator[torch.Tensor]:
     """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` images at a time."""
     for _, maps in in_chunks(tower, pictures):
         yield F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)

@@ -31,7 +31,7 @@ FOLDER = ".features-"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """A set of images that can be made again.
 
     Args:
@@ -75,11 +75,11 @@ class FeatureStore:
     def __init__(
         self,
         tower: Tower,
-        announced: Iterable[Pictures] = (),
+        announced: Iterable[Images] = (),
         *,
         folder: Path | None = None,
         texts: dict[str, torch.Tensor] | None = None,
-        progress: Callable[[Pictures, int], None] = lambda pictures, count: None,
+        progress: Callable[[Images, int], None] = lambda pictures, count: None,
     ) -> None:
         self.tower, self.progress = tower, progress
         self._dense_wanted = {pictures.identity for pictures in announced if pictures.dense}
@@ -92,12 +92,12 @@ class FeatureStore:
         self._maps: dict[tuple, np.memmap] = {}
         self._texts = {} if texts is None else texts
 
-    def embeddings(self, pictures: Pictures) -> torch.Tensor:
+    def embeddings(self, pictures: Images) -> torch.Tensor:
         """The CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
         self._compute(pictures)
         return self._embeddings[pictures.identity]
 
-    def dense(self, pictures: Pictures, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def dense(self, pictures: Images, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The last map `[stop - start, C, h, w]` of images `start` to `stop`, float32 on the CPU.
 
         Raises:
@@ -125,7 +125,7 @@ class FeatureStore:
         """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
         return patch_embeddings(self.tower.clip.visual, features).cpu()
 
-    def release(self, pictures: Pictures) -> None:
+    def release(self, pictures: Images) -> None:
         """Forget a set's features."""
         self._embeddings.pop(pictures.identity, None)
         held = self._maps.pop(pictures.identity, None)
@@ -137,7 +137,7 @@ class FeatureStore:
         self._maps.clear()
         self._folder.cleanup()
 
-    def _compute(self, pictures: Pictures, dense: bool = False) -> None:
+    def _compute(self, pictures: Images, dense: bool = False) -> None:
         identity = pictures.identity
         if identity in self._embeddings and (not dense or identity in self._maps):
             return
@@ -162,13 +162,13 @@ class FeatureStore:
             raise ConfigError(f"the set `{pictures.key}` said {pictures.count} images and made {done}")
         self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
-    def _batches(self, pictures: Pictures) -> Iterator[torch.Tensor]:
+    def _batches(self, pictures: Images) -> Iterator[torch.Tensor]:
         """`[N, 3, H, W]` uint8 of the size that the tower sees."""
         height, width = self.tower.input_size(pictures.scale)
         pixels = BATCH_PIXELS_CPU if torch.device(self.tower.device).type == "cpu" else BATCH_PIXELS
         size, rows = max(1, pixels // (height * width)), []
-        for picture in pictures.make():
-            rows.append(torch.from_numpy(fitted(picture, height, width, pictures.fit)).permute(2, 0, 1))
+        for image in pictures.make():
+            rows.append(torch.from_numpy(fitted(image, height, width, pictures.fit)).permute(2, 0, 1))
             if len(rows) == size:
                 yield torch.stack(rows)
                 rows = []
@@ -192,7 +192,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def fitted(picture: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
-    """An image `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Pictures`."""
+    """An image `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Images`."""
     if fit not in FITS:
         raise ConfigError(f"a set of images has fit `{fit}`; choose one of {', '.join(FITS)}")
     if picture.shape[:2] == (height, width):

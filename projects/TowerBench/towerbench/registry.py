@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from towerbench.errors import ConfigError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 
 FAMILIES = (
     "zero-shot",
@@ -86,11 +86,11 @@ class Benchmark:
         """Why it cannot be run (`needs --pictures`, a folder that is not there); None: it can."""
         return None
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         """The sets of images that `items` will ask features of, under names of its own choice. Renders none."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         """The items' scores, `[n]` or `[n, k]`, in 0..1 where they are shares.
 
         Args:

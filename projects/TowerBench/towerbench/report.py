@@ -27,11 +27,11 @@ p.small { font-size: .9rem; opacity: .8; }
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write all four, each atomically."""
     files.write_json(folder / "results.json", results)
-    picture = forest_plot(results)
-    if picture is not None:
+    image = forest_plot(results)
+    if image is not None:
         with files.write_aside(folder / "forest.png") as partial:
-            partial.write_bytes(picture)
-    for name, text in (("report.md", markdown(results)), ("report.html", page(results, picture))):
+            partial.write_bytes(image)
+    for name, text in (("report.md", markdown(results)), ("report.html", page(results, image))):
         with files.write_aside(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -64,12 +64,12 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(results: dict[str, Any], picture: bytes | None) -> str:
+def page(results: dict[str, Any], image: bytes | None) -> str:
     """The report as one HTML file that needs no other."""
     title = html.escape(_title(results))
     body = [f"<h1>{title}</h1>", f"<p>{html.escape(_towers(results))}</p>"]
-    if picture is not None:
-        data = base64.b64encode(picture).decode("ascii")
+    if image is not None:
+        data = base64.b64encode(image).decode("ascii")
         body.append(f'<img alt="Differences with 95 % intervals" src="data:image/png;base64,{data}">')
     for label, tables in comparisons(results):
         if label:

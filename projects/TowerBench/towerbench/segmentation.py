@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from towerbench.dense_maps import in_chunks
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 
 
 def sampled(labels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def mean_iou(means: np.ndarray) -> np.ndarray:
 
 def segmented(
     tower: FeatureStore,
-    pictures: Pictures,
+    pictures: Images,
     scores: Callable[[torch.Tensor], torch.Tensor],
     truth: Callable[[int], tuple[torch.Tensor, float]],
     classes: int,
@@ -60,7 +60,7 @@ def segmented(
 
 def training_cells(
     tower: FeatureStore,
-    pictures: Pictures,
+    pictures: Images,
     labels: Callable[[int, tuple[int, int]], torch.Tensor],
     chosen: Callable[[int, torch.Tensor], np.ndarray],
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from demoworld import files
 from towerbench import statistics
 from towerbench.errors import CheckpointError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import FAMILIES, Benchmark, Context
 from towerbench.towers import Tower
 
@@ -107,12 +107,12 @@ class Task:
         self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
 
     @property
-    def pictures(self) -> list[Pictures]:
-        return [pictures for named in self.sets for pictures in named.values()]
+    def images(self) -> list[Images]:
+        return [images for named in self.sets for images in named.values()]
 
     @property
     def needs_map(self) -> bool:
-        return any(pictures.dense or pictures.scale != 1 for pictures in self.pictures)
+        return any(images.dense or images.scale != 1 for images in self.pictures)
 
     def fingerprint(self) -> str:
         """Hash of what decides the scores besides the tower."""
@@ -124,12 +124,12 @@ class Task:
 
 def _seconds(tasks: Sequence[Task]) -> float:
     """What tasks cost a tower together: each image once, and every readout."""
-    passed = {pictures.identity: pictures for task in tasks for pictures in task.pictures}
+    passed = {images.identity: images for task in tasks for images in task.pictures}
     readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
-    return readouts + sum(_passing_seconds(pictures, pictures.count) for pictures in passed.values())
+    return readouts + sum(_passing_seconds(images, images.count) for images in passed.values())
 
 
-def _passing_seconds(pictures: Pictures, count: int) -> float:
+def _passing_seconds(pictures: Images, count: int) -> float:
     """What `count` of a set's images cost."""
     return PICTURE_SECONDS * pictures.scale**2 * count
 
@@ -161,7 +161,7 @@ def evaluate(
     users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
     announced = [pictures for task in open_tasks for pictures in task.pictures]
 
-    def passed(pictures: Pictures, count: int) -> None:
+    def passed(pictures: Images, count: int) -> None:
         progress.spent(_passing_seconds(pictures, count))
 
     store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)

@@ -42,12 +42,12 @@ def test_map_embedding_gradients_and_merge_are_those_of_the_cpu(name):
 
 
 def test_a_tower_of_the_benchmarks():
-    pictures = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
+    images = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
     lines = ["a cat", "a dog on a blue background"]
     tower = load("visft-tiny", "demo", device="cpu")
-    expected = [*tower.encode(pictures, dense=True), tower.text(lines)]
+    expected = [*tower.encode(images, dense=True), tower.text(lines)]
     with other_device() as device:
         tower = load("visft-tiny", "demo", device=device.type)
-        found = [*tower.encode(pictures, dense=True), tower.text(lines)]
+        found = [*tower.encode(images, dense=True), tower.text(lines)]
     assert all(tensor.device.type == "cpu" and not isinstance(tensor, Elsewhere) for tensor in found)
     assert max(relative(*pair) for pair in zip(found, expected, strict=True)) < 1e-4

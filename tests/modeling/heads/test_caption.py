@@ -150,7 +150,7 @@ def test_lengths_are_bounded_and_no_caption_is_empty(kind):
         assert len(ids) == 1 and head.vocabulary.words[ids[0]] in WORDS
 
 
-def test_a_picture_is_described_alike_alone_and_among_others(kind):
+def test_an_image_is_described_alike_alone_and_among_others(kind):
     head = make(kind)
     together = search(head, cells(), beam_size=3, max_length=5)
     for cell, (ids, maps, total) in zip(cells(), together, strict=True):
@@ -244,7 +244,7 @@ def test_processes_train_as_one_with_the_joined_batch(kind):
         )
 
 
-def test_which_caption_is_learned_changes_with_the_seed_and_the_picture_alone():
+def test_which_caption_is_learned_changes_with_the_seed_and_the_image_alone():
     head = make()
     images = [picture(number, *WORDS) for number in range(20)]
 
@@ -264,7 +264,7 @@ def test_which_caption_is_learned_changes_with_the_seed_and_the_picture_alone():
     assert torch.rand(1) == after
 
 
-def test_pictures_without_words_are_no_labels():
+def test_images_without_words_are_no_labels():
     head = make()
     assert head.has_labels(PICTURES[0])
     assert not head.has_labels({"image_id": 1})
@@ -273,7 +273,7 @@ def test_pictures_without_words_are_no_labels():
     assert head._captions([picture(1, "", "bee")])[0].tolist() == head.vocabulary.encode("bee", 30)
 
 
-def test_it_learns_to_tell_pictures_apart(kind):
+def test_it_learns_to_tell_images_apart(kind):
     head = make(kind, sharpen=1.0, beam_size=2).train()
     maps = features(3)
     images = [picture(1, "ant bee cow"), picture(2, "cow"), picture(3, "bee bee ant")]
@@ -296,7 +296,7 @@ def test_every_parameter_learns(kind):
     assert [name for name, p in head.named_parameters() if p.grad is None] == []
 
 
-def test_word_maps_lie_over_the_picture_without_its_padding():
+def test_word_maps_lie_over_the_image_without_its_padding():
     maps = torch.zeros(2, 4, 4)
     maps[0, 1, 0] = maps[1, 0, 3] = 1  # the second is where the padding is
     caption = Caption("ant bee", ("ant", "bee"), maps, seen=(0.5, 0.5))

@@ -28,7 +28,7 @@ def gradients(head, losses) -> dict[str, torch.Tensor]:
     return dict(zip(names, torch.autograd.grad(sum(losses.values()), parameters), strict=True))
 
 
-def test_a_picture_alone_and_padded_in_a_batch_are_the_same():
+def test_an_image_alone_and_padded_in_a_batch_are_the_same():
     head = make_head().eval()
     cells = [(4, 4), (2, 4), (3, 1)]
     features = torch.randn(3, 12, 4, 4)  # what is in the padding must not matter
@@ -153,7 +153,7 @@ def test_labels_of_the_data_sets_own_ids(images):
     assert result.pred_classes.max() < 5
 
 
-def test_which_pictures_have_labels(images):
+def test_which_images_have_labels(images):
     head = make_head()
     assert head.has_labels(images[0]) and head.has_labels(images[1])
     assert not head.has_labels({"image_id": 3})
@@ -173,7 +173,7 @@ def test_widths_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(device):
+def test_it_learns_an_image_by_heart_and_finds_it_in_original_coordinates(device):
     size, boxes, classes = (48, 64), [[4, 4, 30, 40], [36, 8, 60, 24]], [3, 1]
     image = [annotated(0, size, boxes, classes)]
     head = make_head().to(device)
@@ -195,7 +195,7 @@ def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(devic
     assert (result.scores.diff() <= 0).all()
 
 
-def test_detections_are_limited_and_inside_the_picture(images):
+def test_detections_are_limited_and_inside_the_image(images):
     head = make_head(max_detections=3).eval()
     torch.nn.init.constant_(head.bbox_embeds.layers[-1].bias, 2.0)  # large boxes, beyond the image
     result = head.inference(HeadInputs(torch.randn(4, 12, 4, 4), NOT_PADDED, images, SIZES, (64, 64)))[0]

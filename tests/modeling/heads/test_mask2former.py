@@ -57,7 +57,7 @@ def test_gradients_of_two_processes_add_up_to_those_of_the_joined_batch(images):
         assert (parts[0][name] + parts[1][name] - gradient).abs().max() < 1e-6 * largest, name
 
 
-def test_points_follow_the_seed_and_the_picture(images):
+def test_points_follow_the_seed_and_the_image(images):
     head, features = make_head(), torch.randn(4, 12, 8, 8)
     a, b, c = (losses_of(head, features, images, seed=seed) for seed in (1, 1, 2))
     assert a["loss_mask"] == b["loss_mask"] != c["loss_mask"]
@@ -201,7 +201,7 @@ def test_more_objects_than_queries(images):
     assert len(losses) == 9 and all(loss.isfinite() for loss in losses.values())
 
 
-def test_which_pictures_have_labels(images):
+def test_which_images_have_labels(images):
     head = make_head()
     assert head.has_labels(images[0]) and head.has_labels(images[1])
     assert head.has_labels({"instances": Instances((64, 64))})
@@ -224,7 +224,7 @@ def test_no_gradient_through_the_attention_mask():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_it_learns_a_picture_by_heart_and_finds_it_in_original_coordinates(device):
+def test_it_learns_an_image_by_heart_and_finds_it_in_original_coordinates(device):
     size, boxes, classes = (48, 64), [[8, 8, 24, 40], [32, 8, 64, 24]], [3, 1]
     image = [annotated(0, size, boxes, classes)]
     head = make_head().to(device)

@@ -169,7 +169,7 @@ def test_a_frozen_head_still_has_losses():
     assert all(torch.equal(value, dict(head.named_buffers())[name]) for name, value in statistics.items())
 
 
-def test_losses_count_pictures_over_all_processes():
+def test_losses_count_images_over_all_processes():
     """A process with one of two images takes half of the joined batch's region proposal loss, and so on."""
     head = build()
     model, images = beside(head), batch()
@@ -181,7 +181,7 @@ def test_losses_count_pictures_over_all_processes():
         torch.testing.assert_close(2 * shared[name], value)
 
 
-def test_a_picture_without_objects_is_labelled_though_it_has_no_masks():
+def test_an_image_without_objects_is_labelled_though_it_has_no_masks():
     head = build()
     empty, bare, foreign = (picture(64, 64, []) for _ in range(3))
     empty["instances"].remove("gt_masks")
@@ -208,7 +208,7 @@ def test_a_class_that_the_head_has_not_is_named():
         build().normalizers(images)
 
 
-def test_proposals_may_come_with_the_pictures():
+def test_proposals_may_come_with_the_images():
     head = build(MODEL__PROPOSAL_GENERATOR__NAME="PrecomputedProposals").eval()
     model, images = beside(build()), batch()
     for image in images:

@@ -229,7 +229,7 @@ def test_no_weights_and_nothing_in_the_state(tower):
     assert not head.trainable and list(head.parameters()) == [] and head.state_dict() == {}
 
 
-def test_pictures_without_objects_have_no_labels(tower, images):
+def test_images_without_objects_have_no_labels(tower, images):
     head = head_of(tower)
     assert [head.has_labels(image) for image in images] == [True, False, True, True]
     assert head.normalizers(images).tolist() == [9]

@@ -77,7 +77,7 @@ def test_weight_and_size():
     assert not torch.isclose(found, once["anchor/loss"].detach())
 
 
-def test_parts_of_a_picture_are_anchored_beside_the_whole(monkeypatch):
+def test_parts_of_an_image_are_anchored_beside_the_whole(monkeypatch):
     """Parts are cut here anew, from where the objective says that it cuts."""
     taken = []
 
@@ -166,7 +166,7 @@ def test_adapters_that_are_switched_off_do_not_act():
         pass
 
 
-def test_pictures_are_resized_as_pil_does():
+def test_images_are_resized_as_pil_does():
     generator = np.random.default_rng(0)
     smooth = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((160, 90), 3)
     expected = np.asarray(smooth.resize((64, 64), Image.Resampling.BICUBIC)).astype(float)

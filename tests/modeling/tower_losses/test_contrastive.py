@@ -30,7 +30,7 @@ def test_loss_and_gradient_are_open_clips():
     assert_close(gradients(model, loss), gradients(model, expected))
 
 
-def test_pictures_without_a_caption_take_no_part():
+def test_images_without_a_caption_take_no_part():
     model, images = with_objectives("contrastive"), captioned(3)
     others = [picture(number=8), picture(number=9) | {"captions": [" "]}]
     found = losses_of(model, [others[0], *images, others[1]])["contrastive/loss"]

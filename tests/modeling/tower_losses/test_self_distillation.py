@@ -48,7 +48,7 @@ def regions(model, image, draw) -> torch.Tensor:
     return dict(model.objectives.items())["self_distillation"].regions(batch, 0)
 
 
-def test_a_grid_covers_the_picture():
+def test_a_grid_covers_the_image():
     options = ("MODEL.VISFT.SELF_DISTILLATION.MAX_REGIONS", 0, "MODEL.VISFT.SELF_DISTILLATION.GRID", 3)
     model, image = with_objectives("self_distillation", options=options), picture(boxes=False, masks=False)
     counts = set()
@@ -65,7 +65,7 @@ def test_a_grid_covers_the_picture():
     assert {len(regions(few, image, draw)) for draw in range(20)} == {1, 2}
 
 
-def test_annotated_boxes_and_pictures_without():
+def test_annotated_boxes_and_images_without():
     model = with_objectives("self_distillation", options=BOXES)
     objective = dict(model.objectives.items())["self_distillation"]
     boxed, empty, bare = picture(), picture(count=0), picture(boxes=False, masks=False)

@@ -7,7 +7,7 @@ import numpy as np
 from towerbench import captions
 from towerbench.caption_readout import Recipe, trained
 from towerbench.demo import regions, unseen
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, Context, register
 
 RECIPE = Recipe(grid=regions.GRID)
@@ -33,10 +33,10 @@ class CaptioningScenes(Benchmark):
     def missing(cls, context: Context) -> str | None:
         return captions.missing()
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return unseen.readout_pictures(self.context.split)
+    def pictures(self, seed: int) -> Mapping[str, Images]:
+        return unseen.readout_images(self.context.split)
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         cells = regions.standardised_cells(tower, pictures)
         parts = ("train", "validation", self.context.split)
         texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in parts}
@@ -45,6 +45,6 @@ class CaptioningScenes(Benchmark):
         found = []
         for start in range(STARTS):
             captioner = trained(*sides, RECIPE, STARTS * seed + start)
-            scores = captions.cider_by_picture(references, dict(enumerate(captioner.said(cells["test"]))))
+            scores = captions.cider_by_image(references, dict(enumerate(captioner.said(cells["test"]))))
             found.append([scores[i] for i in references])
         return np.mean(found, axis=0)

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 
 from towerbench.demo import emoji, regions, unseen
 from towerbench.dense_maps import in_chunks
-from towerbench.features import FeatureStore, Pictures, fitted
+from towerbench.features import FeatureStore, Images, fitted
 from towerbench.readout import chosen_on_validation
 from towerbench.registry import Benchmark, register
 from towerbench.segmentation import mean_iou, sampled, segmented, training_cells
@@ -44,7 +44,7 @@ class _Segmentation(Benchmark):
     """What is drawn are places to train at, the same for every seed."""
     item_set = unseen.ITEMS
 
-    def segment(self, tower: FeatureStore, pictures: Mapping[str, Pictures], classes: int) -> np.ndarray:
+    def segment(self, tower: FeatureStore, pictures: Mapping[str, Images], classes: int) -> np.ndarray:
         """Compare `self.scores` with the truth, scene by scene."""
         scenes = unseen.scenes(self.context.split)
         return segmented(
@@ -71,10 +71,10 @@ class DenseProbe(_Segmentation):
     readout_seconds = 9
     version = 2
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return unseen.readout_pictures(self.context.split)
+    def pictures(self, seed: int) -> Mapping[str, Images]:
+        return unseen.readout_images(self.context.split)
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         classes = len(unseen.categories()) + 1
         train, validation = (_cells(tower, pictures[part], part) for part in ("train", "validation"))
         self._model = chosen_on_validation(train, validation, classes, L2)
@@ -92,10 +92,10 @@ class DenseText(_Segmentation):
     name, metric = "dense text", "mIoU of patches against names, on objects"
     readout_seconds = 2.5
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"test": unseen.pictures(self.context.split, dense=True)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         return self.segment(tower, pictures, len(unseen.categories()))
 
     def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class DenseCorrespondence(Benchmark):
     name, family, metric = "dense correspondence", "dense", "PCK@0.1 under augmentation"
     max_seeds = 1
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         scenes = unseen.pictures(self.context.split, dense=True)
         count = min(WARPED, scenes.count)
 
@@ -119,9 +119,9 @@ class DenseCorrespondence(Benchmark):
                 yield warped(scene.image, number)[0]
 
         key = f"{scenes.key}/warped {count} {WARPED_SIDE}"
-        return {"scenes": scenes, "warped": Pictures(key, count, make, scale=scenes.scale, dense=True)}
+        return {"scenes": scenes, "warped": Images(key, count, make, scale=scenes.scale, dense=True)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         count = pictures["warped"].count
         rows = []
         sides = (in_chunks(tower, pictures[name], stop=count) for name in ("scenes", "warped"))
@@ -171,7 +171,7 @@ def warped(image: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(picture), np.hstack((turn, shift[:, None]))
 
 
-def _cells(tower: FeatureStore, pictures: Pictures, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _cells(tower: FeatureStore, pictures: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `[N, C]` and labels `[N]` of some cells of every scene, the same ones for every tower."""
     scenes, background = unseen.scenes(part), len(unseen.categories())
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from demoworld import augment, catalogue, tower
-from towerbench.features import Pictures
+from towerbench.features import Images
 
 SIZE = 64
 """Side of a view in pixels."""
@@ -43,7 +43,7 @@ def _bank(folder: Path | None) -> tuple[torch.Tensor, tuple[int, ...]]:
     if folder is None:
         rendered, indices = catalogue.pictures(), range(len(catalogue.catalogue()))
     else:
-        rendered, indices = catalogue.other_pictures(folder)
+        rendered, indices = catalogue.other_images(folder)
     return augment.premultiplied(torch.from_numpy(rendered), SIZE), tuple(indices)
 
 
@@ -61,7 +61,7 @@ def _source(folder: Path | None) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def views(indices: Sequence[int], per_emoji: int, seed: int, *, folder: Path | None = None) -> Pictures:
+def views(indices: Sequence[int], per_emoji: int, seed: int, *, folder: Path | None = None) -> Images:
     """`per_emoji` augmented views of each of the emoji, one emoji's after the other's.
 
     Args:
@@ -78,12 +78,12 @@ def views(indices: Sequence[int], per_emoji: int, seed: int, *, folder: Path | N
         for number, chunk in enumerate(rows.split(_CHUNK)):
             digest = hashlib.sha256(f"{key}/{number}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            yield from as_pictures(augment.augmented_views(bank, chunk, flippable, generator))
+            yield from as_images(augment.augmented_views(bank, chunk, flippable, generator))
 
-    return Pictures(key, len(indices) * per_emoji, make)
+    return Images(key, len(indices) * per_emoji, make)
 
 
-def as_pictures(images: torch.Tensor) -> np.ndarray:
+def as_images(images: torch.Tensor) -> np.ndarray:
     """CLIP-normalised `[N, 3, H, W]` -> `[N, H, W, 3]` uint8."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (augment.CLIP_MEAN, augment.CLIP_STD))
     pixels = ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

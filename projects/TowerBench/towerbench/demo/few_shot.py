@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from towerbench.demo import emoji
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import chosen_on_validation
 from towerbench.registry import Benchmark, Context, register
 
@@ -37,13 +37,13 @@ class FewShotEmoji(Benchmark):
         """The classes: what the vendor has drawn of them."""
         return [i for i in self.trained() if i in emoji.drawn_by(self.vendor)]
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {
             "train": emoji.views(self.trained(), max(SHOTS) + VALIDATION, 1000 + seed),
             "test": emoji.views(self.indices(), TEST, 2000 + seed, folder=self.vendor),
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         classes, labels = len(self.indices()), torch.arange(len(self.indices()))
         rows = [self.trained().index(i) for i in self.indices()]
         train = tower.embeddings(pictures["train"]).unflatten(0, (-1, max(SHOTS) + VALIDATION))[rows]
@@ -95,7 +95,7 @@ class FewShotDigits(Benchmark):
         halves = (first, second) if self.context.split == "test" else (second, first)
         return *halves, digits.images, digits.target
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         train, test, images, _ = self._halves()
         digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
 
@@ -105,13 +105,13 @@ class FewShotDigits(Benchmark):
                 yield np.repeat(grey[:, :, None], 3, axis=2)
 
         return {
-            name: Pictures(
+            name: Images(
                 f"digits/{digest}/{self.context.split}/{name}", len(half), lambda half=half: make(half)
             )
             for name, half in (("train", train), ("test", test))
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         train, test, _, target = self._halves()
         labels, wanted = torch.from_numpy(target[train]), torch.from_numpy(target[test])
         features, tested = tower.embeddings(pictures["train"]), tower.embeddings(pictures["test"])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from towerbench.demo import emoji, regions, unseen
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import chosen_on_validation
 from towerbench.region_pooling import within
 from towerbench.registry import Benchmark, register
@@ -23,11 +23,11 @@ class _Objects(Benchmark):
     """Nothing is drawn."""
     item_set = unseen.ITEMS
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Pictures], kind: str) -> torch.Tensor:
+    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
         """Scores of every category for each object of the split, `[M, categories]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         _, labels = regions.objects(self.context.split)
         columns = [within(self.named(tower, pictures, kind), labels) for kind in regions.KINDS]
         columns.append(torch.ones(len(labels), 1, dtype=torch.bool))
@@ -43,10 +43,10 @@ class GoiZeroShot(_Objects):
 
     name, metric = "goi zero-shot", "top-1 and top-5 accuracy by mask and box"
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"test": unseen.pictures(self.context.split, dense=True)}
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Pictures], kind: str) -> torch.Tensor:
+    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
         features = regions.pooled(tower, pictures["test"], self.context.split, kind)
         names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
         return tower.project(features) @ names.T
@@ -60,10 +60,10 @@ class GoiProbe(_Objects):
     readout_seconds = 9
     version = 2
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return unseen.readout_pictures(self.context.split)
+    def pictures(self, seed: int) -> Mapping[str, Images]:
+        return unseen.readout_images(self.context.split)
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Pictures], kind: str) -> torch.Tensor:
+    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
         train, validation = (
             (regions.pooled(tower, pictures[part], part, kind), regions.objects(part)[1])
             for part in ("train", "validation")

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from demoworld import catalogue
 from towerbench import ctc_readout
 from towerbench.ctc_readout import LINES
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import one_thread
 from towerbench.registry import Benchmark, Context, register
 from towerbench.standardise import Standardiser
@@ -140,11 +140,11 @@ class OcrWords(Benchmark):
         found = len(font_files(TRAIN_FONTS)) + len(font_files(TEST_FONTS))
         return None if found == wanted else "needs the typefaces of pip install 'visft[demo]'"
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: _pictures(part) for name, part in parts.items()}
+        return {name: _images(part) for name, part in parts.items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
         least = SIDE // 8  # enough for seven letters
         columns = {name: torch.cat(list(ctc_readout.columns(tower, pictures[name], least))) for name in parts}
@@ -157,7 +157,7 @@ class OcrWords(Benchmark):
         return ctc_readout.accuracies(read, truth["test"]).reshape(-1, LINES, 2).mean(1)
 
 
-def _pictures(part: str) -> Pictures:
+def _images(part: str) -> Images:
     rows = lines(part)
 
     def make() -> Iterator[np.ndarray]:
@@ -166,4 +166,4 @@ def _pictures(part: str) -> Pictures:
             yield picture(each, files, np.random.default_rng([14, list(COUNTS).index(part), number]))
 
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    return Pictures(f"words/{part}/{SIDE}/{digest}", len(rows), make, scale=SCALE, dense=True)
+    return Images(f"words/{part}/{SIDE}/{digest}", len(rows), make, scale=SCALE, dense=True)

@@ -8,7 +8,7 @@ import torch
 
 from towerbench.demo import unseen
 from towerbench.dense_maps import grid_cells, in_chunks
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.region_pooling import coverage, mean_features
 from towerbench.standardise import Standardiser
 
@@ -33,7 +33,7 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarr
     return mask
 
 
-def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> torch.Tensor:
+def pooled(tower: FeatureStore, pictures: Images, part: str, kind: str) -> torch.Tensor:
     """The mean feature `[M, C]` of each object of a part, weighted by how much of a cell it covers.
 
     Args:
@@ -51,12 +51,12 @@ def pooled(tower: FeatureStore, pictures: Pictures, part: str, kind: str) -> tor
     return torch.cat(found)
 
 
-def cells(tower: FeatureStore, pictures: Pictures) -> torch.Tensor:
+def cells(tower: FeatureStore, pictures: Images) -> torch.Tensor:
     """Maps averaged to `[N, GRID * GRID, C]`."""
     return torch.cat(list(grid_cells(tower, pictures, GRID)))
 
 
-def standardised_cells(tower: FeatureStore, pictures: Mapping[str, Pictures]) -> dict[str, torch.Tensor]:
+def standardised_cells(tower: FeatureStore, pictures: Mapping[str, Images]) -> dict[str, torch.Tensor]:
     """`cells` of each set, standardised as those of `train` are."""
     found = {name: cells(tower, each) for name, each in pictures.items()}
     standardised = Standardiser.of(found["train"], channels=2)

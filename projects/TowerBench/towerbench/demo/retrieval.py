@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from towerbench.demo import unseen
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, register
 
 AT = (1, 5, 10)
@@ -20,10 +20,10 @@ class RetrievalScenes(Benchmark):
     max_seeds = 3
     item_set = unseen.ITEMS
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"scenes": unseen.pictures(self.context.split)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         captions = [scene.captions[seed] for scene in unseen.scenes(self.context.split)]
         return recalls(tower.embeddings(pictures["scenes"]) @ tower.text(captions).T)
 

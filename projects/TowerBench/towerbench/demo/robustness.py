@@ -8,36 +8,36 @@ from PIL import Image, ImageFilter
 
 from towerbench.demo import emoji
 from towerbench.demo.zero_shot import hits
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, register
 
 COUNT = 150
 """Emoji that are shown, each under every corruption."""
 
 
-def blur(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+def blur(image: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian blur; radius in hundredths of the side."""
-    pixels = radius * picture.shape[0] / 100
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(pixels)))
+    pixels = radius * image.shape[0] / 100
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(pixels)))
 
 
-def noise(picture: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+def noise(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise; standard deviation as a share of the range."""
-    noisy = picture + 255 * deviation * rng.standard_normal(picture.shape)
+    noisy = image + 255 * deviation * rng.standard_normal(image.shape)
     return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
 
-def jpeg(picture: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
+def jpeg(image: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
     """JPEG artefacts; quality from 1 to 95."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=int(quality))
+    Image.fromarray(image).save(buffer, "JPEG", quality=int(quality))
     return np.asarray(Image.open(buffer))
 
 
-def contrast(picture: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
+def contrast(image: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
     """Less contrast about the mean colour."""
-    mean = picture.mean((0, 1), keepdims=True)
-    return np.clip(np.round((picture - mean) * factor + mean), 0, 255).astype(np.uint8)
+    mean = image.mean((0, 1), keepdims=True)
+    return np.clip(np.round((image - mean) * factor + mean), 0, 255).astype(np.uint8)
 
 
 CORRUPTIONS: dict[Callable, tuple[float, ...]] = {
@@ -49,11 +49,11 @@ CORRUPTIONS: dict[Callable, tuple[float, ...]] = {
 """Each with its five strengths."""
 
 
-def corrupted(picture: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def corrupted(image: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """An image `[H, W, 3]` uint8 under every corruption, 20 in all."""
     for corrupt, strengths in CORRUPTIONS.items():
         for strength in strengths:
-            yield corrupt(picture, strength, rng)
+            yield corrupt(image, strength, rng)
 
 
 @register
@@ -68,16 +68,16 @@ class RobustnessEmoji(Benchmark):
         """What is shown, of `catalogue()`."""
         return emoji.of_split(self.context.split)[:COUNT]
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         clean = emoji.views(self.indices(), 1, 3000 + seed)
 
         def make() -> Iterator[np.ndarray]:
-            for number, picture in enumerate(clean.make()):
-                yield from corrupted(picture, np.random.default_rng([seed, number]))
+            for number, image in enumerate(clean.make()):
+                yield from corrupted(image, np.random.default_rng([seed, number]))
 
         kinds = ",".join(f"{f.__name__}{strengths}" for f, strengths in CORRUPTIONS.items())
-        return {"corrupted": Pictures(f"{clean.key}/{kinds}", clean.count * 20, make)}
+        return {"corrupted": Images(f"{clean.key}/{kinds}", clean.count * 20, make)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         shown = [index for index in self.indices() for _ in range(20)]
         return hits(tower, tower.embeddings(pictures["corrupted"]), shown).reshape(-1, 20)

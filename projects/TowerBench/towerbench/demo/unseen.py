@@ -7,7 +7,7 @@ import numpy as np
 
 from demoworld import scenes as demo_scenes
 from demoworld.unseen_things import cast, scene
-from towerbench.features import Pictures
+from towerbench.features import Images
 
 COUNTS = {"train": 700, "validation": 200, "test": 500, "development": 500}
 """Scenes of each part; `train` and `validation` are for readouts."""
@@ -32,7 +32,7 @@ def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
     return tuple(scene(number, i) for i in range(COUNTS[part]))
 
 
-def pictures(part: str, *, dense: bool = False) -> Pictures:
+def pictures(part: str, *, dense: bool = False) -> Images:
     """A part's images, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
 
     Args:
@@ -43,10 +43,10 @@ def pictures(part: str, *, dense: bool = False) -> Pictures:
         yield from (scene.image for scene in scenes(part))
 
     scale = DENSE_SCALE if dense else 1.0
-    return Pictures(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=scale, dense=dense)
+    return Images(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=scale, dense=dense)
 
 
-def readout_pictures(split: str) -> Mapping[str, Pictures]:
+def readout_images(split: str) -> Mapping[str, Images]:
     """What a readout on maps asks for: `train`, `validation`, and the split as `test`."""
     parts = {"train": "train", "validation": "validation", "test": split}
     return {name: pictures(part, dense=True) for name, part in parts.items()}

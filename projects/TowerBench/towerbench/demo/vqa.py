@@ -11,7 +11,7 @@ from torch import nn
 
 from towerbench import readout_training
 from towerbench.demo import regions, unseen
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, register
 
 ANSWERS = {
@@ -217,10 +217,10 @@ class VqaScenes(Benchmark):
     version = 3
     item_set = unseen.ITEMS
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return unseen.readout_pictures(self.context.split)
+    def pictures(self, seed: int) -> Mapping[str, Images]:
+        return unseen.readout_images(self.context.split)
 
-    def asked(self, tower: FeatureStore, pictures: Mapping[str, Pictures]) -> list[Asked]:
+    def asked(self, tower: FeatureStore, pictures: Mapping[str, Images]) -> list[Asked]:
         """The questions of training, validation and test."""
         cells = regions.standardised_cells(tower, pictures)
         names = tower.text([f"a picture of {name}" for name in unseen.categories()])
@@ -229,7 +229,7 @@ class VqaScenes(Benchmark):
         parts = {"train": "train", "validation": "validation", "test": self.context.split}
         return [Asked(part, cells[name], names, starts) for name, part in parts.items()]
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         train, validation, test = self.asked(tower, pictures)
         starts = range(STARTS * seed, STARTS * (seed + 1))
         right = [test.right(trained(train, validation, start)).double() for start in starts]

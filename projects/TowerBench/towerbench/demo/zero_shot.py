@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from towerbench.demo import emoji
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, Context, register
 
 
@@ -20,10 +20,10 @@ class ZeroShotEmoji(Benchmark):
         """What is shown, of `catalogue()`."""
         return emoji.of_split(self.context.split)
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"views": emoji.views(self.indices(), 1, seed)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         return hits(tower, tower.embeddings(pictures["views"]), self.indices())
 
 
@@ -40,7 +40,7 @@ class ZeroShotVendor(ZeroShotEmoji):
     def indices(self) -> list[int]:
         return [i for i in super().indices() if i in emoji.drawn_by(self.context.pictures)]
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"views": emoji.views(self.indices(), 1, seed, folder=self.context.pictures)}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from towerbench.errors import DataError
-from towerbench.features import Pictures
+from towerbench.features import Images
 from towerbench.real import sources
 from towerbench.real.sources import Source, field
 
@@ -35,7 +35,7 @@ class CaptionedSet:
         files, captions = [self.files[i] for i in numbers], [self.captions[i] for i in numbers]
         return CaptionedSet(name, files, captions, self.annotations)
 
-    def pictures(self, **how: Any) -> Pictures:
+    def pictures(self, **how: Any) -> Images:
         """Its images; `how` is of `sources.pictures`.
 
         Raises:
@@ -70,7 +70,7 @@ def collected(
     return CaptionedSet(name, files, captions, annotations)
 
 
-def karpathy(name: str, file: Path, picture: Callable[[Mapping[str, Any]], Path]) -> CaptionedSet:
+def karpathy(name: str, file: Path, image: Callable[[Mapping[str, Any]], Path]) -> CaptionedSet:
     """The test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of an image.
 
     Args:
@@ -81,7 +81,7 @@ def karpathy(name: str, file: Path, picture: Callable[[Mapping[str, Any]], Path]
         for entry in field(sources.read_json(file), "images", file, list):
             if field(entry, "split", file, str) == "test":
                 sentences = field(entry, "sentences", file, list)
-                yield picture(entry), [field(sentence, "raw", file, str) for sentence in sentences]
+                yield image(entry), [field(sentence, "raw", file, str) for sentence in sentences]
 
     return collected(name, rows(), [file])
 

@@ -11,7 +11,7 @@ import torch
 from towerbench import caption_readout, captions
 from towerbench.dense_maps import grid_cells
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import Context, variant
@@ -59,17 +59,17 @@ class NoCaps(sources.RealBenchmark):
         file = self.path(COCO_CAPTIONS)
         return _readout_sets(file, self.path(COCO_PICTURES), file.stat().st_mtime_ns)
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         sets = {**self.readout, "test": self.set}
         # Whole images: captions speak of what is at their borders, too.
         return {part: each.pictures(fit="squash", dense=True) for part, each in sets.items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         told = dict(enumerate(self.told(tower, pictures, seed)))
-        scores = captions.cider_by_picture(dict(enumerate(self.set.captions)), told)
+        scores = captions.cider_by_image(dict(enumerate(self.set.captions)), told)
         return np.array([scores[i] for i in told])
 
-    def told(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> list[str]:
+    def told(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> list[str]:
         """What the readout says of each image."""
         # The domains' benchmarks share it: it depends on the tower, COCO's images and the seed alone.
         known = _readouts.setdefault(tower, {})
@@ -107,7 +107,7 @@ class Readout:
     def __init__(
         self,
         tower: FeatureStore,
-        pictures: Mapping[str, Pictures],
+        pictures: Mapping[str, Images],
         texts: Mapping[str, Sequence[Sequence[str]]],
         seed: int,
     ) -> None:
@@ -121,11 +121,11 @@ class Readout:
         )
         self.captioner = caption_readout.trained(*sides, RECIPE, seed)
 
-    def told(self, tower: FeatureStore, pictures: Pictures) -> list[str]:
+    def told(self, tower: FeatureStore, pictures: Images) -> list[str]:
         """What the readout says of each image."""
         return [text for part in self._seen(tower, pictures) for text in self.captioner.said(part)]
 
-    def _seen(self, tower: FeatureStore, pictures: Pictures) -> Iterator[torch.Tensor]:
+    def _seen(self, tower: FeatureStore, pictures: Images) -> Iterator[torch.Tensor]:
         """Cells `[n, P, C]` as the decoder sees them, of some images at a time."""
         return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from towerbench import region_pooling, segmentation
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, sources
 from towerbench.real.sources import Source
@@ -80,8 +80,8 @@ class Labelled:
         """Read everything once, that nothing is found broken in the middle of a long run."""
         for number, source in enumerate(self.pictures):
             size = self.labels(number).shape
-            with sources.readable(source.file, "picture"), Image.open(source.file) as picture:
-                shown = picture.height, picture.width
+            with sources.readable(source.file, "picture"), Image.open(source.file) as image:
+                shown = image.height, image.width
             if shown != size:
                 raise DataError(
                     f"{self.maps[number]}: is of height and width {size}, and its picture of {shown}; both of one "
@@ -218,15 +218,15 @@ class _Dense(sources.RealBenchmark):
         rows = found.files(self.context.data, train)
         rows = [rows[i] for i in sources.spread(len(rows), most)]
         labelled = Labelled(
-            [Source(picture) for picture, _ in rows], [file for _, file in rows], found.table(self.background)
+            [Source(image) for image, _ in rows], [file for _, file in rows], found.table(self.background)
         )
         labelled.check()
         return labelled
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return self.shown("test", self.test)
 
-    def shown(self, part: str, found: Labelled) -> Mapping[str, Pictures]:
+    def shown(self, part: str, found: Labelled) -> Mapping[str, Images]:
         """A part's images, and what stands for its label maps."""
         return {
             part: maps.pictures(found.pictures, self.data_set, part),
@@ -237,7 +237,7 @@ class _Dense(sources.RealBenchmark):
         """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         return segmentation.segmented(
             tower,
             pictures["test"],
@@ -284,13 +284,13 @@ class DenseProbe(_Dense):
             )
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         found = dict(super().pictures(seed))
         for part, labelled in self.parts.items():
             found |= self.shown(part, labelled)
         return found
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         rows = [
             segmentation.training_cells(
                 tower,
@@ -320,7 +320,7 @@ def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
 class DenseText(_Dense):
     """Each cell, brought into the space of texts, against the names of all classes; where there is one of them."""
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         self._names = maps.classifier(tower, self.names)
         return super().items(tower, pictures, seed)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import LogisticRegression, chosen_on_validation
 from towerbench.real import sources, zero_shot
 from towerbench.real.classification import (
@@ -55,17 +55,17 @@ class _FewShot(sources.RealBenchmark):
         """What is trained on, and chosen by."""
         raise NotImplementedError
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         train, held = self.drawn(seed)
         label = self.name.removeprefix(f"{self.method} ")
         source = "imagenet" if self.test.set.imagenet else label
         return {
-            "train": zero_shot.pictures_of(train, f"{source} to train on"),
-            "held": zero_shot.pictures_of(held, f"{source} to choose by"),
+            "train": zero_shot.images_of(train, f"{source} to train on"),
+            "held": zero_shot.images_of(held, f"{source} to choose by"),
             **self.test.pictures(seed),
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         train, held = self.drawn(seed)
         groups, labels = self.test.set.imagenet, torch.tensor(self.test.set.labels)
         rows = (
@@ -78,7 +78,7 @@ class _FewShot(sources.RealBenchmark):
         return (scores.argmax(1) == labels).numpy()
 
     def scores(
-        self, tower: FeatureStore, pictures: Mapping[str, Pictures], train: Rows, held: Rows, classes: int
+        self, tower: FeatureStore, pictures: Mapping[str, Images], train: Rows, held: Rows, classes: int
     ) -> torch.Tensor:
         """Scores of the trained classes `[N, classes]` for the N images that are tested."""
         features = tower.embeddings(pictures["test"])

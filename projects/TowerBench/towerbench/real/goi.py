@@ -15,7 +15,7 @@ import torch
 from towerbench import region_pooling
 from towerbench.dense_maps import in_chunks
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, regions, sources
 from towerbench.real.regions import RegionSet
@@ -178,10 +178,10 @@ class _Goi(sources.RealBenchmark):
         stamp = tuple(value for file in files for value in (file.stat().st_size, file.stat().st_mtime_ns))
         return _read(self.data_set, self.context.data, train, stamp)
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return self.shown("test", self.test)
 
-    def shown(self, part: str, found: RegionSet) -> Mapping[str, Pictures]:
+    def shown(self, part: str, found: RegionSet) -> Mapping[str, Images]:
         """A part's images, and what stands for its annotations."""
         return {
             part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
@@ -192,7 +192,7 @@ class _Goi(sources.RealBenchmark):
         """Features `[M, C]` of regions -> scores of every class `[M, classes]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         present = sorted({region.label for found in self.regions for region in found})
         column = {label: i for i, label in enumerate(present)}
         scores = np.zeros((len(self.regions), len(present), 1 + len(region_pooling.AT)))
@@ -208,7 +208,7 @@ class _Goi(sources.RealBenchmark):
 
 def pooled(
     tower: FeatureStore,
-    pictures: Pictures,
+    pictures: Images,
     found: RegionSet,
     taken: Sequence[Sequence[regions.Region]],
     kind: str,
@@ -225,7 +225,7 @@ def pooled(
 class GoiZeroShot(_Goi):
     """The region's mean feature, brought into the space of texts, against the names of all classes."""
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         self._names = maps.classifier(tower, self.test.names)
         return super().items(tower, pictures, seed)
 
@@ -259,13 +259,13 @@ class GoiProbe(_Goi):
                     f"{self.kind}; some are needed to train and to choose"
                 )
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         found = dict(super().pictures(seed))
         for part, regions_of in self.parts.items():
             found |= self.shown(part, regions_of)
         return found
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         rows = []
         for part, found in self.parts.items():
             _, labels, features = zip(

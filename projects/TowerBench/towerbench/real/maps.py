@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import sources
 
 TEST = 2000
@@ -31,7 +31,7 @@ L2 = (1e-2, 1e-3, 1e-4)
 """Strengths of a probe's penalty that are tried."""
 
 
-def pictures(shown: Sequence[sources.Source], data_set: str, part: str) -> Pictures:
+def pictures(shown: Sequence[sources.Source], data_set: str, part: str) -> Images:
     """A part of a data set, for maps. The same files of one part are one set, whatever annotations go with them:
     ADE20K's validation images pass a tower once for regions and for segmentation."""
     return sources.pictures(shown, f"{data_set} {part}", fit="squash", scale=SCALE, dense=True)
@@ -43,7 +43,7 @@ def train_and_held(count: int) -> tuple[list[int], list[int]]:
     return [number for number in range(count) if (number + 1) % HELD_OF], held
 
 
-def annotated(files: Iterable[Path], name: str) -> Pictures:
+def annotated(files: Iterable[Path], name: str) -> Images:
     """A set of no images that stands for files of annotations: where they change, old results are not taken up."""
     return sources.pictures((), name, annotations=files)
 

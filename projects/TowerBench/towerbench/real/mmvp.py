@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import sources
 from towerbench.real.sources import Source
 from towerbench.registry import register
@@ -94,12 +94,12 @@ class Mmvp(sources.RealBenchmark):
         """The pairs, read once."""
         return pairs(self.path("MMVP_VLM/Questions.csv").parent)
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         files = [Source(file) for pair in self.pairs for file in pair.files]
         questions = [self.path("MMVP_VLM/Questions.csv")]
         return {"test": sources.pictures(files, "mmvp-vlm", annotations=questions)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         seen = tower.embeddings(pictures["test"]).unflatten(0, (-1, 2))
         said = tower.text([TEMPLATE.format(text) for pair in self.pairs for text in pair.statements])
         similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, images, statements]
@@ -125,7 +125,7 @@ class MmvpStatements(Mmvp):
 
 
 @register
-class MmvpPictures(Mmvp):
+class MmvpImages(Mmvp):
     """The other way: each image chooses one of the two statements."""
 
     name, metric = "vqa mmvp-vlm pictures", "pairs whose images both choose their statement"

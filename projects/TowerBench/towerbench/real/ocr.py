@@ -13,7 +13,7 @@ from towerbench import ctc_readout
 from towerbench.ctc_readout import LINES
 from towerbench.demo import ocr as rendered
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import sources, words
 from towerbench.real.words import WordSet
 from towerbench.registry import Context, variant
@@ -70,10 +70,10 @@ class Ocr(sources.RealBenchmark):
         """`train` and `held`."""
         return readout_sets(training(self.context.data), tuple(COUNTS.items()))
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {name: each.pictures() for name, each in ({**self.readout, "test": self.set}).items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         # The sets share it: it depends on the tower, the words it is trained on and the seed alone.
         known = _readouts.setdefault(tower, {})
         key = pictures["train"].identity, pictures["held"].identity, EPOCHS, seed
@@ -98,7 +98,7 @@ class Readout:
     def __init__(
         self,
         tower: FeatureStore,
-        pictures: Mapping[str, Pictures],
+        pictures: Mapping[str, Images],
         labels: Mapping[str, Sequence[str]],
         seed: int,
     ) -> None:
@@ -112,11 +112,11 @@ class Readout:
         )
         self.reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
 
-    def read(self, tower: FeatureStore, pictures: Pictures, count: int) -> list[str]:
+    def read(self, tower: FeatureStore, pictures: Images, count: int) -> list[str]:
         """The first `count` words of images."""
         return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
 
-    def _seen(self, tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
+    def _seen(self, tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
         """Columns `[n, C, w]` as the reader sees them, of some words at a time."""
         return map(self.standardised, _columns(tower, pictures, count))
 
@@ -124,7 +124,7 @@ class Readout:
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
 
 
-def _columns(tower: FeatureStore, pictures: Pictures, count: int) -> Iterator[torch.Tensor]:
+def _columns(tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
     """Columns `[n, C, w]` of the first `count` words, some at a time."""
     for part in ctc_readout.columns(tower, pictures, LEAST):
         yield part[:count]
@@ -219,13 +219,13 @@ def rendered_words(part: str, count: int) -> WordSet:
         files = rendered.font_files(fonts)
         for number, (word, face) in enumerate(shown):
             draw = np.random.default_rng([17, list(COUNTS).index(part), number])
-            yield word_picture(word, files[face], draw)
+            yield word_image(word, files[face], draw)
 
     labels = [word.lower() for word, _ in shown]
     return WordSet(f"words/rendered, {part}, {faces}", labels, read)
 
 
-def word_picture(word: str, file: Path, rng: np.random.Generator) -> np.ndarray:
+def word_image(word: str, file: Path, rng: np.random.Generator) -> np.ndarray:
     """A word in a typeface `[H, W, 3]` uint8, cut out narrowly: any two colours that differ, turned a little, noise."""
     tile = rendered.inked(word, file)
     height = int(rng.integers(*SIZES))

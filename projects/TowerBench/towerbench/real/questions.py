@@ -99,21 +99,21 @@ def read(questions: Path, annotations: Path, most: int) -> Asked:
         asked[number] = field(entry, "image_id", questions, int), text
     if not asked:
         raise DataError(f"{questions}: has no question; get it again")
-    every = sorted({picture for picture, _ in asked.values()})
+    every = sorted({image for image, _ in asked.values()})
     chosen = {every[i] for i in sources.spread(len(every), most)}
-    by_picture: dict[int, list[tuple[int, Question]]] = {}
+    by_image: dict[int, list[tuple[int, Question]]] = {}
     seen = set()
     for entry in field(sources.read_json(annotations), "annotations", annotations, list):
         number = field(entry, "question_id", annotations, int)
-        picture = field(entry, "image_id", annotations, int)
+        image = field(entry, "image_id", annotations, int)
         if number in seen:
             raise DataError(f"{annotations}: question {number} is there twice; get the file again")
         seen.add(number)
-        if asked.get(number, (None,))[0] != picture:
+        if asked.get(number, (None,))[0] != image:
             raise DataError(
-                f"{annotations}: question {number} on image {picture} is not in {questions}; get both of one version"
+                f"{annotations}: question {number} on image {image} is not in {questions}; get both of one version"
             )
-        if picture in chosen:
+        if image in chosen:
             given = field(entry, "answers", annotations, list)
             texts = [field(answer, "answer", annotations, str) for answer in given]
             if len(texts) < 2:
@@ -121,16 +121,14 @@ def read(questions: Path, annotations: Path, most: int) -> Asked:
                     f"{annotations}: question {number} has {len(texts)} answers; ten were expected; get it again"
                 )
             question = Question(asked[number][1], scores(texts))
-            by_picture.setdefault(picture, []).append((number, question))
+            by_image.setdefault(image, []).append((number, question))
     if len(seen) < len(asked):
         number = next(number for number in asked if number not in seen)
         raise DataError(
             f"{annotations}: has no annotation of question {number}, which {questions} asks; get both of one version"
         )
-    pictures = sorted(by_picture)
-    return Asked(
-        pictures, [[each for _, each in sorted(by_picture[p], key=lambda e: e[0])] for p in pictures]
-    )
+    images = sorted(by_image)
+    return Asked(images, [[each for _, each in sorted(by_image[p], key=lambda e: e[0])] for p in images])
 
 
 # ---------------------------------------------------------------- what needs no image

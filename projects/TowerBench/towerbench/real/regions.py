@@ -111,17 +111,17 @@ def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> l
     """A `Choice` of at most `maps.TRAIN` images to train on, the same ones at every call: images of the rarest
     class first, until there are `per_class` of its regions, then of the next."""
     holders: list[list[int]] = [[] for _ in range(classes)]
-    for picture in np.random.default_rng(0).permutation(len(labels)):
-        for label in set(labels[picture]):
-            holders[label].append(int(picture))
+    for image in np.random.default_rng(0).permutation(len(labels)):
+        for label in set(labels[image]):
+            holders[label].append(int(image))
     count, taken = np.zeros(classes, np.int64), set()
     for label in sorted(range(classes), key=lambda label: len(holders[label])):
-        for picture in holders[label]:
+        for image in holders[label]:
             if count[label] >= per_class or len(taken) >= maps.TRAIN:
                 break
-            if picture not in taken:
-                taken.add(picture)
-                np.add.at(count, labels[picture], 1)
+            if image not in taken:
+                taken.add(image)
+                np.add.at(count, labels[image], 1)
     return sorted(taken)
 
 

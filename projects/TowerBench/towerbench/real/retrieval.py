@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from towerbench.demo.retrieval import AT
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import variant
@@ -30,10 +30,10 @@ class Retrieval(sources.RealBenchmark):
         """The set, read once."""
         return self.load()
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         return {"test": self.set.pictures()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         place: dict[str, int] = {}
         own = [[place.setdefault(text, len(place)) for text in texts] for texts in self.set.captions]
         return hits(tower.embeddings(pictures["test"]), tower.text(list(place)), own)
@@ -72,8 +72,8 @@ def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int
         similar = pictures[numbers] @ lines.T
         best = torch.stack([row[own[i]].max() for i, row in zip(numbers.tolist(), similar, strict=True)])
         before.append((similar > best[:, None]).double() @ times)
-    of_pictures = torch.stack([torch.cat(before) < k for k in AT], 1)
-    return torch.cat((of_captions, of_pictures.double()), 1).numpy()
+    of_images = torch.stack([torch.cat(before) < k for k in AT], 1)
+    return torch.cat((of_captions, of_images.double()), 1).numpy()
 
 
 def _declare(

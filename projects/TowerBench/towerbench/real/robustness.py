@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from towerbench.demo import robustness
-from towerbench.features import FeatureStore, Pictures, fitted
+from towerbench.features import FeatureStore, Images, fitted
 from towerbench.real import sources, zero_shot
 from towerbench.registry import Context, variant
 
@@ -28,19 +28,19 @@ class _Robustness(sources.RealBenchmark):
         whole = self.tested(context).set
         self.set = whole.part(sources.spread(len(whole.labels), COUNT))
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         border, kinds = self.set.border, sum(map(len, robustness.CORRUPTIONS.values()))
 
-        def corrupted(picture: np.ndarray, number: int) -> Iterator[np.ndarray]:
-            [picture] = zero_shot.without_border(picture, border)
-            picture = fitted(picture, SIDE, SIDE, "crop")
-            yield from robustness.corrupted(picture, np.random.default_rng([seed, number]))
+        def corrupted(image: np.ndarray, number: int) -> Iterator[np.ndarray]:
+            [image] = zero_shot.without_border(image, border)
+            image = fitted(image, SIDE, SIDE, "crop")
+            yield from robustness.corrupted(image, np.random.default_rng([seed, number]))
 
         what = ",".join(f"{f.__name__}{strengths}" for f, strengths in robustness.CORRUPTIONS.items())
         name = f"{self.name} at {SIDE}, {border} pixels of border, {what}"
         return {"test": sources.pictures(self.set.sources, name, change=corrupted, times=kinds)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         found = (tower.embeddings(pictures["test"]) @ self.set.classifier(tower).T).argmax(1)
         return (found.view(len(self.set.labels), -1) == torch.tensor(self.set.labels)[:, None]).numpy()
 

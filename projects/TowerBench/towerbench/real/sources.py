@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from towerbench.errors import DataError
-from towerbench.features import Pictures
+from towerbench.features import Images
 from towerbench.registry import Benchmark, Context
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -112,7 +112,7 @@ def pictures(
     fit: str = "crop",
     scale: float = 1.0,
     dense: bool = False,
-) -> Pictures:
+) -> Images:
     """A set of images from disk.
 
     Args:
@@ -131,14 +131,14 @@ def pictures(
 
     def make() -> Iterator[np.ndarray]:
         for number, source in enumerate(sources):
-            picture = decoded(source.read(), source.file)
+            image = decoded(source.read(), source.file)
             if change is None:
-                yield picture
+                yield image
             else:
-                yield from change(picture, number)
+                yield from change(image, number)
 
     key = f"{name}/{digest.hexdigest()[:16]}"
-    return Pictures(key, len(sources) * times, make, fit=fit, scale=scale, dense=dense)
+    return Images(key, len(sources) * times, make, fit=fit, scale=scale, dense=dense)
 
 
 def _size(file: Path) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from towerbench import readout_training
 from towerbench.dense_maps import grid_cells
 from towerbench.errors import DataError
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import questions, sources
 from towerbench.real.questions import Asked
 from towerbench.registry import variant
@@ -51,17 +51,17 @@ class Answerer(nn.Module):
         self.hidden = nn.Linear((GLIMPSES + 2) * WIDTH + 4 * GLIMPSES, 2 * WIDTH)
         self.answers = nn.Linear(2 * WIDTH, answers)
 
-    def forward(self, cells: torch.Tensor, picture: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    def forward(self, cells: torch.Tensor, image: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Cells `[N, P, C]`, and of each question its image `[Q]` and embedding `[Q, W]` -> scores `[Q, answers]`."""
         keys, values = self.keys(cells), F.relu(self.values(cells)) + self.place
         queries = self.query(words).unflatten(1, (GLIMPSES, WIDTH))
-        looked = torch.einsum("qgw,qpw->qgp", queries, keys[picture]) / WIDTH**0.5
+        looked = torch.einsum("qgw,qpw->qgp", queries, keys[image]) / WIDTH**0.5
         weights = looked.softmax(-1)
-        found = torch.einsum("qgp,qpw->qgw", weights, values[picture]).flatten(1)
+        found = torch.einsum("qgp,qpw->qgw", weights, values[image]).flatten(1)
         where = (weights @ self.places).flatten(1)
         amounts = torch.cat((looked.sigmoid().mean(-1), looked.amax(-1)), 1)
         asked = F.relu(self.question(words))
-        seen = torch.cat((found, values.mean(1)[picture], asked, where, amounts), 1)
+        seen = torch.cat((found, values.mean(1)[image], asked, where, amounts), 1)
         return self.answers(F.relu(self.hidden(seen)))
 
 
@@ -96,8 +96,8 @@ class Side:
     def accuracy(self, model: Answerer) -> float:
         """The mean worth of the answers that are chosen."""
         total = 0.0
-        for pictures in torch.arange(len(self.cells)).split(BATCH):
-            found, worth = self.scores(model, pictures)
+        for images in torch.arange(len(self.cells)).split(BATCH):
+            found, worth = self.scores(model, images)
             total += float(worth.gather(1, found.argmax(1, keepdim=True)).double().sum())
         return total / len(self.words)
 
@@ -154,12 +154,12 @@ class Vqa(sources.RealBenchmark):
             "test": questions.read(test_questions, test_annotations, TEST),
         }
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
+    def pictures(self, seed: int) -> Mapping[str, Images]:
         *files, train, test = map(self.path, self.needs)
         folders = {"train": train, "held": train, "test": test}
         return {
             part: sources.pictures(
-                [sources.Source(coco_picture(folders[part], number)) for number in asked.pictures],
+                [sources.Source(coco_image(folders[part], number)) for number in asked.pictures],
                 f"{self.name}, {part}",
                 annotations=files,
                 fit="squash",
@@ -168,7 +168,7 @@ class Vqa(sources.RealBenchmark):
             for part, asked in self.asked.items()
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         answers = questions.most_frequent(self.asked["train"].every, ANSWERS)
         train, held, test = self.sides(tower, pictures, answers)
         model = trained(train, held, len(answers), seed)
@@ -180,7 +180,7 @@ class Vqa(sources.RealBenchmark):
                 found.append((sum(each), len(each)))
         return np.array(found, np.float64)
 
-    def sides(self, tower: FeatureStore, pictures: Mapping[str, Pictures], answers: list[str]) -> list[Side]:
+    def sides(self, tower: FeatureStore, pictures: Mapping[str, Images], answers: list[str]) -> list[Side]:
         """`train`, `held` and `test`, whose features are standardised channel by channel as `train`'s are."""
         standardised = Standardiser.streamed(grid_cells(tower, pictures["train"], GRID), channels=2)
         centre = tower.text([q.text for q in self.asked["train"].every]).mean(0)
@@ -213,7 +213,7 @@ class Vqa(sources.RealBenchmark):
         }
 
 
-def coco_picture(folder: Path, number: int) -> Path:
+def coco_image(folder: Path, number: int) -> Path:
     """An image of COCO's train2014 or val2014, in that folder, or under its name of 2017 in train2017 or val2017."""
     if folder.name.endswith("2014"):
         return folder / f"COCO_{folder.name}_{number:012d}.jpg"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from towerbench.ctc_readout import LINES
 from towerbench.errors import DataError
-from towerbench.features import Pictures
+from towerbench.features import Images
 from towerbench.real import sources
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class WordSet:
     read: Callable[[], Iterator[np.ndarray]]
     files: Sequence[Path] = ()
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> Images:
         """`LINES` words an image, each in a line of its own, for `ctc_readout.columns`; the last fills its image."""
         digest = hashlib.sha256(repr((self.name, SIDE, LINES, self.labels)).encode())
         for file in self.files:
@@ -64,8 +64,8 @@ class WordSet:
 
         def make() -> Iterator[np.ndarray]:
             rows: list[np.ndarray] = []
-            for picture in self.read():
-                rows.append(line(picture))
+            for image in self.read():
+                rows.append(line(image))
                 if len(rows) == LINES:
                     yield np.concatenate(rows)
                     rows = []
@@ -74,18 +74,18 @@ class WordSet:
                 yield np.concatenate(rows + rows[-1:] * (LINES - len(rows)))
 
         key = f"{self.name}/{digest.hexdigest()[:16]}"
-        return Pictures(key, -(-len(self.labels) // LINES), make, scale=2.0, dense=True)
+        return Images(key, -(-len(self.labels) // LINES), make, scale=2.0, dense=True)
 
 
-def line(picture: np.ndarray) -> np.ndarray:
+def line(image: np.ndarray) -> np.ndarray:
     """A word image as large as it fits into the middle of a line, on its mean colour: `[SIDE / LINES, SIDE, 3]`."""
     height, width = SIDE // LINES, SIDE
-    factor = min(height / picture.shape[0], width / picture.shape[1])
-    size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
-    ground = tuple(int(v) for v in picture.mean((0, 1)).round())
+    factor = min(height / image.shape[0], width / image.shape[1])
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    ground = tuple(int(v) for v in image.mean((0, 1)).round())
     found = Image.new("RGB", (width, height), ground)
     place = (width - size[0]) // 2, (height - size[1]) // 2
-    found.paste(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC), place)
+    found.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), place)
     return np.array(found)
 
 

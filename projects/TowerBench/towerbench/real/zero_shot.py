@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 
-from towerbench.features import FeatureStore, Pictures
+from towerbench.features import FeatureStore, Images
 from towerbench.real import sources
 from towerbench.real.classification import (
     IMAGENET_VARIANTS,
@@ -35,29 +35,29 @@ class ZeroShot(sources.RealBenchmark):
         """The set, read once."""
         return self.load()
 
-    def pictures(self, seed: int) -> Mapping[str, Pictures]:
-        return {"test": pictures_of(self.set, self.name.removeprefix("zero-shot "))}
+    def pictures(self, seed: int) -> Mapping[str, Images]:
+        return {"test": images_of(self.set, self.name.removeprefix("zero-shot "))}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Pictures], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
         classes = self.set.classifier(tower)
         return (
             (tower.embeddings(pictures["test"]) @ classes.T).argmax(1) == torch.tensor(self.set.labels)
         ).numpy()
 
 
-def pictures_of(labelled: LabelledSet, name: str) -> Pictures:
+def images_of(labelled: LabelledSet, name: str) -> Images:
     """A set's images as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
     if not labelled.border:
         return sources.pictures(labelled.sources, name)
     name = f"{name} without {labelled.border} pixels of border"
     return sources.pictures(
-        labelled.sources, name, change=lambda picture, _: without_border(picture, labelled.border)
+        labelled.sources, name, change=lambda image, _: without_border(image, labelled.border)
     )
 
 
-def without_border(picture: np.ndarray, border: int) -> Iterator[np.ndarray]:
+def without_border(image: np.ndarray, border: int) -> Iterator[np.ndarray]:
     """`[H, W, 3]` less so many pixels on every side."""
-    yield picture[border : picture.shape[0] - border, border : picture.shape[1] - border]
+    yield image[border : image.shape[0] - border, border : image.shape[1] - border]
 
 
 BY_NAME: dict[str, type[ZeroShot]] = {}

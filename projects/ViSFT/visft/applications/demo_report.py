@@ -73,7 +73,7 @@ def write(
         unseen=unseen,
         known=known,
         scenes=scenes,
-        pictures=_pictures(folder),
+        pictures=_images(folder),
     )
     with files.write_aside(folder / NAME) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -277,7 +277,7 @@ def _names(scene: Scene) -> str:
 # ---------------------------------------------------------------- images
 
 
-def _pictures(folder: Path) -> list[tuple[str, bytes]]:
+def _images(folder: Path) -> list[tuple[str, bytes]]:
     drawn = [path for path in sorted((folder / "predictions").glob("*.png")) if not path.stem.endswith(WORDS)]
     found = [
         ("Differences from the base tower, with 95 % intervals", folder / "out_of_domain" / "forest.png"),

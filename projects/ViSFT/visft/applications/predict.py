@@ -26,7 +26,7 @@ from visft.visualization.predictions import (
     beside,
     captions_in,
     draw,
-    save_picture,
+    save_image,
     save_word_maps,
 )
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
-def find_pictures(paths: Iterable[str]) -> list[Path]:
+def find_images(paths: Iterable[str]) -> list[Path]:
     """Picture files, those of a folder (not of its subfolders) included, in order.
 
     Raises:
@@ -82,7 +82,7 @@ def predict_files(
         panels = draw(image, output, heads, metadata, threshold=threshold)
         path = folder / f"{name}.png"
         captions = captions_in(output, heads)
-        save_picture(beside(panels, list(captions.items())), path)
+        save_image(beside(panels, list(captions.items())), path)
         written.append(path)
         written += save_word_maps(image, captions, path)
         said = [f"{len(output[head])} from {head}" for head, _ in panels if head in output]
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         raise ConfigError(
             f"no trained heads: {cfg.OUTPUT_DIR} holds no run and MODEL.VISFT.HEAD_FILES is empty; give --weights"
         )
-    files = find_pictures(args.input)
+    files = find_images(args.input)
     for file in files:
         read_rgb(file, max_pixels=cfg.VISFT.DATA.MAX_PIXELS)
     cfg.freeze()

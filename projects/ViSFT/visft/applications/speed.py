@@ -85,14 +85,14 @@ def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
     Raises:
         DataError: there is none.
     """
-    pictures = load_labelled(cfg, {name: head.has_labels for name, head in model.heads.items()})
-    rows = functools.reduce(np.intersect1d, pictures.rows.values())
+    images = load_labelled(cfg, {name: head.has_labels for name, head in model.heads.items()})
+    rows = functools.reduce(np.intersect1d, images.rows.values())
     if not len(rows):
         raise DataError(
             f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)}): no image has labels for all of "
             f"{', '.join(model.heads)}; name a data set with all of them, or fewer of MODEL.VISFT.HEADS"
         )
-    records, mapper = Subset(pictures.records, rows), ViSFTMapper(cfg, is_train=True)
+    records, mapper = Subset(images.records, rows), ViSFTMapper(cfg, is_train=True)
     return next(TrainLoader(records, mapper, batch_size=size, seed=max(cfg.SEED, 0)))
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from visft.applications import compared_towers
-from visft.applications.predict import find_pictures
+from visft.applications.predict import find_images
 from visft.checkpoint import files
 from visft.data import read_rgb
 from visft.errors import CheckpointError, ConfigError, DataError
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     check_prompts("--templates", args.templates)
     patch, native = _check_towers(args)
     side = _side(args.side, patch, native)
-    paths = list({path.resolve(): path for path in find_pictures(args.input)}.values())
+    paths = list({path.resolve(): path for path in find_images(args.input)}.values())
     output = Path(args.output)
     names = dict(zip(paths, output_names(paths), strict=True))
     _check_output(

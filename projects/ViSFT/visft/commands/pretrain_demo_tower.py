@@ -61,7 +61,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         settings,
         resume=arguments.resume,
         pictures=arguments.pictures,
-        held_out_pictures=arguments.held_out_pictures,
+        held_out_images=arguments.held_out_images,
     )
     print(run.run())
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from visft.checkpoint import files
-from visft.data.images import MAX_PIXELS, Header, PictureError, annotated_as_stored, read_header
+from visft.data.images import MAX_PIXELS, Header, ImageError, annotated_as_stored, read_header
 from visft.errors import DataError
 from visft.utils.user_cache import cache_folder
 
@@ -70,10 +70,10 @@ def check_images(images: Sequence[dict], rules: ImageRules, *, name: str, json_f
     faults, frames = [], []
     for image, header in zip(images, headers, strict=True):
         try:
-            if isinstance(header, PictureError):
+            if isinstance(header, ImageError):
                 raise header
             stored = annotated_as_stored(image, header)
-        except PictureError as error:
+        except ImageError as error:
             faults.append(error)
         else:
             if header.orientation > 4 and header.width != header.height and "width" in image:
@@ -83,7 +83,7 @@ def check_images(images: Sequence[dict], rules: ImageRules, *, name: str, json_f
     return 2 * sum(frames) > len(frames)
 
 
-def _report(faults: list[PictureError], total: int, rules: ImageRules, source: str) -> None:
+def _report(faults: list[ImageError], total: int, rules: ImageRules, source: str) -> None:
     count = f"{source}: {len(faults)} of its {total} images cannot be used"
     if not rules.skip_broken or len(faults) == total:
         raise DataError(f"{count}, the first: {faults[0]}")
@@ -93,9 +93,7 @@ def _report(faults: list[PictureError], total: int, rules: ImageRules, source: s
     )
 
 
-def _read(
-    images: Sequence[dict], rules: ImageRules, name: str, json_file: str
-) -> list[Header | PictureError]:
+def _read(images: Sequence[dict], rules: ImageRules, name: str, json_file: str) -> list[Header | ImageError]:
     digest = files.sha256(json_file) if json_file else ""
     places = _places(json_file, digest) if json_file else []
     known = next(filter(None, (_load(place, digest) for place in places)), {})
@@ -114,7 +112,7 @@ def _read(
     return [header for header, _ in found]
 
 
-def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | PictureError, tuple[int, int]]:
+def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | ImageError, tuple[int, int]]:
     """The header, or what is wrong with it; size and time of the file."""
     state = (0, 0)
     with contextlib.suppress(OSError):  # reading it says why
@@ -125,7 +123,7 @@ def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | Pict
         return Header(width, height, orientation), state
     try:
         return read_header(path, max_pixels=max_pixels), state
-    except PictureError as error:
+    except ImageError as error:
         return error, state
 
 

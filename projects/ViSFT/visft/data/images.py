@@ -35,7 +35,7 @@ _IN_DATA = ", take it out of the annotations, or set DATALOADER.SKIP_BROKEN True
 """What can also be done about an image of a data set."""
 
 
-class PictureError(DataError):
+class ImageError(DataError):
     """An image file is missing, cannot be decoded whole, or is not the image that its annotations are of."""
 
 
@@ -67,7 +67,7 @@ def read_header(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Hea
     """Size and orientation of an image of a data set, without decoding its pixels.
 
     Raises:
-        PictureError: the file is not there, or its header is not that of an image that can be read.
+        ImageError: the file is not there, or its header is not that of an image that can be read.
     """
     with _opened(os.fspath(path), max_pixels, _IN_DATA) as (_, header):
         return header
@@ -83,7 +83,7 @@ def read_rgb(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.nda
         uint8 [H, W, 3], RGB; a transparent pixel has the colour that it hides. Grey values of 16 bits are scaled.
 
     Raises:
-        PictureError: the file is not there, empty, cut off, too large, in a format that cannot be read, or of numbers
+        ImageError: the file is not there, empty, cut off, too large, in a format that cannot be read, or of numbers
             whose range the format does not tell (32-bit integers, floats).
     """
     with _opened(os.fspath(path), max_pixels) as (image, header):
@@ -104,7 +104,7 @@ def as_rgb(
         max_pixels: a file with more is refused; 0: none is.
 
     Raises:
-        PictureError: it is no image that can be decoded, or its numbers have a range that is not told.
+        ImageError: it is no image that can be decoded, or its numbers have a range that is not told.
         DataError: an array is of another shape or type, or it is not said which its channels are.
     """
     if isinstance(image, np.ndarray):
@@ -127,9 +127,9 @@ def as_rgb(
             upright = ImageOps.exif_transpose(image)
             return np.array(_upright_rgb(upright, Header(*upright.size, 1), "the image"))
         except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, PictureError):
+            if isinstance(error, ImageError):
                 raise
-            raise PictureError(f"the image does not decode ({error}); open its file again") from error
+            raise ImageError(f"the image does not decode ({error}); open its file again") from error
     if isinstance(image, str | os.PathLike):
         return read_rgb(image, max_pixels=max_pixels)
     raise DataError(f"the image is a {type(image).__name__}; expected a path, a Pillow image, or an array")
@@ -146,7 +146,7 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 [H, W, 3], RGB.
 
     Raises:
-        PictureError: as `read_rgb`; or the image has another size than the annotations say.
+        ImageError: as `read_rgb`; or the image has another size than the annotations say.
     """
     path = os.fspath(record["file_name"])
     with _opened(path, max_pixels, _IN_DATA) as (image, header):
@@ -165,14 +165,14 @@ def annotated_as_stored(record: dict, header: Header) -> bool:
             frames have this size (default: False).
 
     Raises:
-        PictureError: neither frame has this size.
+        ImageError: neither frame has this size.
     """
     size = (record.get("width", header.width), record.get("height", header.height))
     upright, stored = size == header.upright, size == header.stored
     if not upright and not stored:
         width, height = header.upright
         turned = f" ({header.height} x {header.width} as stored)" if header.stored != header.upright else ""
-        raise PictureError(
+        raise ImageError(
             f"{record['file_name']}: the image is {width} x {height}{turned}, its annotations say {size[0]} x "
             f"{size[1]}; correct them, put the image there that they were made on{_IN_DATA}"
         )
@@ -181,7 +181,7 @@ def annotated_as_stored(record: dict, header: Header) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.Image, Header]]:
-    """An image, its pixels not decoded yet, and its header. Whatever goes wrong inside is a PictureError.
+    """An image, its pixels not decoded yet, and its header. Whatever goes wrong inside is a ImageError.
 
     Args:
         also: what else can be done about it, for messages.
@@ -189,32 +189,30 @@ def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.
     _let_pillow_open(max_pixels)
     try:
         if os.path.isdir(path):
-            raise PictureError(f"{path}: it is a folder, expected an image file; put one there{also}")
+            raise ImageError(f"{path}: it is a folder, expected an image file; put one there{also}")
         if os.path.getsize(path) == 0:
-            raise PictureError(f"{path}: the file is empty, expected an image; copy it again{also}")
+            raise ImageError(f"{path}: the file is empty, expected an image; copy it again{also}")
         with Image.open(path) as image:
             if max_pixels and image.width * image.height > max_pixels:
                 raise _too_large(path, image.width * image.height, max_pixels)
             yield image, _header(image)
     except FileNotFoundError:
-        raise PictureError(f"{path}: the image is not there; put it there{also}") from None
+        raise ImageError(f"{path}: the image is not there; put it there{also}") from None
     except PermissionError:
-        raise PictureError(f"{path}: the file may not be read; change its permissions{also}") from None
-    except (MemoryError, PictureError):
+        raise ImageError(f"{path}: the file may not be read; change its permissions{also}") from None
+    except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path, int(re.search(r"\d+", str(error))[0]), max_pixels) from None
     except UnidentifiedImageError:
-        raise PictureError(
+        raise ImageError(
             f"{path}: it is no image, or of a format that Pillow does not read; expected JPEG, PNG, TIFF, WebP or the "
             f"like: copy it again{also}"
         ) from None
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on broken files.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(
-            f"{path}: the image is cut off or broken ({reason}); copy it again{also}"
-        ) from error
+        raise ImageError(f"{path}: the image is cut off or broken ({reason}); copy it again{also}") from error
 
 
 def _let_pillow_open(max_pixels: int) -> None:
@@ -225,8 +223,8 @@ def _let_pillow_open(max_pixels: int) -> None:
         Image.MAX_IMAGE_PIXELS = max_pixels
 
 
-def _too_large(path: str, pixels: int, max_pixels: int) -> PictureError:
-    return PictureError(
+def _too_large(path: str, pixels: int, max_pixels: int) -> ImageError:
+    return ImageError(
         f"{path}: the image has {pixels:,} pixels, more than the {max_pixels:,} of VISFT.DATA.MAX_PIXELS, which guards "
         f"against small files that fill the memory; set it to {pixels} or more (0: no limit) if the image is meant"
     )
@@ -281,7 +279,7 @@ def _upright_rgb(image: Image.Image, header: Header, path: str) -> Image.Image:
         return _scaled(turned, bits)
     if image.mode in ("F", "I"):
         numbers = "floats" if image.mode == "F" else "integers of 32 bits or with a sign"
-        raise PictureError(
+        raise ImageError(
             f"{path}: its pixels are {numbers}, and the file does not tell which is black and which white; save it "
             "with 8 or 16 bits a channel"
         )

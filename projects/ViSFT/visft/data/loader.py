@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visft.data.datasets.coco import as_dataset
 from visft.data.headers import ImageRules
-from visft.data.images import PictureError
+from visft.data.images import ImageError
 from visft.data.mapper import ViSFTMapper, build_test_mapper
 from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
 from visft.data.training_records import load_records
@@ -113,7 +113,7 @@ def share_of(batch_size: int, world_size: int, key: str) -> int:
     return batch_size // world_size
 
 
-class PictureCounts:
+class ImageCounts:
     """What a loader's stream has seen: epochs, and images that were replaced because they do not decode.
 
     Args:
@@ -192,7 +192,7 @@ class TrainLoader:
         share = share_of(batch_size, world_size, "IMS_PER_BATCH")
         records = as_dataset(records)
         epoch = len(records) if repeats is None else epoch_length(repeats)
-        self._counts = PictureCounts(epoch, batch_size, start_iteration)
+        self._counts = ImageCounts(epoch, batch_size, start_iteration)
         self._loader = DataLoader(
             Samples(records, mapper, seed=seed, skip_broken=skip_broken),
             batch_sampler=Positions(
@@ -249,7 +249,7 @@ class TestLoader:
         skipped = []
         for batch in self._loader:
             (sample,) = batch
-            if isinstance(sample, PictureError) and self._skip_broken:
+            if isinstance(sample, ImageError) and self._skip_broken:
                 skipped.append(sample)
             elif isinstance(sample, VisftError):
                 raise sample
@@ -321,7 +321,7 @@ class Samples(Dataset):
             try:
                 with _seeded(self.seed, position):
                     sample = self.mapper(record)
-            except PictureError as error:
+            except ImageError as error:
                 if not self.skip_broken:
                     return error
                 skipped.append(record["file_name"])

@@ -129,7 +129,7 @@ class ViSFTMapper:
         """The image of a record in the frame of its annotations, uint8 [H, W, 3] RGB, as the mapper sees it.
 
         Raises:
-            PictureError: as `visft.data.images.read_annotated`.
+            ImageError: as `visft.data.images.read_annotated`.
         """
         return read_annotated(record, max_pixels=self.max_pixels)
 
@@ -140,7 +140,7 @@ class ViSFTMapper:
                 (default: whether its own annotations have), each annotation one.
 
         Raises:
-            PictureError: the image does not decode, or its size is not what the annotations say.
+            ImageError: the image does not decode, or its size is not what the annotations say.
         """
         mapped, transforms = self.resized(self.read(record))
         mapped["file_name"] = record["file_name"]

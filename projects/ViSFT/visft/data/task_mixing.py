@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from visft.data.datasets.coco import as_dataset, outlines_of
 from visft.data.headers import ImageRules
 from visft.data.loader import (
-    PictureCounts,
+    ImageCounts,
     Positions,
     Samples,
     TrainLoader,
@@ -43,7 +43,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
+class LabelledImages:
     """Training records, and which of them carry labels for which head.
 
     Attributes:
@@ -79,7 +79,7 @@ def load_labelled(
     cfg: CfgNode,
     has_labels: Mapping[str, Callable[[dict], bool]],
     mask_readers: Iterable[str] | None = None,
-) -> LabelledPictures:
+) -> LabelledImages:
     """Load `DATASETS.TRAIN` (data sets with different labels may stand beside each other) and sort it by labels.
 
     Args:
@@ -128,7 +128,7 @@ def load_labelled(
             len(records) - useful,
             len(records),
         )
-    return LabelledPictures(
+    return LabelledImages(
         as_dataset(records),
         rows,
         build_repeats(cfg, records),
@@ -137,7 +137,7 @@ def load_labelled(
 
 
 def build_stage_loader(
-    cfg: CfgNode, stage: str, pictures: LabelledPictures, *, start_iteration: int = 0, seed: int
+    cfg: CfgNode, stage: str, pictures: LabelledImages, *, start_iteration: int = 0, seed: int
 ) -> "TrainLoader | MixedLoader":
     """The endless batches of a stage, mixed as `VISFT.TASK_MIXING` says, from an iteration of the trainer on.
 
@@ -318,7 +318,7 @@ class MixedLoader:
             start = batches * task.batch_size + rank * share
             streams.append(Positions(len(task.records), own, start, share, task.batch_size, task.repeats))
             epoch = len(task.records) if task.repeats is None else epoch_length(task.repeats)
-            self._counts[task.name] = PictureCounts(epoch, task.batch_size, batches, task.name)
+            self._counts[task.name] = ImageCounts(epoch, task.batch_size, batches, task.name)
         self._loader = DataLoader(
             _TaskSamples([task.name for task in tasks], samples),
             sampler=_TaskPositions(draws, streams, start_iteration, accumulate),

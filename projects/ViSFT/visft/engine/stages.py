@@ -22,7 +22,7 @@ from torch import nn
 from visft.checkpoint import files, load
 from visft.checkpoint.run import RunCheckpointer, keep_start, trained_tensors
 from visft.checkpoint.run_folder import PARTS, START, run_files
-from visft.data import LabelledPictures, build_stage_loader, load_labelled
+from visft.data import LabelledImages, build_stage_loader, load_labelled
 from visft.engine import evaluate, exporting, stopping
 from visft.engine.feature_cache import cached_features
 from visft.engine.from_run import record_of, seed_of
@@ -69,9 +69,9 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     parts = [*model.heads.items(), *model.objectives.items()]
     has_labels = {name: part.has_labels for name, part in parts}
     mask_readers = [name for name, part in parts if part.reads_masks]
-    pictures = functools.cache(lambda: load_labelled(cfg, has_labels, mask_readers))
+    images = functools.cache(lambda: load_labelled(cfg, has_labels, mask_readers))
     if not state.evaluations:
-        pictures()  # data without labels for a head stops the run before anything is computed
+        images()  # data without labels for a head stops the run before anything is computed
     if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:
         state.evaluate("start", cfg, model)
     for stage in cfg.VISFT.STAGES:
@@ -80,7 +80,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 "stage heads is skipped: %s without weights, there is nothing to train", _are(model.heads)
             )
             continue
-        _run_stage(cfg, model, stage, state, pictures)
+        _run_stage(cfg, model, stage, state, images)
     if _let_others_go():
         _finish(cfg, model, folder, state)
     return state.evaluations
@@ -220,7 +220,7 @@ def _set_earlier_run_aside(folder: Path) -> None:
 
 
 def _run_stage(
-    cfg: CfgNode, model: nn.Module, stage: str, state: _State, pictures: Callable[[], LabelledPictures]
+    cfg: CfgNode, model: nn.Module, stage: str, state: _State, pictures: Callable[[], LabelledImages]
 ) -> None:
     solver = cfg.VISFT.SOLVER[stage.upper()]
     folder = state.folder / stage

@@ -128,8 +128,8 @@ class StockTrainer(DefaultTrainer):
 
 def _read_labels(file_name: str, dtype: type) -> np.ndarray:
     """An image of class indices. detectron2's own reader asks numpy for `copy=False`, which numpy 2 refuses."""
-    with Image.open(file_name) as picture:
-        return np.asarray(picture, dtype)
+    with Image.open(file_name) as image:
+        return np.asarray(image, dtype)
 
 
 def _kind(dataset_name: str) -> str:

@@ -203,8 +203,8 @@ class StuffSegments:
             return [], []
         name, segments = self._content["segments"][image_id]
         try:
-            with Image.open(self.folder / name) as picture:
-                colours = np.asarray(picture.convert("RGB"), dtype=np.int64)
+            with Image.open(self.folder / name) as image:
+                colours = np.asarray(image.convert("RGB"), dtype=np.int64)
         except OSError as error:
             raise DataError(
                 f"{self.folder / name}: is no readable picture of segments ({error}); {self.json_file} names it"

@@ -99,8 +99,8 @@ def run(
     Raises:
         ExportError: it does not load, or an embedding, an image or a text's tokens differ.
     """
-    pictures = photographs(preprocess)
-    given, expected = {"pictures": pictures}, {"images": embed(pictures)}
+    images = photographs(preprocess)
+    given, expected = {"pictures": images}, {"images": embed(images)}
     if clip is not None:
         given["texts"] = fixed_texts(clip)
         expected["texts"] = _texts(clip, given["texts"])
@@ -111,11 +111,11 @@ def run(
         for part in [kind, *(name for name in found if name.startswith(f"{kind} "))]
     ]
     if pixels is not None:
-        _compare_pixels(found["pixels"], pictures, pixels)
+        _compare_pixels(found["pixels"], images, pixels)
     if "tokens" in found:
         _compare_tokens(found["tokens"], task["tokens"])
     texts = " and 2 texts" if clip is not None else ""
-    return Check(version, max(distances), f"between embeddings of {len(pictures)} photographs{texts}")
+    return Check(version, max(distances), f"between embeddings of {len(images)} photographs{texts}")
 
 
 def run_updates(path: Path, updates: Mapping[str, Tensor], task: Mapping[str, Any]) -> Check:
@@ -246,11 +246,11 @@ def photographs(preprocess: Mapping[str, Any]) -> Tensor:
     size = tuple(preprocess["size"])
     size = size[0] if size[0] == size[1] else size
     transform = image_transform_v2(PreprocessCfg(**{**preprocess, "size": size}), is_train=False)
-    pictures = []
+    images = []
     for file in PHOTOGRAPHS:
-        with Image.open(file) as picture:
-            pictures.append(transform(picture))
-    return torch.stack(pictures)
+        with Image.open(file) as image:
+            images.append(transform(image))
+    return torch.stack(images)
 
 
 def fixed_texts(clip: nn.Module) -> Tensor:

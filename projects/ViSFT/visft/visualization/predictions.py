@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from PIL import Image, ImageDraw
 from torch import nn
 
-from visft.data import PictureError
+from visft.data import ImageError
 from visft.data.datasets.captions import captions_of
 from visft.data.headers import ImageRules
 from visft.data.loader import load_records
@@ -108,10 +108,10 @@ def _lines(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(20, int((width - 8) / letter)), subsequent_indent="    ")
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it."""
     aside = path.with_name(f".{path.name}.tmp.png")
-    picture.save(aside)
+    image.save(aside)
     os.replace(aside, path)
 
 
@@ -120,7 +120,7 @@ def save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) 
     files = []
     for number, caption in enumerate(caption for caption in captions.values() if caption.words):
         files.append(path.with_name(f"{path.stem}{WORDS}{number or ''}.png"))
-        save_picture(draw_word_maps(image, caption), files[-1])
+        save_image(draw_word_maps(image, caption), files[-1])
     return files
 
 
@@ -149,7 +149,7 @@ def draw_predictions(
     for record in records[::step][:count]:
         try:
             image = mapper.read(record)
-        except PictureError as error:
+        except ImageError as error:
             logger.warning("not drawn: %s", error)
             continue
         output = model([mapper(dict(record))])[0]
@@ -158,6 +158,6 @@ def draw_predictions(
         captions = captions_in(output, heads)
         path = folder / f"{Path(record['file_name']).stem}.png"
         known = [("ground truth", text) for text in truth.get(record.get("image_id"), ())] if captions else []
-        save_picture(beside(panels, [*captions.items(), *known]), path)
+        save_image(beside(panels, [*captions.items(), *known]), path)
         save_word_maps(image, captions, path)
     model.train(was_training)

@@ -82,13 +82,13 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         change = "" if old is None or new is None else f"{new - old:+.2f}"
         lines.append(markdown.row([markdown.plain(name), _cell(old), _cell(new), change]))
     lines.append("")
-    for picture in ("loss_curves.png",):
-        if (folder / picture).is_file():
-            lines += [f"![Losses over the iterations of each stage]({picture})", ""]
-    pictures = sorted((folder / "predictions").glob("*.png"))
-    words = [picture for picture in pictures if picture.stem.endswith(WORDS)]
+    for image in ("loss_curves.png",):
+        if (folder / image).is_file():
+            lines += [f"![Losses over the iterations of each stage]({image})", ""]
+    images = sorted((folder / "predictions").glob("*.png"))
+    words = [image for image in images if image.stem.endswith(WORDS)]
     for text, group in (
-        ("Ground truth beside what each head predicts:", [p for p in pictures if p not in words]),
+        ("Ground truth beside what each head predicts:", [p for p in images if p not in words]),
         ("Where the caption head looked at each word:", words),
     ):
         if group:

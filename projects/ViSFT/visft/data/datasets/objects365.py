@@ -30,13 +30,13 @@ def class_names() -> list[str]:
     return Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 
 
-def picture_path(file_name: str) -> str:
+def image_path(file_name: str) -> str:
     """Where an image is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
     path = "/".join(file_name.split("/")[-2:])
     return "" if path in _MISSING else path
 
 
-FORMAT = Format("Objects365", "file_name", picture_path)
+FORMAT = Format("Objects365", "file_name", image_path)
 
 
 def register_objects365() -> None:
@@ -65,7 +65,7 @@ def load(json_file: str, image_root: str) -> list[dict]:
     """Dataset dicts, with the images where their archives put them."""
     records = []
     for record in load_coco_json(json_file, ""):
-        path = picture_path(record["file_name"])
+        path = image_path(record["file_name"])
         if path:
             record["file_name"] = os.path.join(image_root, path)
             for annotation in record["annotations"]:

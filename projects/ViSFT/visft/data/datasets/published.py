@@ -38,9 +38,9 @@ class Format:
     """What sets a data set's file apart from COCO's."""
 
     name: str
-    picture_key: str
+    image_key: str
     """Of an image: what says where its image is."""
-    picture_path: Callable[[str], str]
+    image_path: Callable[[str], str]
     """From that value to the path under the data set's `image_root`; "" for an image known to be missing."""
     has_polygons: bool = False
     """Each annotation has polygons."""
@@ -101,7 +101,7 @@ def _check(
     if train and not annotations:
         raise DataError(f"{path}: it has no annotations, so there is nothing to train on")
     logger.info("%s: %d images, %d annotations, nothing wrong", path, len(images), len(annotations))
-    found = [(layout.picture_path(entry[layout.picture_key]), entry) for entry in entries]
+    found = [(layout.image_path(entry[layout.image_key]), entry) for entry in entries]
     return tuple(
         {
             "file_name": os.path.join(image_root, file),
@@ -136,7 +136,7 @@ def _check_categories(
 
 
 def _check_images(layout: Format, path: str, entries: list, ids: set[int], federated: bool) -> set:
-    keys = {"id": is_id, layout.picture_key: is_text, "width": is_positive_int, "height": is_positive_int}
+    keys = {"id": is_id, layout.image_key: is_text, "width": is_positive_int, "height": is_positive_int}
     seen: set = set()
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")

@@ -65,8 +65,8 @@ class Anchor(Objective):
 
     def parts(self, batch: Batch, row: int) -> list[Tensor]:
         """CROPS parts of an image, of its shape, with sides of SMALLEST to 1 of its own, anywhere in it."""
-        picture = batch.images[row]["image"]
-        height, width = picture.shape[1:]
+        image = batch.images[row]["image"]
+        height, width = image.shape[1:]
         found = []
         draws = torch.rand(self.crops, 3, generator=batch.generator(row, "anchor")).tolist()
         # From a generator of their own: with and without RECOLOR the parts are of the same places.
@@ -74,12 +74,12 @@ class Anchor(Objective):
         for (share, x, y), colour in zip(draws, colours, strict=True):
             share = SMALLEST + (1 - SMALLEST) * share
             x, y = x * (1 - share), y * (1 - share)
-            part = crop(picture, [x * width, y * height, (x + share) * width, (y + share) * height])
+            part = crop(image, [x * width, y * height, (x + share) * width, (y + share) * height])
             found.append(recolored(part, *colour) if self.recolor else part)
         return found
 
 
-def recolored(picture: Tensor, whether: float, inverted: float, contrast: float) -> Tensor:
+def recolored(image: Tensor, whether: float, inverted: float, contrast: float) -> Tensor:
     """An image `[3, H, W]`, 0..255, as it is or grey, by three numbers in 0..1.
 
     Args:
@@ -88,8 +88,8 @@ def recolored(picture: Tensor, whether: float, inverted: float, contrast: float)
         contrast: grey values are spread about their mean by 0.5 (at 0) to 2 (at 1).
     """
     if whether < 0.5:
-        return picture
-    grey = (picture.float() * picture.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(0)
+        return image
+    grey = (image.float() * image.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(0)
     if inverted >= 0.5:
         grey = 255 - grey
     mean = grey.mean()

@@ -67,7 +67,7 @@ class Batch:
         """Pictures `[3, h_i, w_i]`, 0..255, resized as `pictures`, normalised by the tower's own mean and deviation."""
         shape = (size, size) if size else self.backbone.image_size
         stacked = torch.stack(
-            [resized(picture.to(self.device, non_blocking=True), shape) for picture in pictures]
+            [resized(image.to(self.device, non_blocking=True), shape) for image in pictures]
         )
         mean, std = (stacked.new_tensor(v).view(3, 1, 1) for v in (self.backbone.mean, self.backbone.std))
         return (stacked / 255 - mean) / std
@@ -92,18 +92,18 @@ class Batch:
         return self._kept[key]
 
 
-def resized(picture: Tensor, shape: tuple[int, int]) -> Tensor:
+def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """An image `[3, H, W]` at another size, as float32 in 0..255 (bicubic, antialiased, as CLIP's)."""
-    picture = picture.float()
-    if picture.shape[1:] == shape:
-        return picture
-    found = F.interpolate(picture[None], shape, mode="bicubic", antialias=True, align_corners=False)[0]
+    image = image.float()
+    if image.shape[1:] == shape:
+        return image
+    found = F.interpolate(image[None], shape, mode="bicubic", antialias=True, align_corners=False)[0]
     return found.clamp(0, 255)
 
 
-def crop(picture: Tensor, box: list[float]) -> Tensor:
+def crop(image: Tensor, box: list[float]) -> Tensor:
     """The pixels `[3, h, w]` of an image `[3, H, W]` that a box touches, at least one each way."""
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     x0, y0 = (min(int(v), side - 1) for v, side in ((box[0], width), (box[1], height)))
     x1, y1 = (int(-(-v // 1)) for v in box[2:])
-    return picture[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+    return image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
