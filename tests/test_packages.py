@@ -22,6 +22,7 @@ COMMANDS = {
 }
 SHARED = {"evaluation/caption_metrics.py"}
 WHEN_CALLED = {
+    "backbone.py",
     "modeling/backbone/open_clip_import.py",
     "commands/demo.py",
     "commands/train_demo_heads.py",

@@ -1,4 +1,4 @@
-"""The backbone's earlier place: `visft.backbone` is `visft.modeling.backbone`, its `open_clip_zoo` `open_clip_models`."""
+"""The backbone's earlier place: `visft.backbone` is `visft.modeling.backbone`."""
 
 import sys
 from types import ModuleType
