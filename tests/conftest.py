@@ -47,14 +47,20 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture
-def logged(monkeypatch) -> Iterator[None]:
-    """Let pytest see our log lines, whatever a command-line tool called in this process has set up."""
-    logger = logging.getLogger("visft")
-    handlers, level = list(logger.handlers), logger.level
-    monkeypatch.setattr(logger, "propagate", True)
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    """What a command-line tool called in this process has set up for its log ends with the test, as its streams do."""
+    loggers = [logging.getLogger(name) for name in ("visft", "detectron2")]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
     yield
-    logger.handlers, logger.level = handlers, level
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.level = handlers, level
+
+
+@pytest.fixture
+def logged(monkeypatch) -> None:
+    """Let pytest see our log lines, whatever a command-line tool called in this process has set up."""
+    monkeypatch.setattr(logging.getLogger("visft"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

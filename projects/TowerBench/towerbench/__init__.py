@@ -10,7 +10,7 @@ _MODULES = {
     "Benchmark": "registry",
     "Context": "registry",
     "FeatureStore": "features",
-    "Pictures": "features",
+    "Images": "features",
     "Tower": "towers",
     "register": "registry",
     "registered": "registry",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from visft.data.datasets.coco_json import entries_of, name_of, read_json
 from visft.data.datasets.coco import outlines_of, records_of
+from visft.data.datasets.coco_json import entries_of, name_of, read_json
 from visft.data.datasets.packed import PackedMapping, Rows, packed, row
 from visft.errors import DataError
 

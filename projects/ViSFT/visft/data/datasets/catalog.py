@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from visft.data.datasets.captions import load_captioned
 from visft.classes.dataset_classes import places_by_name
-from visft.data.validation import CocoSummary, check_content, summary_of
-from visft.data.datasets.coco_json import entries_of, read_json, some
+from visft.data.datasets.captions import load_captioned
 from visft.data.datasets.coco import PackedRecords, load_coco_json, packed_coco
-from visft.data.headers import ImageRules, check_images
+from visft.data.datasets.coco_json import entries_of, read_json, some
 from visft.data.datasets.published import LVIS, check_published
+from visft.data.headers import ImageRules, check_images
+from visft.data.validation import CocoSummary, check_content, summary_of
 from visft.errors import ConfigError, DataError
 
 OWN_TRAIN = "visft_own_train"

@@ -14,11 +14,11 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.structures import BoxMode
 from torch.utils.data import ConcatDataset, Dataset
 
-from visft.data.validation import check_content, summary_of
 from visft.data.datasets.coco_json import in_order, read_json
 from visft.data.datasets.json_arrays import JSONArrays, NotSplitError
-from visft.data.masks import compressed, usable
 from visft.data.datasets.packed import PackedFile, Rows, packed, row
+from visft.data.masks import compressed, usable
+from visft.data.validation import check_content, summary_of
 from visft.errors import DataError
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")

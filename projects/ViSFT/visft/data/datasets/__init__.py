@@ -1,0 +1,1 @@
+"""Data sets: files read, checked and registered, one file a format."""
