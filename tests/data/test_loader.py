@@ -149,7 +149,7 @@ def test_broken_images_are_replaced_and_counted(cfg, coco, caplog) -> None:
             assert kept["image_id"] == 6 and "skipped" not in kept
     assert loader.skipped == {str(coco.images / "4.png"): 2, str(coco.images / "5.png"): 4}
     warnings = [r.getMessage() for r in caplog.records if r.name == "visft.data.loader"]
-    assert [w[:19] for w in warnings] == ["Epoch 1: 3 times a ", "Epoch 2: 3 times a "]
+    assert [w[:20] for w in warnings] == ["Epoch 1: 3 times an ", "Epoch 2: 3 times an "]
     cfg.DATALOADER.NUM_WORKERS = 2
     _assert_same(_take(build_train_loader(cfg, batch_size=7, seed=0), 2), batches)
 
@@ -174,7 +174,7 @@ def test_evaluation_leaves_broken_images_out_with_a_count(cfg, coco, caplog) -> 
     with caplog.at_level(logging.WARNING, logger="visft.data.loader"):
         found = [s["image_id"] for batch in build_test_loader(cfg, "visft_own_test") for s in batch]
     assert found == [1, 2, 3, 5, 6, 7]
-    assert "1 of 7 pictures" in caplog.text and "4.png" in caplog.text
+    assert "1 of 7 images" in caplog.text and "4.png" in caplog.text
 
 
 def test_data_sets_are_checked_by_the_loader_too(cfg, coco) -> None:

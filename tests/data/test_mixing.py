@@ -256,7 +256,7 @@ def test_broken_images(ratio, coco, caplog):
     # In its place comes another image of the task.
     assert {i["image_id"] for b in batches for i in b if i["task"] == "captioning"} == {3}
     assert sum(loader.skipped.values()) > 8 and set(loader.skipped) == {str(coco.images / "6.png")}
-    assert any(r.getMessage().startswith("captioning: Epoch 1: 1 times a ") for r in caplog.records)
+    assert any(r.getMessage().startswith("captioning: Epoch 1: 1 times an ") for r in caplog.records)
 
 
 # Data sets with different labels

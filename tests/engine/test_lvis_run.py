@@ -82,7 +82,7 @@ def test_training_and_evaluation_on_lvis(tmp_path):
         return done.stdout + done.stderr
 
     log = run()
-    assert "pictures come more than once" in log
+    assert "images come more than once" in log
     rows = [json.loads(line) for line in (output / "heads" / "metrics.json").read_text().splitlines()]
     figures = {key: value for row in rows for key, value in row.items() if "/AP" in key}
     kinds = {"detection/bbox", "segmentation/bbox", "segmentation/segm"}

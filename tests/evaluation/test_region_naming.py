@@ -276,7 +276,7 @@ def test_what_is_broken_is_named(folder, head):
     with pytest.raises(DataError, match=r"1\.png: is 3 x 2, its image 64 x 64"):
         feed(evaluator, head, [1])
     (folder / "panoptic_tiny" / "2.png").write_bytes(b"cut off")
-    with pytest.raises(DataError, match=r"2\.png: is no readable picture"):
+    with pytest.raises(DataError, match=r"2\.png: is no readable image"):
         feed(evaluator, head, [2])
     (folder / "panoptic_tiny.json").write_text("{}")
     with pytest.raises(DataError, match="no readable panoptic annotations"):

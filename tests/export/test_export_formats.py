@@ -353,12 +353,12 @@ def test_preprocessing_of_each_kind(towers, tmp_path, tower, mode):
     for name in ("timm", "hf") if tower == "small-vit" else ("timm",):
         kind = export.FORMATS[name]
         if mode == "longest":
-            with pytest.raises(ExportError, match="pictures are padded"):
+            with pytest.raises(ExportError, match="images are padded"):
                 kind.write(backbone, tmp_path / kind.file_name)
         else:
             kind.write(backbone, tmp_path / kind.file_name)
     backbone.tower.preprocess_cfg["mean"] = (0.1, 0.2, 0.3)
-    with pytest.raises(ExportError, match="pictures have mean"):
+    with pytest.raises(ExportError, match="images have mean"):
         export.timm(backbone, tmp_path / "t" / "t.safetensors")
 
 
@@ -368,7 +368,7 @@ def test_preprocessing_of_each_kind(towers, tmp_path, tower, mode):
         ("timm", "small-coca", "an attentional pooler, which timm's VisionTransformer lacks"),
         ("hf", "small-coca", "an attentional pooler"),
         ("hf", "small-clipa", "averaged tokens"),
-        ("hf", "small-oblong", "pictures of 32 x 48 pixels"),
+        ("hf", "small-oblong", "images of 32 x 48 pixels"),
         ("hf", "small-eva01", "timm's Eva"),
         ("hf", "small-gap", "the pool `avg`"),
         ("peft", "small-pe", "timm's Eva"),

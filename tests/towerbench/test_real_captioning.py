@@ -202,7 +202,7 @@ def test_broken_data_are_refused(data, tmp_path):
     file = tmp_path / "nocaps" / "nocaps_val_4500_captions.json"
     image = {"id": 0, "file_name": "0.jpg", "domain": "near-domain"}
     write(file, [image], {0: ["a dog"]})
-    with pytest.raises(DataError, match="no picture of `nocaps out-domain` has a caption"):
+    with pytest.raises(DataError, match="no image of `nocaps out-domain` has a caption"):
         _ = of("out", tmp_path).set
     with pytest.raises(DataError, match="0.jpg: there is no such file"):
         of("near", tmp_path).set.pictures()
@@ -215,7 +215,7 @@ def test_broken_data_are_refused(data, tmp_path):
         _ = of("near", tmp_path).set
     coco = tmp_path / "coco" / "annotations" / "captions_train2017.json"
     write(coco, [{"id": 1, "file_name": "1.jpg"}], {1: ["a dog"]})
-    with pytest.raises(DataError, match="captions of 1 picture"):
+    with pytest.raises(DataError, match="captions of 1 image"):
         _ = of("near", tmp_path).readout
 
 

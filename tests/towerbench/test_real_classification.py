@@ -268,12 +268,12 @@ def test_robustness(store, data, monkeypatch):
 
 def test_broken_data_are_refused(data, tmp_path):
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
-    with pytest.raises(DataError, match="hold no pictures"):
+    with pytest.raises(DataError, match="hold no images"):
         classification.imagenet_like(tmp_path / "val", 1000)
     (tmp_path / "val" / "dogs").mkdir()
     with pytest.raises(DataError, match="dogs.*no class of ImageNet"):
         classification.imagenet_like(tmp_path / "val", 1000)
-    with pytest.raises(DataError, match="is no readable picture"):
+    with pytest.raises(DataError, match="is no readable image"):
         sources.decoded(b"no picture", "a.jpg")
     webdataset(tmp_path / "w", ("test",))
     (tmp_path / "w" / "test" / "nshards.txt").write_text("3")

@@ -238,7 +238,7 @@ BROKEN = {
     "no png": (lambda f: f.write_bytes(b"nothing"), "no readable label map"),
     "colours": (lambda f: Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(f), "one 8-bit label a pixel"),
     "label": (lambda f: Image.fromarray(np.full((8, 8), 60, np.uint8)).save(f), "label 60; 0 to 59 were"),
-    "size": (lambda f: Image.fromarray(np.zeros((8, 8), np.uint8)).save(f), r"\(8, 8\), and its picture of"),
+    "size": (lambda f: Image.fromarray(np.zeros((8, 8), np.uint8)).save(f), r"\(8, 8\), and its image of"),
 }
 
 
@@ -257,11 +257,11 @@ def test_broken_lists_and_images_are_refused(tmp_path):
     devkit(root, "Segmentation", "SegmentationClass", (0, 1, 20, 255), True)
     cls = registered()["dense text voc2012"]
     (root / "JPEGImages" / "2007_val002.jpg").unlink()
-    with pytest.raises(DataError, match="2007_val002.jpg: is no readable picture"):
+    with pytest.raises(DataError, match="2007_val002.jpg: is no readable image"):
         cls(Context(data=tmp_path))
     lists = root / "ImageSets" / "Segmentation"
     (lists / "val.txt").write_text("\n")
-    with pytest.raises(DataError, match="val.txt: names no pictures"):
+    with pytest.raises(DataError, match="val.txt: names no images"):
         cls(Context(data=tmp_path))
     (lists / "val.txt").unlink()
     with pytest.raises(DataError, match="val.txt: is no readable text"):
@@ -271,7 +271,7 @@ def test_broken_lists_and_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="1 images are to train on; at least 5"):
         registered()["dense probe voc2012"](Context(data=tmp_path))
     (tmp_path / "ADEChallengeData2016/images/validation").mkdir(parents=True)
-    with pytest.raises(DataError, match="validation: holds no pictures"):
+    with pytest.raises(DataError, match="validation: holds no images"):
         registered()["dense text ade20k"](Context(data=tmp_path))
 
 

@@ -400,12 +400,12 @@ def of(key, value):
 
 
 PANOPTIC = {
-    "png missing": (segment_png(lambda p: None), "ADE_val_00000003.png: is no readable picture of segments"),
+    "png missing": (segment_png(lambda p: None), "ADE_val_00000003.png: is no readable image of segments"),
     "unknown segment": (segment_png(painted), "ADE_val_00000003.png: has the segment 197121, which"),
-    "grey": (segment_png(lambda p: p[..., 0].copy()), "colour picture"),
+    "grey": (segment_png(lambda p: p[..., 0].copy()), "colour image"),
     "size": (segment_png(lambda p: p[:50].copy()), r"\(50, 96\), and .*json says \(64, 96\)"),
     "category": (of("category_id", 150), "`category_id` 150, which is none of its `categories`"),
-    "outside": (of("bbox", [200, 3, 5, 5]), r"\[200, 3, 5, 5\] lies outside its picture"),
+    "outside": (of("bbox", [200, 3, 5, 5]), r"\[200, 3, 5, 5\] lies outside its image"),
     "no box": (of("bbox", [1, 2, 3]), "four numbers"),
     "image": (panoptic_json(lambda f: f["annotations"][0].update(image_id="x")), "none of its `images`"),
     "no images": (panoptic_json(lambda f: f.pop("images")), "no usable `images`"),
@@ -438,7 +438,7 @@ def annotation(key, value):
 INSTANCES = {
     "category": (annotation("category_id", 5), "`category_id` 5, which is none of its `categories`"),
     "image": (annotation("image_id", 5), "`image_id` 5, which is none of its `images`"),
-    "outside": (annotation("bbox", [3, -20, 5, 10]), "lies outside its picture"),
+    "outside": (annotation("bbox", [3, -20, 5, 10]), "lies outside its image"),
     "not a number": (annotation("bbox", [3, float("nan"), 5, 10]), "four numbers"),
     "polygon": (annotation("segmentation", [[1, "a"]]), "`segmentation` can not be read"),
     "run lengths": (annotation("segmentation", {"counts": [9, 9], "size": [3, 6]}), r"of size \(3, 6\), and"),

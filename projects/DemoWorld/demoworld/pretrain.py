@@ -1,7 +1,7 @@
 """Contrastive pretraining of the demo tower on captioned, augmented single emoji.
 
 CLIP's loss (Radford et al. 2021, section 2.3) with what makes a small ViT learn fast on few cores: small
-pictures first (CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of
+images first (CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of
 the hidden matrices (Muon, Jordan et al. 2024). Every random draw is a function of the seed and the step, so a
 resumed run needs no generator state.
 """
@@ -31,7 +31,7 @@ FINAL_FILE = tower.WEIGHTS_FILE.name
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a schedule: its end (share of the whole), picture size (pixels), share of patches dropped."""
+    """Part of a schedule: its end (share of the whole), image size (pixels), share of patches dropped."""
 
     until: float
     size: int
@@ -43,7 +43,7 @@ class Settings:
     """Everything that decides the result of a run.
 
     Args:
-        samples: length of the schedule in pictures. 0 where `minutes` is given.
+        samples: length of the schedule in images. 0 where `minutes` is given.
         minutes: length of the schedule in minutes, evaluations included. The schedule then follows the clock (what was
             spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
             by samples is instead the same to the bit however often it is interrupted.
@@ -52,7 +52,7 @@ class Settings:
         weight_decay: decoupled; matrices of the two transformers only.
         warmup: share of the schedule with a rising learning rate.
         average: decay per step of the running mean of the weights; the mean is what is shipped.
-        phases: picture sizes over the schedule.
+        phases: image sizes over the schedule.
         seed: of the initial weights and of all data.
         classes: use only the first so many emoji (0: all). For tests.
     """
@@ -75,7 +75,7 @@ class Settings:
             raise DemoWorldError("give the length of the pretraining either in samples or in minutes")
         if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
             raise DemoWorldError(
-                "the picture sizes of the phases must be multiples of 8, and the last phase end at 1.0"
+                "the image sizes of the phases must be multiples of 8, and the last phase end at 1.0"
             )
 
     def phase(self, progress: float) -> Phase:
@@ -110,7 +110,7 @@ def create_tower(seed: int) -> nn.Module:
 
 
 def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Embeddings `[B, D]` of square pictures of any size; `keep` `[B, K]`: the patches not dropped."""
+    """Embeddings `[B, D]` of square images of any size; `keep` `[B, K]`: the patches not dropped."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)
     grid = images.shape[-1] // visual.patch_size[0]
     position = visual.positional_embedding
@@ -203,11 +203,11 @@ class Optimizer:
 
 
 class Views:
-    """Batches of distinct emoji with captions, and the evaluation's batches, for any picture size.
+    """Batches of distinct emoji with captions, and the evaluation's batches, for any image size.
 
     Args:
         classes: use only the first so many emoji (0: all).
-        folders: further vendors' pictures (`catalogue.other_images`), drawn from as often as OpenMoji's.
+        folders: further vendors' images (`catalogue.other_images`), drawn from as often as OpenMoji's.
         held_out: folders of vendors that are in no batch, after the others in `evaluation`.
     """
 
@@ -222,7 +222,7 @@ class Views:
         coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
         self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
         self.flippable = torch.tensor([catalogue.may_flip(name) for name in self.names])
-        # One (pictures, their classes) a vendor.
+        # One (images, their classes) a vendor.
         own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
         self.vendors = [(own, torch.arange(len(emoji)))]
         self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
@@ -230,7 +230,7 @@ class Views:
             rgba, index = catalogue.other_images(folder)
             kept = torch.tensor([i < len(emoji) for i in index])
             self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
-        # where[v, c]: the place of class c among vendor v's pictures, or -1.
+        # where[v, c]: the place of class c among vendor v's images, or -1.
         self.where = torch.full((len(self.vendors), len(emoji)), -1)
         for v, (_, index) in enumerate(self.vendors):
             self.where[v, index] = torch.arange(len(index))
@@ -287,7 +287,7 @@ class Pretraining:
         output: folder of the run: settings (`run.json`), log (`log.jsonl`), checkpoint, in the end weights.
         settings: of a new run.
         resume: go on with the run in `output`, under the settings it was started with.
-        pictures: folders of further vendors' pictures to train on as well.
+        images: folders of further vendors' images to train on as well.
         held_out_images: folders of vendors that are only evaluated.
 
     Raises:

@@ -73,7 +73,7 @@ class Cast:
     Args:
         names: of the categories.
         train, every: each category's places in `pictures`: the drawings of training scenes, and all of them.
-        pictures: an index into `catalogue.catalogue()` and a picture each.
+        images: an index into `catalogue.catalogue()` and an image each.
         flips: whether each is still called so after a flip.
     """
 

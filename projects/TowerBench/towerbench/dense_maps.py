@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from towerbench.features import FeatureStore, Images
 
 CHUNK = 64
-"""Pictures whose maps are in memory at a time."""
+"""Images whose maps are in memory at a time."""
 
 
 def in_chunks(

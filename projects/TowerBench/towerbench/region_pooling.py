@@ -38,7 +38,7 @@ def mean_features(cells: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The mean feature `[M, C]` of each region.
 
     Args:
-        cells: the picture's map `[C, h, w]`.
+        cells: the image's map `[C, h, w]`.
         weights: how much of each cell a region covers, `[M, h, w]`.
     """
     weights = weights.flatten(1)

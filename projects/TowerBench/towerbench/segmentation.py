@@ -46,7 +46,7 @@ def segmented(
 
     Args:
         scores: cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`, which are interpolated.
-        truth: from a picture's number to its labels `[H, W]`, of any size, and how much each of these counts.
+        truth: from an image's number to its labels `[H, W]`, of any size, and how much each of these counts.
     """
     found = []
     for start, maps in in_chunks(tower, pictures):
@@ -67,8 +67,8 @@ def training_cells(
     """Features `[M, C]` and labels `[M]` of some cells of every image.
 
     Args:
-        labels: from a picture's number and the grid `(h, w)` to its cells' labels `[h, w]`.
-        chosen: from a picture's number and these labels, flat, to the places of the cells that are taken.
+        labels: from an image's number and the grid `(h, w)` to its cells' labels `[h, w]`.
+        chosen: from an image's number and these labels, flat, to the places of the cells that are taken.
     """
     features, found = [], []
     for start, maps in in_chunks(tower, pictures):

@@ -107,7 +107,7 @@ class Task:
         self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
 
     @property
-    def images(self) -> list[Images]:
+    def pictures(self) -> list[Images]:
         return [images for named in self.sets for images in named.values()]
 
     @property

@@ -24,7 +24,7 @@ SIDE = 64
 
 WARPED, WARPED_SIDE = 200, 128
 NEAR = 0.1
-"""A match counts within this share of the picture's side (PCK@0.1)."""
+"""A match counts within this share of the image's side (PCK@0.1)."""
 
 
 def labels_at(scene, side: int) -> torch.Tensor:

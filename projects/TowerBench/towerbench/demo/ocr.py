@@ -23,7 +23,7 @@ from towerbench.standardise import Standardiser
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 COUNTS = {"train": 450, "validation": 75, "test": 150, "development": 150}
-"""Pictures of each part."""
+"""Images of each part."""
 
 SIDE, SCALE = 128, 2.0
 

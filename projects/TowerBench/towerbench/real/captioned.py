@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionedSet:
-    """Pictures with captions.
+    """Images with captions.
 
     Args:
         name: what it is.
@@ -65,7 +65,7 @@ def collected(
         logger.warning("%s: %d images without a caption are left out", name, dropped)
     if not files:
         raise DataError(
-            f"{annotations[0]}: no picture of `{name}` has a caption; is it the right file, and whole? Get it again"
+            f"{annotations[0]}: no image of `{name}` has a caption; is it the right file, and whole? Get it again"
         )
     return CaptionedSet(name, files, captions, annotations)
 

@@ -55,7 +55,7 @@ class NoCaps(sources.RealBenchmark):
 
     @functools.cached_property
     def readout(self) -> dict[str, CaptionedSet]:
-        """Pictures of COCO to train on, and to choose by."""
+        """Images of COCO to train on, and to choose by."""
         file = self.path(COCO_CAPTIONS)
         return _readout_sets(file, self.path(COCO_PICTURES), file.stat().st_mtime_ns)
 

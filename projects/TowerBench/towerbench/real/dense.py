@@ -44,7 +44,7 @@ CONTEXT = (
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures with label maps.
+    """Images with label maps.
 
     Args:
         maps: files, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
@@ -55,10 +55,10 @@ class Labelled:
     table: np.ndarray
 
     def labels(self, number: int) -> np.ndarray:
-        """A picture's classes `[H, W]`, or `IGNORED`.
+        """An image's classes `[H, W]`, or `IGNORED`.
 
         Raises:
-            DataError: the map is missing or broken, or not of the picture's size, or has another label.
+            DataError: the map is missing or broken, or not of the image's size, or has another label.
         """
         file = self.maps[number]
         with sources.readable(file, "label map", "get the data set again"):
@@ -84,7 +84,7 @@ class Labelled:
                 shown = image.height, image.width
             if shown != size:
                 raise DataError(
-                    f"{self.maps[number]}: is of height and width {size}, and its picture of {shown}; both of one "
+                    f"{self.maps[number]}: is of height and width {size}, and its image of {shown}; both of one "
                     "size were expected; get the data set again"
                 )
 
@@ -166,7 +166,7 @@ DATA_SETS = {
             "ADEChallengeData2016/annotations/validation": "their label maps, of the same archive",
         },
         trains_on={
-            "ADEChallengeData2016/images/training": "ADE20K's training pictures",
+            "ADEChallengeData2016/images/training": "ADE20K's training images",
             "ADEChallengeData2016/annotations/training": "their label maps",
         },
         files=_ade20k_files,
@@ -310,7 +310,7 @@ class DenseProbe(_Dense):
 
 
 def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
-    """The places of a picture's cells that a probe trains on, the same ones for every tower."""
+    """The places of an image's cells that a probe trains on, the same ones for every tower."""
     places = np.random.default_rng([13, number]).permutation(np.flatnonzero(labels.numpy() != IGNORED))
     _, first = np.unique(labels.numpy()[places], return_index=True)
     first = np.sort(first)  # in the order of chance, not of classes

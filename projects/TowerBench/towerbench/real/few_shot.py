@@ -24,7 +24,7 @@ from towerbench.real.classification import (
 from towerbench.registry import Context, variant
 
 SHOTS, HELD = 16, 4
-"""Pictures of each class of ImageNet to train on, and to choose by."""
+"""Images of each class of ImageNet to train on, and to choose by."""
 
 VTAB_TRAIN, VTAB_HELD = 800, 200
 """Of a task of VTAB (arXiv:1910.04867, section 2.2: VTAB-1k)."""
@@ -124,7 +124,7 @@ class _FromImageNet(_FewShot):
 
 @functools.cache
 def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Pictures of each class to train on, and to choose by; the folders are listed once a process and seed."""
+    """Images of each class to train on, and to choose by; the folders are listed once a process and seed."""
     parts: tuple[list, list] = ([], [])
     for index, of_class in sorted(imagenet_folders(folder).items()):
         files = sources.listed(of_class)
@@ -149,7 +149,7 @@ class _FromVtab(_FewShot):
 
 @functools.cache
 def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Pictures of a train split to train on, and to choose by."""
+    """Images of a train split to train on, and to choose by."""
     whole = _read(folder)
     order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
     cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)

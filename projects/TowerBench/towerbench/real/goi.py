@@ -92,7 +92,7 @@ def _lvis(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     return regions.instances(json_file, data / "coco", picture, choice, masks=True)
 
 
-_COCO_PICTURES = {"coco/train2017": "COCO's training pictures", "coco/val2017": "COCO's validation pictures"}
+_COCO_PICTURES = {"coco/train2017": "COCO's training images", "coco/val2017": "COCO's validation images"}
 DATA_SETS = {
     "ade20k": DataSet(
         needs={
@@ -101,7 +101,7 @@ DATA_SETS = {
             "ADEChallengeData2016/ade20k_panoptic_val": "the same script's images of segments",
         },
         trains_on={
-            "ADEChallengeData2016/images/training": "ADE20K's training pictures",
+            "ADEChallengeData2016/images/training": "ADE20K's training images",
             "ADEChallengeData2016/ade20k_panoptic_train.json": "the same script's",
             "ADEChallengeData2016/ade20k_panoptic_train": "the same script's images of segments",
         },
@@ -122,11 +122,11 @@ DATA_SETS = {
     "coco": DataSet(
         needs={
             "coco/annotations/instances_val2017.json": "COCO's annotations",
-            "coco/val2017": "COCO's validation pictures",
+            "coco/val2017": "COCO's validation images",
         },
         trains_on={
             "coco/annotations/instances_train2017.json": "COCO's annotations",
-            "coco/train2017": "COCO's training pictures",
+            "coco/train2017": "COCO's training images",
         },
         load=_coco,
         kinds=("boxes", "thing masks"),

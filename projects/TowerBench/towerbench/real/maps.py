@@ -11,10 +11,10 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import sources
 
 TEST = 2000
-"""Pictures of a set that are tested, spread over it."""
+"""Images of a set that are tested, spread over it."""
 
 TRAIN, HELD_OF = 2500, 5
-"""Pictures of its train split that a probe sees; of every HELD_OF the last one is to choose the penalty by."""
+"""Images of its train split that a probe sees; of every HELD_OF the last one is to choose the penalty by."""
 
 SCALE = 2.0
 """Maps are of images at twice the tower's native side, as in the demo suite."""

@@ -118,7 +118,7 @@ class Mmvp(sources.RealBenchmark):
 class MmvpStatements(Mmvp):
     """As the authors' script counts, and published figures are: each statement chooses one of the two images."""
 
-    name, metric = "vqa mmvp-vlm", "pairs whose statements both choose their picture"
+    name, metric = "vqa mmvp-vlm", "pairs whose statements both choose their image"
 
     def others(self, similar: torch.Tensor) -> torch.Tensor:
         return similar.flip(1).diagonal(dim1=1, dim2=2)

@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """Pictures and what is asked on each.
+    """Images and what is asked on each.
 
     Args:
         images: their numbers in COCO.

@@ -68,7 +68,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class RegionSet:
-    """Pictures with regions.
+    """Images with regions.
 
     Args:
         names: the words for each class.
@@ -173,7 +173,7 @@ def segment_ids(file: Path) -> np.ndarray:
     Raises:
         DataError: it is missing, or no colour image.
     """
-    with sources.readable(file, "picture of segments", "make the panoptic annotations again"):
+    with sources.readable(file, "image of segments", "make the panoptic annotations again"):
         colours = np.asarray(Image.open(file))
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise DataError(
@@ -319,5 +319,5 @@ def _run_lengths(entry: Any, size: tuple[int, int], file: Path) -> dict[str, Any
             f"{file}: a `segmentation` can not be read ({error}); polygons or run lengths were expected"
         ) from error
     if of != size:
-        raise DataError(f"{file}: a `segmentation` is of size {of}, and its picture of {size}; get it again")
+        raise DataError(f"{file}: a `segmentation` is of size {of}, and its image of {size}; get it again")
     return encoded if area else None

@@ -1,4 +1,4 @@
-"""Pictures and captions found by each other: Flickr30k, DCI, Urban-1k, and, in fine-tuning's domain, COCO."""
+"""Images and captions found by each other: Flickr30k, DCI, Urban-1k, and, in fine-tuning's domain, COCO."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +46,11 @@ class Retrieval(sources.RealBenchmark):
 
 
 def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int]]) -> np.ndarray:
-    """Scores `[N, 7]`: of how many of a picture's captions it is among the first 1, 5, 10 images; how many captions
+    """Scores `[N, 7]`: of how many of an image's captions it is among the first 1, 5, 10 images; how many captions
     it has; whether one of them is among the first 1, 5, 10 captions.
 
     What is exactly as near as the right one stands behind it. So a caption that another image has too, word by word,
-    does not count against a picture's own.
+    does not count against an image's own.
 
     Args:
         images: `[N, D]` of unit length.

@@ -11,10 +11,10 @@ from towerbench.real import sources, zero_shot
 from towerbench.registry import Context, variant
 
 COUNT = 500
-"""Pictures of a set that are shown, each under every corruption; spread over the set, the same ones every time."""
+"""Images of a set that are shown, each under every corruption; spread over the set, the same ones every time."""
 
 SIDE = 224
-"""Pictures are corrupted at this size, as ImageNet-C is (arXiv:1903.12261): strengths then mean the same on any set."""
+"""Images are corrupted at this size, as ImageNet-C is (arXiv:1903.12261): strengths then mean the same on any set."""
 
 
 class _Robustness(sources.RealBenchmark):

@@ -1,4 +1,4 @@
-"""Pictures and annotations on disk: what all benchmarks of the real suite share."""
+"""Images and annotations on disk: what all benchmarks of the real suite share."""
 
 import contextlib
 import hashlib

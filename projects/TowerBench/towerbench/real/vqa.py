@@ -20,7 +20,7 @@ from towerbench.registry import variant
 from towerbench.standardise import Standardiser
 
 TRAIN, TEST = 9000, 5000
-"""Pictures of train2014 that the readout sees, and of val2014 that are asked about: spread over the set, the same ones
+"""Images of train2014 that the readout sees, and of val2014 that are asked about: spread over the set, the same ones
 every time, with all their questions."""
 
 HELD = 9
@@ -30,7 +30,7 @@ ANSWERS = 3000
 """The most frequent answers of the training, between which the readout chooses."""
 
 GRID = 8
-"""Pictures are seen in GRID x GRID cells."""
+"""Images are seen in GRID x GRID cells."""
 
 EPOCHS, BATCH, RATE, WIDTH = 12, 64, 1e-3, 256
 WEIGHT_DECAY = 0.05

@@ -147,7 +147,7 @@ class Labelled:
 
 
 def listed_words(folder: Path) -> Labelled:
-    """A folder with a list of labels, one a line: the picture's file, a tab or a space, the label.
+    """A folder with a list of labels, one a line: the image's file, a tab or a space, the label.
 
     Files are below the folder, or below the one that it is in, as PaddleOCR writes them.
 

@@ -18,7 +18,7 @@ from visft.visualization.run_report import WORDS
 NAME = "report.html"
 
 _PREDICTIONS = 4
-"""Pictures of what the heads see; all are in the run's folder."""
+"""Images of what the heads see; all are in the run's folder."""
 
 _STYLE = """
 * { box-sizing: border-box; }

@@ -36,7 +36,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
-    """Picture files, those of a folder (not of its subfolders) included, in order.
+    """Image files, those of a folder (not of its subfolders) included, in order.
 
     Raises:
         DataError: if a path is not there, or none holds an image.

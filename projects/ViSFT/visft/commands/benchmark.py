@@ -16,9 +16,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--config-file", required=True, help="one of configs/*.yaml with the ViSFT architecture"
     )
     parser.add_argument("--stage", choices=("heads", "lora"), default="lora", help="what trains")
-    parser.add_argument(
-        "--images", type=int, default=0, help="pictures a batch; 0: the stage's IMS_PER_BATCH"
-    )
+    parser.add_argument("--images", type=int, default=0, help="images a batch; 0: the stage's IMS_PER_BATCH")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that is not")
     parser.add_argument("--output", default="", help="a JSON file for the figures")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the config")

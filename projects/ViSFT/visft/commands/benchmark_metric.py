@@ -13,7 +13,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=("coco", "lvis"), default="coco")
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="of each picture")
+    parser.add_argument("--detections", type=int, default=100, help="of each image")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many runs of each, in turns")
     return parser.parse_args(argv)

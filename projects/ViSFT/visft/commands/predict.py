@@ -16,7 +16,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the run's own config, if left out (then --weights is needed)",
     )
     parser.add_argument(
-        "--input", required=True, nargs="+", metavar="PICTURE", help="pictures or folders of them"
+        "--input", required=True, nargs="+", metavar="PICTURE", help="images or folders of them"
     )
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(

@@ -19,7 +19,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output", required=True, help="folder of the run: checkpoint, log, and in the end the weights"
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--samples", type=int, default=0, help="length in pictures; repeatable to the bit")
+    length.add_argument("--samples", type=int, default=0, help="length in images; repeatable to the bit")
     length.add_argument(
         "--minutes", type=float, default=0, help="length in minutes of training; follows the clock"
     )
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on with the run in --output, if there is one"
     )
     parser.add_argument(
-        "--pictures", action="append", default=[], help="folder of another vendor's pictures to train on"
+        "--pictures", action="append", default=[], help="folder of another vendor's images to train on"
     )
     parser.add_argument(
         "--held-out-pictures", action="append", default=[], help="the same, for evaluation alone"

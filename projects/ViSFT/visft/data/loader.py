@@ -100,7 +100,7 @@ def derived_seed(seed: int, word: str) -> int:
 
 
 def share_of(batch_size: int, world_size: int, key: str) -> int:
-    """Pictures a process of a batch.
+    """Images a process of a batch.
 
     Raises:
         ConfigError: the processes cannot share it evenly; names the config key.

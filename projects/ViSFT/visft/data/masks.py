@@ -73,7 +73,7 @@ def fault(segmentation: object, size: tuple[int, int]) -> str:
     if not isinstance(segmentation, dict):
         return f"it is of type {type(segmentation).__name__}"
     if list(segmentation.get("size") or []) != [height, width]:
-        return f"its size is {segmentation.get('size')}, the picture's [height, width] is {[height, width]}"
+        return f"its size is {segmentation.get('size')}, the image's [height, width] is {[height, width]}"
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         counts = run_lengths_of(counts)

@@ -79,7 +79,7 @@ def repeat_factors(records: Iterable[dict], threshold: float, sqrt: bool = True)
 
 
 def epoch_length(factors: np.ndarray) -> int:
-    """Pictures of an epoch, on average."""
+    """Images of an epoch, on average."""
     return round(float(factors.sum()))
 
 

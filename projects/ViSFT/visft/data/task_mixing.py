@@ -113,13 +113,13 @@ def load_labelled(
             f"`{missing[0]}`; add a data set that has, or leave the head out of MODEL.VISFT.HEADS"
         )
     for head in missing:
-        logger.warning("no picture of %s has labels for the head %s: it learns nothing", names, head)
+        logger.warning("no image of %s has labels for the head %s: it learns nothing", names, head)
     drawn = functools.reduce(np.union1d, [rows[name] for name in heads or objectives])
     for name in objectives:
         if not len(np.intersect1d(rows[name], drawn)):
             raise DataError(
                 f"DATASETS.TRAIN ({', '.join(names)}): the objective `{name}` can learn from none of its {len(drawn)} "
-                "pictures that are shown; add a data set that it can, or leave it out of MODEL.VISFT.OBJECTIVES"
+                "images that are shown; add a data set that it can, or leave it out of MODEL.VISFT.OBJECTIVES"
             )
     useful = len(drawn)
     if useful < len(records):

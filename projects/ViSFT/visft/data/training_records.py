@@ -56,7 +56,7 @@ def load_records(
     parts = [part for part in parts if len(part)]
     if not parts:
         raise DataError(
-            f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one picture"
+            f"{', '.join(names) or 'DATASETS'}: the data set is empty; expected at least one image"
         )
     if all(isinstance(part, list) for part in parts):
         return list(itertools.chain(*parts))

@@ -21,7 +21,7 @@ from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A box may reach this many pixels over the picture's edge: annotation tools round, COCO's own included.
+# A box may reach this many pixels over the image's edge: annotation tools round, COCO's own included.
 _BOX_TOLERANCE = 1.0
 
 # Images of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
@@ -107,7 +107,7 @@ def _check_images(path: str, entries: list) -> dict[int | str, tuple[int, int]]:
         sizes[entry["id"]] = (entry["width"], entry["height"])
     if not sizes:
         raise DataError(
-            f"{path}: the data set is empty (`images` has no entries); expected at least one picture"
+            f"{path}: the data set is empty (`images` has no entries); expected at least one image"
         )
     return sizes
 
@@ -181,7 +181,7 @@ def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> Non
     if over > _BOX_TOLERANCE:
         raise DataError(
             f"{path}: {where} has a box that reaches {over:g} px out of its image, bbox {entry['bbox']} in "
-            f"{width} x {height}; expected [x, y, width, height] in pixels inside the picture"
+            f"{width} x {height}; expected [x, y, width, height] in pixels inside the image"
         )
 
 

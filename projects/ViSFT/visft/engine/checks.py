@@ -175,7 +175,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(
-            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads pictures as RGB, as CLIP does: set it to RGB, with "
+            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, as CLIP does: set it to RGB, with "
             "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
         )
     _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, RECIPES)

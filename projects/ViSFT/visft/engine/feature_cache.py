@@ -64,7 +64,7 @@ class FeatureCache:
             self._room -= size
             self._entries[key] = features
             if self._room < size:
-                logger.info("the feature cache is full with %d pictures", len(self._entries))
+                logger.info("the feature cache is full with %d images", len(self._entries))
         return features
 
 

@@ -45,7 +45,7 @@ def check(cfg: CfgNode, *, train: bool) -> None:
     check_metrics(cfg.VISFT.CAPTION_METRICS)
     if train and not sum(check_captions(data_set) for data_set in cfg.DATASETS.TRAIN):
         raise DataError(
-            f"the head `{names[0]}` learns captions, and no picture of DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
+            f"the head `{names[0]}` learns captions, and no image of DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
             " has any: put COCO's captions_*.json beside its instances_*.json, give own ones by "
             "VISFT.DATA.TRAIN_CAPTIONS, or take the head out of MODEL.VISFT.HEADS"
         )

@@ -62,7 +62,7 @@ class COCOMetric:
         return self.truth.annotated
 
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of a picture's detections can count, as indices: all."""
+        """Which of an image's detections can count, as indices: all."""
         return list(range(len(scores)))
 
     def __call__(

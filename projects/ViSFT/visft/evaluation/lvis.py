@@ -68,8 +68,8 @@ class LVISMetric:
         return self.truth.annotated
 
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of a picture's detections can count, as indices: among the best 300 those of classes that something is
-        known of. Of a picture's 1,203 classes that is so of some ten, so that most masks need not be kept."""
+        """Which of an image's detections can count, as indices: among the best 300 those of classes that something is
+        known of. Of an image's 1,203 classes that is so of some ten, so that most masks need not be kept."""
         known = self._known.get(self.truth.images.get(image_id), ())
         return [i for i in _best(scores) if self.truth.categories.get(categories[i]) in known]
 

@@ -207,12 +207,12 @@ class StuffSegments:
                 colours = np.asarray(image.convert("RGB"), dtype=np.int64)
         except OSError as error:
             raise DataError(
-                f"{self.folder / name}: is no readable picture of segments ({error}); {self.json_file} names it"
+                f"{self.folder / name}: is no readable image of segments ({error}); {self.json_file} names it"
             ) from error
         if colours.shape[:2] != tuple(size):
             raise DataError(
                 f"{self.folder / name}: is {colours.shape[1]} x {colours.shape[0]}, its image {size[1]} x {size[0]}; "
-                "the picture of segments must have the image's size"
+                "the image of segments must have the image's size"
             )
         ids = colours @ np.array([1, 256, 256**2])
         masks, classes = [], []

@@ -211,7 +211,7 @@ def _clip_lacks(visual: nn.Module) -> str | None:
     if visual.proj is None:
         return "a tower without a projection to the embedding"
     if visual.image_size[0] != visual.image_size[1]:
-        return f"pictures of {visual.image_size[0]} x {visual.image_size[1]} pixels (they are square)"
+        return f"images of {visual.image_size[0]} x {visual.image_size[1]} pixels (they are square)"
     if len({norm.eps for norm in (visual.ln_pre, visual.ln_post, blocks[0].ln_1, blocks[0].ln_2)}) > 1:
         return "norms with several epsilons"
     if activation(blocks[0].mlp.gelu) not in ACTIVATIONS:
@@ -276,7 +276,7 @@ def _siglip_lacks(visual: nn.Module) -> str | None:
         "several numbers of heads": block.attn.num_heads != pool.num_heads,
         "another width of the pool's MLP": block.mlp.fc1.out_features != pool.mlp.fc1.out_features,
         f"the activation {type(block.mlp.act).__name__}": activation(block.mlp.act) not in ACTIVATIONS,
-        "pictures that are not square": trunk.patch_embed.img_size[0] != trunk.patch_embed.img_size[1],
+        "images that are not square": trunk.patch_embed.img_size[0] != trunk.patch_embed.img_size[1],
     }
     return next((what for what, there in lacking.items() if there), None)
 

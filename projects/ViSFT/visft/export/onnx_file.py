@@ -69,7 +69,7 @@ def write(
             content=f"the image embedding as a graph: `{INPUT}` to `{OUTPUT}`, any batch size",
             use="import onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{path.name}")\n'
-            f'(embedding,) = session.run(None, {{"{INPUT}": pictures}})  # float32 [N, 3, '
+            f'(embedding,) = session.run(None, {{"{INPUT}": images}})  # float32 [N, 3, '
             f"{source.preprocess['size'][0]}, {source.preprocess['size'][1]}], normalised",
         )
         beside = folder / f"{path.name}.data"

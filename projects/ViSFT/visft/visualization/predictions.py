@@ -1,4 +1,4 @@
-"""Pictures of what the heads see, drawn by detectron2's Visualizer."""
+"""Images of what the heads see, drawn by detectron2's Visualizer."""
 
 import functools
 import logging
@@ -40,7 +40,7 @@ def draw(
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
-        output: what the model says about it, `{"detection": Instances, ...}` in the picture's own coordinates.
+        output: what the model says about it, `{"detection": Instances, ...}` in the image's own coordinates.
         heads: names of the heads to draw, those that give instances.
         metadata: of the data set, for the class names.
     """

@@ -1,4 +1,4 @@
-"""Pictures of where a caption head looked at each word."""
+"""Images of where a caption head looked at each word."""
 
 from collections.abc import Sequence
 

@@ -110,7 +110,7 @@ def check_captions(name: str) -> int:
     found = sum(record.get("image_id") in captions for record in outlines_of(records_of(name)))
     if not found:
         raise DataError(
-            f"{MetadataCatalog.get(name).get('caption_json')}: none of its {len(captions)} image ids is a picture of "
+            f"{MetadataCatalog.get(name).get('caption_json')}: none of its {len(captions)} image ids is an image of "
             f"{name}; give the caption file that belongs to the annotation file"
         )
     return found

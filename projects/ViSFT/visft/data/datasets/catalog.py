@@ -225,7 +225,7 @@ def register_own_data(cfg: CfgNode) -> None:
             there, missing = (files[0], f"{split}_IMAGES") if files else (f"{split}_IMAGES", f"{split}_JSON")
             raise ConfigError(
                 f"VISFT.DATA.{there} is set and VISFT.DATA.{missing} is not: "
-                "own data needs an annotation file (or one of captions) and the folder of its pictures"
+                "own data needs an annotation file (or one of captions) and the folder of its images"
             )
     if not data.TRAIN_IMAGES and not data.TEST_IMAGES:
         return

@@ -77,7 +77,7 @@ def register(root: str | Path | None = None) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
         DatasetCatalog.register(name, functools.partial(_load, data, split, name))
-        if split != "unseen":  # whose names need the pictures' package; its file has them when it is loaded
+        if split != "unseen":  # whose names need the images' package; its file has them when it is loaded
             MetadataCatalog.get(name).set(
                 thing_classes=[c.name for c in COCO_CATEGORIES],
                 thing_dataset_id_to_contiguous_id={c.id: i for i, c in enumerate(COCO_CATEGORIES)},

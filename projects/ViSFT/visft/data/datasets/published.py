@@ -1,6 +1,6 @@
 """Checks of the annotation files of LVIS and Objects365, which are near COCO's format.
 
-All the world trains on these files as they are published, with boxes that reach over a picture's edge or have no area,
+All the world trains on these files as they are published, with boxes that reach over an image's edge or have no area,
 and the mapper drops what it must. So what is checked is what would stop a training in its middle: entries that lack a
 key, ids that point nowhere, images that are not there.
 """

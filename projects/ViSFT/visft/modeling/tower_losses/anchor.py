@@ -14,7 +14,7 @@ LUMA = (0.299, 0.587, 0.114)
 """Of R, G and B, by ITU-R BT.601."""
 
 SMALLEST = 0.2
-"""The least share of a picture's sides that a part of it has."""
+"""The least share of an image's sides that a part of it has."""
 
 
 @VISFT_OBJECTIVES_REGISTRY.register()
@@ -45,7 +45,7 @@ class Anchor(Objective):
             )
         if node.CROPS < 0:
             raise ConfigError(
-                f"{key}.CROPS is {node.CROPS}; expected 0 (none) or a number of parts of a picture"
+                f"{key}.CROPS is {node.CROPS}; expected 0 (none) or a number of parts of an image"
             )
 
     def has_labels(self, image: dict) -> bool:

@@ -13,7 +13,7 @@ from visft.modeling.heads.base import HeadInputs
 
 
 class Batch:
-    """Pictures, and what the tower makes of them, now and before it was tuned.
+    """Images, and what the tower makes of them, now and before it was tuned.
 
     Args:
         backbone: the tower.
@@ -64,7 +64,7 @@ class Batch:
         return self.prepared([self.images[row]["image"] for row in rows], size)
 
     def prepared(self, pictures: Sequence[Tensor], size: int = 0) -> Tensor:
-        """Pictures `[3, h_i, w_i]`, 0..255, resized as `pictures`, normalised by the tower's own mean and deviation."""
+        """Images `[3, h_i, w_i]`, 0..255, resized as `pictures`, normalised by the tower's own mean and deviation."""
         shape = (size, size) if size else self.backbone.image_size
         stacked = torch.stack(
             [resized(image.to(self.device, non_blocking=True), shape) for image in pictures]

@@ -23,7 +23,7 @@ class Contrastive(Objective):
 
     The text tower and the logit scale are the base's and frozen. One caption of an image is drawn for a pass. Images
     whose captions are the same to the text tower are no negatives of each other: such a pair is left out of both
-    softmaxes, and each picture's target stays its own caption.
+    softmaxes, and each image's target stays its own caption.
     """
 
     collective = True

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 
 class CaptionDecoder(nn.Module):
-    """What says words about a picture's cells. Two ways in, which agree: whole captions in training, one word at a
+    """What says words about an image's cells. Two ways in, which agree: whole captions in training, one word at a
     time in search.
 
-    `cells` are a picture's pooled features `[N, P, C]`, `tokens` numbers of words, `hidden` what the next word is
+    `cells` are an image's pooled features `[N, P, C]`, `tokens` numbers of words, `hidden` what the next word is
     read from.
     """
 

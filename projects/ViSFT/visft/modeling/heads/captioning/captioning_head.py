@@ -57,7 +57,7 @@ class Caption(str):
 class CaptioningHead(VisftHead):
     """A head that says what is in an image: pooled features, a decoder over a vocabulary, cross-entropy.
 
-    A subclass makes the decoder and may add losses. In training one of a picture's captions is learned at a time. It
+    A subclass makes the decoder and may add losses. In training one of an image's captions is learned at a time. It
     is drawn from one number of the CPU's global generator a forward pass, and the image's id: processes that share a
     seed draw what one process with all their images would.
     """

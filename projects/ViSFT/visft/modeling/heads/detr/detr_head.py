@@ -32,7 +32,7 @@ class DETROutput:
     logits: Tensor
     """[layers, N, Q, classes + 1], no-object last"""
     boxes: Tensor
-    """[layers, N, Q, 4]: cxcywh, 0..1 over the unpadded picture"""
+    """[layers, N, Q, 4]: cxcywh, 0..1 over the unpadded image"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DETRTargets:
 class DETRHead(QueryHead):
     """Boxes from learned queries, trained by matching them one to one with the annotated boxes.
 
-    Boxes are relative to the unpadded image and padding is masked, so a picture's result does not depend on the
+    Boxes are relative to the unpadded image and padding is masked, so an image's result does not depend on the
     others of its batch.
     """
 
