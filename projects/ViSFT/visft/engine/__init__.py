@@ -1,1 +1,1 @@
-"""Stages, trainers, hooks, and what the command-line tools run."""
+"""One run: its checks, stages, trainer, hooks and optimizer."""
