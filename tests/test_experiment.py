@@ -20,7 +20,6 @@ from demoworld import dataset
 from demoworld.tower import WEIGHTS_FILE
 from towerbench import Benchmark, Images, registry
 from visft import model_zoo
-from visft.applications import sweep_plan
 from visft.checkpoint import load
 from visft.engine import evaluate, settings, stages
 from visft.engine.run_vocabulary import with_vocabulary
@@ -197,7 +196,7 @@ def test_the_chosen_arm_is_the_demos_recipe():
     """What it trains with is visft_demo.yaml, word for word but for what every arm sets."""
     plan = module().read(SCRIPT.with_name("region_text.yaml"))
     arm = plan.arms["chosen"]
-    chosen = settings.load_config(plan.config, sweep_plan.words(arm.opts))
+    chosen = settings.load_config(plan.config, settings.words(arm.opts))
     demo = model_zoo.get_config("visft_demo")
     assert arm.first_scene == dataset.SCENES_OF_HEADS + 1
     for cfg in (chosen, demo):

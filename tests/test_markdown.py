@@ -7,7 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from visft.applications import demo_report, sweep_report
+from visft.applications import demo_report, sweep
 from visft.export import card
 from visft.utils import markdown
 from visft.visualization import run_report
@@ -82,7 +82,7 @@ def test_no_report_is_broken_by_a_name(tmp_path, name) -> None:
         "seconds": None,
     }
     results = {"measure": [name], "interpolate": [1.0], "runs": [run]}
-    cells = _texts(_html(sweep_report.table(results)), "td")
+    cells = _texts(_html(sweep.table(results)), "td")
     assert cells[3] == shown and cells[6] == f"{shown}, seed 0 failed: {shown}"
 
     page = demo_report.page(

@@ -40,11 +40,10 @@ from demoworld.dataset import DemoData
 from demoworld.tower import WEIGHTS_FILE
 from towerbench import Context, report, resolve, statistics, suite
 from towerbench.arguments import SPLITS
-from visft.applications import sweep_plan
 from visft.applications.compared_towers import load
 from visft.checkpoint import files
 from visft.data.datasets import demo_world
-from visft.engine import launch
+from visft.engine import launch, settings
 from visft.errors import ConfigError, TrainingError
 from visft.model_zoo import get_config_file
 from visft.utils import cli
@@ -329,7 +328,7 @@ class Runs:
         os.environ["VISFT_DEMO_DATA"] = str(scenes)
         MetadataCatalog.get(demo_world.NAMES["train"]).class_image_count = image_counts(scenes)
         # Every checkpoint stays, for arms that are of one on the way.
-        words = [*sweep_plan.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
+        words = [*settings.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
         if arm.classes or arm.names:
             data = DemoData(scenes)
             content = changed(files.read_json(data.instances("train")), arm.classes, arm.names, seed)
@@ -378,7 +377,7 @@ class Runs:
         command = [sys.executable, str(ROOT / "tools" / "export_backbone.py"), *words]
         (folder / EXPORT).parent.mkdir(exist_ok=True)
         done = subprocess.run(
-            [*command, *sweep_plan.words(_of_tower(arm.opts))], capture_output=True, text=True
+            [*command, *settings.words(_of_tower(arm.opts))], capture_output=True, text=True
         )
         if done.returncode:
             raise TrainingError(f"arm `{arm.name}`, seed {seed}: {done.stderr.strip().splitlines()[-1]}")

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from tiny_run import DEMO, tiny_arguments
 
-from visft.applications import sweep, sweep_plan, sweep_report
+from visft.applications import sweep
+from visft.data.datasets import demo_world
 from visft.errors import ConfigError, TrainingError
 
 # So high a learning rate that the loss is no number at the second iteration.
@@ -42,6 +43,10 @@ def write(folder: Path, content: dict) -> Path:
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
+
+
+def plan(folder: Path, content: dict) -> list[sweep.Run]:
+    return sweep.plan(sweep.read(write(folder, content)), folder)
 
 
 def results(folder: Path) -> dict:
@@ -109,10 +114,10 @@ def test_stage_1_is_shared_where_its_settings_are_equal(content, tmp_path):
         "boxes": {"MODEL.VISFT.HEADS": ["detection"]},
         "more queries": {"MODEL.VISFT.DETECTION.NUM_QUERIES": 6},
     }
-    plan = sweep_plan.plan(sweep_plan.read(write(tmp_path, {**content, "runs": runs, "seeds": [1, 2]})))
-    stage1 = {(run.name, run.seed): run.heads for run in plan.runs}
-    assert len(plan.runs) == 6 and len({run.identity for run in plan.runs}) == 6
-    assert len(plan.heads) == 4  # two seeds of two kinds
+    found = plan(tmp_path, {**content, "runs": runs, "seeds": [1, 2]})
+    stage1 = {(run.name, run.seed): run.job.after for run in found}
+    assert len({run.job.folder for run in found}) == 6
+    assert len({run.heads[0].folder for run in found}) == 4  # two seeds of two kinds
     for seed in (1, 2):
         assert stage1["rank 1", seed] == stage1["boxes", seed] != stage1["more queries", seed]
 
@@ -120,7 +125,7 @@ def test_stage_1_is_shared_where_its_settings_are_equal(content, tmp_path):
 def test_another_weight_file_or_data_set_is_another_run(content, tmp_path, shapes_test):
     def identity(**settings) -> str:
         changed = {**content, "settings": {**content["settings"], **settings}, "runs": {"run": {}}}
-        return sweep_plan.plan(sweep_plan.read(write(tmp_path, changed))).runs[0].identity
+        return plan(tmp_path, changed)[0].job.folder
 
     plain = identity()
     assert identity() == plain and identity(**{"DATALOADER.NUM_WORKERS": 1}) == plain
@@ -135,20 +140,17 @@ def test_another_weight_file_or_data_set_is_another_run(content, tmp_path, shape
 
 def test_grid_is_the_product_with_runs(content, tmp_path):
     grid = {"MODEL.LORA.RANK": [1, 2], "MODEL.LORA.TARGETS": [["q", "v"], ["q"]]}
-    read = sweep_plan.read(write(tmp_path, {**content, "runs": {"all": {}}, "grid": grid}))
-    assert list(read.variants) == [
+    variants = sweep.read(write(tmp_path, {**content, "runs": {"all": {}}, "grid": grid})).variants
+    assert list(variants) == [
         "all, rank 1, targets q+v",
         "all, rank 1, targets q",
         "all, rank 2, targets q+v",
         "all, rank 2, targets q",
     ]
-    assert read.variants["all, rank 2, targets q"] == {"MODEL.LORA.RANK": 2, "MODEL.LORA.TARGETS": ["q"]}
+    assert variants["all, rank 2, targets q"] == {"MODEL.LORA.RANK": 2, "MODEL.LORA.TARGETS": ["q"]}
 
 
 def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
-    folder = tmp_path / "data"
-    from visft.data.datasets import demo_world
-
     content = {
         "config": "visft_demo",
         "demo_world": {"train": 2, "val": 2},
@@ -156,28 +158,28 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
         "runs": {"masks": {"MODEL.VISFT.HEADS": ["segmentation"]}},
         "seeds": [1, 2],
     }
-    read = sweep_plan.read(write(tmp_path, content))
-    assert read.demo_world == {"train": 2, "val": 2}
-    demo_world.make(folder, num_train=2, num_val=2)
-    demo_world.register(folder)
+    demo_world.make(tmp_path / "data", num_train=2, num_val=2)
+    demo_world.register(tmp_path / "data")
+    read = sweep.read(write(tmp_path, content))
     try:
-        plan = sweep_plan.plan(read)
+        runs = sweep.plan(read, tmp_path)
     finally:
         demo_world.register()
-    assert not plan.heads and len(plan.untuned) == 1  # no random number in it: one for all seeds
-    words = plan.runs[0].opts
-    assert "detection" not in words[words.index("MODEL.VISFT.HEAD_FILES") + 1]
-    assert plan.measure[-1] == "zero_shot/top1" and len(plan.measure) >= 3
+    assert not runs[0].heads
+    assert runs[0].untuned == runs[1].untuned  # no random number in it: one for all seeds
+    files = runs[0].job.train["MODEL.VISFT.HEAD_FILES"]
+    assert files and not any("detection" in file for file in files)
+    assert read.measure[-1] == "zero_shot/top1" and len(read.measure) >= 3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"run": {}}, "entry: `run` is unknown; the nearest is `runs`"),
-        ({"config": "nowhere.yaml"}, "`config` names .*nowhere.yaml, which is not there"),
-        ({"config": None}, "`config` is None"),
+        ({"config": "nowhere.yaml"}, "no config `nowhere.yaml`; it has"),
+        ({"config": None}, "`config`: .*'None'"),
         ({"runs": {}}, "names no runs"),
-        ({"runs": ["boxes"]}, "`runs` is list; expected a mapping"),
+        ({"runs": ["boxes"]}, "`runs`: Cannot merge DictConfig with ListConfig"),
         (
             {"runs": {"a": {"MODEL.LORA.RNK": 4}}},
             "run `a`: key: `MODEL.LORA.RNK` is unknown.*MODEL.LORA.RANK",
@@ -186,64 +188,59 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
         ({"runs": {"a": {"MODEL.LORA.RANK": 0}}}, "run `a`: MODEL.LORA.RANK is 0"),
         ({"runs": {"a": {"SEED": 3}}}, "SEED is set by the sweep"),
         ({"runs": {"a": {"VISFT.STAGES": ["heads"]}}}, "a sweep is of stage lora"),
-        ({"runs": {"a": {}, "b": {"MODEL.LORA.RANK": 2}}}, "runs `a` and `b` have the same settings"),
+        ({"runs": {"a": {}, "b": {"MODEL.LORA.RANK": 2}}}, "run `b`: its settings are those of run `a`"),
         ({"runs": {"a": {"MODEL.VISFT.HEADS": ["detection", "detections"]}}}, "detections"),
-        ({"grid": {"MODEL.LORA.RANK": 4}}, "grid: MODEL.LORA.RANK is 4; expected a list"),
-        ({"seeds": ["x"]}, r"`seeds` is \['x'\]; expected a list of whole numbers"),
-        ({"interpolate": [0]}, "`interpolate` has 0"),
+        ({"grid": {"MODEL.LORA.RANK": 4}}, "`grid`: Value 4 .int. .*grid.MODEL.LORA.RANK"),
+        ({"seeds": ["x"]}, "`seeds`: Value 'x' of type 'str' could not be converted to Integer"),
+        ({"interpolate": [0]}, r"`interpolate` is \[0.0\]"),
         ({"measure": ["detection/bbox/AP50", "caption/CIDEr"]}, "`measure`: `caption/CIDEr` is unknown"),
-        ({"demo_world": {"test": 4}}, "demo_world: `test` is unknown"),
+        ({"demo_world": {"test": 4}}, "`demo_world`: Key 'test' not in"),
     ],
 )
 def test_bad_file_is_one_sentence_before_any_work(content, tmp_path, change, message):
     file = write(tmp_path, {**content, **change})
     with pytest.raises(ConfigError, match=message) as caught:
-        sweep_plan.plan(sweep_plan.read(file))
+        sweep.run(file, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*/"))
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_or_broken_file(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
-        sweep_plan.read(tmp_path / "none.yaml")
+        sweep.read(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("config: [")
     with pytest.raises(ConfigError, match="not valid YAML at line 1"):
-        sweep_plan.read(tmp_path / "broken.yaml")
+        sweep.read(tmp_path / "broken.yaml")
     (tmp_path / "tag.yaml").write_text("config: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        sweep_plan.read(tmp_path / "tag.yaml")
+    with pytest.raises(ConfigError, match="only plain YAML is read"):
+        sweep.read(tmp_path / "tag.yaml")
 
 
 def test_two_sweeps_in_one_folder(content, tmp_path):
-    import fcntl
-
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another sweep is at work there"):
+    held = "from visft.engine import run_lock; import sys"
+    held += f"\nwith run_lock.locked({str(tmp_path / 'out')!r}): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(TrainingError, match=f"--output .*out: another run .*process {other.pid} "):
             sweep.run(write(tmp_path, content), tmp_path / "out")
+        other.stdin.close()
 
 
 def test_table_and_differences_by_hand(tmp_path):
     def run(name, seed, before, after):
-        figures = {"1": {"a/b": after}} if after is not None else {}
-        return {
-            "name": name,
-            "seed": seed,
-            "status": "finished",
-            "error": None,
-            "untuned": {"a/b": before},
-            "figures": figures,
-            "seconds": 10.0 * seed,
-        }
+        row = {"name": name, "seed": seed, "status": "finished", "error": None, "seconds": 10.0 * seed}
+        return {**row, "untuned": {"a/b": before}, "figures": {"1": {"a/b": after}} if after else {}}
 
     rows = [run("x", 1, 10.0, 12.0), run("x", 2, 11.0, 15.0), run("y", 1, 10.0, 9.0), run("y", 2, 11.0, None)]
     content = {"measure": ["a/b"], "interpolate": [1.0], "runs": rows}
-    assert sweep_report.differences(content, "x", "1", "a/b") == [2.0, 4.0]
-    table = sweep_report.table(content)
+    assert sweep.differences(content, "x", "1", "a/b") == [2.0, 4.0]
+    table = sweep.table(content)
     assert "| the untuned tower | 10.50 | |" in table
     assert "| x | +3.00 ± 1.41 | 15 |" in table
     assert "| y | -1.00 | 15 |" in table
-    sweep_report.write(content, tmp_path)
+    sweep.write(content, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["results.json", "sweep.png", "table.md"]
 
 
@@ -251,4 +248,4 @@ def test_table_and_differences_by_hand(tmp_path):
     "file", sorted((Path(DEMO).parent / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
 )
 def test_shipped_sweeps_are_well_formed(file):
-    sweep_plan.read(file)
+    sweep.read(file)

@@ -12,24 +12,123 @@ ID is a hash of all that decides a result (config, weight files, annotations), s
 whatever the sweep's file looked like when it was done.
 """
 
-import fcntl
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
 import logging
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visft.applications import sweep_job, sweep_plan, sweep_report
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from visft.applications.sweep_job import JOB, SECONDS, Job
 from visft.checkpoint import files, load
+from visft.data import register_own_data
 from visft.data.datasets import demo_world
-from visft.engine import settings
-from visft.errors import ConfigError, TrainingError
+from visft.engine import checks, run_lock, settings
+from visft.errors import ConfigError, TrainingError, VisftError
+from visft.evaluation import demo_zero_shot
+from visft.model_zoo import get_config_file
+from visft.modeling.backbone import open_clip_models
+from visft.utils import markdown
+from visft.visualization.run_report import write_atomically
 
 logger = logging.getLogger(__name__)
+
+_OWN_KEYS = ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")
+"""Keys that the sweep sets itself."""
+
+_TASK_KEYS = (
+    "MODEL.VISFT.HEADS",
+    "MODEL.VISFT.LOSS_WEIGHTS",
+    "VISFT.TASK_MIXING",
+    "VISFT.TASK_RATIOS",
+)
+"""What a run says of tasks, and of the heads it starts from, acts in its stage lora: all heads are trained in stage 1,
+and measured."""
+
+_LORA_KEYS = (
+    "MODEL.LORA.",
+    "MODEL.VISFT.TUNE",
+    "MODEL.VISFT.FREEZE_HEADS",
+    "MODEL.VISFT.OBJECTIVES",
+    "MODEL.VISFT.ANCHOR.",
+    "MODEL.VISFT.CONTRASTIVE.",
+    "MODEL.VISFT.SELF_DISTILLATION.",
+    "VISFT.SOLVER.LORA.",
+)
+
+_MEASURES = {
+    "detection": "detection/bbox/AP50",
+    "segmentation": "segmentation/segm/AP50",
+    "captioning": "captioning/CIDEr",
+}
+"""The figure of each head that is reported when a sweep does not say which."""
+
+
+@dataclass
+class Scenes:
+    """Numbers of scenes to make, by split."""
+
+    train: int
+    val: int
+
+
+@dataclass
+class Sweep:
+    """The entries of a sweep's YAML file, which configs/sweeps/tasks.yaml explains."""
+
+    config: str
+    demo_world: Scenes | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    interpolate: list[float] = field(default_factory=lambda: [1.0])
+    measure: list[str] = field(default_factory=list)
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Config keys by name: the product of `runs` and the axes of `grid`."""
+        axes = [[(name, keys or {}) for name, keys in self.runs.items()]] if self.runs else []
+        short = Counter(key.rpartition(".")[2] for key in self.grid)
+        for key, values in self.grid.items():
+            last = key.rpartition(".")[2]
+            label = (last if short[last] == 1 else key).lower().replace("_", " ")
+            shown = ["+".join(map(str, value)) if isinstance(value, list) else value for value in values]
+            axes.append([(f"{label} {text}", {key: v}) for text, v in zip(shown, values, strict=True)])
+        found = {}
+        for parts in itertools.product(*axes) if axes else ():
+            keys = itertools.chain.from_iterable(own.items() for _, own in parts)
+            found[", ".join(name for name, _ in parts)] = dict(keys)
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of stage lora and the measurement of its tower (`job`), and what comes before: the stage 1 that it
+    starts from, unless it starts from files, and the measurement of the untuned tower."""
+
+    name: str
+    seed: int
+    overrides: Mapping[str, Any]
+    heads: list[Job]
+    untuned: Job
+    job: Job
 
 
 def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
@@ -37,201 +136,316 @@ def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, CheckpointError: something is wrong with the sweep; raised before the first run.
-        TrainingError: runs have failed; the others were done all the same.
+        TrainingError: another sweep is at work in `output`; or runs have failed, the others being done all the same.
     """
-    sweep = sweep_plan.read(config)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--output {folder}: another sweep is at work there; wait for it, or give another folder"
-            ) from None
+    sweep, folder = read(config), Path(output).resolve()
+    with run_lock.locked(folder, "--output"):
         if sweep.demo_world:
             root = folder / "demo_world"
-            demo_world.make(root, num_train=sweep.demo_world["train"], num_val=sweep.demo_world["val"])
+            demo_world.make(root, num_train=sweep.demo_world.train, num_val=sweep.demo_world.val)
             demo_world.register(root)
-            os.environ["VISFT_DEMO_DATA"] = str(
-                root.resolve()
-            )  # for the processes that are started from here
-        return _Sweep(sweep_plan.plan(sweep), folder).run()
-
-
-class _Sweep:
-    """The jobs of a plan, one after the other."""
-
-    def __init__(self, plan: sweep_plan.Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
-        self.errors: dict[str, str] = {}
-        self.number, self.total = 0, len(plan.heads) + len(plan.untuned) + len(plan.runs)
-
-    def run(self) -> dict[str, Any]:
-        plan = self.plan
-        for identity, words in plan.heads.items():
-            self._job(f"stage 1 {identity}", identity, self._heads(identity), train=words)
-        for identity in plan.untuned:
-            run = next(run for run in plan.runs if run.untuned == identity)
-            words = plan.untuned[identity]
-            if run.heads:
-                if run.heads in self.errors:
-                    self._fail(f"untuned tower {identity}", identity, "its stage 1 failed")
-                    continue
-                words = (*words, "MODEL.VISFT.HEAD_FILES", self._trained_heads(run.heads))
-            folder = self.folder / "untuned" / identity
-            self._job(
-                f"untuned tower {identity}",
-                identity,
-                folder,
-                measure=words,
-                amounts=(0.0,),
-                key=run.measured_with,
-            )
-            self._check_measure(identity)
-        for run in plan.runs:
-            self._run(run)
-        results = self._write()
-        failed = [run for run in results["runs"] if run["status"] == "failed"]
-        logger.info("%s", sweep_report.table(results))
-        logger.info("%s", self.folder / "results.json")
-        if failed:
-            first = failed[0]
-            raise TrainingError(
-                f"{len(failed)} of {len(plan.runs)} runs failed, first `{first['name']}` with seed {first['seed']} "
-                f"({first['error']}); the same command tries them again"
-            )
-        return results
-
-    def _run(self, run: sweep_plan.Run) -> None:
-        label = f"{run.name}, seed {run.seed}"
-        train, measure = run.opts, run.measure_opts
-        if run.heads:
-            if run.heads in self.errors:
-                self._fail(label, run.identity, "its stage 1 failed")
-                return
-            source = ("MODEL.VISFT.HEAD_FILES", self._trained_heads(run.heads))
-            train, measure = (*train, *source), (*measure, *source)
-        folder = self._run_folder(run)
-        self._job(
-            label,
-            run.identity,
-            folder,
-            train=train,
-            measure=(*measure, "MODEL.WEIGHTS", str(folder)),
-            amounts=self.plan.interpolate,
-            key=run.measured_with,
+            os.environ["VISFT_DEMO_DATA"] = str(root)  # for the jobs' processes
+        with _named(config):
+            runs = plan(sweep, folder)
+        jobs = {job.folder: job for run in runs for job in (*run.heads, run.untuned, run.job)}
+        errors: dict[str, str] = {}
+        for number, (name, job) in enumerate(jobs.items(), 1):
+            where = f"[{number}/{len(jobs)}] {os.path.relpath(name, folder)}"
+            if job.trained and not job.missing:
+                logger.info("%s: done before", where)
+                continue
+            logger.info("%s ...", where)
+            if error := "its stage 1 failed" if job.after in errors else _process(job):
+                errors[name] = error
+                logger.error("%s: failed: %s", where, error)
+            else:
+                logger.info("%s: %.0f s in all", where, job.seconds)
+            write(_results(config, sweep, runs, errors, folder), folder)
+        results = _results(config, sweep, runs, errors, folder)
+        write(results, folder)
+    logger.info("%s\n%s", table(results), folder / "results.json")
+    if failed := [row for row in results["runs"] if row["status"] == "failed"]:
+        raise TrainingError(
+            f"{len(failed)} of {len(runs)} runs failed, first `{failed[0]['name']}` with seed {failed[0]['seed']} "
+            f"({failed[0]['error']}); the same command tries them again"
         )
-
-    def _job(
-        self,
-        label: str,
-        identity: str,
-        folder: Path,
-        *,
-        train: Sequence[str] = (),
-        measure: Sequence[str] = (),
-        amounts: Sequence[float] = (),
-        key: str = "",
-    ) -> None:
-        """Run a job in its process, unless it is done; a failure is kept in `errors`."""
-        self.number += 1
-        where = f"[{self.number}/{self.total}] {label}"
-        trained = not train or (folder / sweep_job.FINISHED).is_file()
-        if trained and all(sweep_job.label(amount) in sweep_job.measured(folder, key) for amount in amounts):
-            logger.info("%s: done before", where)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        job = {"config": self.plan.config, "train": train, "measure": measure, "amounts": amounts, "key": key}
-        files.write_json(folder / sweep_job.JOB, job)
-        logger.info("%s ...", where)
-        start = time.monotonic()
-        with open(folder / "process.log", "a", encoding="utf-8") as log:
-            begin = log.tell()
-            command = [sys.executable, "-m", "visft.applications.sweep_job", str(folder)]
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
-                status = process.wait()
-        seconds = time.monotonic() - start
-        if status == 0:
-            self._add_seconds(folder, seconds)
-            logger.info("%s: %.0f s", where, seconds)
-        else:
-            self._fail(where, identity, _reason(folder / "process.log", begin, status))
-        self._write()
-
-    def _fail(self, label: str, identity: str, reason: str) -> None:
-        self.errors[identity] = reason
-        logger.error("%s: failed: %s", label, reason)
-
-    def _check_measure(self, identity: str) -> None:
-        """Names in `measure` against the figures there are, before any run is trained."""
-        run = next(run for run in self.plan.runs if run.untuned == identity)
-        figures = sweep_job.measured(self.folder / "untuned" / identity, run.measured_with).get(
-            sweep_job.label(0)
-        )
-        for name in self.plan.measure if figures else ():
-            if name not in figures:
-                raise settings.unknown(f"{self.plan.source}: `measure`", name, figures)
-
-    def _add_seconds(self, folder: Path, seconds: float) -> None:
-        file = folder / "seconds.json"
-        before = files.read_json(file) if file.is_file() else 0.0
-        files.write_json(file, round(before + seconds, 1))
-
-    def _heads(self, identity: str) -> Path:
-        return self.folder / "heads" / identity
-
-    def _trained_heads(self, identity: str) -> str:
-        """HEAD_FILES of the runs that start from a stage 1."""
-        return str((str(load.resolve(self._heads(identity), stages=("heads",))[-1].resolve()),))
-
-    def _run_folder(self, run: sweep_plan.Run) -> Path:
-        there = sorted((self.folder / "runs").glob(f"*-{run.identity}"))
-        plain = re.sub(r"[^a-z0-9.+]+", "-", run.name.lower()).strip("-")[:60]
-        return there[0] if there else self.folder / "runs" / f"{plain}-seed{run.seed}-{run.identity}"
-
-    def _write(self) -> dict[str, Any]:
-        plan = self.plan
-        labels = [sweep_job.label(amount) for amount in plan.interpolate]
-        runs = []
-        for run in plan.runs:
-            folder = self._run_folder(run)
-            figures = sweep_job.measured(folder, run.measured_with)
-            done = all(label in figures for label in labels)
-            failed = run.identity in self.errors
-            seconds = folder / "seconds.json"
-            before = sweep_job.measured(self.folder / "untuned" / run.untuned, run.measured_with)
-            runs.append(
-                {
-                    "name": run.name,
-                    "seed": run.seed,
-                    "status": "failed" if failed else "finished" if done else "waiting",
-                    "error": self.errors.get(run.identity),
-                    "overrides": dict(run.overrides),
-                    "folder": str(folder.relative_to(self.folder)),
-                    "seconds": files.read_json(seconds) if seconds.is_file() else None,
-                    "untuned": before.get(sweep_job.label(0)),
-                    "figures": {label: figures[label] for label in labels if label in figures},
-                }
-            )
-        results = {
-            "sweep": str(plan.source),
-            "config": plan.config,
-            "measure": list(plan.measure),
-            "interpolate": list(plan.interpolate),
-            "runs": runs,
-        }
-        sweep_report.write(results, self.folder)
-        return results
+    return results
 
 
-def _reason(log: Path, begin: int, status: int) -> str:
-    """Why a process ended with a status: its error message, else its last line."""
+def _process(job: Job) -> str:
+    """Do a job in a process of its own; returns why it failed: its error message, else its last line."""
+    folder, start = Path(job.folder), time.monotonic()
+    files.write_json(folder / JOB, asdict(job))
+    command = [sys.executable, "-m", "visft.applications.sweep_job", job.folder]
+    with open(folder / "process.log", "a+", encoding="utf-8", errors="replace") as log:
+        begin = log.seek(0, os.SEEK_END)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
+            status = process.wait()
+        log.seek(begin)
+        lines = [line.strip() for line in log if line.strip()]
     if status < 0:
         return f"its process was killed by signal {-status}"
-    with open(log, encoding="utf-8", errors="replace") as file:
-        file.seek(begin)
-        lines = [line.strip() for line in file if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    last = errors[-1] if errors else lines[-1] if lines else f"status {status}"
-    return f"{last} (see {log})"
+    if status:
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return f"{[f'status {status}', *lines, *errors][-1]} (see {folder / 'process.log'})"
+    files.write_json(folder / SECONDS, round((job.seconds or 0.0) + time.monotonic() - start, 1))
+    return ""
+
+
+def read(path: str | os.PathLike) -> Sweep:
+    """Read a sweep's YAML file.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping; an entry is unknown, missing or of another form.
+    """
+    form = OmegaConf.structured(Sweep)
+    for name, value in settings.read_yaml(path, "--config").items():
+        if name not in Sweep.__dataclass_fields__:
+            raise settings.unknown(f"{path}: entry", str(name), Sweep.__dataclass_fields__)
+        with _named(f"{path}: `{name}`"):
+            form = OmegaConf.merge(form, {name: value})
+    with _named(path):
+        sweep = OmegaConf.to_object(form)
+        beside = Path(path).parent / sweep.config
+        sweep.config = str(beside if beside.is_file() else get_config_file(sweep.config))
+    if not sweep.variants or not sweep.seeds:
+        raise ConfigError(
+            f"{path}: names no runs; give `runs` (name: config keys), `grid` (key: values), or both, and `seeds`"
+        )
+    for key in itertools.chain(sweep.settings, *sweep.variants.values()):
+        if key in _OWN_KEYS:
+            raise ConfigError(f"{path}: {key} is set by the sweep (`seeds` lists the seeds); take it out")
+    sweep.interpolate = sorted(set(sweep.interpolate))
+    if not sweep.interpolate or not all(0 < amount <= 1 for amount in sweep.interpolate):
+        raise ConfigError(
+            f"{path}: `interpolate` is {sweep.interpolate}; expected numbers above 0 and at most 1 (0, the base, is "
+            "measured anyway)"
+        )
+    return sweep
+
+
+def plan(sweep: Sweep, folder: Path) -> list[Run]:
+    """The runs, in the order of the table; their configs are checked, and `sweep.measure` is filled in.
+
+    Data sets must be there: each run's are read, as are the shapes in its weight files.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the first thing that is wrong, with the run that it is wrong in.
+    """
+    with _named("settings"):
+        base = settings.load_config(sweep.config, settings.words(sweep.settings))
+    heads = list(base.MODEL.VISFT.HEADS)
+    if not sweep.measure:
+        sweep.measure = [_MEASURES[head] for head in heads if head in _MEASURES]
+        sweep.measure += ["zero_shot/top1"] if demo_zero_shot.applies(base) else []
+    for figure in sweep.measure:
+        if figure.split("/")[0] not in (*heads, "zero_shot"):
+            raise settings.unknown("`measure`", figure, [_MEASURES.get(head, head) for head in heads])
+    _content.cache_clear()
+    runs: dict[str, Run] = {}
+    for name, seed in itertools.product(sweep.variants, sweep.seeds):
+        with _named(f"run `{name}`"):
+            run = _run(sweep, folder, bool(base.MODEL.VISFT.HEAD_FILES), name, seed)
+            twin = runs.setdefault(run.job.folder.rpartition("-")[2], run)
+            if twin is not run:
+                raise ConfigError(f"its settings are those of run `{twin.name}`; take one out")
+    return list(runs.values())
+
+
+@contextlib.contextmanager
+def _named(where: str | os.PathLike) -> Iterator[None]:
+    """Errors say where they are."""
+    try:
+        yield
+    except VisftError as error:
+        raise type(error)(f"{where}: {str(error).removeprefix('command line: ')}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (entry `{error.full_key}`)") from error
+
+
+def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> Run:
+    overrides = sweep.variants[name]
+    cfg = settings.load_config(sweep.config, settings.words({**sweep.settings, **overrides, "SEED": seed}))
+    if "lora" not in cfg.VISFT.STAGES:
+        raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; a sweep is of stage lora")
+    cfg.MODEL.VISFT.HEAD_FILES = narrowed = _files_of(cfg)
+    if seed == sweep.seeds[0]:
+        checks.check(cfg)
+
+    trains_heads = "heads" in cfg.VISFT.STAGES
+    of_tasks = _TASK_KEYS if trains_heads else (*_TASK_KEYS, "MODEL.VISFT.HEAD_FILES")
+    ours = {"SEED": seed, "VISFT.EXPORT": ()}
+    quiet = {"DATASETS.TEST": (), "VISFT.DATA.TEST_JSON": "", "VISFT.DATA.TEST_IMAGES": ""}
+    every_task = {**sweep.settings, **{k: v for k, v in overrides.items() if k not in of_tasks}, **ours}
+    tuned = {**every_task, "VISFT.STAGES": ("lora",)}
+    training = {**every_task, **overrides, **ours, **quiet, "VISFT.STAGES": ("lora",)}
+    training["MODEL.VISFT.HEAD_FILES"] = narrowed
+    before = {key: value for key, value in every_task.items() if not key.startswith(_LORA_KEYS)}
+    before["VISFT.STAGES"] = ("heads",)
+    first = {**before, **quiet}
+    if cfg.MODEL.CLIP_VIT.PRETRAINED and from_files and not trains_heads:
+        before["SEED"] = 0  # nothing is drawn, so one measurement serves all seeds
+
+    stage1 = _identity(sweep, first) if trains_heads else ""
+    key, identity = _identity(sweep, before), _identity(sweep, training, stage1)
+    untuned = str(folder / "untuned" / _hash([key, stage1]))
+    there = list((folder / "runs").glob(f"*-{identity}"))
+    plain = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")[:60]
+    place = str(there[0] if there else folder / "runs" / f"{plain}-seed{seed}-{identity}")
+    heads, after = [], ""
+    if trains_heads:
+        after = str(folder / "heads" / stage1)
+        heads.append(Job(after, sweep.config, train=first))
+        for keys in (before, training, tuned):
+            keys["MODEL.VISFT.HEAD_FILES"] = (after,)
+    tuned["MODEL.WEIGHTS"] = place
+    job = functools.partial(Job, config=sweep.config, key=key, after=after)
+    before_job = job(untuned, measure=before, amounts=[0.0])
+    run_job = job(place, train=training, measure=tuned, amounts=sweep.interpolate)
+    return Run(name, seed, overrides, heads, before_job, run_job)
+
+
+def _files_of(cfg: CfgNode) -> tuple[str, ...]:
+    """Those of HEAD_FILES that hold a head of the config's: a file of none is an error when it is loaded."""
+    kept = []
+    for file in cfg.MODEL.VISFT.HEAD_FILES:
+        path = load.check_file(file, key="MODEL.VISFT.HEAD_FILES", heads_only=True)[-1]
+        if set(load.split_heads(files.read_shapes(path), path)) & set(cfg.MODEL.VISFT.HEADS):
+            kept.append(file)
+    return tuple(kept)
+
+
+def _identity(sweep: Sweep, overrides: Mapping[str, Any], *more: str) -> str:
+    """Hash of a config and of what is in the files that it names."""
+    cfg = settings.load_config(sweep.config, settings.words(overrides))
+    cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = "", 0  # of no effect on the result
+    register_own_data(cfg)
+    named = list(cfg.MODEL.VISFT.HEAD_FILES)
+    vit = cfg.MODEL.CLIP_VIT
+    tag = open_clip_models.open_clip().get_pretrained_cfg(vit.NAME, vit.PRETRAINED) or {}
+    base = tag.get("file", vit.PRETRAINED)  # of a tag whose weights come with a package
+    if os.path.isfile(base):
+        named.append(base)
+    for data_set in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        named.append(MetadataCatalog.get(data_set).get("json_file", ""))
+    contents = [_content(str(files.local_path(file))) for file in named if file]
+    return _hash([cfg.dump(), contents, *more])
+
+
+@functools.cache
+def _content(path: str) -> str:
+    if os.path.isdir(path):
+        return _hash([_content(str(file)) for file in load.resolve(path, stages=("heads",))])
+    return files.sha256(path)
+
+
+def _hash(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _results(config, sweep: Sweep, runs: Sequence[Run], errors, folder: Path) -> dict[str, Any]:
+    labels = [f"{amount:g}" for amount in sweep.interpolate]
+    rows = [
+        {
+            "name": run.name,
+            "seed": run.seed,
+            "status": "failed" if run.job.folder in errors else "waiting" if run.job.missing else "finished",
+            "error": errors.get(run.job.folder),
+            "overrides": run.overrides,
+            "folder": os.path.relpath(run.job.folder, folder),
+            "seconds": run.job.seconds,
+            "untuned": run.untuned.figures.get("0"),
+            "figures": {label: run.job.figures[label] for label in labels if label in run.job.figures},
+        }
+        for run in runs
+    ]
+    about = {"sweep": str(config), "config": sweep.config, "measure": sweep.measure}
+    return {**about, "interpolate": sweep.interpolate, "runs": rows}
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write results.json, table.md and, as soon as there is a finished run, sweep.png, each atomically."""
+    files.write_json(folder / "results.json", results)
+    write_atomically(folder / "table.md", table(results) + "\n")
+    if any(run["figures"] and run["untuned"] for run in results["runs"]):
+        _draw(results, folder / "sweep.png")
+
+
+def differences(results: dict[str, Any], name: str, amount: str, figure: str) -> list[float]:
+    """By how much a run's figure is above the untuned tower's, one number a seed that has both."""
+    runs = [run for run in results["runs"] if run["name"] == name]
+    pairs = [(run["figures"].get(amount, {}).get(figure), (run["untuned"] or {}).get(figure)) for run in runs]
+    return [after - before for after, before in pairs if after is not None and before is not None]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Figures of the untuned tower, and each run's difference from them, as Markdown."""
+    measure, amounts = results["measure"], [f"{amount:g}" for amount in results["interpolate"]]
+    seeds = len({run["seed"] for run in results["runs"]})
+    untuned = [[(run["untuned"] or {}).get(figure) for run in results["runs"]] for figure in measure]
+    lines = [
+        f"Points of difference from the untuned tower; mean{' ± standard deviation' if seeds > 1 else ''} over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}.",
+        "",
+        markdown.row(["run", *map(markdown.plain, measure), "seconds"]),
+        f"|---|{'---:|' * (len(measure) + 1)}",
+        f"| the untuned tower | {' | '.join(_mean(values, '.2f') for values in untuned)} | |",
+    ]
+    for name in dict.fromkeys(run["name"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["name"] == name]
+        for amount in amounts:
+            label = name if len(amounts) == 1 else f"{name}, interpolated {amount}"
+            cells = [_cell(differences(results, name, amount, figure)) for figure in measure]
+            took = _mean([run["seconds"] for run in runs], ".0f") if amount == amounts[-1] else ""
+            lines.append(markdown.row([markdown.plain(label), *cells, took]))
+        for run in runs:
+            if run["status"] == "failed":
+                failure = markdown.plain(f"{name}, seed {run['seed']} failed: {run['error']}")
+                lines.append(markdown.row([failure, *[""] * (len(measure) + 1)]))
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    values = [value for value in values if value is not None]
+    return f"{np.mean(values):{form}}" if values else ""
+
+
+def _cell(values: Sequence[float]) -> str:
+    return _mean(values, "+.2f") + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    """A panel a figure: the runs' differences from the untuned tower; below, along the interpolation."""
+    from matplotlib.figure import Figure
+
+    names, measure = list(dict.fromkeys(run["name"] for run in results["runs"])), results["measure"]
+    amounts = [f"{amount:g}" for amount in results["interpolate"]]
+    heights = [1.4 + 0.35 * len(names), 3.4][: len(amounts)]
+    image = Figure(figsize=(1.5 + 3.2 * len(measure), sum(heights)), layout="constrained")
+    panels = image.subplots(len(heights), len(measure), squeeze=False, height_ratios=heights)
+    for figure, bars, *below in zip(measure, *panels, strict=True):
+        for row, name in enumerate(names):
+            values = differences(results, name, amounts[-1], figure)
+            mean = np.mean(values or [0])
+            colour, side = ("tab:green", "left") if mean > 0 else ("tab:red", "right")
+            bars.barh(row, mean, height=0.6, color=colour, alpha=0.35)
+            bars.plot(values, [row] * len(values), "o", color=colour, markersize=4)
+            label = f"{mean:+.1f}" if values else "not measured"
+            bars.text(mean, row - 0.35, label, fontsize=7, ha=side, va="center")
+            for lines in below:
+                found = {float(amount): differences(results, name, amount, figure) for amount in amounts}
+                means = {0.0: 0.0, **{amount: np.mean(values) for amount, values in found.items() if values}}
+                lines.plot(means.keys(), means.values(), marker="o", markersize=3, label=name)
+                lines.set_xlabel("interpolation (0: base, 1: tuned)", fontsize=8)
+        bars.set_yticks(range(len(names)), names if figure == measure[0] else [""] * len(names), fontsize=8)
+        bars.set_ylim(len(names) - 0.4, -0.6)
+        bars.margins(x=0.15)
+        bars.set_title(figure, fontsize=9)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    if len(heights) > 1:
+        panels[1][0].set_ylabel("points", fontsize=8)
+        panels[1][0].legend(fontsize=7)
+    image.suptitle("Difference from the untuned tower (points)", fontsize=10)
+    with files.write_aside(path) as partial:
+        image.savefig(partial, dpi=120, format="png")

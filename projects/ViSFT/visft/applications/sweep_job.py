@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from visft.checkpoint import files
 from visft.engine import checks, evaluate, launch, settings, stages
@@ -23,67 +24,92 @@ from visft.modeling.backbone import lora
 from visft.utils import cli
 from visft.visualization import run_report
 
-logger = logging.getLogger(__name__)
+JOB, FINISHED, MEASURED, SECONDS = "job.json", "finished.json", "measured.json", "seconds.json"
 
-JOB, FINISHED, MEASURED = "job.json", "finished.json", "measured.json"
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains and measures; what of it is done is in its folder.
+
+    Args:
+        folder: its own. config: the base config's file.
+        train: config keys of the training; none: nothing is trained.
+        measure: config keys of the model that is measured.
+        amounts: how much of the LoRA's update is in the tower that is measured, a measurement each.
+        key: hash of what decides the figures besides the weights.
+        after: folder of the job whose heads it starts from, if any.
+    """
+
+    folder: str
+    config: str
+    train: Mapping[str, Any] = field(default_factory=dict)
+    measure: Mapping[str, Any] = field(default_factory=dict)
+    amounts: Sequence[float] = ()
+    key: str = ""
+    after: str = ""
+
+    @property
+    def trained(self) -> bool:
+        return not self.train or Path(self.folder, FINISHED).is_file()
+
+    @property
+    def figures(self) -> dict[str, dict[str, float | None]]:
+        """What has been measured, by amount (`0`, `0.5`, `1`); {} when it was with other settings."""
+        content = _read(self.folder, MEASURED, {})
+        return content["figures"] if content.get("key") == self.key else {}
+
+    @property
+    def missing(self) -> list[float]:
+        """Amounts that are not measured yet."""
+        return [amount for amount in self.amounts if f"{amount:g}" not in self.figures]
+
+    @property
+    def seconds(self) -> float | None:
+        """What its processes took."""
+        return _read(self.folder, SECONDS, None)
+
+
+def _read(folder: str, name: str, default: Any) -> Any:
+    file = Path(folder, name)
+    return files.read_json(file) if file.is_file() else default
 
 
 def main(folder: str) -> int:
     """The process's work; returns its exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The sweep holds the other end of standard input. When it dies, however it does, this process must not go on
     # beside the one that the next sweep starts.
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    job = files.read_json(Path(folder) / JOB)
-    if job["train"] and not (Path(folder) / FINISHED).is_file():
-        opts = [*job["train"], "OUTPUT_DIR", folder]
-        status = launch.train_config(job["config"], opts, resume=True)
+    job = Job(**files.read_json(Path(folder, JOB)))
+    if not job.trained:
+        words = settings.words({**job.train, "OUTPUT_DIR": folder})
+        status = launch.train_config(job.config, words, resume=True)
         if status:
             return status
-        files.write_json(Path(folder) / FINISHED, {"opts": job["train"]})
-    if job["measure"]:
-        return cli.guard(_measure, Path(folder), job)
-    return 0
+        files.write_json(Path(folder, FINISHED), {"opts": job.train})
+    return cli.guard(_measure, job)
 
 
-def label(amount: float) -> str:
-    """An amount of interpolation as results name it: `0`, `0.5`, `1`."""
-    return f"{amount:g}"
-
-
-def measured(folder: str | os.PathLike, key: str) -> dict[str, dict[str, float | None]]:
-    """Figures that a job has measured, by amount (see `label`); {} when they were measured with other settings."""
-    file = Path(folder) / MEASURED
-    content = files.read_json(file) if file.is_file() else {}
-    return content.get("figures", {}) if content.get("key") == key else {}
-
-
-def _measure(folder: Path, job: dict) -> None:
-    found = measured(folder, job["key"])
-    missing = [amount for amount in job["amounts"] if label(amount) not in found]
-    if not missing:
+@torch.no_grad()
+def _measure(job: Job) -> None:
+    if not job.missing:
         return
-    cfg = settings.load_config(job["config"], [*job["measure"], "OUTPUT_DIR", str(folder)])
+    cfg = settings.load_config(job.config, settings.words({**job.measure, "OUTPUT_DIR": job.folder}))
     checks.check(cfg, train=False)
     cfg.freeze()
-    model = stages.initial_model(cfg, cfg.SEED)
-    model.eval()
+    model = stages.initial_model(cfg, cfg.SEED).eval()
     tuned = {name: tensor.clone() for name, tensor in lora.state_dict(model.backbone).items()}
-    for amount in missing:
-        _interpolate(model.backbone, tuned, amount)
+    for amount in job.missing:
+        # Between base and tuned weights (arXiv:2109.01903): linear in the update, so in LoRA's B.
+        scaled = {name: t * amount if name.endswith("lora_B") else t for name, t in tuned.items()}
+        if scaled:
+            lora.load_state_dict(model.backbone, scaled)
         figures = evaluate.evaluate(cfg, model)
         if demo_zero_shot.applies(cfg):
             figures |= demo_zero_shot.demo_zero_shot(model.backbone)
         figures = {name: value for name, value in run_report.finite(figures).items() if "/AP-" not in name}
-        found[label(amount)] = figures
-        files.write_json(folder / MEASURED, {"key": job["key"], "figures": found})
-
-
-@torch.no_grad()
-def _interpolate(backbone: nn.Module, tuned: dict[str, torch.Tensor], amount: float) -> None:
-    """Weights between base and tuned (arXiv:2109.01903): linear in the update, so in LoRA's B."""
-    if tuned:
-        scaled = {name: t * amount if name.endswith("lora_B") else t for name, t in tuned.items()}
-        lora.load_state_dict(backbone, scaled)
+        found = {**job.figures, f"{amount:g}": figures}
+        files.write_json(Path(job.folder, MEASURED), {"key": job.key, "figures": found})
 
 
 def _end_with_the_sweep() -> None:
@@ -92,11 +118,5 @@ def _end_with_the_sweep() -> None:
     os._exit(1)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """As a command: one argument, the job's folder."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return main(arguments[0])
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1]))

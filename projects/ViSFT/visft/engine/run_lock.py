@@ -23,23 +23,26 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]:
     """Within it no other run can enter `folder`. Every process calls it; the main one holds the lock.
 
     The lock is POSIX's, on a file in the folder: it ends with its process, however that ends. It is not handed on to
     loaders' workers, as flock's would be, which outlive a killed process by seconds. NFS has it between machines.
 
+    Args:
+        key: the config key or option that names the folder, for the message.
+
     Raises:
         TrainingError: another run has it; names its machine and process.
     """
     with contextlib.ExitStack() as stack:
-        refusal = _lock(Path(folder), stack) if comm.is_main_process() else ""
+        refusal = _lock(Path(folder), key, stack) if comm.is_main_process() else ""
         if refusal := comm.all_gather(refusal)[0]:
             raise TrainingError(refusal)
         yield
 
 
-def _lock(folder: Path, stack: contextlib.ExitStack) -> str:
+def _lock(folder: Path, key: str, stack: contextlib.ExitStack) -> str:
     """Take the lock until the stack is closed; returns why that cannot be, or ""."""
     folder.mkdir(parents=True, exist_ok=True)
     # Opened once: closing any descriptor of a file ends a process's locks on it.
@@ -50,8 +53,8 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> str:
         if error.errno in _TAKEN:
             file.seek(0)
             return (
-                f"OUTPUT_DIR {folder}: another run is writing to it, {_owner(file.read())}; wait for its end, stop "
-                "it, or set OUTPUT_DIR to another folder"
+                f"{key} {folder}: another run is writing to it, {_owner(file.read())}; wait for its end, stop "
+                f"it, or set {key} to another folder"
             )
         logger.warning(
             "%s: this file system has no locks (%s), so that a second run in %s would not be refused",

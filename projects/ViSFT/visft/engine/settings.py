@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -39,7 +39,7 @@ def load_config(config_file: str | None, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_visft_config(cfg)
     if config_file:
-        for key, value in _leaves(_read_yaml(config_file)):
+        for key, value in _leaves(read_yaml(config_file)):
             _set(cfg, key, value, config_file)
     change(cfg, opts)
     return cfg
@@ -55,9 +55,18 @@ def change(cfg: CfgNode, opts: Sequence[str]) -> None:
         _set(cfg, key, value, "command line")
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike, option: str = "--config-file") -> dict[str, Any]:
+    """A mapping in a YAML file, over that of its `_BASE_` if it names one; tags that build objects are refused.
+
+    Args:
+        option: which names the file on the command line.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or holds no mapping.
+    """
+    path = os.fspath(path)
     if not os.path.isfile(path):
-        raise ConfigError(f"--config-file {path}: there is no such file")
+        raise ConfigError(f"{option} {path}: there is no such file")
     try:
         content = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:
@@ -110,6 +119,11 @@ def pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
     if len(opts) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, but `{opts[-1]}` has no value after it")
     yield from zip(opts[::2], opts[1::2], strict=True)
+
+
+def words(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Config keys and values as the KEY VALUE words of a command line."""
+    return tuple(word for key, value in values.items() for word in (key, str(value)))
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
