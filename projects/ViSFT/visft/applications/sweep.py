@@ -8,8 +8,7 @@ Folders below --output:
     demo_world/             the scenes, where the sweep has them made
     results.json, table.md, sweep.png     rewritten after every job
 
-ID is a hash of all that decides a result (config, weight files, annotations), so that what is there is not done again,
-whatever the sweep's file looked like when it was done.
+ID is a hash of all that decides a result (config, weight files, annotations): what is there is not done again.
 """
 
 import contextlib
@@ -20,22 +19,18 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from matplotlib.figure import Figure
 
-from visft.applications.sweep_job import JOB, SECONDS, Job
+from visft.applications.sweep_job import Job
 from visft.checkpoint import files, load
 from visft.data import register_own_data
 from visft.data.datasets import demo_world
@@ -49,15 +44,9 @@ from visft.visualization.run_report import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEYS = ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")
-"""Keys that the sweep sets itself."""
+_OWN_KEYS = ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")  # set by the sweep itself
 
-_TASK_KEYS = (
-    "MODEL.VISFT.HEADS",
-    "MODEL.VISFT.LOSS_WEIGHTS",
-    "VISFT.TASK_MIXING",
-    "VISFT.TASK_RATIOS",
-)
+_TASK_KEYS = ("MODEL.VISFT.HEADS", "MODEL.VISFT.LOSS_WEIGHTS", "VISFT.TASK_MIXING", "VISFT.TASK_RATIOS")
 """What a run says of tasks, and of the heads it starts from, acts in its stage lora: all heads are trained in stage 1,
 and measured."""
 
@@ -111,17 +100,16 @@ class Sweep:
             label = (last if short[last] == 1 else key).lower().replace("_", " ")
             shown = ["+".join(map(str, value)) if isinstance(value, list) else value for value in values]
             axes.append([(f"{label} {text}", {key: v}) for text, v in zip(shown, values, strict=True)])
-        found = {}
-        for parts in itertools.product(*axes) if axes else ():
-            keys = itertools.chain.from_iterable(own.items() for _, own in parts)
-            found[", ".join(name for name, _ in parts)] = dict(keys)
-        return found
+        return {
+            ", ".join(name for name, _ in parts): {key: v for _, keys in parts for key, v in keys.items()}
+            for parts in itertools.product(*axes)
+            if parts
+        }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of stage lora and the measurement of its tower (`job`), and what comes before: the stage 1 that it
-    starts from, unless it starts from files, and the measurement of the untuned tower."""
+    """One training of stage lora and the measurement of its tower (`job`), and the jobs that come before it."""
 
     name: str
     seed: int
@@ -148,15 +136,14 @@ def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
         with _named(config):
             runs = plan(sweep, folder)
         jobs = {job.folder: job for run in runs for job in (*run.heads, run.untuned, run.job)}
+        left = [job for job in jobs.values() if not job.done]
+        logger.info("%d of %d jobs were done before", len(jobs) - len(left), len(jobs))
         errors: dict[str, str] = {}
-        for number, (name, job) in enumerate(jobs.items(), 1):
-            where = f"[{number}/{len(jobs)}] {os.path.relpath(name, folder)}"
-            if job.trained and not job.missing:
-                logger.info("%s: done before", where)
-                continue
+        for number, job in enumerate(left, 1):
+            where = f"[{number}/{len(left)}] {os.path.relpath(job.folder, folder)}"
             logger.info("%s ...", where)
-            if error := "its stage 1 failed" if job.after in errors else _process(job):
-                errors[name] = error
+            if error := "its stage 1 failed" if job.after in errors else job.run():
+                errors[job.folder] = error
                 logger.error("%s: failed: %s", where, error)
             else:
                 logger.info("%s: %.0f s in all", where, job.seconds)
@@ -164,32 +151,12 @@ def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
         results = _results(config, sweep, runs, errors, folder)
         write(results, folder)
     logger.info("%s\n%s", table(results), folder / "results.json")
-    if failed := [row for row in results["runs"] if row["status"] == "failed"]:
+    if failed := [run for run in results["runs"] if run["status"] == "failed"]:
+        first = "`{name}` with seed {seed} ({error})".format(**failed[0])
         raise TrainingError(
-            f"{len(failed)} of {len(runs)} runs failed, first `{failed[0]['name']}` with seed {failed[0]['seed']} "
-            f"({failed[0]['error']}); the same command tries them again"
+            f"{len(failed)} of {len(runs)} runs failed, first {first}; the same command tries them again"
         )
     return results
-
-
-def _process(job: Job) -> str:
-    """Do a job in a process of its own; returns why it failed: its error message, else its last line."""
-    folder, start = Path(job.folder), time.monotonic()
-    files.write_json(folder / JOB, asdict(job))
-    command = [sys.executable, "-m", "visft.applications.sweep_job", job.folder]
-    with open(folder / "process.log", "a+", encoding="utf-8", errors="replace") as log:
-        begin = log.seek(0, os.SEEK_END)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
-            status = process.wait()
-        log.seek(begin)
-        lines = [line.strip() for line in log if line.strip()]
-    if status < 0:
-        return f"its process was killed by signal {-status}"
-    if status:
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return f"{[f'status {status}', *lines, *errors][-1]} (see {folder / 'process.log'})"
-    files.write_json(folder / SECONDS, round((job.seconds or 0.0) + time.monotonic() - start, 1))
-    return ""
 
 
 def read(path: str | os.PathLike) -> Sweep:
@@ -198,28 +165,19 @@ def read(path: str | os.PathLike) -> Sweep:
     Raises:
         ConfigError: the file is missing or no YAML mapping; an entry is unknown, missing or of another form.
     """
-    form = OmegaConf.structured(Sweep)
-    for name, value in settings.read_yaml(path, "--config").items():
-        if name not in Sweep.__dataclass_fields__:
-            raise settings.unknown(f"{path}: entry", str(name), Sweep.__dataclass_fields__)
-        with _named(f"{path}: `{name}`"):
-            form = OmegaConf.merge(form, {name: value})
+    sweep = settings.read_form(path, Sweep, "--config", like="configs/sweeps/tasks.yaml")
+    beside = Path(path).parent / sweep.config
     with _named(path):
-        sweep = OmegaConf.to_object(form)
-        beside = Path(path).parent / sweep.config
         sweep.config = str(beside if beside.is_file() else get_config_file(sweep.config))
     if not sweep.variants or not sweep.seeds:
-        raise ConfigError(
-            f"{path}: names no runs; give `runs` (name: config keys), `grid` (key: values), or both, and `seeds`"
-        )
+        raise ConfigError(f"{path}: names no runs; give `runs`, `grid` or both, and at least one of `seeds`")
     for key in itertools.chain(sweep.settings, *sweep.variants.values()):
         if key in _OWN_KEYS:
             raise ConfigError(f"{path}: {key} is set by the sweep (`seeds` lists the seeds); take it out")
     sweep.interpolate = sorted(set(sweep.interpolate))
     if not sweep.interpolate or not all(0 < amount <= 1 for amount in sweep.interpolate):
         raise ConfigError(
-            f"{path}: `interpolate` is {sweep.interpolate}; expected numbers above 0 and at most 1 (0, the base, is "
-            "measured anyway)"
+            f"{path}: `interpolate` is {sweep.interpolate}; expected numbers above 0, at most 1"
         )
     return sweep
 
@@ -227,13 +185,10 @@ def read(path: str | os.PathLike) -> Sweep:
 def plan(sweep: Sweep, folder: Path) -> list[Run]:
     """The runs, in the order of the table; their configs are checked, and `sweep.measure` is filled in.
 
-    Data sets must be there: each run's are read, as are the shapes in its weight files.
-
     Raises:
         ConfigError, DataError, CheckpointError: the first thing that is wrong, with the run that it is wrong in.
     """
-    with _named("settings"):
-        base = settings.load_config(sweep.config, settings.words(sweep.settings))
+    base = settings.load_config(sweep.config, settings.words(sweep.settings))
     heads = list(base.MODEL.VISFT.HEADS)
     if not sweep.measure:
         sweep.measure = [_MEASURES[head] for head in heads if head in _MEASURES]
@@ -259,8 +214,6 @@ def _named(where: str | os.PathLike) -> Iterator[None]:
         yield
     except VisftError as error:
         raise type(error)(f"{where}: {str(error).removeprefix('command line: ')}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (entry `{error.full_key}`)") from error
 
 
 def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> Run:
@@ -288,7 +241,6 @@ def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> 
 
     stage1 = _identity(sweep, first) if trains_heads else ""
     key, identity = _identity(sweep, before), _identity(sweep, training, stage1)
-    untuned = str(folder / "untuned" / _hash([key, stage1]))
     there = list((folder / "runs").glob(f"*-{identity}"))
     plain = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")[:60]
     place = str(there[0] if there else folder / "runs" / f"{plain}-seed{seed}-{identity}")
@@ -300,9 +252,9 @@ def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> 
             keys["MODEL.VISFT.HEAD_FILES"] = (after,)
     tuned["MODEL.WEIGHTS"] = place
     job = functools.partial(Job, config=sweep.config, key=key, after=after)
-    before_job = job(untuned, measure=before, amounts=[0.0])
-    run_job = job(place, train=training, measure=tuned, amounts=sweep.interpolate)
-    return Run(name, seed, overrides, heads, before_job, run_job)
+    untuned = job(str(folder / "untuned" / _hash([key, stage1])), measure=before, amounts=[0.0])
+    run = job(place, train=training, measure=tuned, amounts=sweep.interpolate)
+    return Run(name, seed, overrides, heads, untuned, run)
 
 
 def _files_of(cfg: CfgNode) -> tuple[str, ...]:
@@ -416,8 +368,6 @@ def _cell(values: Sequence[float]) -> str:
 
 def _draw(results: dict[str, Any], path: Path) -> None:
     """A panel a figure: the runs' differences from the untuned tower; below, along the interpolation."""
-    from matplotlib.figure import Figure
-
     names, measure = list(dict.fromkeys(run["name"] for run in results["runs"])), results["measure"]
     amounts = [f"{amount:g}" for amount in results["interpolate"]]
     heights = [1.4 + 0.35 * len(names), 3.4][: len(amounts)]
@@ -444,7 +394,6 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     if len(heights) > 1:
-        panels[1][0].set_ylabel("points", fontsize=8)
         panels[1][0].legend(fontsize=7)
     image.suptitle("Difference from the untuned tower (points)", fontsize=10)
     with files.write_aside(path) as partial:

@@ -8,10 +8,12 @@ the figures.
 
 import logging
 import os
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,10 @@ class Job:
         return not self.train or Path(self.folder, FINISHED).is_file()
 
     @property
+    def done(self) -> bool:
+        return self.trained and not self.missing
+
+    @property
     def figures(self) -> dict[str, dict[str, float | None]]:
         """What has been measured, by amount (`0`, `0.5`, `1`); {} when it was with other settings."""
         content = _read(self.folder, MEASURED, {})
@@ -67,6 +73,25 @@ class Job:
     def seconds(self) -> float | None:
         """What its processes took."""
         return _read(self.folder, SECONDS, None)
+
+    def run(self) -> str:
+        """Do it in a process of its own; returns why that failed: its error message, else its last line."""
+        folder, start = Path(self.folder), time.monotonic()
+        files.write_json(folder / JOB, asdict(self))
+        command = [sys.executable, "-m", "visft.applications.sweep_job", self.folder]
+        with open(folder / "process.log", "a+", encoding="utf-8", errors="replace") as log:
+            begin = log.seek(0, os.SEEK_END)
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
+                status = process.wait()
+            log.seek(begin)
+            lines = [line.strip() for line in log if line.strip()]
+        if status < 0:
+            return f"its process was killed by signal {-status}"
+        if status:
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            return f"{[f'status {status}', *lines, *errors][-1]} (see {folder / 'process.log'})"
+        files.write_json(folder / SECONDS, round((self.seconds or 0.0) + time.monotonic() - start, 1))
+        return ""
 
 
 def _read(folder: str, name: str, default: Any) -> Any:

@@ -3,13 +3,17 @@
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from visft.config import add_visft_config
 from visft.errors import ConfigError
+
+Form = TypeVar("Form")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -86,6 +90,28 @@ def read_yaml(path: str | os.PathLike, option: str = "--config-file") -> dict[st
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
     return content
+
+
+def read_form(path: str | os.PathLike, form: type[Form], option: str, like: str) -> Form:
+    """A YAML file's entries as a dataclass, whose fields say which there are and of which types.
+
+    Args:
+        option: as in `read_yaml`.
+        like: a file of this form, for messages.
+
+    Raises:
+        ConfigError: as `read_yaml`; an entry is unknown, missing or of another form.
+    """
+    found, name, known = OmegaConf.structured(form), "", form.__dataclass_fields__
+    try:
+        for name, value in read_yaml(path, option).items():
+            if name not in known:
+                raise unknown(f"{path}: entry", str(name), known)
+            found = OmegaConf.merge(found, {name: value})
+        return OmegaConf.to_object(found)
+    except OmegaConfBaseException as error:
+        where, why = error.full_key or name, str(error).splitlines()[0]
+        raise ConfigError(f"{path}: `{where}` has not the form that {like} shows ({why})") from error
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
