@@ -18,11 +18,11 @@ CROWDED = 6
 """The image with more detections than count."""
 
 
-def make() -> dict:
-    """Annotations and detections (boxes and masks), drawn from a fixed seed."""
+def make(seed: int = 7) -> dict:
+    """Annotations and detections (boxes and masks), drawn from a seed; the file's is 7."""
     from pycocotools import mask as mask_api
 
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     ids = list(CATEGORIES)
     categories = [
         {"id": i, "name": f"class {i}", "frequency": f, "image_count": {"r": 4, "c": 40, "f": 400}[f]}
@@ -90,21 +90,27 @@ def make() -> dict:
     return {"truth": truth, "results": {"bbox": boxes, "segm": masks}}
 
 
-def main() -> None:
-    """Write the sample with the figures of the lvis package, as published, beside this file."""
+def figures(sample: dict) -> dict[str, dict[str, float]]:
+    """What the lvis package says of a sample, for boxes and for masks."""
     import tempfile
 
     from lvis import LVISEval
 
-    sample = make()
-    sample["figures"] = {}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "truth.json"
         file.write_text(json.dumps(sample["truth"]))
         for task, results in sample["results"].items():
             scored = LVISEval(str(file), json.loads(json.dumps(results)), task)
             scored.run()
-            sample["figures"][task] = {name: float(value) for name, value in scored.get_results().items()}
+            found[task] = {name: float(value) for name, value in scored.get_results().items()}
+    return found
+
+
+def main() -> None:
+    """Write the sample with the figures of the lvis package, as published, beside this file."""
+    sample = make()
+    sample["figures"] = figures(sample)
     FILE.write_text(json.dumps(sample, separators=(",", ":")) + "\n")
 
 

@@ -108,16 +108,13 @@ def same(found: dict[str, float], expected: dict[str, float]) -> None:
             assert found[name] == pytest.approx(value, abs=1e-6), name
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_figures_are_detectron2s_for_each_head(truth, fast):
-    if fast:
-        pytest.importorskip("faster_coco_eval")
+def test_figures_are_detectron2s_for_each_head(truth):
     boxes, masks = guesses(truth, 1, masks=False), guesses(truth, 2, masks=True)
     outputs = [
         {"detection": d, "segmentation": s, "instances": s, "caption": "some words"}
         for d, s in zip(boxes, masks, strict=True)
     ]
-    found = run(HeadsEvaluator(NAME, ("detection", "segmentation", "caption"), fast=fast), truth, outputs)
+    found = run(HeadsEvaluator(NAME, ("detection", "segmentation", "caption")), truth, outputs)
     assert list(found) == ["detection/bbox", "segmentation/bbox", "segmentation/segm"]
     for name, predictions in (("detection", boxes), ("segmentation", masks)):
         stock = COCOEvaluator(NAME, distributed=False, use_fast_impl=False)
@@ -140,13 +137,10 @@ def test_a_head_that_finds_everything_scores_100(truth):
         assert figures[f"segmentation/{key}"] == pytest.approx(100), key
 
 
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_head_that_finds_nothing_scores_0(truth, masks, fast):
-    if fast:
-        pytest.importorskip("faster_coco_eval")
+def test_a_head_that_finds_nothing_scores_0(truth, masks):
     outputs = [{"detection": predicted([], [], [], masks)} for _ in truth["images"]]
-    found = run(HeadsEvaluator(NAME, ("detection",), fast=fast), truth, outputs)
+    found = run(HeadsEvaluator(NAME, ("detection",)), truth, outputs)
     assert set(found) == ({"detection/bbox", "detection/segm"} if masks else {"detection/bbox"})
     for figures in found.values():
         assert [figures[name] for name in ("AP", "AP50", "AP75", "AP-seven")] == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""LVIS's figures: those of the lvis package as published (lvis_sample.py says how they were made), by both ways."""
+"""LVIS's figures are those of the lvis package: as published (lvis_sample.py says how they were made), and as here."""
 
 import json
 import math
@@ -11,12 +11,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_api
 
-from visft.errors import ConfigError, DataError
+from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
-from visft.evaluation.average_precision import is_fast
 from visft.evaluation.lvis import LVISMetric
-
-WAYS = {"faster-coco-eval": True, "lvis": False}
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +28,27 @@ def truth(sample, tmp_path_factory):
     return file
 
 
-@pytest.fixture(params=WAYS)
-def fast(request) -> bool:
-    pytest.importorskip("faster_coco_eval" if WAYS[request.param] else "lvis")
-    return WAYS[request.param]
-
-
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_the_published_packages_figures(sample, truth, task, fast):
-    found = LVISMetric(truth, fast)(sample["results"][task], task)
+def test_the_published_packages_figures(sample, truth, task):
+    found = LVISMetric(truth)(sample["results"][task], task)
     expected = {name: value for name, value in sample["figures"][task].items() if name.startswith("AP")}
     assert set(found) == set(expected) == set(LVISMetric.names)
     assert all(0 < value < 1 for value in expected.values())
     assert found == {name: pytest.approx(100 * value, abs=1e-9) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("seed", [7, 8, 9])
+def test_the_packages_figures_on_further_samples(tmp_path, monkeypatch, seed):
+    """The lvis package as installed, with the name `np.float`, which numpy dropped in 1.24."""
+    pytest.importorskip("lvis")
+    monkeypatch.setattr(np, "float", float, raising=False)
+    made, file = lvis_sample.make(seed), tmp_path / "truth.json"
+    for annotation in made["truth"]["annotations"][::4]:
+        annotation["iscrowd"] = 1  # which the package does not heed
+    file.write_text(json.dumps(made["truth"]))
+    for task, expected in lvis_sample.figures(made).items():
+        found = LVISMetric(file)(made["results"][task], task)
+        assert found == {name: pytest.approx(100 * expected[name], abs=1e-9) for name in LVISMetric.names}
 
 
 def test_the_sample_is_what_its_script_makes(sample):
@@ -71,46 +76,36 @@ def test_the_sample_has_every_case(sample):
 
 
 @pytest.mark.parametrize("key", ["neg_category_ids", "not_exhaustive_category_ids"])
-def test_what_is_known_of_an_image_changes_the_figures(sample, tmp_path, key, fast):
+def test_what_is_known_of_an_image_changes_the_figures(sample, tmp_path, key):
     """Else the comparison with the package would say nothing of the federated part."""
     body = json.loads(json.dumps(sample["truth"]))
     for image in body["images"]:
         image[key] = []
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(body))
-    found = LVISMetric(file, fast)(sample["results"]["bbox"], "bbox")
+    found = LVISMetric(file)(sample["results"]["bbox"], "bbox")
     assert abs(found["AP"] - 100 * sample["figures"]["bbox"]["AP"]) > 0.1
 
 
-def test_nothing_found_scores_0(truth, fast):
+def test_nothing_found_scores_0(truth):
     for task in ("bbox", "segm"):
-        assert LVISMetric(truth, fast)([], task) == dict.fromkeys(LVISMetric.names, 0.0)
+        assert LVISMetric(truth)([], task) == dict.fromkeys(LVISMetric.names, 0.0)
 
 
-def test_classes_without_ground_truth_are_nan(sample, tmp_path, fast):
+def test_classes_without_ground_truth_are_nan(sample, tmp_path):
     body = json.loads(json.dumps(sample["truth"]))
     rare = {c["id"] for c in body["categories"] if c["frequency"] == "r"}
     body["annotations"] = [a for a in body["annotations"] if a["category_id"] not in rare]
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(body))
-    found = LVISMetric(file, fast)(sample["results"]["bbox"], "bbox")
+    found = LVISMetric(file)(sample["results"]["bbox"], "bbox")
     assert math.isnan(found["APr"]) and found["APf"] == pytest.approx(100 * sample["figures"]["bbox"]["APf"])
-
-
-def test_numpy_and_the_package_stay_as_they_are(sample, truth):
-    pytest.importorskip("lvis")
-    import lvis.eval
-
-    function = lvis.eval.LVISEval.accumulate
-    LVISMetric(truth, fast=False)(sample["results"]["bbox"], "bbox")
-    assert not hasattr(np, "float") and lvis.eval.np is np and lvis.eval.LVISEval.accumulate is function
 
 
 def test_classes_are_taken_some_at_a_time(sample, truth, monkeypatch):
     """LVIS has 1,203 classes: pieces must not change a figure."""
-    pytest.importorskip("faster_coco_eval")
     monkeypatch.setattr("visft.evaluation.lvis._CHUNK", 3)
-    found = LVISMetric(truth, fast=True)(sample["results"]["segm"], "segm")
+    found = LVISMetric(truth)(sample["results"]["segm"], "segm")
     assert found["AP"] == pytest.approx(100 * sample["figures"]["segm"]["AP"], abs=1e-9)
 
 
@@ -189,11 +184,3 @@ def test_splits_without_annotations_are_not_scored(sample, tmp_path):
     file.write_text(json.dumps({"images": images, "categories": sample["truth"]["categories"]}))
     metric = LVISMetric(file)
     assert not metric.annotated and metric.counting(images[0]["id"], [0.5], [2]) == []
-
-
-def test_the_ways_by_name():
-    assert is_fast("pycocotools") is False
-    with pytest.raises(
-        ConfigError, match="VISFT.COCO_METRIC is `fast`; expected one of auto, faster-coco-eval"
-    ):
-        is_fast("fast")

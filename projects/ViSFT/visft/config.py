@@ -251,8 +251,8 @@ def _add_run(cfg: CN) -> None:
     run.TASK_RATIOS = ()
     # With `ratio`: what a task has of its own, by its head. A head without a node here has the common values.
     run.TASKS = CN({"DETECTION": task(), "SEGMENTATION": task(), "CAPTIONING": task()})
-    # What computes the heads' average precision: `faster-coco-eval`, `pycocotools` (on LVIS: the lvis package), or
-    # `auto`: the former where it is installed. The figures are the same.
+    # Chooses nothing any more: faster-coco-eval computes the heads' average precision, with pycocotools' figures (on
+    # LVIS: the lvis package's). The values of earlier configs are accepted: `auto`, `faster-coco-eval`, `pycocotools`.
     run.COCO_METRIC = "auto"
     # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR, SPICE (Java programs; SPICE
     # also needs Stanford CoreNLP 3.6.0 in pycocoevalcap's spice/lib).

@@ -17,7 +17,6 @@ from visft.engine.settings import unknown
 from visft.engine.task_checks import RECIPES, check_tasks
 from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
-from visft.evaluation.average_precision import is_fast
 from visft.modeling.backbone import open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
 from visft.modeling.backbone.tower_adapters import adapt
@@ -171,7 +170,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     _exports(cfg)
     if not cfg.VISFT.PROCESS_TIMEOUT > 0:
         raise ConfigError(f"VISFT.PROCESS_TIMEOUT is {cfg.VISFT.PROCESS_TIMEOUT}; expected minutes, above 0")
-    is_fast(cfg.VISFT.COCO_METRIC)
+    _one_of("VISFT.COCO_METRIC", cfg.VISFT.COCO_METRIC, ("auto", "faster-coco-eval", "pycocotools"))
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(

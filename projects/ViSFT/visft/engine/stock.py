@@ -30,7 +30,6 @@ from visft.engine import stopping
 from visft.engine.hooks import Progress
 from visft.errors import CheckpointError, ConfigError
 from visft.evaluation import InstancesEvaluator
-from visft.evaluation.average_precision import is_fast
 from visft.modeling.backbone import lr_factor
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class StockTrainer(DefaultTrainer):
         if kind in ("coco", "coco_panoptic_seg"):
             parts.append(COCOEvaluator(dataset_name, output_dir=folder))
         if kind == "lvis":
-            parts.append(InstancesEvaluator(dataset_name, fast=is_fast(cfg.VISFT.COCO_METRIC)))
+            parts.append(InstancesEvaluator(dataset_name))
         if kind in ("sem_seg", "coco_panoptic_seg"):
             parts.append(SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=_read_labels))
         if kind == "coco_panoptic_seg" and not _why_no_panoptic_quality(dataset_name):

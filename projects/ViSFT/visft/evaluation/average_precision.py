@@ -1,42 +1,18 @@
-"""COCO's average precision of boxes and masks, by pycocotools or the faster faster-coco-eval."""
+"""COCO's average precision of boxes and masks, by faster-coco-eval, whose figures are pycocotools' own."""
 
-import contextlib
-import io
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
 
-from visft.errors import ConfigError
 from visft.evaluation.ground_truth import read_truth
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "faster-coco-eval", "pycocotools")
-"""Values of VISFT.COCO_METRIC."""
-
-
-def is_fast(implementation: str) -> bool:
-    """Whether a value of VISFT.COCO_METRIC means faster-coco-eval here.
-
-    `auto` is faster-coco-eval where it is installed: its figures are pycocotools' own.
-
-    Raises:
-        ConfigError: another name, or a library that is not installed.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"VISFT.COCO_METRIC is `{implementation}`; expected one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    installed = find_spec("faster_coco_eval") is not None
-    if implementation == "faster-coco-eval" and not installed:
-        raise ConfigError(
-            "VISFT.COCO_METRIC is `faster-coco-eval`, which is not installed: `pip install faster-coco-eval`, or set "
-            "`auto` or `pycocotools`"
-        )
-    return installed and implementation != "pycocotools"
+MAX_DETECTIONS = 100
+"""Of an image and a class: the rest does not count."""
 
 
 class COCOMetric:
@@ -44,16 +20,14 @@ class COCOMetric:
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-    def __init__(self, file: str | Path, fast: bool | None = None) -> None:
+    def __init__(self, file: str | Path) -> None:
         """
         Args:
             file: annotations in COCO format.
-            fast: by faster-coco-eval (True), pycocotools (False), or the former where it is installed (None).
 
         Raises:
             DataError: the file is not there, or not readable as such.
         """
-        self._annotations, self._evaluation = _api(is_fast("auto") if fast is None else fast)
         self.truth = read_truth(file, "COCO")
 
     @property
@@ -81,50 +55,47 @@ class COCOMetric:
             DataError: a result is of an image or category that the data set does not have.
         """
         results = self.truth.results(results, task)
-        with contextlib.redirect_stdout(io.StringIO()) as summary:
-            truth, found = self._annotations(), self._annotations()
-            # Copies, for what libraries write into them.
-            truth.dataset = {
-                **self.truth.dataset,
-                "annotations": [dict(annotation) for annotation in self.truth.dataset["annotations"]],
-            }
-            truth.createIndex()
-            if results:
-                found = truth.loadRes(results)
-            else:
-                found.dataset = {**truth.dataset, "annotations": []}
-                found.createIndex()
-            scored = self._evaluation(truth, found, task)
-            scored.evaluate()
-            scored.accumulate()
-            scored.summarize()
-        logger.debug("%s:\n%s", task, summary.getvalue())
-        figures = {name: per_cent(value) for name, value in zip(self.names, scored.stats, strict=False)}
+        precision = precision_of(self.truth.dataset, results, task, max_detections=MAX_DETECTIONS)
+        figures = average_precisions(precision)
         if len(class_names) > 1:
-            precision = scored.eval["precision"]  # [IoU, recall, class, area, detections]
-            for index, name in enumerate(class_names):
-                figures[f"AP-{name}"] = mean(precision[:, :, index, 0, -1])
+            figures |= {f"AP-{name}": mean(precision[:, :, k, 0]) for k, name in enumerate(class_names)}
         return figures
 
 
-def _api(fast: bool) -> tuple[type, type]:
-    """The classes for annotations and for their evaluation."""
-    if fast:
-        from faster_coco_eval import COCO, COCOeval_faster
+def precision_of(
+    truth: dict, results: list[dict], task: str, *, max_detections: int, federated: bool = False
+) -> np.ndarray:
+    """Precision [10 IoUs, 101 recalls, classes, areas]; -1 where there is no ground truth. Areas are all, small,
+    medium and large.
 
-        return COCO, COCOeval_faster
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    Args:
+        truth: `images`, `annotations` and `categories`, as `GroundTruth` numbers them.
+        results: of the same numbers. The library writes into them.
+        task: `bbox` or `segm`.
+        max_detections: of an image and a class.
+        federated: heed what LVIS's images say of classes.
+    """
+    # Copies, for the library writes into annotations too.
+    annotated = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
+    found = annotated.loadRes(results) if results else COCO({**truth, "annotations": []})
+    scored = COCOeval_faster(annotated, found, task, lvis_style=federated, print_function=logger.debug)
+    scored.params.maxDets = [max_detections]
+    scored.evaluate()
+    scored.accumulate()
+    return scored.eval["precision"][..., -1]
 
-    return COCO, COCOeval
+
+def average_precisions(precision: np.ndarray) -> dict[str, float]:
+    """The figures that COCO and LVIS have in common, of what `precision_of` returns."""
+    figures = {
+        "AP": mean(precision[..., 0]),
+        "AP50": mean(precision[0, ..., 0]),
+        "AP75": mean(precision[5, ..., 0]),
+    }
+    return figures | {f"AP{size}": mean(precision[..., area]) for area, size in enumerate("sml", 1)}
 
 
 def mean(precision: np.ndarray) -> float:
     """Mean precision in per cent. Where there is no ground truth precision is -1, which does not count."""
     known = precision[precision > -1]
-    return per_cent(float(np.mean(known)) if known.size else -1)
-
-
-def per_cent(value: float) -> float:
-    """COCO's -1 stands for no ground truth."""
-    return 100 * float(value) if value >= 0 else float("nan")
+    return 100 * float(np.mean(known)) if known.size else float("nan")

@@ -20,7 +20,7 @@ from detectron2.utils.logger import create_small_table
 
 from visft.classes.dataset_classes import places_by_name
 from visft.errors import DataError
-from visft.evaluation.average_precision import COCOMetric, is_fast
+from visft.evaluation.average_precision import COCOMetric
 from visft.evaluation.caption_metrics import CaptionEvaluator
 from visft.evaluation.lvis import LVISMetric
 from visft.evaluation.region_naming import RegionTextEvaluator
@@ -44,7 +44,6 @@ class HeadsEvaluator(DatasetEvaluator):
         *,
         class_names: Sequence[str] = (),
         distributed: bool = True,
-        fast: bool | None = None,
     ) -> None:
         """
         Args:
@@ -55,13 +54,12 @@ class HeadsEvaluator(DatasetEvaluator):
                 data set's by name, and what is found of a class that the data set has not is left out. (): they are
                 numbered as the data set's.
             distributed: gather the predictions of all processes; only the main one then returns figures.
-            fast: see `COCOMetric`.
 
         Raises:
             DataError: the annotations are not readable.
         """
         self.heads, self.class_names = tuple(heads), tuple(class_names)
-        self.distributed, self.fast = distributed, fast
+        self.distributed = distributed
         self.metadata = MetadataCatalog.get(dataset_name)
         self.dataset_name = dataset_name
         self.metric = self._load()
@@ -129,11 +127,11 @@ class HeadsEvaluator(DatasetEvaluator):
 
     def _load(self) -> COCOMetric | LVISMetric:
         if hasattr(self.metadata, "json_file"):
-            return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file, self.fast)
+            return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "annotations.json"
             convert_to_coco_json(self.dataset_name, str(file), allow_cached=False)
-            return COCOMetric(file, self.fast)
+            return COCOMetric(file)
 
     @functools.cached_property
     def _ids(self) -> dict[int, int]:
@@ -210,7 +208,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, class_names: Sequence[str] 
         class_names: what the model's classes are called (see `HeadsEvaluator`).
 
     Raises:
-        ConfigError: VISFT.COCO_METRIC is unknown, or not installed.
         DataError: the data set's annotations are not readable.
     """
     heads = cfg.MODEL.VISFT.HEADS
@@ -219,8 +216,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, class_names: Sequence[str] 
     others = [name for name in heads if name not in (*captions, *namers)]
     evaluators: list[DatasetEvaluator] = []
     if others:
-        fast = is_fast(cfg.VISFT.COCO_METRIC)
-        evaluators.append(HeadsEvaluator(dataset_name, others, class_names=class_names, fast=fast))
+        evaluators.append(HeadsEvaluator(dataset_name, others, class_names=class_names))
     if captions:
         evaluators.append(CaptionEvaluator(dataset_name, captions, metrics=cfg.VISFT.CAPTION_METRICS))
     if namers:

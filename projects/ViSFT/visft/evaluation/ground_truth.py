@@ -1,4 +1,4 @@
-"""Annotations as the libraries that score take them, whatever the ids of a file are and whatever it leaves out."""
+"""Annotations as the library that scores takes them, whatever the ids of a file are and whatever it leaves out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from visft.errors import DataError
 class GroundTruth:
     """A data set's annotations with numbers 1, 2, ... in the place of its ids.
 
-    Libraries keep ids in arrays of int64, and an annotation of id 0 counts as one that nothing matched. Numbers follow
-    the order in which libraries sort ids, which decides between equal scores.
+    faster-coco-eval keeps ids as int64, and an annotation of id 0 counts as one that nothing matched. Numbers follow
+    the order in which it and pycocotools sort ids, which decides between equal scores.
 
     Attributes:
         dataset: `images`, `annotations` and `categories` with numbers for ids. Every annotation has `iscrowd` and
@@ -50,8 +50,8 @@ class GroundTruth:
         }
 
     def results(self, results: Sequence[dict], task: str) -> list[dict]:
-        """Copies of results, with numbers for ids and what a task needs: libraries write into them, and with a box
-        beside a mask they would tell small from large by the box's area.
+        """Copies of results, with numbers for ids and what a task needs: the library writes into them, and with a
+        box beside a mask it would tell small from large by the box's area.
 
         Args:
             results: in COCO's results format, with the data set's ids.

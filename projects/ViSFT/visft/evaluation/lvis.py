@@ -1,4 +1,4 @@
-"""LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval or the lvis package.
+"""LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval.
 
 LVIS is annotated in a federated way: of an image it is known which classes are in it, which are not
 (`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
@@ -6,8 +6,6 @@ found of a class that nothing is known of does not count, nor what is found too 
 everywhere.
 """
 
-import logging
-import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from visft.errors import DataError
-from visft.evaluation.average_precision import is_fast, mean
+from visft.evaluation.average_precision import average_precisions, mean, precision_of
 from visft.evaluation.ground_truth import read_truth
 
 MAX_DETECTIONS = 300
@@ -25,27 +23,23 @@ MAX_DETECTIONS = 300
 FREQUENCIES = ("r", "c", "f")
 """Rare, common and frequent classes: in up to 10, up to 100 and more images of the training set."""
 
-_AREAS = 4  # all, small, medium, large
 _CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each image
 
 
 class LVISMetric:
     """AP over IoU 0.50:0.95, at 0.50 and 0.75, of small, medium and large objects, of rare, common and frequent
-    classes. Both implementations give the figures of the lvis package, which does not run on numpy 1.24 and later."""
+    classes. The figures are those of the lvis package, which does not run on numpy 1.24 and later."""
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
-    def __init__(self, file: str | Path, fast: bool | None = None) -> None:
+    def __init__(self, file: str | Path) -> None:
         """
         Args:
             file: annotations in LVIS format.
-            fast: by faster-coco-eval (True), by the lvis package, mended (False), or the former where it is
-                installed (None).
 
         Raises:
             DataError: the file is not there, or not readable as such.
         """
-        self.fast = is_fast("auto") if fast is None else fast
         self.truth = read_truth(file, "LVIS")
         dataset = self.truth.dataset
         try:
@@ -87,25 +81,18 @@ class LVISMetric:
             DataError: a result is of an image or category that the data set does not have.
         """
         results = self.truth.results(_limited(results), task)
-        precision = self._by_faster_coco_eval(results, task) if self.fast else self._by_lvis(results, task)
-        figures = {
-            "AP": mean(precision[..., 0]),
-            "AP50": mean(precision[0, ..., 0]),
-            "AP75": mean(precision[5, ..., 0]),
-        }
-        figures |= {f"AP{size}": mean(precision[..., area]) for area, size in enumerate("sml", 1)}
+        precision = self._precision(results, task)
+        figures = average_precisions(precision)
         for index, letter in enumerate(FREQUENCIES):
             figures[f"AP{letter}"] = mean(precision[:, :, self._frequency == index, 0])
         return figures
 
-    def _by_faster_coco_eval(self, results: list[dict], task: str) -> np.ndarray:
-        """Precision [10 IoUs, 101 recalls, classes, areas]; -1 for what has no ground truth.
+    def _precision(self, results: list[dict], task: str) -> np.ndarray:
+        """As `precision_of`, of all classes.
 
         Some classes at a time, with the images that have any of them: 1,203 classes of 20,000 images would take
         many gigabytes.
         """
-        from faster_coco_eval import COCO, COCOeval_faster
-
         truth, found = defaultdict(list), defaultdict(list)
         for annotation in self.truth.dataset["annotations"]:
             # As the lvis package, which knows no crowds, and no objects without area.
@@ -117,7 +104,7 @@ class LVISMetric:
                 found[result["category_id"]].append(result)
 
         images = {image["id"]: image for image in self.truth.dataset["images"]}
-        precision = -np.ones((10, 101, len(self._categories), _AREAS))
+        precision = -np.ones((10, 101, len(self._categories), 4))
         for start, categories in _chunks(self._categories):
             ids = [category["id"] for category in categories]
             annotations = [annotation for c in ids for annotation in truth[c]]
@@ -125,40 +112,11 @@ class LVISMetric:
             if not annotations:
                 continue
             used = sorted({entry["image_id"] for entry in (*annotations, *detections)})
-            side = COCO()
-            side.dataset = {"images": [images[i] for i in used], "categories": categories}
-            side.dataset["annotations"] = annotations
-            side.createIndex()
-            other = COCO()
-            if detections:
-                other = side.loadRes(detections)
-            else:
-                other.dataset = {**side.dataset, "annotations": []}
-                other.createIndex()
-            scored = COCOeval_faster(side, other, task, lvis_style=True)
-            scored.params.maxDets = [MAX_DETECTIONS]
-            scored.evaluate()
-            scored.accumulate()
-            precision[:, :, start : start + len(ids)] = scored.eval["precision"][..., -1]
+            part = {"images": [images[i] for i in used], "categories": categories, "annotations": annotations}
+            precision[:, :, start : start + len(ids)] = precision_of(
+                part, detections, task, max_detections=MAX_DETECTIONS, federated=True
+            )
         return precision
-
-    def _by_lvis(self, results: list[dict], task: str) -> np.ndarray:
-        """As `_by_faster_coco_eval`."""
-        from lvis import LVIS, LVISEval, LVISResults
-
-        truth = LVIS.__new__(LVIS)
-        truth.logger, truth.dataset = logging.getLogger("lvis"), self.truth.dataset
-        truth._create_index()
-        if results:
-            found = LVISResults(truth, results, max_dets=-1)
-        else:
-            found = LVIS.__new__(LVISResults)
-            found.logger, found.dataset = truth.logger, {**truth.dataset, "annotations": []}
-            found._create_index()
-        scored = LVISEval(truth, found, task)
-        scored.evaluate()
-        _mended(LVISEval.accumulate)(scored)
-        return scored.eval["precision"]
 
 
 def _known_classes(truth: dict) -> dict[int, set[int]]:
@@ -171,20 +129,6 @@ def _known_classes(truth: dict) -> dict[int, set[int]]:
     for annotation in truth["annotations"]:
         known[annotation["image_id"]].add(annotation["category_id"])
     return known
-
-
-class _OldNumpy(types.ModuleType):
-    """numpy with the name `float`, which it dropped in 1.24."""
-
-    float = float
-
-    def __getattr__(self, name: str):
-        return getattr(np, name)
-
-
-def _mended(function: types.FunctionType) -> types.FunctionType:
-    """The same function, for which `np.float` is there. Neither numpy nor the function's module is changed."""
-    return types.FunctionType(function.__code__, {**function.__globals__, "np": _OldNumpy("numpy")})
 
 
 def _best(scores: Sequence[float]) -> list[int]:
