@@ -66,9 +66,9 @@ def said(
     head, captions, losses = model.heads[HEAD], {}, {}
     for record in records:
         image, key = mapper(dict(record)), record["image_id"]
-        features, mask, sizes, size = model.extract([image])
-        captions[key] = str(head.inference(features, mask, [image], sizes, size)[0])
-        cells, sums, count = head.cells(features), 0.0, 0
+        inputs = model.extract([image])
+        captions[key] = str(head.inference(inputs)[0])
+        cells, sums, count = head.cells(inputs.features), 0.0, 0
         for caption in truth[key]:
             tokens = torch.tensor(head.vocabulary.encode(caption, head.max_length))[None]
             length = torch.tensor([tokens.shape[1] - 1])

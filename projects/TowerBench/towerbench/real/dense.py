@@ -80,7 +80,7 @@ class Labelled:
         """Read everything once, that nothing is found broken in the middle of a long run."""
         for number, source in enumerate(self.pictures):
             size = self.labels(number).shape
-            with sources.readable(source.file, "picture"), Image.open(source.file) as image:
+            with sources.readable(source.file, "image"), Image.open(source.file) as image:
                 shown = image.height, image.width
             if shown != size:
                 raise DataError(

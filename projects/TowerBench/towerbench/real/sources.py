@@ -98,7 +98,7 @@ def decoded(data: bytes, what: object) -> np.ndarray:
     Raises:
         DataError: they are no image, or a broken one.
     """
-    with readable(what, "picture", "get the file again"):
+    with readable(what, "image", "get the file again"):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 

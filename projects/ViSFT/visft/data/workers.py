@@ -16,8 +16,8 @@ def num_workers(cfg: CfgNode) -> int:
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether images lie in memory that a GPU copies from while it computes: where MODEL.DEVICE is one."""
-    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    """Whether images lie in memory that a GPU copies from while it computes: where MODEL.DEVICE is one that is there."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
 
 
 def loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
