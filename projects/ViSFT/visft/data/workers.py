@@ -16,7 +16,7 @@ def num_workers(cfg: CfgNode) -> int:
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether images lie in memory that a GPU copies from while it computes: where MODEL.DEVICE is one that is there."""
+    """Whether images lie in memory that a GPU copies from while it computes: where MODEL.DEVICE is one, and there."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
 
 
