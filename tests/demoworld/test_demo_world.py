@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demoworld import augment, catalogue, dataset, pretrain, scenes, tower
+from demoworld import augment, catalogue, dataset, optimizer, pretrain, scenes, tower
 from demoworld.errors import DemoWorldError
 
 NUM_TRAIN, NUM_VAL = 40, 40
@@ -270,7 +270,7 @@ def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
     assert [int(bank[:, :3].amax()) for bank in banks[1:]] == [255, 0]
     without = pretrain.Views(40, [tmp_path / "trained"])
     for step in range(3):
-        batches = [v.batch(16, 40, pretrain._generator(0, "training", step)) for v in (views, without)]
+        batches = [v.batch(16, 40, pretrain.step_generator(0, "training", step)) for v in (views, without)]
         assert torch.equal(batches[0][0], batches[1][0]) and batches[0][1] == batches[1][1]
     run = pretrain.Pretraining(
         tmp_path / "run",
@@ -326,7 +326,7 @@ def test_own_forward_equals_open_clips_at_native_size():
 
 
 def test_updates_of_hidden_matrices_are_nearly_orthogonal():
-    u = pretrain._orthogonalised(torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(0)))
+    u = optimizer._orthogonalised(torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(0)))
     singular = torch.linalg.svdvals(u)
     assert singular.min() > 0.5 and singular.max() < 1.3
 

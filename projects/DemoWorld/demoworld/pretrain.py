@@ -11,8 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,80 +20,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from demoworld import augment, catalogue, files, tower
+from demoworld import catalogue, files, tower
 from demoworld.errors import DemoWorldError
+from demoworld.optimizer import Optimizer
+from demoworld.schedule import Phase, Settings
+from demoworld.views import Views, step_generator
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT, RUN_FILE, LOG_FILE = "checkpoint.safetensors", "run.json", "log.jsonl"
 FINAL_FILE = tower.WEIGHTS_FILE.name
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Part of a schedule: its end (share of the whole), image size (pixels), share of patches dropped."""
-
-    until: float
-    size: int
-    patch_dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result of a run.
-
-    Args:
-        samples: length of the schedule in images. 0 where `minutes` is given.
-        minutes: length of the schedule in minutes, evaluations included. The schedule then follows the clock (what was
-            spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
-            by samples is instead the same to the bit however often it is interrupted.
-        batch_size: distinct emoji in a batch.
-        lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
-        weight_decay: decoupled; matrices of the two transformers only.
-        warmup: share of the schedule with a rising learning rate.
-        average: decay per step of the running mean of the weights; the mean is what is shipped.
-        phases: image sizes over the schedule.
-        seed: of the initial weights and of all data.
-        classes: use only the first so many emoji (0: all). For tests.
-    """
-
-    samples: int = 0
-    minutes: float = 0.0
-    batch_size: int = 256
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.03
-    average: float = 0.98
-    phases: tuple[Phase, ...] = field(
-        default=(Phase(0.55, 32), Phase(0.75, 48), Phase(0.92, 64, 0.5), Phase(1.0, 64)),
-    )
-    seed: int = 0
-    classes: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.samples > 0) == (self.minutes > 0):
-            raise DemoWorldError("give the length of the pretraining either in samples or in minutes")
-        if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
-            raise DemoWorldError(
-                "the image sizes of the phases must be multiples of 8, and the last phase end at 1.0"
-            )
-
-    def phase(self, progress: float) -> Phase:
-        return next((p for p in self.phases if progress < p.until), self.phases[-1])
-
-    def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then half a cosine to 0."""
-        if progress < self.warmup:
-            return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
-        return (
-            self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
-        )
-
-
-def _generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A generator that depends on all three and on nothing else."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 # ---------------------------------------------------------------- model
@@ -131,150 +67,6 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
 
 
 # ---------------------------------------------------------------- optimizer
-
-
-def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """About the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n: Muon's Newton-Schulz."""
-    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.transpose(1, 2)
-        x = 3.4445 * x + torch.baddbmm(-4.7750 * a, a, a, alpha=2.0315) @ x
-    return x
-
-
-class Optimizer:
-    """Muon for the transformers' matrices, AdamW for all else; its whole state is named tensors.
-
-    float32 throughout (bfloat16, which `torch.optim.Muon` uses, is slow on CPUs), and fused projections are
-    orthogonalised one by one.
-    """
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.settings = settings
-        self.parameters = dict(model.named_parameters())
-        self.matrices: dict[tuple[int, int], list[str]] = {}
-        self.rest: list[str] = []
-        for name, p in self.parameters.items():
-            if ".resblocks." in name and p.ndim == 2:
-                self.matrices.setdefault(tuple(p.shape), []).append(name)
-            else:
-                self.rest.append(name)
-        muon = [name for names in self.matrices.values() for name in names]
-        self.state = {f"momentum/{n}": torch.zeros_like(self.parameters[n]) for n in muon}
-        for name in self.rest:
-            self.state[f"mean/{name}"] = torch.zeros_like(self.parameters[name])
-            self.state[f"square/{name}"] = torch.zeros_like(self.parameters[name])
-
-    @torch.no_grad()
-    def step(self, lr: float, step: int) -> None:
-        """One update; `step` counts from 0. Gradients are cleared."""
-        for shape, names in self.matrices.items():
-            momenta = [self.state[f"momentum/{n}"] for n in names]
-            gradients = [self.parameters[n].grad for n in names]
-            torch._foreach_mul_(momenta, 0.95)
-            torch._foreach_add_(momenta, gradients)
-            update = torch.stack(torch._foreach_add(gradients, momenta, alpha=0.95))
-            rows, columns = shape
-            parts = 3 if rows == 3 * columns else 1  # q, k and v lie in one matrix
-            update = update.view(-1, rows // parts, columns)
-            tall = rows // parts > columns
-            update = _orthogonalised(update.mT if tall else update)
-            update = (update.mT if tall else update).reshape(len(names), rows, columns)
-            # Scaled to the root mean square of AdamW's updates, so that both share a learning rate.
-            size = 0.2 * math.sqrt(max(rows // parts, columns))
-            for name, u in zip(names, update, strict=True):
-                self.parameters[name].mul_(1 - lr * self.settings.weight_decay).add_(u, alpha=-lr * size)
-        means = [self.state[f"mean/{n}"] for n in self.rest]
-        squares = [self.state[f"square/{n}"] for n in self.rest]
-        gradients = [self.parameters[n].grad for n in self.rest]
-        b1, b2 = 0.9, 0.98
-        torch._foreach_lerp_(means, gradients, 1 - b1)
-        torch._foreach_mul_(squares, b2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - b2)
-        denominators = torch._foreach_sqrt(torch._foreach_div(squares, 1 - b2 ** (step + 1)))
-        torch._foreach_add_(denominators, 1e-8)
-        parameters = [self.parameters[n] for n in self.rest]
-        torch._foreach_addcdiv_(parameters, means, denominators, value=-lr / (1 - b1 ** (step + 1)))
-        for p in self.parameters.values():
-            p.grad = None
-
-
-# ---------------------------------------------------------------- data
-
-
-class Views:
-    """Batches of distinct emoji with captions, and the evaluation's batches, for any image size.
-
-    Args:
-        classes: use only the first so many emoji (0: all).
-        folders: further vendors' images (`catalogue.other_images`), drawn from as often as OpenMoji's.
-        held_out: folders of vendors that are in no batch, after the others in `evaluation`.
-    """
-
-    def __init__(
-        self,
-        classes: int = 0,
-        folders: Sequence[str | Path] = (),
-        held_out: Sequence[str | Path] = (),
-    ) -> None:
-        emoji = catalogue.catalogue()[: classes or None]
-        self.names = [e.name for e in emoji]
-        coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
-        self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
-        self.flippable = torch.tensor([catalogue.may_flip(name) for name in self.names])
-        # One (images, their classes) a vendor.
-        own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
-        self.vendors = [(own, torch.arange(len(emoji)))]
-        self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
-        for folder in (*folders, *held_out):
-            rgba, index = catalogue.other_images(folder)
-            kept = torch.tensor([i < len(emoji) for i in index])
-            self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
-        # where[v, c]: the place of class c among vendor v's images, or -1.
-        self.where = torch.full((len(self.vendors), len(emoji)), -1)
-        for v, (_, index) in enumerate(self.vendors):
-            self.where[v, index] = torch.arange(len(index))
-        self._size, self._banks = 0, []
-
-    def _banks_of(self, size: int) -> list[torch.Tensor]:
-        if size != self._size:
-            self._banks = [augment.premultiplied(images, size) for images, _ in self.vendors]
-            self._size = size
-        return self._banks
-
-    def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """`(normalised pictures [count, 3, size, size], a caption each)` of distinct emoji."""
-        classes = torch.randperm(len(self.names), generator=generator)[:count]
-        vendor = torch.randint(self.trained, (len(classes),), generator=generator)
-        vendor[self.where[vendor, classes] < 0] = 0
-        banks = self._banks_of(size)[: self.trained]
-        if len(banks) == 1:
-            bank, index, flippable = banks[0], classes, self.flippable
-        else:
-            bank = torch.cat(banks)
-            starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
-            index = starts[vendor] + self.where[vendor, classes]
-            flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
-        images = augment.augmented_views(bank, index, flippable, generator)
-        draws = torch.rand(len(classes), 2, generator=generator).tolist()
-        captions = []
-        for c, (a, b) in zip(classes.tolist(), draws, strict=True):
-            # COCO's word now and then, so that the text tower knows both.
-            name = self.coco_names[c] if self.coco_names[c] and a < 0.25 else self.names[c]
-            captions.append(tower.TEMPLATES[int(b * len(tower.TEMPLATES))].format(name))
-        return images, captions
-
-    def evaluation(
-        self, vendor: int = 0, size: int = 64, views: int = 2
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views from seeds that training never uses: `(pictures, labels)`, every class `views` times."""
-        images, classes = self.vendors[vendor]
-        bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(images, size)
-        for view in range(views):
-            for start in range(0, len(classes), 256):
-                index = torch.arange(start, min(start + 256, len(classes)))
-                generator = _generator(1_000_003 + view, "evaluation", start)
-                yield augment.augmented_views(bank, index, self.flippable[classes], generator), classes[index]
 
 
 # ---------------------------------------------------------------- training
@@ -384,7 +176,7 @@ class Pretraining:
         return self._finish()
 
     def _train_step(self, tokenizer, phase: Phase, lr: float) -> float:
-        generator = _generator(self.settings.seed, "training", self.step)
+        generator = step_generator(self.settings.seed, "training", self.step)
         images, captions = self.views.batch(phase.size, self.settings.batch_size, generator)
         keep = None
         if phase.patch_dropout:

@@ -37,7 +37,7 @@ def demo_zero_shot(backbone: nn.Module) -> dict[str, float]:
     The text tower is that of the base CLIP, which fine-tuning leaves as it is.
     """
     from demoworld import tower
-    from demoworld.pretrain import Views
+    from demoworld.views import Views
 
     training = backbone.training
     backbone.eval()

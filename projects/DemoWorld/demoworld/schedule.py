@@ -1,0 +1,67 @@
+"""What a pretraining is told: its length, its rates, and the sizes of its images over time."""
+
+import math
+from dataclasses import dataclass, field
+
+from demoworld.errors import DemoWorldError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a schedule: its end (share of the whole), image size (pixels), share of patches dropped."""
+
+    until: float
+    size: int
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run.
+
+    Args:
+        samples: length of the schedule in images. 0 where `minutes` is given.
+        minutes: length of the schedule in minutes, evaluations included. The schedule then follows the clock (what was
+            spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
+            by samples is instead the same to the bit however often it is interrupted.
+        batch_size: distinct emoji in a batch.
+        lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
+        weight_decay: decoupled; matrices of the two transformers only.
+        warmup: share of the schedule with a rising learning rate.
+        average: decay per step of the running mean of the weights; the mean is what is shipped.
+        phases: image sizes over the schedule.
+        seed: of the initial weights and of all data.
+        classes: use only the first so many emoji (0: all). For tests.
+    """
+
+    samples: int = 0
+    minutes: float = 0.0
+    batch_size: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    average: float = 0.98
+    phases: tuple[Phase, ...] = field(
+        default=(Phase(0.55, 32), Phase(0.75, 48), Phase(0.92, 64, 0.5), Phase(1.0, 64)),
+    )
+    seed: int = 0
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.samples > 0) == (self.minutes > 0):
+            raise DemoWorldError("give the length of the pretraining either in samples or in minutes")
+        if any(phase.size % 8 for phase in self.phases) or self.phases[-1].until != 1.0:
+            raise DemoWorldError(
+                "the image sizes of the phases must be multiples of 8, and the last phase end at 1.0"
+            )
+
+    def phase(self, progress: float) -> Phase:
+        return next((p for p in self.phases if progress < p.until), self.phases[-1])
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then half a cosine to 0."""
+        if progress < self.warmup:
+            return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
+        return (
+            self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+        )
