@@ -25,6 +25,20 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_earlier_places_of_modules_are_the_new_ones():
+    code = """
+import visft.backbone.lora
+from visft.backbone import CLIPViT
+from visft.backbone.open_clip_zoo import TINY_WEIGHTS, create_clip
+from visft.checkpoint import export
+import visft.export, visft.modeling.backbone as new
+assert CLIPViT is new.CLIPViT and visft.backbone.lora is new.lora and export is visft.export
+assert create_clip is new.open_clip_models.create_clip and TINY_WEIGHTS.is_file()
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def installer(root):
     spec = importlib.util.spec_from_file_location("visft_install", root / "scripts" / "install.py")

@@ -16,7 +16,7 @@ from visft.data import (
     register_own_data,
 )
 from visft.data.loader import TrainLoader, load_records
-from visft.data.workers import loader_options, pins_memory
+from visft.data.workers import pins_memory
 from visft.errors import ConfigError, DataError
 
 
@@ -215,4 +215,5 @@ def test_images_lie_in_pinned_memory_for_a_gpu_alone(cfg, device: str, pinned: b
     assert not pins_memory(cfg)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pins_memory(cfg) == pinned
-    assert loader_options(0, pinned)["pin_memory"] == pinned
+    for loader in (build_train_loader(cfg, batch_size=3, seed=5), build_test_loader(cfg, "visft_own_train")):
+        assert loader._loader.pin_memory == pinned

@@ -5,6 +5,9 @@ from detectron2.config import CfgNode as CN
 
 def add_visft_config(cfg: CN) -> None:
     """Add ViSFT's keys, with their defaults, to a detectron2 config (in place)."""
+    if "VISFT" not in cfg:
+        # Configs of earlier runs have it. There is one implementation now, so nothing is left to choose.
+        cfg.register_deprecated_key("VISFT.COCO_METRIC")
     _add_backbone(cfg)
     _add_heads(cfg)
     _add_run(cfg)
@@ -251,9 +254,6 @@ def _add_run(cfg: CN) -> None:
     run.TASK_RATIOS = ()
     # With `ratio`: what a task has of its own, by its head. A head without a node here has the common values.
     run.TASKS = CN({"DETECTION": task(), "SEGMENTATION": task(), "CAPTIONING": task()})
-    # Chooses nothing any more: faster-coco-eval computes the heads' average precision, with pycocotools' figures (on
-    # LVIS: the lvis package's). The values of earlier configs are accepted: `auto`, `faster-coco-eval`, `pycocotools`.
-    run.COCO_METRIC = "auto"
     # How captions are scored: some of BLEU, ROUGE_L, CIDEr (all without Java), METEOR, SPICE (Java programs; SPICE
     # also needs Stanford CoreNLP 3.6.0 in pycocoevalcap's spice/lib).
     run.CAPTION_METRICS = ("BLEU", "ROUGE_L", "CIDEr")

@@ -67,7 +67,8 @@ class Job:
     @property
     def missing(self) -> list[float]:
         """Amounts that are not measured yet."""
-        return [amount for amount in self.amounts if f"{amount:g}" not in self.figures]
+        figures = self.figures
+        return [amount for amount in self.amounts if f"{amount:g}" not in figures]
 
     @property
     def seconds(self) -> float | None:

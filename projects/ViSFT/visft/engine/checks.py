@@ -170,7 +170,6 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     _exports(cfg)
     if not cfg.VISFT.PROCESS_TIMEOUT > 0:
         raise ConfigError(f"VISFT.PROCESS_TIMEOUT is {cfg.VISFT.PROCESS_TIMEOUT}; expected minutes, above 0")
-    _one_of("VISFT.COCO_METRIC", cfg.VISFT.COCO_METRIC, ("auto", "faster-coco-eval", "pycocotools"))
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(

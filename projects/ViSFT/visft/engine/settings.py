@@ -153,6 +153,8 @@ def words(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    if cfg.key_is_deprecated(key):  # which says so
+        return
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, CfgNode) or part not in node:

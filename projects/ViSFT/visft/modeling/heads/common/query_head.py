@@ -24,12 +24,12 @@ class QueryHead(VisftHead):
         self,
         *,
         labels: LabelSpace,
-        num_queries: int,
-        no_object_weight: float,
-        class_weight: float,
-        class_loss: str,
-        federated: Federated | None,
-        max_detections: int,
+        num_queries: int = 100,
+        no_object_weight: float = 0.1,
+        class_weight: float = 1.0,
+        class_loss: str = "softmax",
+        federated: Federated | None = None,
+        max_detections: int = 100,
     ) -> None:
         """
         Args:

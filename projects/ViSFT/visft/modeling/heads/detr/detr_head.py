@@ -1,6 +1,7 @@
 """Detection by DETR (arXiv 2005.12872)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -12,9 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from visft.errors import ConfigError
 from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
-from visft.modeling.heads.common.federated import Federated
 from visft.modeling.heads.common.full_precision import without_autocast
-from visft.modeling.heads.common.label_space import LabelSpace
 from visft.modeling.heads.common.layers import MLP, check_divisible
 from visft.modeling.heads.common.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from visft.modeling.heads.common.matcher import Matching, match
@@ -60,8 +59,6 @@ class DETRHead(QueryHead):
         self,
         *,
         in_channels: int,
-        labels: LabelSpace,
-        num_queries: int = 100,
         encoder_layers: int = 6,
         encoder_dim: int = 128,
         decoder_layers: int = 6,
@@ -69,19 +66,16 @@ class DETRHead(QueryHead):
         num_attention_heads: int = 8,
         feedforward_dim: int = 1024,
         dropout: float = 0.1,
-        no_object_weight: float = 0.1,
         class_weight: float = 1.0,
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
-        max_detections: int = 100,
         nms_thresh: float = 1.0,
-        class_loss: str = "softmax",
-        federated: Federated | None = None,
+        **query: Any,
     ):
         """
         Args:
             in_channels: of the feature map.
-            labels, num_queries, no_object_weight, class_weight, class_loss, federated, max_detections: see `QueryHead`.
+            class_weight, query: see `QueryHead`.
             l1_weight, giou_weight: of the losses, and of the matching's costs.
             nms_thresh: inference leaves out a box whose IoU with a better one of its class is above this; 1: none. The
                 matching teaches queries not to repeat each other, but slowly: a short training needs it.
@@ -90,15 +84,7 @@ class DETRHead(QueryHead):
             ConfigError: if a width is not a multiple of what it is divided into, there is no such class loss, or
                 `nms_thresh` is not in 0..1.
         """
-        super().__init__(
-            labels=labels,
-            num_queries=num_queries,
-            no_object_weight=no_object_weight,
-            class_weight=class_weight,
-            class_loss=class_loss,
-            federated=federated,
-            max_detections=max_detections,
-        )
+        super().__init__(class_weight=class_weight, **query)
         if not 0 <= nms_thresh <= 1:
             raise ConfigError(
                 f"MODEL.VISFT.DETECTION.NMS_THRESH_TEST is {nms_thresh}; expected an IoU, 0 to 1 (1: leave none out)"
@@ -116,8 +102,8 @@ class DETRHead(QueryHead):
             feedforward_dim=feedforward_dim,
             dropout=dropout,
         )
-        self.query_embeds = nn.Embedding(num_queries, decoder_dim)
-        self.class_embeds = nn.Linear(decoder_dim, labels.num_classes + 1)
+        self.query_embeds = nn.Embedding(self.num_queries, decoder_dim)
+        self.class_embeds = nn.Linear(decoder_dim, self.labels.num_classes + 1)
         self.bbox_embeds = MLP(decoder_dim, decoder_dim, 4, 3)
         self.classification.initialize(self.class_embeds)
 

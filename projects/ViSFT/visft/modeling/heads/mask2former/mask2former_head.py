@@ -1,6 +1,7 @@
 """Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
 
 import zlib
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -14,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from visft.errors import ConfigError
 from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
-from visft.modeling.heads.common.federated import Federated
 from visft.modeling.heads.common.full_precision import without_autocast
-from visft.modeling.heads.common.label_space import LabelSpace
 from visft.modeling.heads.common.losses import (
     dice_loss,
     mask_loss,
@@ -51,29 +50,24 @@ class Mask2FormerHead(QueryHead):
         self,
         *,
         in_channels: int,
-        labels: LabelSpace,
-        num_queries: int = 100,
         encoder_layers: int = 6,
         encoder_feedforward_dim: int = 512,
         decoder_layers: int = 9,
         dim: int = 256,
         num_attention_heads: int = 8,
         feedforward_dim: int = 1024,
-        no_object_weight: float = 0.1,
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
         num_points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_ratio: float = 0.75,
-        max_detections: int = 100,
-        class_loss: str = "softmax",
-        federated: Federated | None = None,
+        **query: Any,
     ):
         """
         Args:
             in_channels: of the feature map.
-            labels, num_queries, no_object_weight, class_weight, class_loss, federated, max_detections: see `QueryHead`.
+            class_weight, query: see `QueryHead`.
             mask_weight, dice_weight: of the losses, and of the matching's costs.
             num_points: where a mask is compared.
             oversample_ratio: candidates a point; the most uncertain of them make `importance_ratio` of the points.
@@ -82,15 +76,7 @@ class Mask2FormerHead(QueryHead):
             ConfigError: if a width is not a multiple of what it is divided into, a number is out of range, or there is
                 no such class loss.
         """
-        super().__init__(
-            labels=labels,
-            num_queries=num_queries,
-            no_object_weight=no_object_weight,
-            class_weight=class_weight,
-            class_loss=class_loss,
-            federated=federated,
-            max_detections=max_detections,
-        )
+        super().__init__(class_weight=class_weight, **query)
         if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
             raise ConfigError(
                 f"NUM_POINTS {num_points}, OVERSAMPLE_RATIO {oversample_ratio}, IMPORTANCE_RATIO {importance_ratio}: "
@@ -110,8 +96,8 @@ class Mask2FormerHead(QueryHead):
         )
         self.predictor = MaskDecoder(
             dim=dim,
-            num_classes=labels.num_classes,
-            num_queries=num_queries,
+            num_classes=self.labels.num_classes,
+            num_queries=self.num_queries,
             num_layers=decoder_layers,
             num_heads=num_attention_heads,
             feedforward_dim=feedforward_dim,
@@ -151,10 +137,8 @@ class Mask2FormerHead(QueryHead):
     def inference(self, inputs: HeadInputs) -> list[Instances]:
         output = self(inputs.features)
         scores, queries, classes = self.best(output.logits[-1])
-        return [
-            _detections(output.masks[-1, i], scores[i], queries[i], classes[i], *_sizes(inputs, i))
-            for i in range(len(inputs.images))
-        ]
+        found = zip(output.masks[-1], scores, queries, classes, _sizes(inputs), strict=True)
+        return [_detections(*of_image, *sizes) for *of_image, sizes in found]
 
     def proposals(self, inputs: HeadInputs) -> list[Instances]:
         """What each query has found, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries'
@@ -165,10 +149,9 @@ class Mask2FormerHead(QueryHead):
         output = self(inputs.features)
         scores = self.objectness(output.logits[-1])
         queries = torch.arange(self.num_queries, device=inputs.features.device)
-        results = []
-        for i in range(len(inputs.images)):
-            classes = torch.zeros_like(queries)
-            found = _detections(output.masks[-1, i], scores[i], queries, classes, *_sizes(inputs, i))
+        classes, results = torch.zeros_like(queries), []
+        for masks, objectness, sizes in zip(output.masks[-1], scores, _sizes(inputs), strict=True):
+            found = _detections(masks, objectness, queries, classes, *sizes)
             found.objectness = found.scores
             found.remove("scores")
             found.remove("pred_classes")
@@ -307,9 +290,10 @@ def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -
     return sampled
 
 
-def _sizes(inputs: HeadInputs, index: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of an image before padding, after it, and before it was resized."""
-    return inputs.image_sizes[index], inputs.padded_size, inputs.original_sizes[index]
+def _sizes(inputs: HeadInputs) -> list[tuple[tuple[int, int], ...]]:
+    """(height, width) of each image before padding, after it, and before it was resized."""
+    pairs = zip(inputs.image_sizes, inputs.original_sizes, strict=True)
+    return [(size, inputs.padded_size, original) for size, original in pairs]
 
 
 def _detections(
