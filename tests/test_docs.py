@@ -73,7 +73,14 @@ def test_the_notebook_runs(root, tmp_path):
     assert any("image/png" in output.get("data", {}) for output in drawn)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+BESIDE_CODE = [
+    "tests/golden/README.md",
+    "projects/DemoWorld/demoworld/weights/README.md",
+    "projects/ViSFT/visft/export/pictures/README.md",
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS + BESIDE_CODE)
 def test_files_and_links_that_documents_name_exist(document, root):
     path = root / document
     text = path.read_text()
@@ -83,7 +90,8 @@ def test_files_and_links_that_documents_name_exist(document, root):
         if not (path.parent / target).exists()
     ]
     if document != "CONTRIBUTING.md":  # which speaks of files to be written
-        for name in re.findall(r"(?<![\w/.-])((?:tools|configs|tests|scripts)/[\w/.-]+\.(?:py|yaml))", text):
+        named = re.findall(r"(?<![\w/.-])((?:tools|configs|tests|scripts)/[\w/.-]+\.(?:py|yaml))", text)
+        for name in named + re.findall(r"pytest (tests/[\w/]+)(?![\w/.])", text):
             if not (root / name).exists():
                 missing.append(name)
     assert missing == []
