@@ -90,7 +90,7 @@ def as_text(value: object) -> str:
 
 
 def clear() -> None:
-    catalog._checked.cache_clear()
+    catalog._read.cache_clear()
     from visft.data.datasets import captions
 
     captions._read.cache_clear()

@@ -1,7 +1,9 @@
 """Stock detectors through tools/train_net.py: trained, resumed and evaluated by the command line."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +58,24 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_mask_rcnn_on_own_data(root, shapes_train, shapes_test, tmp_path):
+    """Also where ids are texts, nothing says `iscrowd`, and an image of the training set is broken."""
+    content = json.loads(Path(shapes_test[0]).read_text())
+    for image in content["images"]:
+        image["id"] = f"no. {image['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"no. {annotation['image_id']}"
+        del annotation["iscrowd"], annotation["area"]
+    test_json = tmp_path / "test.json"
+    test_json.write_text(json.dumps(content))
+    images = tmp_path / "images"
+    shutil.copytree(shapes_train[1], images)
+    next(images.iterdir()).write_bytes(b"\x89PNG")
     keys = {
+        "DATALOADER__SKIP_BROKEN": True,
         "OUTPUT_DIR": tmp_path / "run",
         "VISFT__DATA__TRAIN_JSON": shapes_train[0],
-        "VISFT__DATA__TRAIN_IMAGES": shapes_train[1],
-        "VISFT__DATA__TEST_JSON": shapes_test[0],
+        "VISFT__DATA__TRAIN_IMAGES": images,
+        "VISFT__DATA__TEST_JSON": test_json,
         "VISFT__DATA__TEST_IMAGES": shapes_test[1],
         "MODEL__ROI_HEADS__NUM_CLASSES": len(shapes.CLASSES),
     }
@@ -70,7 +85,7 @@ def test_mask_rcnn_on_own_data(root, shapes_train, shapes_test, tmp_path):
     figures = rows(tmp_path / "run")[-1]
     assert {"bbox/AP50", "segm/AP50"} <= figures.keys()
     found = json.loads((tmp_path / "run" / "inference" / "coco_instances_results.json").read_text())
-    assert found and {entry["image_id"] for entry in found} <= {1, 2, 3, 4}
+    assert found and {entry["image_id"] for entry in found} <= {f"no. {i}" for i in (1, 2, 3, 4)}
 
     # One iteration more, from where it was; then the figures of its end again, without training.
     more = arguments(root, name, "--resume", **keys, SOLVER__MAX_ITER=3)
@@ -128,6 +143,31 @@ def test_panoptic_fpn_on_coco(root, coco, tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()
     said, began = log.find("without panoptic quality"), log.find("Starting training")
     assert 0 < said < began
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("MODEL.MASK_ON", True, "no annotation of stock_boxes .* has a mask; set MODEL.MASK_ON to False"),
+        ("MODEL.LOAD_PROPOSALS", True, "MODEL.LOAD_PROPOSALS is True: proposals come in pickle files"),
+        ("MODEL.MASK_ON", False, ""),
+    ],
+)
+def test_what_a_detector_cannot_learn_from_is_named_before_training(
+    root, shapes_train, tmp_path, key, value, words
+):
+    content = json.loads(Path(shapes_train[0]).read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    cfg = settings.load_config(str(root / "configs" / "mask_rcnn_clip_vit_b16_fpn.yaml"), [key, str(value)])
+    cfg.DATASETS.TRAIN = ("stock_boxes",)
+    MetadataCatalog.get("stock_boxes").json_file = str(tmp_path / "boxes.json")
+    try:
+        with pytest.raises(ConfigError, match=words) if words else contextlib.nullcontext():
+            stock._check_training_data(cfg)
+    finally:
+        MetadataCatalog.remove("stock_boxes")
 
 
 def test_a_kind_that_is_not_evaluated_is_refused_before_training(root):

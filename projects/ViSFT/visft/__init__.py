@@ -6,9 +6,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-# Messages that old code in detectron2 and its dependencies causes and that no user can act on. These three only.
+# Messages that old code in detectron2 and its dependencies causes and that no user can act on. These only.
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
 warnings.filterwarnings("ignore", message=r"torch\.meshgrid: in an upcoming release")  # detectron2's anchors
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # detectron2's masks
 logging.getLogger("torch.fx._symbolic_trace").addFilter(
     lambda record: not record.getMessage().startswith("is_fx_tracing will return true")
 )

@@ -16,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_records(
-    names: tuple[str, ...], *, train: bool, filter_empty: bool = False, rules: ImageRules | None = None
+    names: tuple[str, ...],
+    *,
+    train: bool,
+    filter_empty: bool = False,
+    rules: ImageRules | None = None,
+    captions: bool = True,
 ) -> Sequence[dict]:
     """Dataset dicts of registered data sets, checked, with `captions` and (for training) `has_masks`.
 
@@ -25,6 +30,7 @@ def load_records(
         train: whether to check for what training needs; else for what evaluation needs.
         rules: which images may be bad (default: none).
         filter_empty: drop images without an annotation that is no crowd; of one with captions, only the annotations.
+        captions: whether captions are wanted.
     """
     parts: list[Sequence[dict]] = []
     for name in names:
@@ -35,21 +41,19 @@ def load_records(
         elif as_stored:
             found = [r | {"as_stored": True} for r in found]
         if train and isinstance(found, PackedRecords):
-            found = found.labelled({"has_masks": _are_masked(found.summary, name)}, captions_of(name))
+            has_masks = _are_masked(found.summary, name)
+            found = found.labelled({"has_masks": has_masks}, captions_of(name) if captions else None)
             if filter_empty:
                 kept, bare = _not_empty(found.outlines(), name)
                 found = found.kept(kept, bare)
         elif train:
-            captions = captions_of(name)
             has_masks = _have_masks(found, name)
-            found = [
-                r
-                | {
-                    "has_masks": has_masks,
-                    "captions": captions.get(r.get("image_id")) or r.get("captions") or [],
-                }
-                for r in found
-            ]
+            found = [r | {"has_masks": has_masks} for r in found]
+            if captions:
+                texts = captions_of(name)
+                found = [
+                    r | {"captions": texts.get(r.get("image_id")) or r.get("captions") or []} for r in found
+                ]
             if filter_empty:
                 found = _without_empty(found, name)
         parts.append(found)
@@ -96,7 +100,7 @@ def _not_empty(records: Iterable[dict], name: str) -> tuple[list[int], set[int]]
     kept, bare, dropped = [], set(), 0
     for index, record in enumerate(records):
         if "annotations" in record and all(a.get("iscrowd", 0) for a in record["annotations"]):
-            if not record["captions"]:
+            if not record.get("captions"):
                 dropped += 1
                 continue
             bare.add(index)

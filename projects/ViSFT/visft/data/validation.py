@@ -1,4 +1,4 @@
-"""COCO annotation files, checked whole before training."""
+"""Annotation files in COCO's format and formats near it, checked whole before training."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -17,6 +17,7 @@ from visft.data.datasets.coco_json import (
     require_keys,
     some,
 )
+from visft.data.datasets.layouts import COCO, Layout
 from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class CocoSummary:
     classes: tuple[str, ...]
     """Names in the order of their category ids."""
     category_ids: tuple[int, ...]
-    pictures: int
+    images: int
     annotated: bool
     """Whether it has `annotations`."""
     learnable: int
@@ -48,6 +49,8 @@ class CocoSummary:
     unmasked_crowd: str
     no_area: str
     """The first annotation whose `area` is no number, which evaluation reads."""
+    not_federated: str = ""
+    """Where LVIS's evaluation needs it: the first entry that does not say what is known of which class."""
 
 
 def summary_of(values: Mapping) -> CocoSummary:
@@ -56,30 +59,53 @@ def summary_of(values: Mapping) -> CocoSummary:
     return CocoSummary(**{**values, **lists})
 
 
-def check_content(path: str, content: dict, annotations: Iterable | None = None) -> CocoSummary:
-    """Check what a COCO instance file holds, all but whether its images are there.
+def check_content(
+    path: str, content: dict, annotations: Iterable | None = None, layout: Layout = COCO
+) -> CocoSummary:
+    """Check what an annotation file holds, all but whether its images are there.
 
     Args:
         annotations: those of the file, where they are not in its content; each is checked before the next is asked for.
+        layout: of the file.
 
     Raises:
         DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and what was
             expected.
     """
     categories = _check_categories(path, entries_of(path, content, "categories"))
-    sizes = _check_images(path, entries_of(path, content, "images"))
+    images = entries_of(path, content, "images")
+    sizes = _check_images(path, images, layout)
     annotated = annotations is not None or "annotations" in content
     if annotations is None:
         annotations = entries_of(path, content, "annotations") if annotated else []
-    found = _check_annotations(path, annotations, sizes, categories)
+    found = _check_annotations(path, annotations, sizes, categories, layout)
     ids = tuple(sorted(categories))
     return CocoSummary(
         classes=tuple(categories[i] for i in ids),
         category_ids=ids,
-        pictures=len(sizes),
+        images=len(sizes),
         annotated=annotated,
+        not_federated=_not_federated(content["categories"], images) if layout.federated else "",
         **found,
     )
+
+
+def _not_federated(categories: list[dict], images: list[dict]) -> str:
+    for entry in categories:
+        if entry.get("frequency") not in ("r", "c", "f"):
+            return (
+                f"category {entry['id']} has frequency {entry.get('frequency')!r}; expected r, c or f (rare, common, "
+                "frequent)"
+            )
+    ids = {entry["id"] for entry in categories}
+    for entry in images:
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if not isinstance(entry.get(key), list) or not ids.issuperset(entry[key]):
+                return (
+                    f"image {entry['id']} has {key} {entry.get(key)!r}; expected a list of ids of `categories`, as "
+                    "LVIS's evaluation reads it"
+                )
+    return ""
 
 
 def _check_categories(path: str, entries: list) -> dict[int, str]:
@@ -95,12 +121,12 @@ def _check_categories(path: str, entries: list) -> dict[int, str]:
     return categories
 
 
-def _check_images(path: str, entries: list) -> dict[int | str, tuple[int, int]]:
+def _check_images(path: str, entries: list, layout: Layout) -> dict[int | str, tuple[int, int]]:
     """Returns (width, height) by image id."""
     sizes: dict[int | str, tuple[int, int]] = {}
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")
-        keys = {"id": is_id, "file_name": is_text, "width": is_positive_int, "height": is_positive_int}
+        keys = {"id": is_id, layout.image_key: is_text, "width": is_positive_int, "height": is_positive_int}
         require_keys(path, where, entry, keys)
         if entry["id"] in sizes:
             raise DataError(f"{path}: image id {entry['id']} occurs twice; ids must be unique")
@@ -113,7 +139,11 @@ def _check_images(path: str, entries: list) -> dict[int | str, tuple[int, int]]:
 
 
 def _check_annotations(
-    path: str, entries: Iterable, sizes: dict[int | str, tuple[int, int]], categories: dict[int, str]
+    path: str,
+    entries: Iterable,
+    sizes: dict[int | str, tuple[int, int]],
+    categories: dict[int, str],
+    layout: Layout,
 ) -> dict:
     """What a summary says of annotations."""
     seen, learnable = set(), 0
@@ -141,12 +171,13 @@ def _check_annotations(
             raise DataError(f"{path}: {where} has iscrowd {crowd!r}; expected 0 or 1")
         if not (entry.get("area") is None or is_number(entry["area"]) or no_area):
             no_area = f"{where} has area {entry['area']!r}; expected a finite number, or none"
-        if entry.get("ignore", 0):
+        if layout.strict and entry.get("ignore", 0):
             raise DataError(
                 f"{path}: {where} has `ignore` set, which COCO does not have; use iscrowd 1 instead"
             )
         learnable += not crowd
-        _check_box(path, where, entry, size)
+        if layout.strict:
+            _check_box(path, where, entry, size)
         segmentation = entry.get("segmentation")
         missing = f"{where} has no segmentation"
         if segmentation:

@@ -24,8 +24,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from visft.checkpoint import files
+from visft.data.datasets.catalog import check_coco_json
+from visft.data.datasets.layouts import layout_of
+from visft.data.loader import TestLoader
+from visft.data.stock_data import build_stock_test_loader, build_stock_train_loader
 from visft.engine import stopping
 from visft.engine.hooks import Progress
 from visft.errors import CheckpointError, ConfigError
@@ -110,14 +115,23 @@ class StockTrainer(DefaultTrainer):
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, eps=1e-8)
 
     @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        return build_stock_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        return build_stock_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = _kind(dataset_name)
         parts: list[DatasetEvaluator] = []
-        if kind in ("coco", "coco_panoptic_seg"):
-            parts.append(COCOEvaluator(dataset_name, output_dir=folder))
-        if kind == "lvis":
-            parts.append(InstancesEvaluator(dataset_name))
+        if kind in ("coco", "lvis", "coco_panoptic_seg"):
+            results = os.path.join(folder, "coco_instances_results.json")
+            parts.append(InstancesEvaluator(dataset_name, results_file=results))
+        if kind == "coco" and cfg.MODEL.KEYPOINT_ON:
+            parts.append(COCOEvaluator(dataset_name, ("keypoints",), output_dir=folder))
         if kind in ("sem_seg", "coco_panoptic_seg"):
             parts.append(SemSegEvaluator(dataset_name, output_dir=folder, sem_seg_loading_fn=_read_labels))
         if kind == "coco_panoptic_seg" and not _why_no_panoptic_quality(dataset_name):
@@ -146,6 +160,33 @@ def _why_no_panoptic_quality(dataset_name: str) -> str:
     return ""
 
 
+def _check_training_data(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: the detector learns masks and a data set has none, or it learns from pickled proposals; or cropped
+            polygons need a package that is missing.
+    """
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and importlib.util.find_spec("shapely") is None:
+        raise ConfigError(
+            "INPUT.CROP.ENABLED is True: detectron2 crops polygons with the package `shapely`, which is not installed: "
+            "`pip install shapely`, or set the key to False"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS is True: proposals come in pickle files, which are not read, for they can run code; "
+            "set it to False, with a proposal generator in MODEL.PROPOSAL_GENERATOR.NAME"
+        )
+    for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
+        meta = MetadataCatalog.get(name)
+        if not os.path.isfile(meta.get("json_file") or ""):
+            continue
+        if not check_coco_json(meta.json_file, train=True, layout=layout_of(meta)).masked:
+            raise ConfigError(
+                f"MODEL.MASK_ON is True, and no annotation of {name} ({meta.json_file}) has a mask; set MODEL.MASK_ON "
+                "to False to learn boxes alone, or train on a data set with masks"
+            )
+
+
 def _check_evaluators(cfg: CfgNode) -> None:
     """Say before training what cannot be evaluated after it.
 
@@ -172,6 +213,7 @@ def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Train a stock detector, from MODEL.WEIGHTS or with --resume from OUTPUT_DIR's last checkpoint."""
     _start(cfg, args)
+    _check_training_data(cfg)
     trainer = StockTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()

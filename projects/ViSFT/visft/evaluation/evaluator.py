@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
+from visft.checkpoint import files
 from visft.classes.dataset_classes import places_by_name
 from visft.errors import DataError
 from visft.evaluation.average_precision import COCOMetric
@@ -96,12 +98,16 @@ class HeadsEvaluator(DatasetEvaluator):
             gathered = comm.gather(gathered[0])
             if not comm.is_main_process():
                 return {}
+        predicted = {
+            name: list(itertools.chain(*(part[name] for part, _ in gathered))) for name in self.heads
+        }
+        self._keep(predicted)
         if not self.metric.annotated:
             logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
             return {}
         figures: dict[str, dict[str, float]] = OrderedDict()
         for name in self.heads:
-            results = list(itertools.chain(*(part[name] for part, _ in gathered)))
+            results = predicted[name]
             tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
             if "segm" in tasks and not self.metric.truth.has_masks:
                 tasks.remove("segm")
@@ -120,6 +126,9 @@ class HeadsEvaluator(DatasetEvaluator):
                     "%s, %s of head `%s`:\n%s", self.dataset_name, task, name, create_small_table(main)
                 )
         return figures
+
+    def _keep(self, results: dict[str, list[dict]]) -> None:
+        """Write the results by head, where they are wanted."""
 
     @property
     def _is_lvis(self) -> bool:
@@ -190,9 +199,19 @@ class HeadsEvaluator(DatasetEvaluator):
 class InstancesEvaluator(HeadsEvaluator):
     """The same figures for a stock detector, whose one output is `instances`, by detectron2's names: `bbox/AP`."""
 
-    def __init__(self, dataset_name: str, **options) -> None:
-        """Arguments as for HeadsEvaluator, without heads."""
+    def __init__(self, dataset_name: str, *, results_file: str | None = None, **options) -> None:
+        """
+        Args:
+            results_file: where the predictions that count are written, in COCO's results format.
+            options: as for HeadsEvaluator.
+        """
         super().__init__(dataset_name, ("instances",), **options)
+        self._results_file = results_file
+
+    def _keep(self, results: dict[str, list[dict]]) -> None:
+        if self._results_file:
+            os.makedirs(os.path.dirname(self._results_file), exist_ok=True)
+            files.write_json(self._results_file, results["instances"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         return {task.removeprefix("instances/"): figures for task, figures in super().evaluate().items()}

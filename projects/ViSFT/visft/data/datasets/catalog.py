@@ -12,15 +12,13 @@ from visft.classes.dataset_classes import places_by_name
 from visft.data.datasets.captions import load_captioned
 from visft.data.datasets.coco import PackedRecords, load_coco_json, packed_coco
 from visft.data.datasets.coco_json import entries_of, read_json, some
-from visft.data.datasets.published import LVIS, check_published
+from visft.data.datasets.layouts import COCO, Layout, class_indices, layout_of
 from visft.data.headers import ImageRules, check_images
 from visft.data.validation import CocoSummary, check_content, summary_of
 from visft.errors import ConfigError, DataError
 
 OWN_TRAIN = "visft_own_train"
 OWN_TEST = "visft_own_test"
-
-_IMAGE = ("file_name", "width", "height")
 
 _as_stored: dict[tuple, bool] = {}
 """What `check_registered` found, by data set, the state of its file, and rules."""
@@ -135,13 +133,20 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable
     json_file = meta.get("json_file")
     if not json_file or "://" in json_file:
         return None
-    if meta.get("annotation_format") or meta.get("evaluator_type") == "lvis":
-        return check_published(meta.get("annotation_format") or LVIS, meta, train=train)
+    layout = layout_of(meta)
     # Test sets whose annotations are kept secret have a file without any.
-    annotated = train or not name.startswith("coco_2017_test")
-    summary = check_coco_json(json_file, train=train, annotated=annotated, masks=masks)
+    annotated = train or (layout.own_classes and not name.startswith("coco_2017_test"))
+    summary = check_coco_json(json_file, train=train, annotated=annotated, masks=masks, layout=layout)
     expected = meta.get("thing_classes")
-    if expected is None:
+    if not layout.own_classes:
+        known = class_indices(meta)
+        if not known.keys() >= set(summary.category_ids):
+            raise DataError(
+                f"{json_file}: its {len(summary.category_ids)} category ids ({some(summary.category_ids)}) are not "
+                f"among the {len(known)} that `{name}` stands for ({some(sorted(known))}); register the file by a name "
+                "of its own"
+            )
+    elif expected is None:
         ids = {dataset_id: i for i, dataset_id in enumerate(summary.category_ids)}
         meta.set(thing_classes=list(summary.classes), thing_dataset_id_to_contiguous_id=ids)
     elif tuple(expected) != summary.classes:
@@ -150,38 +155,35 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable
             f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
             "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
         )
-    return _images_of(json_file, meta.get("image_root") or "")
+    return _images_of(json_file, meta.get("image_root") or "", layout)
 
 
 def check_coco_json(
-    json_file: str, *, train: bool, annotated: bool = True, masks: bool = True
+    json_file: str, *, train: bool, annotated: bool = True, masks: bool = True, layout: Layout = COCO
 ) -> CocoSummary:
-    """Check a COCO instance file. A file that has not changed since it passed is not read again.
+    """Check an annotation file. A file that has not changed since it passed is not read again.
 
     Args:
         json_file: path of the annotation file.
         train: something to learn from is required (an annotation that is no crowd).
         annotated: whether `annotations` must be there.
         masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+        layout: of the file.
 
     Raises:
         DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
             what was expected.
     """
-    try:
-        stat = os.stat(json_file)
-    except OSError as error:
-        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
-    summary, _ = _checked(json_file, stat.st_mtime_ns, stat.st_size)
+    summary, _ = _checked(json_file, layout)
     if annotated and not summary.annotated:
         entries_of(json_file, {}, "annotations")
     if train and not summary.learnable:
         raise DataError(
-            f"{json_file}: none of its {summary.pictures} images has an annotation that is no crowd, so there is "
+            f"{json_file}: none of its {summary.images} images has an annotation that is no crowd, so there is "
             "nothing to train on; expected at least one"
         )
-    if not train and summary.no_area:
-        raise DataError(f"{json_file}: {summary.no_area}")
+    if not train and summary.annotated and (fault := summary.no_area or summary.not_federated):
+        raise DataError(f"{json_file}: {fault}")
     unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
     if masks and summary.masked and unmasked:
         raise DataError(
@@ -191,22 +193,32 @@ def check_coco_json(
     return summary
 
 
+def _checked(json_file: str, layout: Layout) -> tuple[CocoSummary, Sequence[dict]]:
+    """The summary, and `file_name`, `width` and `height` of the images; read again if the file has changed."""
+    try:
+        stat = os.stat(json_file)
+    except OSError as error:
+        raise DataError(f"{json_file}: the annotation file cannot be opened ({error.strerror})") from None
+    return _read(json_file, layout, stat.st_mtime_ns, stat.st_size)
+
+
 @functools.lru_cache(maxsize=16)
-def _checked(json_file: str, _mtime_ns: int, _size: int) -> tuple[CocoSummary, Sequence[dict]]:
-    """The summary, and `file_name`, `width` and `height` of the images."""
-    file = packed_coco(json_file)
+def _read(json_file: str, layout: Layout, _mtime_ns: int, _size: int) -> tuple[CocoSummary, Sequence[dict]]:
+    file = packed_coco(json_file, layout)
     if file is not None:
         return summary_of(file.summary), file.rows("outlines")
     content = read_json(json_file)
-    summary = check_content(json_file, content)
-    return summary, tuple({key: image[key] for key in _IMAGE} for image in content["images"])
+    summary = check_content(json_file, content, layout=layout)
+    sides = ("width", "height")
+    images = (
+        {"file_name": layout.file_of(i), **{side: i[side] for side in sides}} for i in content["images"]
+    )
+    return summary, tuple(image for image in images if image["file_name"])
 
 
-def _images_of(json_file: str, image_root: str) -> Iterable[dict]:
+def _images_of(json_file: str, image_root: str, layout: Layout) -> Iterable[dict]:
     """`file_name`, `width` and `height` of a checked file's images."""
-    stat = os.stat(json_file)
-    _, images = _checked(json_file, stat.st_mtime_ns, stat.st_size)
-    for image in images:
+    for image in _checked(json_file, layout)[1]:
         yield image | {"file_name": os.path.join(image_root, image["file_name"])}
 
 

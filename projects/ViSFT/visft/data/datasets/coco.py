@@ -1,4 +1,4 @@
-"""Dataset dicts of COCO files, as detectron2's `load_coco_json` makes them, whatever kind the ids are.
+"""Dataset dicts of COCO files and of files near COCO's format, as detectron2 makes them, whatever kind the ids are.
 
 Those of a big file are parsed one by one, when they are asked for, from what one process of the machine wrote.
 """
@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from visft.data.datasets.coco_json import in_order, read_json
 from visft.data.datasets.json_arrays import JSONArrays, NotSplitError
+from visft.data.datasets.layouts import COCO, LVIS, Layout, class_indices
 from visft.data.datasets.packed import PackedFile, Rows, packed, row
 from visft.data.masks import compressed, usable
 from visft.data.validation import check_content, summary_of
@@ -25,15 +26,25 @@ _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 _OUTLINE = ("iscrowd", "category_id")
 
 
-def load_coco_json(json_file: str, image_root: str, name: str | None = None) -> "list[dict] | PackedRecords":
+_STOCK_READERS = {
+    ("detectron2.data.datasets.coco", "register_coco_instances.<locals>.<lambda>"): COCO,
+    ("detectron2.data.datasets.lvis", "register_lvis_instances.<locals>.<lambda>"): LVIS,
+}
+"""Readers of detectron2's whose files are read here instead, by their module and name."""
+
+
+def load_coco_json(
+    json_file: str, image_root: str, name: str, layout: Layout = COCO
+) -> "list[dict] | PackedRecords":
     """The images of a checked file in the order of their ids (see `in_order`).
 
     Args:
-        image_root: folder that `file_name`s are relative to.
-        name: of the data set, whose metadata gets the classes and their ids; `category_id` is then the index of a
-            class. None: it stays the file's.
+        image_root: folder that the images' paths are relative to.
+        name: of the data set. Its metadata gets the classes and their ids, or says what they are, as the layout has it;
+            `category_id` of an annotation is the index of a class.
     """
-    file = packed_coco(json_file) if name is not None else None
+    meta = MetadataCatalog.get(name)
+    file = packed_coco(json_file, layout)
     if file is not None:
         summary = summary_of(file.summary)
         classes = dict(zip(summary.category_ids, summary.classes, strict=True))
@@ -41,29 +52,32 @@ def load_coco_json(json_file: str, image_root: str, name: str | None = None) -> 
         content = read_json(json_file)
         classes = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
     indices = {category: index for index, category in enumerate(classes)}
-    if name is not None:
-        meta = MetadataCatalog.get(name)
+    if layout.own_classes:
         meta.thing_classes, meta.thing_dataset_id_to_contiguous_id = list(classes.values()), indices
+    else:
+        known = class_indices(meta)
+        indices = {category: known[category] for category in indices}
     if file is not None:
-        return PackedRecords(file, image_root)
-    records = list(_records(content, indices if name is not None else None))
+        return PackedRecords(file, image_root, classes=list(indices.values()))
+    records = list(_records(content, indices, layout))
     for record in records:
         record["file_name"] = os.path.join(image_root, record["file_name"])
     return records
 
 
 def records_of(name: str) -> Sequence[dict]:
-    """The records of a registered, checked data set. COCO files are read here, also where detectron2 would read them.
+    """The records of a registered, checked data set. COCO's and LVIS's files are read here, also where detectron2 would
+    read them.
 
     Raises:
         DataError: its annotations are broken.
     """
     reader = DatasetCatalog[name]
-    where = (getattr(reader, "__module__", ""), getattr(reader, "__qualname__", ""))
-    if where == ("detectron2.data.datasets.coco", "register_coco_instances.<locals>.<lambda>"):
+    place = (getattr(reader, "__module__", ""), getattr(reader, "__qualname__", ""))
+    if place in _STOCK_READERS:
         meta = MetadataCatalog.get(name)
         if "://" not in meta.json_file:
-            return load_coco_json(meta.json_file, meta.image_root, name)
+            return load_coco_json(meta.json_file, meta.image_root, name, _STOCK_READERS[place])
     return DatasetCatalog.get(name)
 
 
@@ -81,6 +95,7 @@ class PackedRecords(Sequence):
     """Records of a mapped file: those of `rows`, in their order.
 
     Args:
+        classes: the class that each category of the file is, in the order of their ids.
         labels: keys that every record gets.
         captions: by image id, which every record gets if they are given.
         bare: rows whose annotations are left out.
@@ -91,13 +106,14 @@ class PackedRecords(Sequence):
         file: PackedFile,
         image_root: str,
         *,
+        classes: Sequence[int],
         rows: np.ndarray | None = None,
         labels: Mapping | None = None,
         captions: Mapping | None = None,
         bare: frozenset[int] = frozenset(),
     ):
         self.summary = summary_of(file.summary)
-        self._file, self._root = file, image_root
+        self._file, self._root, self._classes = file, image_root, classes
         self._rows = np.arange(len(file.rows("records"))) if rows is None else rows
         self._labels, self._captions, self._bare = labels or {}, captions, bare
 
@@ -133,6 +149,7 @@ class PackedRecords(Sequence):
         record["file_name"] = os.path.join(self._root, record["file_name"])
         for annotation in record["annotations"]:
             annotation["bbox_mode"] = BoxMode.XYWH_ABS
+            annotation["category_id"] = self._classes[annotation["category_id"]]
         if number in self._bare:
             del record["annotations"]
         if self._captions is not None:
@@ -148,8 +165,9 @@ class JoinedRecords(ConcatDataset):
         return (outline for part in self.datasets for outline in outlines_of(part))
 
 
-def packed_coco(json_file: str) -> PackedFile | None:
+def packed_coco(json_file: str, layout: Layout = COCO) -> PackedFile | None:
     """The checked content of a big file: its summary, and rows `records` and `outlines` (without boxes and masks).
+    Categories are counted in the order of their ids.
 
     Raises:
         DataError: see `check_content`.
@@ -159,17 +177,17 @@ def packed_coco(json_file: str) -> PackedFile | None:
         try:
             arrays = JSONArrays(json_file)
             content = {key: list(arrays.entries(key)) for key in ("images", "categories")}
-            made = _pack(json_file, content, arrays.entries("annotations"))
+            made = _pack(json_file, content, arrays.entries("annotations"), layout)
             arrays.rest()
             return made
         except (NotSplitError, DataError):  # which the whole file may not deserve
             content = read_json(json_file)
-            return _pack(json_file, content, content.get("annotations"))
+            return _pack(json_file, content, content.get("annotations"), layout)
 
-    return packed(json_file, "coco", build)
+    return packed(json_file, layout.name.lower(), build)
 
 
-def _pack(path: str, content: dict, annotations: Iterable | None) -> tuple[dict, Rows]:
+def _pack(path: str, content: dict, annotations: Iterable | None, layout: Layout) -> tuple[dict, Rows]:
     """The summary and the rows; annotations are let go of one by one."""
     rows, outlines = defaultdict(list), defaultdict(list)
 
@@ -184,11 +202,11 @@ def _pack(path: str, content: dict, annotations: Iterable | None) -> tuple[dict,
             outlines[annotation["image_id"]].append(outline)
 
     if isinstance(annotations, list | Iterator):
-        summary = check_content(path, content, packing())
+        summary = check_content(path, content, packing(), layout=layout)
     else:  # there are none, or it finds out what there is instead
-        summary = check_content(path, content)
+        summary = check_content(path, content, layout=layout)
     sections = {"records": [], "outlines": []}
-    for record in _records(content | {"annotations": []}, None):
+    for record in _records(content | {"annotations": []}, {}, layout):
         key = record["image_id"]
         opening = row(record).removesuffix(b"]}")
         sections["records"].append(opening + b",".join(rows.pop(key, ())) + b"]}")
@@ -196,23 +214,27 @@ def _pack(path: str, content: dict, annotations: Iterable | None) -> tuple[dict,
     return dataclasses.asdict(summary), sections
 
 
-def _records(content: dict, indices: dict | None) -> Iterator[dict]:
+def _records(content: dict, indices: dict, layout: Layout) -> Iterator[dict]:
     annotations = defaultdict(list)
     for annotation in content.get("annotations", ()):
         annotations[annotation["image_id"]].append(annotation)
     images = {image["id"]: image for image in content["images"]}
     for key in in_order(images):
         image = images[key]
+        file_name = layout.file_of(image)
+        if not file_name:
+            continue
         yield {
-            "file_name": image["file_name"],
+            "file_name": file_name,
             "height": image["height"],
             "width": image["width"],
             "image_id": key,
+            **{key: image[key] for key in layout.record_keys if key in image},
             "annotations": [_annotation(annotation, indices) for annotation in annotations[key]],
         }
 
 
-def _annotation(annotation: dict, indices: dict | None) -> dict:
+def _annotation(annotation: dict, indices: dict) -> dict:
     found = {key: annotation[key] for key in _KEYS if key in annotation}
     mask = usable(annotation.get("segmentation"))
     if mask is not None:
@@ -223,6 +245,5 @@ def _annotation(annotation: dict, indices: dict | None) -> dict:
     else:
         found.pop("keypoints", None)
     found["bbox_mode"] = BoxMode.XYWH_ABS
-    if indices is not None:
-        found["category_id"] = indices[found["category_id"]]
+    found["category_id"] = indices[found["category_id"]]
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from visft.data.datasets.coco import load_coco_json
-from visft.data.datasets.published import Format
+from visft.data.datasets.layouts import Layout, last_two_parts
 
 NAMES = {split: f"objects365_v2_{split}" for split in ("train", "val")}
 
@@ -32,11 +32,11 @@ def class_names() -> list[str]:
 
 def image_path(file_name: str) -> str:
     """Where an image is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
-    path = "/".join(file_name.split("/")[-2:])
+    path = last_two_parts(file_name)
     return "" if path in _MISSING else path
 
 
-FORMAT = Format("Objects365", "file_name", image_path)
+LAYOUT = Layout("Objects365", image_path=image_path, own_classes=False, strict=False)
 
 
 def register_objects365() -> None:
@@ -50,25 +50,12 @@ def register_objects365() -> None:
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, partial(load, json_file, image_root))
+        DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name, LAYOUT))
         MetadataCatalog.get(name).set(
             json_file=json_file,
             image_root=image_root,
             evaluator_type="coco",
-            annotation_format=FORMAT,
+            annotation_format=LAYOUT,
             thing_classes=names,
             thing_dataset_id_to_contiguous_id={index + 1: index for index in range(len(names))},
         )
-
-
-def load(json_file: str, image_root: str) -> list[dict]:
-    """Dataset dicts, with the images where their archives put them."""
-    records = []
-    for record in load_coco_json(json_file, ""):
-        path = image_path(record["file_name"])
-        if path:
-            record["file_name"] = os.path.join(image_root, path)
-            for annotation in record["annotations"]:
-                annotation["category_id"] -= 1
-            records.append(record)
-    return records

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SMALL = 16 * 2**20
 """Bytes up to which a file is parsed by every process, which takes a fraction of a second."""
 
-_VERSION = 1
+_VERSION = 2
 
 Rows = dict[str, list[bytes]]
 
