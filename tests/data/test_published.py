@@ -17,6 +17,7 @@ from visft.data.datasets.coco import records_of
 from visft.data.loader import load_records
 from visft.errors import DataError
 from visft.evaluation import HeadsEvaluator
+from visft.evaluation.region_naming import RegionTextEvaluator
 
 LVIS_IDS = {7: 12, 3: 5, 11: 1203}
 """Categories of the coloured shapes -> ids of LVIS v1."""
@@ -99,6 +100,7 @@ def test_big_files_of_boxes_alone_give_the_same_records(lvis, objects, monkeypat
     monkeypatch.setattr("visft.data.datasets.packed.SMALL", size)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names = lvis(lambda b: [a.pop("segmentation") for a in b["annotations"]]), objects(lambda body: None)
+    RegionTextEvaluator(names[0], ("region_text",))
     records = load_records(names, train=True)
     assert isinstance(records, list) == (size > 0)
     records = list(records)

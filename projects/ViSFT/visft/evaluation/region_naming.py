@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from visft.classes.class_names import stuff_words, synonyms
+from visft.data.datasets.coco import records_of
 from visft.data.datasets.coco_json import read_json
 from visft.data.masks import decode as annotated_mask
 from visft.data.masks import usable
@@ -51,7 +52,7 @@ class RegionTextEvaluator(DatasetEvaluator):
             DataError: the data set has no class names, or its panoptic file is broken.
         """
         self.dataset_name, self.heads, self.distributed = dataset_name, tuple(heads), distributed
-        self._records = {record["image_id"]: record for record in DatasetCatalog.get(dataset_name)}
+        self._records = {record["image_id"]: record for record in records_of(dataset_name)}
         metadata = MetadataCatalog.get(dataset_name)
         self._things = synonyms(metadata)
         if not self._things:
