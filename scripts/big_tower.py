@@ -43,7 +43,7 @@ STARTED = """
 import gc, json, sys, time
 import torch
 from detectron2.utils import comm
-from visft.engine import settings, stages
+from visft.engine import settings, stage, stages
 processes, rank = int(sys.argv[1]), int(sys.argv[2])
 cfg = settings.load_config({config!r}, {words!r})
 import open_clip, timm
@@ -58,7 +58,7 @@ def resident(key):
 before, start, worked = resident("VmRSS"), time.perf_counter(), time.process_time()
 model = stages.initial_model(cfg, 0)
 built = time.perf_counter()
-stages._share_weights(model)
+stage.share_weights(model)
 seconds = time.perf_counter() - start
 gc.collect()
 tower = sum(p.numel() for p in model.backbone.tower.parameters())

@@ -15,8 +15,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from visft.engine import stages
 from visft.engine.optimizer import average_gradients
+from visft.engine.stage import share_weights
 from visft.modeling.backbone.open_clip_models import BaseTower
 from visft.modeling.meta_arch import UNLABELLED
 
@@ -35,7 +35,7 @@ def shared(rank: int, hashes: tuple[str, str] | None) -> dict[str, torch.Tensor]
         for parameter in model.parameters():
             parameter.add_(rank)
     model.backbone.base = BaseTower("test", "file" if hashes else None, hashes[rank] if hashes else "random")
-    stages._share_weights(model)
+    share_weights(model)
     return model.state_dict()
 
 

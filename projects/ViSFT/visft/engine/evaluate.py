@@ -1,18 +1,20 @@
 """Evaluation of every head on DATASETS.TEST, and images of it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
 from torch import nn
 
 from visft.classes.open_names import names_of
 from visft.data import build_test_loader, build_test_mapper
 from visft.errors import ConfigError
-from visft.evaluation import build_evaluator
+from visft.evaluation import build_evaluator, demo_zero_shot
 from visft.modeling.open_vocabulary import KEY, configured_names
 from visft.utils import mixed_precision, progress
 from visft.visualization.predictions import draw_predictions
@@ -39,7 +41,26 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         figures |= {
             f"{prefix}{key}": float(value) for key, value in flatten_results_dict(found or {}).items()
         }
+    comm.synchronize()  # others wait for the main process, which computes the metrics
     return figures
+
+
+def evaluate_with_zero_shot(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """As `evaluate`, and over the demo world also how the tower classifies emoji without training."""
+    metrics = evaluate(cfg, model)
+    if comm.is_main_process() and demo_zero_shot.applies(cfg):
+        with mixed_precision.evaluating(cfg):
+            metrics |= demo_zero_shot.demo_zero_shot(model.backbone)
+    comm.synchronize()
+    return metrics
+
+
+def log_metrics(step: str, metrics: Mapping[str, float]) -> None:
+    """Log the main metrics of a step in one line."""
+    shown = {
+        name: value for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/top1", "/CIDEr"))
+    }
+    logger.info("%s: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in shown.items()))
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
