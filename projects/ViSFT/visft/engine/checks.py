@@ -12,21 +12,18 @@ from visft.checkpoint import files, load
 from visft.checkpoint.run_folder import STAGES
 from visft.data import check_data_set, register_own_data
 from visft.data.repeat_factor import check_sampler
-from visft.engine import run_vocabulary
+from visft.engine import key_rules, run_vocabulary
 from visft.engine.settings import unknown
-from visft.engine.task_checks import RECIPES, check_tasks
+from visft.engine.task_checks import check_tasks
 from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.modeling.backbone import open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
-from visft.modeling.heads.common.classification import CLASS_LOSSES
 from visft.modeling.heads.common.federated import class_image_counts
 from visft.modeling.heads.region_text_head import LOSSES, REGIONS
-from visft.utils import mixed_precision
 
-LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -93,7 +90,6 @@ def _names(cfg: CfgNode) -> None:
     _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
         _tower(cfg)
-        _lora(cfg)
     elif cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         raise ConfigError(
             f"MODEL.BACKBONE.NAME is `{cfg.MODEL.BACKBONE.NAME}`; ViSFT needs `build_clip_vit_backbone`"
@@ -110,32 +106,7 @@ def _tower(cfg: CfgNode) -> None:
     if not _is_file(vit.PRETRAINED):
         open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
     adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
-    _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
-    _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
-    _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, mixed_precision.FROZEN_TYPES)
-    for key in ("PATCH_SIZE", "WINDOW_SIZE"):
-        if vit[key] < 0:
-            raise ConfigError(
-                f"MODEL.CLIP_VIT.{key} is {vit[key]}; expected 0 or a number of pixels or patches"
-            )
-    if not 0 < vit.LAYER_DECAY <= 1:
-        raise ConfigError(f"MODEL.CLIP_VIT.LAYER_DECAY is {vit.LAYER_DECAY}; expected above 0 and at most 1")
-
-
-def _lora(cfg: CfgNode) -> None:
-    lora = cfg.MODEL.LORA
-    for target in lora.TARGETS:
-        _one_of("MODEL.LORA.TARGETS", target, LORA_TARGETS)
-    if not lora.TARGETS:
-        raise ConfigError("MODEL.LORA.TARGETS is empty; expected some of " + ", ".join(LORA_TARGETS))
-    if lora.RANK < 1:
-        raise ConfigError(f"MODEL.LORA.RANK is {lora.RANK}; expected at least 1")
-    if lora.LAST_BLOCKS < 0:
-        raise ConfigError(
-            f"MODEL.LORA.LAST_BLOCKS is {lora.LAST_BLOCKS}; expected 0 (all) or a number of blocks"
-        )
-    if not 0 <= lora.DROPOUT < 1:
-        raise ConfigError(f"MODEL.LORA.DROPOUT is {lora.DROPOUT}; expected at least 0 and below 1")
+    key_rules.check_keys(cfg, key_rules.TOWER)
 
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:
@@ -147,9 +118,6 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     for head in node.HEADS:
         _one_of("MODEL.VISFT.HEADS", head, known)
         _one_of(f"MODEL.VISFT.{head.upper()}.HEAD", node[head.upper()].HEAD, classes)
-        if "LABEL_SPACE" in node[head.upper()]:
-            spaces = ("contiguous", "dataset_id")
-            _one_of(f"MODEL.VISFT.{head.upper()}.LABEL_SPACE", node[head.upper()].LABEL_SPACE, spaces)
     if len(set(node.HEADS)) != len(node.HEADS):
         raise ConfigError(f"MODEL.VISFT.HEADS names a head twice: {', '.join(node.HEADS)}")
     if node.LOSS_WEIGHTS and len(node.LOSS_WEIGHTS) != len(node.HEADS):
@@ -157,10 +125,8 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
             f"MODEL.VISFT.LOSS_WEIGHTS has {len(node.LOSS_WEIGHTS)} numbers for {len(node.HEADS)} heads; expected "
             "one for each of MODEL.VISFT.HEADS, or ()"
         )
-    if not cfg.VISFT.STAGES:
-        raise ConfigError(f"VISFT.STAGES is empty; expected some of {', '.join(STAGES)}")
+    key_rules.check_keys(cfg, key_rules.RUN)
     for stage in cfg.VISFT.STAGES:
-        _one_of("VISFT.STAGES", stage, STAGES)
         _solver(cfg, stage, processes)
     if list(cfg.VISFT.STAGES) != [stage for stage in STAGES if stage in cfg.VISFT.STAGES]:
         raise ConfigError(f"VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}; expected each once, heads before lora")
@@ -168,22 +134,16 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_objectives(cfg)
     check_tasks(cfg, processes)
     _exports(cfg)
-    if not cfg.VISFT.PROCESS_TIMEOUT > 0:
-        raise ConfigError(f"VISFT.PROCESS_TIMEOUT is {cfg.VISFT.PROCESS_TIMEOUT}; expected minutes, above 0")
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(
             f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, as CLIP does: set it to RGB, with "
             "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
         )
-    _one_of("VISFT.INPUT.AUGMENTATION", cfg.VISFT.INPUT.AUGMENTATION, RECIPES)
-    if cfg.VISFT.INPUT.SIZE < 1:
-        raise ConfigError(f"VISFT.INPUT.SIZE is {cfg.VISFT.INPUT.SIZE}; expected a length in pixels")
 
 
 def _exports(cfg: CfgNode) -> None:
     for name in cfg.VISFT.EXPORT:
-        _one_of("VISFT.EXPORT", name, tuple(export.FORMATS))
         if export.FORMATS[name].needs_lora and "lora" not in cfg.VISFT.STAGES:
             raise ConfigError(
                 f"VISFT.EXPORT has {name}, which is LoRA alone, and VISFT.STAGES has no stage lora"
@@ -198,16 +158,8 @@ def _exports(cfg: CfgNode) -> None:
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
-    _one_of(f"{key}.AMP", solver.AMP, mixed_precision.AMP_TYPES)
     if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
-    for name, least in (("IMS_PER_BATCH", 1), ("MAX_ITER", 1), ("ACCUMULATE", 1), ("WARMUP_ITERS", 0)):
-        if solver[name] < least:
-            raise ConfigError(f"{key}.{name} is {solver[name]}; expected at least {least}")
-    checkpoints = ("CHECKPOINT_PERIOD", "KEEP_CHECKPOINTS")
-    for name in ("BASE_LR", "WEIGHT_DECAY", "CLIP_NORM", "EVAL_PERIOD", *checkpoints):
-        if not solver[name] >= 0:
-            raise ConfigError(f"{key}.{name} is {solver[name]}; expected a number not below 0")
     if solver.IMS_PER_BATCH % processes:
         raise ConfigError(
             f"{key}.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
@@ -236,15 +188,7 @@ def _class_losses(cfg: CfgNode) -> None:
             check_prompts(f"{key}.PROMPTS", node.PROMPTS)
             _one_of(f"{key}.REGIONS", node.REGIONS, REGIONS)
             _one_of(f"{key}.LOSS", node.LOSS, LOSSES)
-        if "CLASS_LOSS" in node:
-            _one_of(f"{key}.CLASS_LOSS", node.CLASS_LOSS, CLASS_LOSSES)
-        if "FED_LOSS_CLASSES" not in node:
-            continue
-        if node.FED_LOSS_CLASSES < 0:
-            raise ConfigError(
-                f"{key}.FED_LOSS_CLASSES is {node.FED_LOSS_CLASSES}; expected 0 (all) or a number of classes"
-            )
-        if node.FED_LOSS_CLASSES and node.HEAD != "RCNNHead":
+        if node.get("FED_LOSS_CLASSES") and node.HEAD != "RCNNHead":
             class_image_counts(cfg, head)
 
 

@@ -51,8 +51,6 @@ def check(cfg: CfgNode, *, train: bool) -> None:
         )
     for name in names:
         node, key = cfg.MODEL.VISFT[name.upper()], f"MODEL.VISFT.{name.upper()}"
-        if node.MIN_WORD_COUNT < 1:
-            raise ConfigError(f"{key}.MIN_WORD_COUNT is {node.MIN_WORD_COUNT}; expected at least 1")
         path = node.VOCABULARY or _kept(cfg)
         if path:
             vocabulary = configured_vocabulary(cfg, name) if node.VOCABULARY else Vocabulary.read(path)

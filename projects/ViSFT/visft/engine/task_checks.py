@@ -4,11 +4,7 @@ import math
 
 from detectron2.config import CfgNode
 
-from visft.engine.settings import unknown
 from visft.errors import ConfigError
-
-MIXINGS = ("joint", "ratio")
-RECIPES = ("detection", "lsj", "fixed", "square")
 
 
 def check_tasks(cfg: CfgNode, processes: int) -> None:
@@ -18,8 +14,6 @@ def check_tasks(cfg: CfgNode, processes: int) -> None:
         ConfigError: the first that is wrong.
     """
     run, heads = cfg.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
-    if run.TASK_MIXING not in MIXINGS:
-        raise unknown("VISFT.TASK_MIXING", run.TASK_MIXING, MIXINGS)
     _ratios(tuple(run.TASK_RATIOS), heads)
     if cfg.MODEL.VISFT.BALANCE_GRADIENTS and run.TASK_MIXING == "ratio":
         raise ConfigError(
@@ -48,15 +42,6 @@ def _ratios(ratios: tuple, heads: tuple[str, ...]) -> None:
 
 
 def _task(key: str, node: CfgNode, common: str, processes: int) -> None:
-    if node.AUGMENTATION and node.AUGMENTATION not in RECIPES:
-        raise unknown(f"{key}.AUGMENTATION", node.AUGMENTATION, RECIPES)
-    for name in ("IMS_PER_BATCH", "SIZE", "MAX_SIZE_TRAIN"):
-        if node[name] < 0:
-            raise ConfigError(f"{key}.{name} is {node[name]}; expected 0 (the common one) or a number above")
-    if any(not isinstance(size, int) or size < 1 for size in node.MIN_SIZE_TRAIN):
-        raise ConfigError(
-            f"{key}.MIN_SIZE_TRAIN is {tuple(node.MIN_SIZE_TRAIN)}; expected lengths in pixels, or ()"
-        )
     if node.IMS_PER_BATCH % processes:
         raise ConfigError(
             f"{key}.IMS_PER_BATCH is {node.IMS_PER_BATCH}, which {processes} processes cannot share evenly"

@@ -3,9 +3,7 @@
 from detectron2.config import CfgNode
 
 from visft.data.datasets.captions import check_captions
-from visft.engine.settings import unknown
 from visft.errors import ConfigError, DataError
-from visft.modeling.meta_arch import TUNES
 from visft.modeling.tower_losses import objective_class
 from visft.utils import mixed_precision
 
@@ -17,8 +15,6 @@ def check_tuning(cfg: CfgNode) -> None:
         ConfigError: the first that is wrong.
     """
     node, vit = cfg.MODEL.VISFT, cfg.MODEL.CLIP_VIT
-    if node.TUNE not in TUNES:
-        raise unknown("MODEL.VISFT.TUNE", node.TUNE, TUNES)
     if node.TUNE == "full" and mixed_precision.frozen_type(cfg):
         raise ConfigError(
             f"MODEL.VISFT.TUNE is full and MODEL.CLIP_VIT.FROZEN_DTYPE is {vit.FROZEN_DTYPE}: all weights train, so "

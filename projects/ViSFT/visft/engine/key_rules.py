@@ -1,0 +1,136 @@
+"""What the values of config keys may be, in one table. What one key says of another is checked in `checks`."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from visft import export
+from visft.checkpoint.run_folder import STAGES
+from visft.engine.settings import unknown
+from visft.errors import ConfigError
+from visft.modeling.heads.common.classification import CLASS_LOSSES
+from visft.modeling.meta_arch import TUNES
+from visft.utils import mixed_precision
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be.
+
+    Attributes:
+        holds: whether a value may be.
+        expected: the same in words.
+        known: of names, those that there are.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+    known: tuple[str, ...] = ()
+
+
+def _one_of(*known: str) -> Rule:
+    return Rule(lambda value: value in known, "", tuple(name for name in known if name))
+
+
+def _some_of(*known: str) -> Rule:
+    return Rule(lambda value: len(value) > 0, f"some of {', '.join(known)}", known)
+
+
+def _any_of(*known: str) -> Rule:
+    return Rule(lambda value: True, "", known)
+
+
+def _at_least(least: int, words: str = "") -> Rule:
+    return Rule(lambda value: value >= least, words or f"at least {least}")
+
+
+_NOT_NEGATIVE = Rule(lambda value: value >= 0, "a number not below 0")
+_AUGMENTATIONS = ("detection", "lsj", "fixed", "square")
+_LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+TOWER = {
+    "MODEL.CLIP_VIT.CLASS_TOKEN": _one_of("keep", "drop"),
+    "MODEL.CLIP_VIT.TRAIN": _one_of("none", "lora", "full"),
+    "MODEL.CLIP_VIT.FROZEN_DTYPE": _one_of(*mixed_precision.FROZEN_TYPES),
+    "MODEL.CLIP_VIT.PATCH_SIZE": _at_least(0, "0 or a number of pixels"),
+    "MODEL.CLIP_VIT.WINDOW_SIZE": _at_least(0, "0 or a number of patches"),
+    "MODEL.CLIP_VIT.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "MODEL.LORA.TARGETS": _some_of(*_LORA_TARGETS),
+    "MODEL.LORA.RANK": _at_least(1),
+    "MODEL.LORA.LAST_BLOCKS": _at_least(0, "0 (all) or a number of blocks"),
+    "MODEL.LORA.DROPOUT": Rule(lambda value: 0 <= value < 1, "at least 0 and below 1"),
+}
+"""Of a CLIP tower, also under a stock detector."""
+
+RUN = {
+    "MODEL.VISFT.TUNE": _one_of(*TUNES),
+    "MODEL.VISFT.{head}.LABEL_SPACE": _one_of("contiguous", "dataset_id"),
+    "MODEL.VISFT.{head}.CLASS_LOSS": _one_of(*CLASS_LOSSES),
+    "MODEL.VISFT.{head}.FED_LOSS_CLASSES": _at_least(0, "0 (all) or a number of classes"),
+    "MODEL.VISFT.{head}.MIN_WORD_COUNT": _at_least(1),
+    "VISFT.STAGES": _some_of(*STAGES),
+    "VISFT.TASK_MIXING": _one_of("joint", "ratio"),
+    "VISFT.EXPORT": _any_of(*export.FORMATS),
+    "VISFT.PROCESS_TIMEOUT": Rule(lambda value: value > 0, "minutes, above 0"),
+    "VISFT.INPUT.AUGMENTATION": _one_of(*_AUGMENTATIONS),
+    "VISFT.INPUT.SIZE": _at_least(1, "a length in pixels"),
+    "VISFT.TASKS.{head}.AUGMENTATION": _one_of("", *_AUGMENTATIONS),
+    "VISFT.TASKS.{head}.IMS_PER_BATCH": _at_least(0, "0 (the common one) or a number above"),
+    "VISFT.TASKS.{head}.SIZE": _at_least(0, "0 (the common one) or a number above"),
+    "VISFT.TASKS.{head}.MAX_SIZE_TRAIN": _at_least(0, "0 (the common one) or a number above"),
+    "VISFT.TASKS.{head}.MIN_SIZE_TRAIN": Rule(
+        lambda sizes: all(isinstance(size, int) and size >= 1 for size in sizes), "lengths in pixels, or ()"
+    ),
+    "VISFT.SOLVER.{stage}.AMP": _one_of(*mixed_precision.AMP_TYPES),
+    "VISFT.SOLVER.{stage}.IMS_PER_BATCH": _at_least(1),
+    "VISFT.SOLVER.{stage}.MAX_ITER": _at_least(1),
+    "VISFT.SOLVER.{stage}.ACCUMULATE": _at_least(1),
+    "VISFT.SOLVER.{stage}.WARMUP_ITERS": _at_least(0),
+    "VISFT.SOLVER.{stage}.BASE_LR": _NOT_NEGATIVE,
+    "VISFT.SOLVER.{stage}.WEIGHT_DECAY": _NOT_NEGATIVE,
+    "VISFT.SOLVER.{stage}.CLIP_NORM": _NOT_NEGATIVE,
+    "VISFT.SOLVER.{stage}.EVAL_PERIOD": _NOT_NEGATIVE,
+    "VISFT.SOLVER.{stage}.CHECKPOINT_PERIOD": _NOT_NEGATIVE,
+    "VISFT.SOLVER.{stage}.KEEP_CHECKPOINTS": _NOT_NEGATIVE,
+}
+"""Of a ViSFT run. `{head}` stands for each of MODEL.VISFT.HEADS with the key, `{stage}` for each of VISFT.STAGES."""
+
+
+def check_keys(cfg: CfgNode, rules: dict[str, Rule]) -> None:
+    """
+    Raises:
+        ConfigError: names the first key with a value that it may not have.
+    """
+    for pattern, rule in rules.items():
+        for key in _keys(cfg, pattern):
+            value = _value(cfg, key)
+            for name in value if isinstance(value, tuple) and rule.known else ():
+                if name not in rule.known:
+                    raise unknown(key, name, rule.known)
+            if not rule.holds(value):
+                if rule.known and isinstance(value, str):
+                    raise unknown(key, value, rule.known)
+                raise ConfigError(f"{key} is {value!r}; expected {rule.expected}")
+
+
+def _keys(cfg: CfgNode, pattern: str) -> Iterator[str]:
+    names: Iterable[str] = ("",)
+    if "{head}" in pattern:
+        names = cfg.MODEL.VISFT.HEADS
+    elif "{stage}" in pattern:
+        names = cfg.VISFT.STAGES
+    for name in names:
+        key = pattern.format(head=name.upper(), stage=name.upper())
+        if _value(cfg, key) is not None:
+            yield key
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """None where there is no such key, or no value."""
+    for part in key.split("."):
+        if not isinstance(cfg, CfgNode) or part not in cfg:
+            return None
+        cfg = cfg[part]
+    return cfg
