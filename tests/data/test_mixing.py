@@ -10,8 +10,8 @@ import torch
 from coco_shapes import make_coco
 
 from visft.data import ImageError, build_stage_loader, load_labelled
-from visft.data.loader import TrainLoader, derived_seed
-from visft.data.task_mixing import MixedLoader, Task, TaskDraws
+from visft.data.loader import MixedLoader, Task, TrainLoader
+from visft.data.samplers import TaskDraws, derived_seed
 from visft.errors import ConfigError, DataError
 
 HEADS = ("detection", "segmentation", "captioning")
@@ -183,17 +183,17 @@ def test_processes_share_the_batches_of_one(ratio):
         return {"image_id": record["image_id"], "draw": torch.rand(()).item()}
 
     tasks = [
-        Task("detection", images.of("detection"), record_id, 4),
-        Task("captioning", images.of("captioning"), record_id, 2),
+        Task("detection", images.of("detection"), record_id, 4, seed=1),
+        Task("captioning", images.of("captioning"), record_id, 2, seed=2),
     ]
     one, *two = (
-        _take(MixedLoader(tasks, (1, 1), seed=1, start_iteration=3, rank=r, world_size=w), 12)
+        _take(MixedLoader(tasks, TaskDraws((1, 1), 1), start_iteration=3, rank=r, world_size=w), 12)
         for r, w in ((0, 1), (0, 2), (1, 2))
     )
     assert [a + b for a, b in zip(*two, strict=True)] == one
     assert {len(batch) for batch in one} == {2, 4}
     with pytest.raises(ConfigError, match="VISFT.TASKS.CAPTIONING.IMS_PER_BATCH is 2, which 4 processes"):
-        MixedLoader(tasks, (1, 1), seed=1, rank=0, world_size=4)
+        MixedLoader(tasks, TaskDraws((1, 1), 1), rank=0, world_size=4)
 
 
 def test_stages_and_seeds_draw_apart(ratio):

@@ -16,9 +16,9 @@ from visft.data.datasets import catalog, json_arrays
 from visft.data.datasets import packed as packed_files
 from visft.data.datasets.captions import check_captions
 from visft.data.datasets.coco import PackedRecords, outlines_of
+from visft.data.labelled_images import load_labelled
 from visft.data.loader import load_records
 from visft.data.repeat_factor import repeat_factors
-from visft.data.task_mixing import load_labelled
 from visft.errors import DataError
 
 

@@ -3,9 +3,10 @@
 from visft.data.datasets.captions import register_coco_captions
 from visft.data.datasets.catalog import check_data_set, check_registered, register_own_data
 from visft.data.images import ImageError, read_rgb
+from visft.data.labelled_images import LabelledImages, load_labelled
 from visft.data.loader import build_test_loader, build_train_loader
 from visft.data.mapper import ViSFTMapper, build_test_mapper
-from visft.data.task_mixing import LabelledImages, build_stage_loader, load_labelled
+from visft.data.task_mixing import build_stage_loader
 
 __all__ = [
     "LabelledImages",

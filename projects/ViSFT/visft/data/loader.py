@@ -1,19 +1,14 @@
 """Loaders whose every batch follows from (seed, iteration): not from the number of workers, processes or restarts.
 
-The training stream is a sequence of positions 0, 1, 2, ...: epoch after epoch, each a permutation of the data set drawn
-from (seed, epoch). The augmentation of the sample at a position is drawn from (seed, position). Iteration k takes
-positions k * batch_size to (k + 1) * batch_size, of which each process takes its share in the order of ranks.
+See `visft.data.samplers` for the order of images. The augmentation of the sample at a position of the stream is drawn
+from (seed, position).
 """
 
-import contextlib
-import functools
-import hashlib
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
@@ -24,10 +19,12 @@ from visft.data.datasets.coco import as_dataset
 from visft.data.headers import ImageRules
 from visft.data.images import ImageError
 from visft.data.mapper import ViSFTMapper, build_test_mapper
-from visft.data.repeat_factor import RepeatedOrder, build_repeats, epoch_length
+from visft.data.repeat_factor import build_repeats, epoch_length
+from visft.data.samplers import Positions, TaskDraws, TaskPositions
+from visft.data.samples import Samples, TaskSamples, TestSamples
 from visft.data.training_records import load_records
 from visft.data.workers import loader_options, num_workers, pins_memory
-from visft.errors import ConfigError, DataError, VisftError
+from visft.errors import ConfigError, VisftError
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +91,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     )
 
 
-def derived_seed(seed: int, word: str) -> int:
-    """A seed for one use of a seed, such as a stage: streams of different uses are independent."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {word}".encode(), digest_size=6).digest(), "little")
-
-
 def share_of(batch_size: int, world_size: int, key: str) -> int:
     """Images a process of a batch.
 
@@ -113,7 +105,126 @@ def share_of(batch_size: int, world_size: int, key: str) -> int:
     return batch_size // world_size
 
 
-class ImageCounts:
+@dataclass(frozen=True)
+class Task:
+    """What one head learns from when its task is drawn."""
+
+    name: str
+    """Of the head; "": all heads learn from it."""
+    records: Dataset
+    """Dataset dicts that carry its labels."""
+    mapper: Callable[[dict], dict]
+    batch_size: int
+    """Over all processes."""
+    seed: int
+    """Of its order and augmentations."""
+    repeats: np.ndarray | None = None
+    """Of each record, how often it comes in an epoch; None: once."""
+
+
+class MixedLoader:
+    """Iterator over batches, each of one task: lists of mapped dicts whose `task` is the head's name, if it has one.
+
+    All `accumulate` batches of an iteration are of the task that it draws. A task's batches are those of a stream of
+    its own (as `TrainLoader`'s), whose position is the number of batches that earlier draws of the task have taken.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        draws: TaskDraws,
+        *,
+        start_iteration: int = 0,
+        accumulate: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        skip_broken: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        """
+        Args:
+            tasks: at least one.
+            draws: which of them each iteration trains.
+            start_iteration: the first to deliver; the batches are those of a run that started at 0.
+            accumulate: batches an iteration.
+            num_workers, pin_memory: see `loader_options`.
+            skip_broken: put the next image that decodes in the place of one that does not, instead of stopping.
+            rank, world_size: default: those of the process group.
+
+        Raises:
+            ConfigError: the processes cannot share a task's batch evenly.
+        """
+        rank = comm.get_rank() if rank is None else rank
+        world_size = comm.get_world_size() if world_size is None else world_size
+        earlier = [accumulate * count for count in draws.counts(start_iteration)]
+        samples, streams, self._counts = [], [], {}
+        for task, batches in zip(tasks, earlier, strict=True):
+            key = f"VISFT.TASKS.{task.name.upper()}.IMS_PER_BATCH" if task.name else "IMS_PER_BATCH"
+            share = share_of(task.batch_size, world_size, key)
+            samples.append(Samples(task.records, task.mapper, seed=task.seed, skip_broken=skip_broken))
+            start = batches * task.batch_size + rank * share
+            streams.append(
+                Positions(len(task.records), task.seed, start, share, task.batch_size, task.repeats)
+            )
+            epoch = len(task.records) if task.repeats is None else epoch_length(task.repeats)
+            self._counts[task.name] = _ImageCounts(epoch, task.batch_size, batches, task.name)
+        self._loader = DataLoader(
+            TaskSamples([task.name for task in tasks], samples),
+            sampler=TaskPositions(draws, streams, start_iteration, accumulate),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            **loader_options(num_workers, pin_memory),
+        )
+        self._batches: Iterator | None = None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """The images that did not decode, with how often they were replaced so far in this process."""
+        found: dict[str, int] = {}
+        for counts in self._counts.values():
+            for file_name, number in counts.skipped.items():
+                found[file_name] = found.get(file_name, 0) + number
+        return found
+
+    def __iter__(self) -> "MixedLoader":
+        return self
+
+    def __next__(self) -> list[dict]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        task, batch = next(self._batches)
+        self._counts[task].see(batch)
+        return [sample | {"task": task} for sample in batch] if task else batch
+
+
+class TrainLoader(MixedLoader):
+    """Iterator over batches of one stream, each a list of mapped dicts that all heads learn from."""
+
+    def __init__(
+        self,
+        records: list[dict] | Dataset,
+        mapper: Callable[[dict], dict],
+        *,
+        batch_size: int,
+        seed: int,
+        repeats: np.ndarray | None = None,
+        **options,
+    ):
+        """
+        Args:
+            records: detectron2 dataset dicts; as a list they are packed, so that workers share their memory.
+            mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
+            batch_size: over all processes.
+            seed: of order and augmentations.
+            repeats: [number of records] how often each comes in an epoch; None: once.
+            options: as for MixedLoader.
+        """
+        task = Task("", as_dataset(records), mapper, batch_size, seed, repeats)
+        super().__init__([task], TaskDraws((1.0,), seed), **options)
+
+
+class _ImageCounts:
     """What a loader's stream has seen: epochs, and images that were replaced because they do not decode.
 
     Args:
@@ -159,67 +270,6 @@ class ImageCounts:
             self._skipped_in_epoch = 0
 
 
-class TrainLoader:
-    """Iterator over batches, each a list of mapped dicts. See the module for how batches are made."""
-
-    def __init__(
-        self,
-        records: list[dict] | Dataset,
-        mapper: Callable[[dict], dict],
-        *,
-        repeats: np.ndarray | None = None,
-        batch_size: int,
-        start_iteration: int = 0,
-        seed: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        skip_broken: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ):
-        """
-        Args:
-            records: detectron2 dataset dicts; as a list they are packed, so that workers share their memory.
-            mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
-            repeats: [number of records] how often each comes in an epoch; None: once.
-            batch_size: over all processes.
-            num_workers, pin_memory: see `loader_options`.
-            skip_broken: put the next image that decodes in the place of one that does not, instead of stopping.
-            rank, world_size: default: those of the process group.
-        """
-        rank = comm.get_rank() if rank is None else rank
-        world_size = comm.get_world_size() if world_size is None else world_size
-        share = share_of(batch_size, world_size, "IMS_PER_BATCH")
-        records = as_dataset(records)
-        epoch = len(records) if repeats is None else epoch_length(repeats)
-        self._counts = ImageCounts(epoch, batch_size, start_iteration)
-        self._loader = DataLoader(
-            Samples(records, mapper, seed=seed, skip_broken=skip_broken),
-            batch_sampler=Positions(
-                len(records), seed, start_iteration * batch_size + rank * share, share, batch_size, repeats
-            ),
-            collate_fn=trivial_batch_collator,
-            **loader_options(num_workers, pin_memory),
-        )
-        self._batches: Iterator | None = None
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """The images that did not decode, with how often they were replaced (by `skip_broken`) so far in this
-        process."""
-        return self._counts.skipped
-
-    def __iter__(self) -> "TrainLoader":
-        return self
-
-    def __next__(self) -> list[dict]:
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        batch = next(self._batches)
-        self._counts.see(batch)
-        return batch
-
-
 class TestLoader:
     """Batches of one mapped dict. With `skip_broken`, images that do not decode are left out, with a count at the
     end; COCO's evaluation then counts their objects as missed."""
@@ -235,7 +285,7 @@ class TestLoader:
     ):
         self._skip_broken = skip_broken
         self._loader = DataLoader(
-            _TestSamples(as_dataset(records), mapper),
+            TestSamples(as_dataset(records), mapper),
             batch_size=1,
             sampler=InferenceSampler(len(records)),
             collate_fn=trivial_batch_collator,
@@ -264,107 +314,5 @@ class TestLoader:
             )
 
 
-class Positions:
-    """Batch sampler: lists of (position in the stream, index of the record).
-
-    Args:
-        num_records: images an epoch. seed: of the order.
-        start: position of this process's first image.
-        share: images a batch in this process. stride: in all processes.
-        repeats: [num_records] how often each comes in an epoch, on average; None: once.
-    """
-
-    def __init__(
-        self,
-        num_records: int,
-        seed: int,
-        start: int,
-        share: int,
-        stride: int,
-        repeats: np.ndarray | None = None,
-    ):
-        self.num_records, self.seed = num_records, seed
-        self._repeated = None if repeats is None else RepeatedOrder(repeats, seed)
-        self.start, self.share, self.stride = start, share, stride
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.start
-        while True:
-            yield [(p, self._index(p)) for p in range(first, first + self.share)]
-            first += self.stride
-
-    def _index(self, position: int) -> int:
-        if self._repeated is not None:
-            return self._repeated(position)
-        epoch, offset = divmod(position, self.num_records)
-        return int(_permutation(self.num_records, self.seed, epoch)[offset])
-
-
-@functools.lru_cache(maxsize=16)  # several streams; and a batch may span the end of an epoch
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(length)
-
-
-class Samples(Dataset):
-    """Maps records by (position, index), as `Positions` gives them. What is wrong with the data is returned, not
-    raised: a worker process would bury the sentence in its own traceback."""
-
-    def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int, skip_broken: bool):
-        self.records, self.mapper = records, mapper
-        self.seed, self.skip_broken = seed, skip_broken
-
-    def __getitem__(self, place: tuple[int, int]) -> dict | VisftError:
-        position, index = place
-        skipped = []
-        for step in range(len(self.records)):
-            record = self.records[(index + step) % len(self.records)]
-            try:
-                with _seeded(self.seed, position):
-                    sample = self.mapper(record)
-            except ImageError as error:
-                if not self.skip_broken:
-                    return error
-                skipped.append(record["file_name"])
-            except VisftError as error:
-                return error
-            else:
-                return sample | {"skipped": skipped} if skipped else sample
-        return DataError(
-            f"none of the {len(self.records)} images to train on decodes, the first is {skipped[0]}; copy them again"
-        )
-
-
-class _TestSamples(Dataset):
-    def __init__(self, records: Dataset, mapper: Callable[[dict], dict]):
-        self.records, self.mapper = records, mapper
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict | VisftError:
-        try:
-            # detectron2's transforms draw from numpy also where there is but one size to draw.
-            with _seeded(0, index):
-                return self.mapper(self.records[index])
-        except VisftError as error:
-            return error
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, position: int) -> Iterator[None]:
-    """Inside, the global generators of Python, numpy and torch (CPU) follow from the arguments; then they are as
-    before.
-
-    torch's is set on its own: `torch.manual_seed` would change CUDA's too.
-    """
-    words = np.random.SeedSequence([seed, position]).generate_state(4)
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(int(words[0]))
-    np.random.seed(words[1:3])
-    torch.default_generator.manual_seed(int(words[3]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+def _as_it_is(batch: tuple[str, list]) -> tuple[str, list]:
+    return batch  # torch's default would make tensors of it
