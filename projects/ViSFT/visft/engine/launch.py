@@ -32,6 +32,7 @@ def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> i
 
 def train(args: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then run in as many processes as asked for."""
+    args.resume = args.resume or _restarts() > 0
     cfg = prepare(args)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         _worker(int(os.environ["LOCAL_RANK"]), args, cfg, "env://")
@@ -40,6 +41,11 @@ def train(args: argparse.Namespace) -> None:
         _start_processes(args, cfg, url)
     else:
         run(args, cfg)
+
+
+def _restarts() -> int:
+    """How often torchrun has started all processes again, as it does when one is lost (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:
@@ -113,9 +119,10 @@ def join_group(backend: str, url: str, rank: int, world: int, minutes: float) ->
         minutes: VISFT.PROCESS_TIMEOUT, of all that the processes do together.
     """
     timeout = datetime.timedelta(minutes=minutes)
-    torch.distributed.init_process_group(
-        backend, init_method=url, rank=rank, world_size=world, timeout=timeout
-    )
+    store, rank, world = next(torch.distributed.rendezvous(url, rank, world, timeout=timeout))
+    # torchrun keeps its store over restarts: under the same names are the addresses of processes that are gone.
+    store = torch.distributed.PrefixStore(f"start_{_restarts()}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     # What detectron2 gathers goes through a gloo group that it makes without a timeout, of 30 minutes then.
     gathering = comm._get_global_gloo_group()
     gathering._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
