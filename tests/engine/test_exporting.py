@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from visft import add_visft_config
-from visft.engine import checks, exporting
+from visft.engine import checks, exporting, key_rules
 from visft.errors import ConfigError, ExportError
 from visft.export import verification
 from visft.modeling.backbone import CLIPViT, lora
@@ -70,5 +70,5 @@ def test_what_a_run_could_not_export_is_said_before_it(cfg):
     with pytest.raises(ConfigError, match="VISFT.EXPORT has lora, which is LoRA alone"):
         checks._exports(cfg)
     cfg.VISFT.EXPORT = ("timmm",)
-    with pytest.raises(ConfigError, match="timm"):
-        checks._exports(cfg)
+    with pytest.raises(ConfigError, match="VISFT.EXPORT: `timmm` is unknown; the nearest is `timm`"):
+        key_rules.check_keys(cfg, key_rules.RUN)
