@@ -1,8 +1,7 @@
 """Build the documentation as a site: `make docs`, or `python docs/build.py`. A broken link is an error.
 
-The documents are written for a reader of the repository: their links are relative to the file. The site has the pages
-of docs/, and MODEL_ZOO.md and CONTRIBUTING.md from the root. A link from a page to a file of the repository that is no
-page is shown as text.
+Links in the documents are relative to the file, for readers of the repository. The site has the pages of docs/, and
+MODEL_ZOO.md and CONTRIBUTING.md from the root. A link to a file that is not a page of the site becomes text.
 """
 
 import os
@@ -20,7 +19,7 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def page_source(page: Path) -> str:
-    """The Markdown of a page, its links made those of the site.
+    """The Markdown of a page, with links for the site.
 
     Raises:
         FileNotFoundError: a link names a file that is not in the repository.
@@ -41,7 +40,7 @@ def page_source(page: Path) -> str:
 
 
 def assemble(folder: Path) -> None:
-    """Write the sources of the site into a folder."""
+    """Write the source pages of the site into a folder."""
     shutil.copytree(DOCS / "images", folder / "images")
     for page in [*DOCS.glob("*.md"), *(ROOT / name for name in FROM_ROOT)]:
         (folder / page.name).write_text(page_source(page), encoding="utf-8")
@@ -67,7 +66,7 @@ def main() -> int:
             "-f",
             str(project / "mkdocs.yml"),
         ]
-        # The theme announces its successor at every build.
+        # The theme prints an advertisement for its successor at every build.
         environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
         status = subprocess.run(command, cwd=project, env=environment).returncode
         if status == 0:

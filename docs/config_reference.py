@@ -1,4 +1,4 @@
-"""Make docs/config.md from the comments of visft/config.py; with `--check`, only compare."""
+"""Make docs/config.md from the comments of visft/config.py. With `--check`, only compare."""
 
 import ast
 import io
@@ -15,13 +15,13 @@ PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Config keys
 
 `visft.add_visft_config(cfg)` adds these keys to detectron2's. An unknown key is an error.
-Set a key in a YAML file, or behind a command as `KEY VALUE`.
-This page is made from the comments of `visft/config.py` by `python docs/config_reference.py`.
+Set a key in a YAML file, or append `KEY VALUE` to a command.
+`python docs/config_reference.py` makes this page from the comments of `visft/config.py`.
 """
 
 
 class Comments:
-    """The comments of a source file, by the line of the statement that they belong to."""
+    """The comments of a source file, by the line of their statement."""
 
     def __init__(self, source: str) -> None:
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -38,7 +38,7 @@ class Comments:
 
 
 def documented(source: str) -> dict[str, str]:
-    """Each dotted name that the source assigns, nodes and keys alike, with its comment."""
+    """Map each dotted name that the source assigns, node or key, to its comment."""
     functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
     comments, found = Comments(source), {}
 
@@ -63,7 +63,7 @@ def documented(source: str) -> dict[str, str]:
             follow(functions[made], {v.targets[0].id: prefix for v in functions[made].body if local(v)})
 
     def nodes(value: ast.expr, path: str):
-        """What functions of this file a value calls for a node, and under which name."""
+        """Yield the name of each node that a value makes and the function of this file that makes it."""
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
             if value.func.id in functions:
                 yield path, value.func.id
@@ -77,7 +77,7 @@ def documented(source: str) -> dict[str, str]:
 
 
 def local(statement: ast.stmt) -> bool:
-    """Whether a statement makes the node that a function returns."""
+    """Whether a statement assigns the node that a function returns."""
     return isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
 
 
@@ -127,7 +127,9 @@ def page() -> str:
 def main() -> int:
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-            print(f"{PAGE} is not what {config.__file__} says: run `python {Path(__file__).name}`")
+            print(
+                f"{PAGE} differs from the comments of {config.__file__}: run `python {Path(__file__).name}`"
+            )
             return 1
         return 0
     PAGE.write_text(page(), encoding="utf-8")

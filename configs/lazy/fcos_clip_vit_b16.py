@@ -1,4 +1,4 @@
-"""FCOS over a CLIP ViT-B/16. detectron2 has no yacs config for FCOS, so this one is for LazyConfig only."""
+"""FCOS on a CLIP ViT-B/16. detectron2 has no yacs config for FCOS, so this one is for LazyConfig only."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

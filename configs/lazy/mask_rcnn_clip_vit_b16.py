@@ -1,4 +1,4 @@
-"""Mask R-CNN over a CLIP ViT-B/16, for detectron2's LazyConfig: the parts by their constructors.
+"""Mask R-CNN on a CLIP ViT-B/16 for detectron2's LazyConfig, built from explicit constructors.
 
 Train it with detectron2's `tools/lazyconfig_train_net.py`, after `import visft`.
 """
