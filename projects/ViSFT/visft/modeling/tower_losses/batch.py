@@ -1,6 +1,5 @@
 """What objectives look at in one forward pass: each thing is computed once, when it is first asked for."""
 
-import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.untuned_tower import OriginalTower
 from visft.modeling.heads.base import HeadInputs
+from visft.utils import shared_random
 
 
 class Batch:
@@ -78,9 +78,7 @@ class Batch:
         Args:
             word: tells apart what is drawn for several purposes.
         """
-        image = self.images[row]
-        key = str(image.get("image_id", image.get("file_name", row))) + word
-        return torch.Generator().manual_seed(self.draw ^ zlib.crc32(key.encode()))
+        return shared_random.image_generator(self.draw, self.images[row], row, word)
 
     def _once(self, kind: str, rows: Sequence[int], size: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
         key = (kind, tuple(rows), size)
