@@ -30,6 +30,14 @@ def number() -> int:
     return int(torch.randint(2**62, (1,), generator=generator()))
 
 
+def peek() -> int:
+    """The next `number`, without drawing it: what is drawn afterwards stays the same."""
+    state = generator().get_state()
+    drawn = number()
+    generator().set_state(state)
+    return drawn
+
+
 def image_generator(
     draw: int, image: dict, index: int, purpose: str = "", device: torch.device | str = "cpu"
 ) -> torch.Generator:
