@@ -1,5 +1,8 @@
 """Errors a caller can catch. Each message names the file or key, what was found, what was expected and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class VisftError(Exception):
     """Base of all errors that ViSFT raises on bad input. Command-line tools print the message and exit with 1."""
@@ -37,3 +40,28 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int, message: str = "") -> None:
         super().__init__(message)
         self.status = 128 + signal
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The entry of `known` that looks most like `name`, or "" where there is none."""
+    folded = {entry.lower(): entry for entry in known}
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.0)
+    return folded[match[0]] if match else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in `known`; it suggests the nearest one."""
+    known = sorted(known)
+    hint = f"; the nearest is `{nearest(name, known)}`" if known else ""
+    choice = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
+    return ConfigError(f"{what}: `{name}` is unknown{hint}{choice}")
+
+
+def check_one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Check that a key's value is one of `known`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value not in known:
+        raise unknown(key, value, known)

@@ -1,8 +1,7 @@
 """Reading a config file and KEY VALUE pairs into a config, with an error that a person can act on for each mistake."""
 
-import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -11,24 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from visft.config import add_visft_config
-from visft.errors import ConfigError
+from visft.errors import ConfigError, unknown
 
 Form = TypeVar("Form")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The entry of `known` that looks most like `name`, or "" where there is none."""
-    folded = {entry.lower(): entry for entry in known}
-    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.0)
-    return folded[match[0]] if match else ""
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not in `known`: says the nearest one."""
-    known = sorted(known)
-    hint = f"; the nearest is `{nearest(name, known)}`" if known else ""
-    choice = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
-    return ConfigError(f"{what}: `{name}` is unknown{hint}{choice}")
 
 
 def load_config(config_file: str | None, opts: Sequence[str] = ()) -> CfgNode:

@@ -1,6 +1,5 @@
 """The meta-architecture of ViSFT: one pass through the tower feeds every head that has labels."""
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,17 +10,18 @@ from detectron2.config import CfgNode, configurable
 from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
-from detectron2.utils import comm
 from torch import Tensor, nn
 
+from visft.checkpoint.load import load_heads
 from visft.classes.dataset_classes import Classes
-from visft.errors import ConfigError
+from visft.errors import ConfigError, nearest
+from visft.modeling import distributed
 from visft.modeling.gradient_balance import balanced_copies
 from visft.modeling.heads import Caption, HeadInputs, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
+from visft.modeling.heads.build import single_map
 from visft.modeling.open_vocabulary import OpenVocabulary, build_open_vocabulary
 from visft.modeling.tower_losses import Batch, ObjectiveGroup, build_objectives
-from visft.modeling.tower_losses.tower_losses import draw_number
-from visft.modeling.zero_gradient import zero_for
+from visft.utils import shared_random
 
 STAGES = ("heads", "lora")
 TUNES = ("lora", "full")
@@ -88,7 +88,7 @@ class ViSFT(nn.Module):
                 f"{', '.join(heads)}; give one for each of MODEL.VISFT.HEADS, or ()"
             )
         self.backbone = backbone
-        self.feature = map_name(backbone)
+        self.feature, _ = single_map(backbone.output_shape())
         self.heads = nn.ModuleDict(heads)
         for head in self.heads.values():
             head.bind(backbone)
@@ -99,7 +99,7 @@ class ViSFT(nn.Module):
         self.balance_gradients = balance_gradients
         if tune not in TUNES:
             raise ConfigError(
-                f"MODEL.VISFT.TUNE is `{tune}`; the nearest is `{_nearest(tune, TUNES)}` (lora: the tower's adapters, "
+                f"MODEL.VISFT.TUNE is `{tune}`; the nearest is `{nearest(tune, TUNES)}` (lora: the tower's adapters, "
                 "full: all its weights)"
             )
         self.tune, self.freeze_heads = tune, freeze_heads
@@ -115,30 +115,19 @@ class ViSFT(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         """Heads and objectives by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
         node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
-        known = head_names(cfg)
         alone = tuple(cfg.VISFT.STAGES) == ("lora",) and node.OBJECTIVES
         if not (names or alone) or len(set(names)) != len(names):
             raise ConfigError(
-                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(known)}, each once (none only with "
-                "MODEL.VISFT.OBJECTIVES and VISFT.STAGES ('lora',))"
+                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(head_names(cfg))}, each once (none only "
+                "with MODEL.VISFT.OBJECTIVES and VISFT.STAGES ('lora',))"
             )
-        for name in names:
-            if name not in known:
-                raise ConfigError(
-                    f"MODEL.VISFT.HEADS names `{name}`; the nearest head is `{_nearest(name, known)}` (a head is "
-                    f"known by its node in MODEL.VISFT; there are {', '.join(known)})"
-                )
         if cfg.INPUT.FORMAT != "RGB":
             raise ConfigError(f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; a CLIP tower sees RGB: set it to RGB")
         backbone = build_backbone(cfg)
-        shape = backbone.output_shape()[map_name(backbone)]
-        heads = {name: build_head(cfg, name, shape) for name in names}
-        if node.HEAD_FILES:
-            from visft.checkpoint.load import load_heads
-
-            reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
-            load_heads(SimpleNamespace(heads=nn.ModuleDict(heads)), node.HEAD_FILES, reinit)
-        # detectron2's defaults are ImageNet's, for ResNets: who leaves them gets the tower's own.
+        heads = {name: build_head(cfg, name, backbone.output_shape()) for name in names}
+        reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
+        load_heads(SimpleNamespace(heads=heads), node.HEAD_FILES, reinit)
+        # detectron2's defaults are ImageNet's, for ResNets; left as they are, they stand for the tower's own.
         model, stock = cfg.MODEL, DETECTRON2_DEFAULTS.MODEL
         given = [*model.PIXEL_MEAN, *model.PIXEL_STD] != [*stock.PIXEL_MEAN, *stock.PIXEL_STD]
         return {
@@ -179,7 +168,7 @@ class ViSFT(nn.Module):
         """
         if stage not in STAGES:
             raise ConfigError(
-                f"VISFT.STAGES names `{stage}`; the nearest stage is `{_nearest(stage, STAGES)}` (there are "
+                f"VISFT.STAGES names `{stage}`; the nearest stage is `{nearest(stage, STAGES)}` (there are "
                 f"{' and '.join(STAGES)})"
             )
         adapters = any("lora_" in name for name, _ in self.backbone.named_parameters())
@@ -217,22 +206,27 @@ class ViSFT(nn.Module):
         return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
 
     def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """Weighted losses, `head/loss`, of every head that has labels in the batch, and of every objective.
+        """Weighted losses, `head/loss`, of every head that has labels in the batch, and of every tower loss.
 
         Images without labels for any of them are not computed. With several processes, a head divides by the mean of
         its counts over all of them, so that the mean of the gradients is that of one process with the joined batch.
         """
-        extract = functools.cache(lambda indices: self.extract([batched_inputs[i] for i in indices]))
-        # Drawn first: heads with dropout leave the processes' generators in different states.
-        active = self.stage == "lora" and len(self.objectives) > 0
-        batch = Batch(self.backbone, batched_inputs, extract, draw_number(), self.device) if active else None
+        extract = functools.cache(lambda rows: self.extract([batched_inputs[i] for i in rows]))
+        # Its number is drawn first: heads with dropout leave the processes' generators in different states.
+        batch = Batch(self.backbone, batched_inputs, extract, shared_random.peek(), self.device)
         labelled = {name: self._labelled(name, batched_inputs) for name in self.heads}
-        losses = self._head_losses(batched_inputs, labelled, extract) if self.heads else {}
-        if batch is not None:
+        losses = self._head_losses(batched_inputs, labelled, extract)
+        if self.stage == "lora":
             losses |= self.objectives.losses(batch)
         # A leaf of its own: `backward` can be called and leads nowhere.
         losses = losses or {UNLABELLED: self.pixel_mean.new_zeros((), requires_grad=True)}
-        return self._complete(losses, labelled, tower=any(labelled.values()) or bool(batch and batch.ran))
+        idle = [self.heads[name] for name, rows in labelled.items() if not rows]
+        if not (batch.ran or any(labelled.values())):
+            idle.append(self.backbone)
+        if idle:
+            parameters = [parameter for module in idle for parameter in module.parameters()]
+            distributed.add_zero(losses, distributed.zero_for(parameters, self.device))
+        return losses
 
     def _labelled(self, name: str, batched_inputs: list[dict]) -> list[int]:
         """Indices of the images that a head learns from; none where nothing could learn from it."""
@@ -248,36 +242,41 @@ class ViSFT(nn.Module):
         extract: Callable[[tuple[int, ...]], HeadInputs],
     ) -> dict[str, Tensor]:
         """The heads' weighted losses, the same names in every process."""
-        normalizers, holders = self._count(batched_inputs, labelled)
-        union = tuple(sorted({i for indices in labelled.values() for i in indices}))
-        balanced = {name: self.loss_weights[name] for name, processes in holders.items() if processes}
-        if not self.balance_gradients or self.stage != "lora" or len(balanced) < 2:
-            balanced = {}
+        shares, normalizers = self._count(batched_inputs, labelled)
+        weights = {name: self.loss_weights[name] for name, share in shares.items() if share}
+        balanced = self.balance_gradients and self.stage == "lora" and len(weights) > 1
+        union = tuple(sorted({i for rows in labelled.values() for i in rows}))
         losses: dict[str, Tensor] = {}
         if union:
             inputs = extract(union)
-            maps = balanced_copies(inputs.features, balanced) if balanced else {}
-            for name, indices in labelled.items():
-                if indices:
+            maps = balanced_copies(inputs.features, weights) if balanced else {}
+            for name, rows in labelled.items():
+                if rows:
                     own = replace(inputs, features=maps.get(name, inputs.features))
-                    own = own.select([union.index(i) for i in indices])
+                    own = own.select([union.index(i) for i in rows])
                     found = self.heads[name].losses(own, normalizers[name])
                     losses |= {f"{name}/{key}": self.loss_weights[name] * loss for key, loss in found.items()}
-        losses = self._with_others_names(losses, holders)
-        if balanced and not union:
-            # The other processes wait for this one's norms, in their backward pass.
-            idle = balanced_copies(zero_for(self.backbone.parameters(), self.device), balanced)
-            first = next(iter(losses))
-            losses[first] = losses[first] + 0 * sum(idle.values())
+        if any(0 < share < 1 for share in shares.values()):
+            losses = distributed.with_all_names(losses, self.device)
+        if balanced and not union:  # the other processes wait for this one's norms, in their backward pass
+            copies = balanced_copies(distributed.zero_for(self.backbone.parameters(), self.device), weights)
+            distributed.add_zero(losses, 0 * sum(copies.values()))
         return losses
 
-    def _with_others_names(self, losses: dict[str, Tensor], holders: dict[str, int]) -> dict[str, Tensor]:
-        """Losses with a zero for each that another process has: detectron2's trainer averages rank 0's by name."""
-        if not any(0 < count < comm.get_world_size() for count in holders.values()):
-            return losses
-        names = dict.fromkeys(name for part in comm.all_gather(list(losses)) for name in part)
-        nothing = self.pixel_mean.new_zeros
-        return {n: losses[n] if n in losses else nothing((), requires_grad=True) for n in names}
+    def _count(
+        self, batched_inputs: list[dict], labelled: dict[str, list[int]]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """By head: the share of the processes that have labels for it, and its normalizers' mean over processes."""
+        counts = {}
+        for name, rows in labelled.items():
+            self.heads[name].draw()
+            normalizers = self.heads[name].normalizers([batched_inputs[i] for i in rows])
+            counts[name] = torch.cat([torch.tensor([float(bool(rows))]), normalizers.flatten()])
+        means = distributed.means_over_processes(counts, self.device)
+        return (
+            {name: float(mean[0]) for name, mean in means.items()},
+            {name: mean[1:].float() for name, mean in means.items()},
+        )
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """What each head predicts, in coordinates of the original images, under its name.
@@ -311,9 +310,9 @@ class ViSFT(nn.Module):
 
         A cell is padding where its corner pixel is (nearest resampling).
         """
-        pictures = [image["image"].to(self.device, non_blocking=True) for image in images]
+        pixels = [image["image"].to(self.device, non_blocking=True) for image in images]
         batch = ImageList.from_tensors(
-            [(picture - self.pixel_mean) / self.pixel_std for picture in pictures],
+            [(image - self.pixel_mean) / self.pixel_std for image in pixels],
             self.backbone.size_divisibility,
             padding_constraints=self.backbone.padding_constraints,
         )
@@ -339,59 +338,3 @@ class ViSFT(nn.Module):
         if not hasattr(self.backbone, name):
             raise ConfigError(f"the backbone has no `{name}` of its own: set MODEL.PIXEL_{name.upper()}")
         return 255 * torch.as_tensor(getattr(self.backbone, name), dtype=torch.float32).flatten()
-
-    def _count(
-        self, batched_inputs: list[dict], labelled: dict[str, list[int]]
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The heads' normalizers as means over processes, and how many processes have labels for each head.
-
-        One reduction for all heads. In double precision: counts are exact, sums of class weights nearly so.
-        """
-        processes = comm.get_world_size()
-        counts = {}
-        for name, head in self.heads.items():
-            head.draw()
-            counts[name] = head.normalizers([batched_inputs[i] for i in labelled[name]]).double().flatten()
-        held = torch.tensor([float(bool(rows)) for rows in labelled.values()], dtype=torch.float64)
-        flat = torch.cat([held, *counts.values()])
-        if processes > 1:
-            flat = flat.to(self.device)
-            torch.distributed.all_reduce(flat)
-        held, *sums = flat.split([len(held), *(len(count) for count in counts.values())])
-        means = {name: (total / processes).float() for name, total in zip(counts, sums, strict=True)}
-        return means, {name: int(number) for name, number in zip(counts, held.tolist(), strict=True)}
-
-    def _complete(
-        self, losses: dict[str, Tensor], labelled: dict[str, list[int]], *, tower: bool
-    ) -> dict[str, Tensor]:
-        """Give DistributedDataParallel a gradient for all that trains.
-
-        Without `find_unused_parameters` it waits for every parameter. Where a head has no labels, or the `tower` did
-        not run, it gets zeros, without its forward being run.
-        """
-        untouched = [] if tower else list(self.backbone.parameters())
-        for name, rows in labelled.items():
-            untouched += [] if rows else list(self.heads[name].parameters())
-        if untouched:
-            first = next(iter(losses))
-            losses[first] = losses[first] + zero_for(untouched, self.device)
-        return losses
-
-
-def map_name(backbone: Backbone) -> str:
-    """Name of the one map that a backbone makes.
-
-    Raises:
-        ConfigError: it makes several.
-    """
-    names = list(backbone.output_shape())
-    if len(names) != 1:
-        raise ConfigError(
-            f"the backbone makes the maps {', '.join(names)}, ViSFT's heads read one: set MODEL.BACKBONE.NAME "
-            "build_clip_vit_backbone"
-        )
-    return names[0]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, name.lower(), other).ratio())

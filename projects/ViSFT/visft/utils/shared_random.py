@@ -1,6 +1,7 @@
 """Draws that are alike in all processes: sampled points, captions, classes. Dropout is each process's own."""
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -27,3 +28,25 @@ def generator() -> torch.Generator:
 def number() -> int:
     """A number below 2^62, to seed other generators with."""
     return int(torch.randint(2**62, (1,), generator=generator()))
+
+
+def peek() -> int:
+    """The next `number`, without drawing it: what is drawn afterwards stays the same."""
+    state = generator().get_state()
+    drawn = number()
+    generator().set_state(state)
+    return drawn
+
+
+def image_generator(
+    draw: int, image: dict, index: int, purpose: str = "", device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator for one image in one pass, the same whatever process and batch the image is in.
+
+    Args:
+        draw: the pass's `number`.
+        image: a mapped dict, known by its `image_id`, else its `file_name`, else `index`.
+        purpose: separates what is drawn for different purposes.
+    """
+    key = str(image.get("image_id", image.get("file_name", index))) + purpose
+    return torch.Generator(device).manual_seed(draw ^ zlib.crc32(key.encode()))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor, nn
 
 
@@ -41,7 +41,8 @@ class HeadInputs:
     @property
     def original_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of the images before they were resized."""
-        return [original_size(*pair) for pair in zip(self.images, self.image_sizes, strict=True)]
+        sizes = zip(self.images, self.image_sizes, strict=True)
+        return [(int(image.get("height", h)), int(image.get("width", w))) for image, (h, w) in sizes]
 
 
 class VisftHead(nn.Module):
@@ -113,11 +114,6 @@ class VisftHead(nn.Module):
         raise NotImplementedError
 
 
-def original_size(image: dict, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the image before it was resized to `image_size`."""
-    return int(image.get("height", image_size[0])), int(image.get("width", image_size[1]))
-
-
 def num_targets(image: dict) -> int:
     """How many objects are annotated on an image."""
     instances = image["instances"]
@@ -129,14 +125,16 @@ def has_targets(image: dict, field: str) -> bool:
     return "instances" in image and (image["instances"].has(field) or num_targets(image) == 0)
 
 
+def bit_masks(masks: BitMasks | PolygonMasks | Tensor, size: tuple[int, int]) -> Tensor:
+    """Annotated masks [T, height, width] of an image of this size, whatever form the mapper gave them."""
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *size)
+    return masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)
+
+
 def nonzero_count(count: Tensor) -> Tensor:
     """A count to divide by: zero becomes one. Means of counts over processes, smaller than one, stay.
 
     (The authors raise such means to one as well; then two processes would not give the joined batch's gradient.)
     """
     return torch.where(count > 0, count, torch.ones_like(count))
-
-
-def loss_names(name: str, num_layers: int) -> list[str]:
-    """Names of a loss on each of `num_layers` predictions: `name_0`, `name_1`, ..., and `name` for the last."""
-    return [f"{name}_{i}" for i in range(num_layers - 1)] + [name]

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from visft.errors import ConfigError
+from visft.errors import ConfigError, nearest
 from visft.modeling.heads.base import VisftHead
 
 VISFT_HEADS_REGISTRY = Registry("VISFT_HEADS")
@@ -31,31 +31,32 @@ def build_head(cfg: CfgNode, name: str, input_shape: ShapeSpec | Mapping[str, Sh
     Raises:
         ConfigError: if there is no node MODEL.VISFT.<NAME>, or its HEAD is not registered.
     """
-    node = cfg.MODEL.VISFT.get(name.upper())
-    if not isinstance(node, CfgNode) or "HEAD" not in node:
+    known = head_names(cfg)
+    if name not in known:
         raise ConfigError(
-            f"MODEL.VISFT.HEADS names {name!r}, which has no config node: known are {', '.join(head_names(cfg))}"
+            f"MODEL.VISFT.HEADS names {name!r}, which has no node in MODEL.VISFT; the nearest is "
+            f"{nearest(name, known)!r}, known are {', '.join(known)}"
         )
+    node = cfg.MODEL.VISFT[name.upper()]
     if node.HEAD not in VISFT_HEADS_REGISTRY:
         known = [key for key, _ in VISFT_HEADS_REGISTRY]
         raise ConfigError(
             f"MODEL.VISFT.{name.upper()}.HEAD is {node.HEAD!r}, which is not registered: "
             f"known are {', '.join(known)}"
         )
-    return VISFT_HEADS_REGISTRY.get(node.HEAD)(cfg, name, single_map(input_shape))
+    shape = input_shape if isinstance(input_shape, ShapeSpec) else single_map(input_shape)[1]
+    return VISFT_HEADS_REGISTRY.get(node.HEAD)(cfg, name, shape)
 
 
-def single_map(input_shape: ShapeSpec | Mapping[str, ShapeSpec]) -> ShapeSpec:
-    """The shape of the one map in `input_shape`.
+def single_map(maps: Mapping[str, ShapeSpec]) -> tuple[str, ShapeSpec]:
+    """Name and shape of the one map that a backbone gives.
 
     Raises:
-        ConfigError: if the backbone gives several maps.
+        ConfigError: it gives several.
     """
-    if isinstance(input_shape, ShapeSpec):
-        return input_shape
-    if len(input_shape) != 1:
+    if len(maps) != 1:
         raise ConfigError(
-            f"a ViSFT head reads one feature map, but MODEL.BACKBONE.NAME gives {len(input_shape)} "
-            f"({', '.join(input_shape)}): use build_clip_vit_backbone"
+            f"a ViSFT head reads one feature map, but MODEL.BACKBONE.NAME gives {len(maps)} ({', '.join(maps)}): use "
+            "build_clip_vit_backbone"
         )
-    return next(iter(input_shape.values()))
+    return next(iter(maps.items()))

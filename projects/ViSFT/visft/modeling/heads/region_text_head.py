@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.structures import BitMasks, Boxes, PolygonMasks
+from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS, ClassText, check_prompts, class_text
 from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
-from visft.modeling.heads.base import HeadInputs, VisftHead, nonzero_count, num_targets
+from visft.modeling.heads.base import HeadInputs, VisftHead, bit_masks, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
 from visft.modeling.heads.common import region_pooling
 from visft.modeling.heads.common.federated import Federated, build_federated
@@ -164,7 +164,7 @@ class RegionTextHead(VisftHead):
         logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
         classes = torch.cat([image["instances"].gt_classes for image in images]).to(device)
         if chosen is not None:
-            logits = logits.masked_fill(~self._rows_of(chosen), _LEFT_OUT)
+            logits = Federated.leave_out(logits, self._rows_of(chosen))
         loss = self._loss(logits, self.rows[classes])
         return {"loss_text": self.weight * loss / nonzero_count(normalizers[0].to(device))}
 
@@ -218,17 +218,10 @@ class RegionTextHead(VisftHead):
         boxes = region_pooling.box_coverage(instances.gt_boxes.tensor, padded_size, grid)
         if self.regions == "boxes" or not instances.has("gt_masks"):
             return boxes
-        masks = instances.gt_masks
-        if isinstance(masks, PolygonMasks):
-            masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
-        masks = masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)
+        masks = bit_masks(instances.gt_masks, instances.image_size)
         return region_pooling.or_nearest_cell(
             region_pooling.mask_coverage(masks, padded_size, grid), boxes.to(masks.device)
         )
-
-
-_LEFT_OUT = -1e4
-"""A logit whose softmax and sigmoid are 0 in float32, without infinities in the gradient."""
 
 
 class RegionText:

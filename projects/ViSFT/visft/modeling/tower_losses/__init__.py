@@ -5,13 +5,13 @@ from visft.modeling.tower_losses.base import Objective
 from visft.modeling.tower_losses.batch import Batch
 from visft.modeling.tower_losses.build import (
     VISFT_OBJECTIVES_REGISTRY,
+    ObjectiveGroup,
     build_objectives,
     objective_class,
     objective_names,
 )
 from visft.modeling.tower_losses.contrastive import Contrastive
 from visft.modeling.tower_losses.self_distillation import SelfDistillation
-from visft.modeling.tower_losses.tower_losses import ObjectiveGroup
 
 __all__ = [
     "VISFT_OBJECTIVES_REGISTRY",

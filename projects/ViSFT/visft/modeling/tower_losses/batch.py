@@ -1,15 +1,35 @@
-"""What objectives look at in one forward pass: each thing is computed once, when it is first asked for."""
+"""What objectives read in one forward pass: everything is computed once, when it is first asked for."""
 
-import zlib
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft.modeling.backbone import CLIPViT
-from visft.modeling.backbone.untuned_tower import OriginalTower
+from visft.modeling.backbone import CLIPViT, lora
 from visft.modeling.heads.base import HeadInputs
+from visft.utils import shared_random
+
+
+class OriginalTower:
+    """Embeddings of the tower that a CLIPViT was before tuning. No module: it is in no state and no checkpoint.
+
+    Args:
+        backbone: with LoRA, whose adapters are switched off for a pass; or without, which is copied as it is now.
+    """
+
+    def __init__(self, backbone: CLIPViT) -> None:
+        self._backbone = backbone
+        self._copy = None if lora.has_lora(backbone) else CLIPViT(copy.deepcopy(backbone.tower)).eval()
+
+    @torch.no_grad()
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """As `CLIPViT.image_embedding`, by the original weights: `[N, 3, H, W]` normalised -> `[N, D]`."""
+        if self._copy is not None:
+            return self._copy.to(images.device).image_embedding(images)
+        with lora.switched_off(self._backbone):
+            return self._backbone.image_embedding(images)
 
 
 class Batch:
@@ -18,12 +38,12 @@ class Batch:
     Args:
         backbone: the tower.
         images: the mapped dicts of all images; `image` is RGB `[3, H, W]`, 0..255.
-        extract: the dense features of the images with these indices, with a graph; computed once for the same ones.
-        draw: a number that everything random of this pass follows from, alike in all processes.
+        extract: gives the dense features of the images with these indices, with a graph; computed once for the same.
+        draw: a number that everything random of this pass follows from, the same in all processes.
         device: where the tower is.
 
     Attributes:
-        original: the tower before tuning, for the objectives that say so.
+        original: the tower before tuning, for the objectives that need it.
         ran: whether the tower has run for an objective.
     """
 
@@ -47,7 +67,11 @@ class Batch:
         return self._extract(tuple(rows))
 
     def embeddings(self, rows: Sequence[int], size: int = 0) -> Tensor:
-        """The tuned tower's CLIP embeddings `[len(rows), D]`, not of unit length, with a graph; see `pictures`."""
+        """The tuned tower's CLIP embeddings `[len(rows), D]`, not of unit length, with a graph.
+
+        Args:
+            size: side in pixels to which both sides are resized; 0: the size that the tower was pretrained at.
+        """
         self.ran = True
         return self._once("tuned", rows, size, self.backbone.image_embedding)
 
@@ -55,41 +79,27 @@ class Batch:
         """As `embeddings`, of the tower before tuning; without a graph."""
         return self._once("original", rows, size, self.original.image_embedding)
 
-    def pictures(self, rows: Sequence[int], size: int = 0) -> Tensor:
-        """Whole images as the tower's embedding sees them `[len(rows), 3, h, w]`; both sides are resized.
+    def prepared(self, images: Sequence[Tensor], size: int = 0) -> Tensor:
+        """Images `[3, h_i, w_i]`, 0..255, as the tower's embedding reads them `[N, 3, h, w]`.
 
-        Args:
-            size: side in pixels; 0: the size that the tower was pretrained at.
+        They are resized as for `embeddings` and normalised by the tower's own mean and standard deviation.
         """
-        return self.prepared([self.images[row]["image"] for row in rows], size)
-
-    def prepared(self, pictures: Sequence[Tensor], size: int = 0) -> Tensor:
-        """Images `[3, h_i, w_i]`, 0..255, resized as `pictures`, normalised by the tower's own mean and deviation."""
         shape = (size, size) if size else self.backbone.image_size
-        stacked = torch.stack(
-            [resized(image.to(self.device, non_blocking=True), shape) for image in pictures]
-        )
+        stacked = torch.stack([resized(image.to(self.device, non_blocking=True), shape) for image in images])
         mean, std = (stacked.new_tensor(v).view(3, 1, 1) for v in (self.backbone.mean, self.backbone.std))
         return (stacked / 255 - mean) / std
 
-    def generator(self, row: int, word: str = "") -> torch.Generator:
-        """A generator of its own for an image in this pass: the same whatever process the image is in.
-
-        Args:
-            word: tells apart what is drawn for several purposes.
-        """
-        image = self.images[row]
-        key = str(image.get("image_id", image.get("file_name", row))) + word
-        return torch.Generator().manual_seed(self.draw ^ zlib.crc32(key.encode()))
+    def generator(self, row: int, purpose: str = "") -> torch.Generator:
+        """A generator for one image and purpose in this pass; see `shared_random.image_generator`."""
+        return shared_random.image_generator(self.draw, self.images[row], row, purpose)
 
     def _once(self, kind: str, rows: Sequence[int], size: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        key = (kind, tuple(rows), size)
-        if key not in self._kept:
-            seen = ("pictures", tuple(rows), size)
-            if seen not in self._kept:
-                self._kept[seen] = self.pictures(rows, size)
-            self._kept[key] = compute(self._kept[seen])
-        return self._kept[key]
+        images, result = ("images", tuple(rows), size), (kind, tuple(rows), size)
+        if images not in self._kept:
+            self._kept[images] = self.prepared([self.images[row]["image"] for row in rows], size)
+        if result not in self._kept:
+            self._kept[result] = compute(self._kept[images])
+        return self._kept[result]
 
 
 def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:

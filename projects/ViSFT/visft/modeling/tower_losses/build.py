@@ -1,21 +1,70 @@
-"""Objectives by name: the registry, and building those of a config."""
+"""Objectives by name: the registry, building those of a config, and their losses in one forward pass."""
 
-import difflib
+from collections.abc import ItemsView, Mapping
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
+from torch import Tensor
 
-from visft.errors import ConfigError
+from visft.errors import check_one_of
 from visft.modeling.backbone import CLIPViT
-from visft.modeling.backbone.untuned_tower import OriginalTower
+from visft.modeling.distributed import means_over_processes
 from visft.modeling.tower_losses.base import Objective
-from visft.modeling.tower_losses.tower_losses import ObjectiveGroup
+from visft.modeling.tower_losses.batch import Batch, OriginalTower
 
 VISFT_OBJECTIVES_REGISTRY = Registry("VISFT_OBJECTIVES")
 VISFT_OBJECTIVES_REGISTRY.__doc__ = """
 Objectives of the tower itself. An entry is a subclass of `Objective`, called as `objective(cfg, name, backbone)`:
 `name` is that in MODEL.VISFT.OBJECTIVES; its node MODEL.VISFT.<NAME> holds OBJECTIVE (the entry), WEIGHT and its keys.
 """
+
+
+class ObjectiveGroup:
+    """Objectives by name, in the order of MODEL.VISFT.OBJECTIVES. No module.
+
+    Args:
+        objectives: by name.
+        original: the tower before tuning, if one of them needs it.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective], original: OriginalTower | None = None) -> None:
+        self._objectives, self._original = dict(objectives), original
+
+    def __len__(self) -> int:
+        return len(self._objectives)
+
+    def items(self) -> ItemsView[str, Objective]:
+        """Names and objectives."""
+        return self._objectives.items()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`NAME/loss`, weighted, of each objective that some process has images for.
+
+        The mean of a loss over processes is that of one process with all their images, as is the mean of the
+        gradients. Every process calls this, and then runs its backward pass.
+        """
+        batch.original = self._original
+        rows = {
+            name: [i for i, image in enumerate(batch.images) if objective.has_labels(image)]
+            for name, objective in self.items()
+        }
+        counts = {
+            name: torch.tensor([float(part.count(batch, rows[name]))], dtype=torch.float64)
+            for name, part in self.items()
+        }
+        means = means_over_processes(counts, batch.device)
+        losses: dict[str, Tensor] = {}
+        for name, objective in self.items():
+            mean = float(means[name][0])
+            if mean == 0:
+                continue
+            if rows[name] or objective.collective:
+                normalizer = torch.tensor(mean, dtype=torch.float32, device=batch.device)
+                losses[f"{name}/loss"] = objective.weight * objective.loss(batch, rows[name], normalizer)
+            else:
+                losses[f"{name}/loss"] = torch.zeros((), device=batch.device, requires_grad=True)
+        return losses
 
 
 def objective_names(cfg: CfgNode) -> list[str]:
@@ -28,15 +77,12 @@ def objective_class(cfg: CfgNode, name: str) -> type[Objective]:
     """The class of the objective `name`.
 
     Raises:
-        ConfigError: there is no node MODEL.VISFT.<NAME>, or its OBJECTIVE is not registered; says the nearest name.
+        ConfigError: there is no node MODEL.VISFT.<NAME>, or its OBJECTIVE is not registered.
     """
-    known = objective_names(cfg)
-    if name not in known:
-        raise ConfigError(_unknown("MODEL.VISFT.OBJECTIVES", name, known))
+    check_one_of("MODEL.VISFT.OBJECTIVES", name, objective_names(cfg))
     wanted = cfg.MODEL.VISFT[name.upper()].OBJECTIVE
-    if wanted not in VISFT_OBJECTIVES_REGISTRY:
-        classes = [entry for entry, _ in VISFT_OBJECTIVES_REGISTRY]
-        raise ConfigError(_unknown(f"MODEL.VISFT.{name.upper()}.OBJECTIVE", wanted, classes))
+    classes = [entry for entry, _ in VISFT_OBJECTIVES_REGISTRY]
+    check_one_of(f"MODEL.VISFT.{name.upper()}.OBJECTIVE", wanted, classes)
     return VISFT_OBJECTIVES_REGISTRY.get(wanted)
 
 
@@ -50,8 +96,3 @@ def build_objectives(cfg: CfgNode, backbone: CLIPViT) -> ObjectiveGroup:
     built = {name: objective_class(cfg, name)(cfg, name, backbone) for name in names}
     original = OriginalTower(backbone) if any(part.needs_original for part in built.values()) else None
     return ObjectiveGroup(built, original)
-
-
-def _unknown(key: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{key}: `{name}` is unknown; the nearest is `{near}` (known: {', '.join(sorted(known))})"

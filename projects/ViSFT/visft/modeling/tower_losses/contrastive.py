@@ -8,13 +8,12 @@ from torch import Tensor
 
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.text_encoder import TextTower
+from visft.modeling.distributed import gather_rows, row_counts, zero_for
 from visft.modeling.heads.captioning.vocabulary import split_words
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.tower_losses.base import Objective, check_size
 from visft.modeling.tower_losses.batch import Batch
 from visft.modeling.tower_losses.build import VISFT_OBJECTIVES_REGISTRY
-from visft.modeling.tower_losses.gather import gather_rows, row_counts
-from visft.modeling.zero_gradient import zero_for
 
 
 @VISFT_OBJECTIVES_REGISTRY.register()

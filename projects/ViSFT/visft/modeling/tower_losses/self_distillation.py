@@ -4,7 +4,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from visft.errors import ConfigError
+from visft.errors import ConfigError, check_one_of
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.heads.base import has_targets, num_targets
@@ -37,11 +37,7 @@ class SelfDistillation(Objective):
     def check(cls, cfg: CfgNode, name: str) -> None:
         super().check(cfg, name)
         key, node = f"MODEL.VISFT.{name.upper()}", cfg.MODEL.VISFT[name.upper()]
-        if node.REGIONS not in REGIONS:
-            near = "boxes" if node.REGIONS[:1].lower() == "b" else "grid"
-            raise ConfigError(
-                f"{key}.REGIONS: `{node.REGIONS}` is unknown; the nearest is `{near}` (known: {', '.join(REGIONS)})"
-            )
+        check_one_of(f"{key}.REGIONS", node.REGIONS, REGIONS)
         if node.GRID < 1:
             raise ConfigError(
                 f"{key}.GRID is {node.GRID}; expected the largest number of rows and columns, 1 or more"
@@ -59,19 +55,13 @@ class SelfDistillation(Objective):
 
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         boxes = [self.regions(batch, row) for row in rows]
-        inputs = batch.features(rows)
-        features, padded_size = inputs.features, inputs.padded_size
-        grid = tuple(features.shape[-2:])
-        means = [
-            region_pooling.pool(map_, region_pooling.box_coverage(own.to(features.device), padded_size, grid))
-            for map_, own in zip(features, boxes, strict=True)
-        ]
+        inputs, means, crops = batch.features(rows), [], []
+        grid = tuple(inputs.features.shape[-2:])
+        for row, features, own in zip(rows, inputs.features, boxes, strict=True):
+            coverage = region_pooling.box_coverage(own.to(features.device), inputs.padded_size, grid)
+            means.append(region_pooling.pool(features, coverage))
+            crops += [crop(batch.images[row]["image"], box) for box in own.tolist()]
         found = patch_embeddings(batch.backbone.tower, torch.cat(means))
-        crops = [
-            crop(batch.images[row]["image"], box)
-            for row, own in zip(rows, boxes, strict=True)
-            for box in own.tolist()
-        ]
         expected = batch.original.image_embedding(batch.prepared(crops))
         return cosine_distance(found, expected).sum() / normalizer
 

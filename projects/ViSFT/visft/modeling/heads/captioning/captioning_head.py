@@ -1,6 +1,6 @@
-"""What caption heads share: which caption is learned, the losses, saying one, and where it looked at each word."""
+"""What caption heads share: the caption learned from each image, the losses, beam search, and attention maps."""
 
-import zlib
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -17,7 +17,7 @@ from visft.utils import shared_random
 
 
 class Caption(str):
-    """A caption, with its words and where the head looked as it said each.
+    """A caption with its words and the head's attention at each.
 
     Attributes:
         words: the words.
@@ -55,18 +55,18 @@ class Caption(str):
 
 
 class CaptioningHead(VisftHead):
-    """A head that says what is in an image: pooled features, a decoder over a vocabulary, cross-entropy.
+    """A head that describes an image in words: pooled features, a decoder over a vocabulary, cross-entropy.
 
-    A subclass makes the decoder and may add losses. In training one of an image's captions is learned at a time. It
-    is drawn from one number of the CPU's global generator a forward pass, and the image's id: processes that share a
-    seed draw what one process with all their images would.
+    A subclass makes the decoder and may add losses. Training learns one of an image's captions at a time. It follows
+    from one number a forward pass and the image's id, so processes that share a seed draw what one process with all
+    their images would.
     """
 
     def __init__(
         self,
         decoder: CaptionDecoder,
-        vocabulary: Vocabulary,
         *,
+        vocabulary: Vocabulary,
         grid: int = 14,
         max_length: int = 30,
         beam_size: int = 3,
@@ -91,8 +91,8 @@ class CaptioningHead(VisftHead):
         self._draw = 0
 
     @staticmethod
-    def common_config(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
-        """What every caption head takes from its node."""
+    def common_config(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict[str, Any]:
+        """The constructor's arguments that every caption head reads from its node `MODEL.VISFT.<NAME>`."""
         node = cfg.MODEL.VISFT[name.upper()]
         return {
             "in_channels": input_shape.channels,
@@ -112,11 +112,11 @@ class CaptioningHead(VisftHead):
         return any(split_words(caption) for caption in image.get("captions", ()))
 
     def draw(self) -> None:
-        """Which of an image's captions is learned in this pass follows from this number and the image's id."""
+        """Draw the number that decides, with an image's id, which of its captions this pass learns."""
         self._draw = shared_random.number()
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of words to be said, ends included; number of captions."""
+        """[2]: number of words to predict, ends included; number of captions."""
         lengths = [len(tokens) - 1 for tokens in self._captions(images)]
         return torch.tensor([float(sum(lengths)), float(len(lengths))])
 
@@ -130,22 +130,22 @@ class CaptioningHead(VisftHead):
     def caption_losses(
         self, cells: Tensor, tokens: Tensor, lengths: Tensor, normalizers: Tensor
     ) -> dict[str, Tensor]:
-        """Losses by teacher forcing: a word is said after the right ones before it.
+        """Losses by teacher forcing: each word is predicted from the true words before it.
 
         Args:
             cells: `[N, P, C]`.
             tokens: captions `[N, T]`, start and end included, padded.
-            lengths: `[N]` words to be said, ends included; on the CPU, or the program waits for the device.
+            lengths: `[N]` words to predict, ends included; on the CPU, or the program waits for the device.
             normalizers: `[2]`, of `normalizers`.
         """
         hidden, attention = self.decoder(cells, tokens[:, :-1])
-        said = torch.arange(hidden.shape[1], device=lengths.device) < lengths[:, None]
-        words_at, said = said.flatten().nonzero()[:, 0].to(tokens.device), said.to(tokens.device)
+        is_word = torch.arange(hidden.shape[1], device=lengths.device) < lengths[:, None]
+        words_at, is_word = is_word.flatten().nonzero()[:, 0].to(tokens.device), is_word.to(tokens.device)
         # Only where there is a word: the vocabulary makes scores the largest tensor by far.
         scores = self.decoder.scores(hidden.flatten(0, 1).index_select(0, words_at)).float()
         words, captions = nonzero_count(normalizers.to(scores.device)).unbind()
         loss = F.cross_entropy(scores, tokens[:, 1:].flatten()[words_at], reduction="sum") / words
-        return {"loss_words": loss, **self.attention_losses(attention * said[..., None], captions)}
+        return {"loss_words": loss, **self.attention_losses(attention * is_word[..., None], captions)}
 
     def attention_losses(self, attention: Tensor, captions: Tensor) -> dict[str, Tensor]:
         """Further losses on attention `[N, T, P]`, which is 0 after a caption's end; none by default."""
@@ -175,8 +175,7 @@ class CaptioningHead(VisftHead):
         chosen = []
         for index, image in enumerate(images):
             captions = [caption for caption in image["captions"] if split_words(caption)]
-            key = str(image.get("image_id", image.get("file_name", index)))
-            generator = torch.Generator().manual_seed(self._draw ^ zlib.crc32(key.encode()))
+            generator = shared_random.image_generator(self._draw, image, index)
             caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
             chosen.append(torch.tensor(self.vocabulary.encode(caption, self.max_length)))
         return chosen

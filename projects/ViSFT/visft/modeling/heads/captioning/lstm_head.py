@@ -1,5 +1,7 @@
 """Captions by an LSTM with soft attention (Show, Attend and Tell, arXiv 1502.03044)."""
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -15,8 +17,8 @@ from visft.modeling.heads.common.full_precision import without_autocast
 
 @VISFT_HEADS_REGISTRY.register()
 class CaptionHead(CaptioningHead):
-    """An LSTM that looks at the cells before each word, with the doubly stochastic regulariser (section 4.2.1):
-    over a caption, each cell should be looked at once in all."""
+    """An LSTM that attends to the cells before each word, with the doubly stochastic regulariser (section 4.2.1):
+    over a caption, the attention on each cell should sum to 1."""
 
     class_layers = ("decoder.embedding", "decoder.fc")
 
@@ -31,9 +33,7 @@ class CaptionHead(CaptioningHead):
         hidden_dim: int = 384,
         dropout: float = 0.5,
         attention_weight: float = 1.0,
-        grid: int = 14,
-        max_length: int = 30,
-        beam_size: int = 3,
+        **captioning: Any,
     ):
         """
         Args:
@@ -43,17 +43,11 @@ class CaptionHead(CaptioningHead):
             hidden_dim: of the LSTM's state.
             dropout: before the words' scores.
             attention_weight: of the regulariser.
-            vocabulary, grid, max_length, beam_size: see `CaptioningHead`.
+            vocabulary, captioning: see `CaptioningHead`.
         """
-        decoder = SoftAttentionDecoder(
-            in_channels=in_channels,
-            num_words=len(vocabulary),
-            attention_dim=attention_dim,
-            embedding_dim=embedding_dim,
-            hidden_dim=hidden_dim,
-            dropout=dropout,
-        )
-        super().__init__(decoder, vocabulary, grid=grid, max_length=max_length, beam_size=beam_size)
+        widths = (attention_dim, embedding_dim, hidden_dim)
+        decoder = SoftAttentionDecoder(in_channels, len(vocabulary), *widths, dropout)
+        super().__init__(decoder, vocabulary=vocabulary, **captioning)
         self.attention_weight = attention_weight
 
     @classmethod
@@ -76,11 +70,11 @@ class SoftAttentionDecoder(CaptionDecoder):
     """The LSTM. Its state starts from the mean cell; before each word it attends to the cells, and a gate read from
     the state weighs what it saw (section 4.2.1, beta). Modules are named as in the authors' files.
 
-    It reads and says in float32 under any autocast: a state that adds up over the words would add up its rounding."""
+    It computes in float32 under any autocast: a recurrent state would accumulate rounding errors.
+    """
 
     def __init__(
         self,
-        *,
         in_channels: int,
         num_words: int,
         attention_dim: int,

@@ -1,5 +1,7 @@
 """Captions by a small Transformer decoder (arXiv 1706.03762, pre-norm), the modern choice beside the LSTM."""
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -31,33 +33,24 @@ class TransformerCaptionHead(CaptioningHead):
         num_attention_heads: int = 8,
         feedforward_dim: int = 1024,
         dropout: float = 0.1,
-        grid: int = 14,
         max_length: int = 30,
-        beam_size: int = 3,
+        **captioning: Any,
     ):
         """
         Args:
             in_channels: of the feature map.
             dim: width of words and cells.
             dropout: on words and in every layer.
-            vocabulary, grid, max_length, beam_size: see `CaptioningHead`.
+            vocabulary, max_length, captioning: see `CaptioningHead`.
 
         Raises:
             ConfigError: the width is no multiple of the number of heads, or of 4 (positions in two directions).
         """
         check_divisible("EMBEDDING_DIM", dim, num_attention_heads, "NUM_ATTENTION_HEADS")
         check_divisible("EMBEDDING_DIM", dim, 4, "sine and cosine of two directions")
-        decoder = TransformerDecoder(
-            in_channels=in_channels,
-            num_words=len(vocabulary),
-            max_length=max_length,
-            dim=dim,
-            num_layers=num_layers,
-            num_heads=num_attention_heads,
-            feedforward_dim=feedforward_dim,
-            dropout=dropout,
-        )
-        super().__init__(decoder, vocabulary, grid=grid, max_length=max_length, beam_size=beam_size)
+        layer = (dim, num_attention_heads, feedforward_dim, dropout)
+        decoder = TransformerDecoder(in_channels, len(vocabulary), max_length, num_layers, *layer)
+        super().__init__(decoder, vocabulary=vocabulary, max_length=max_length, **captioning)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, name: str, input_shape: ShapeSpec) -> dict:
@@ -76,12 +69,11 @@ class TransformerDecoder(CaptionDecoder):
 
     def __init__(
         self,
-        *,
         in_channels: int,
         num_words: int,
         max_length: int,
-        dim: int,
         num_layers: int,
+        dim: int,
         num_heads: int,
         feedforward_dim: int,
         dropout: float,

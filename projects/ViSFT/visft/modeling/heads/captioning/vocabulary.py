@@ -1,4 +1,4 @@
-"""Words and their numbers: what a caption head reads and says."""
+"""Words and their numbers, as a caption head reads and predicts them."""
 
 import contextlib
 import hashlib
@@ -56,19 +56,16 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Vocabulary":
-        """Read a vocabulary: ours (`{"words": [...]}`, by number), the authors' (a map of words to numbers), or the
-        one that a caption head's weights of ours (.safetensors) carry with them.
+        """Read our vocabulary file (`{"words": [...]}`, by number), the authors' (a map of words to numbers), or the
+        words stored with our weights of a caption head (.safetensors).
 
         Raises:
             DataError: the file is missing or has no vocabulary.
         """
         try:
-            if os.fspath(path).endswith(".safetensors"):
-                content = {
-                    "words": run_folder.describe(files.local_path(path)).get("settings", {}).get("vocabulary")
-                }
-            else:
-                content = files.read_json(files.local_path(path))
+            file = files.local_path(path)
+            stored = os.fspath(path).endswith(".safetensors")
+            content = {"words": _stored_words(file)} if stored else files.read_json(file)
         except CheckpointError as error:
             raise DataError(
                 f"{error} Expected a vocabulary, as tools/build_vocabulary.py writes it."
@@ -156,11 +153,15 @@ def configured_vocabulary(cfg, name: str) -> Vocabulary:
 
 
 def carries_vocabulary(file: str | os.PathLike) -> bool:
-    """Whether a weight file holds, in its description, the words that its caption head says."""
+    """Whether a weight file's description holds the words of its caption head."""
     try:
-        return bool(run_folder.describe(file).get("settings", {}).get("vocabulary"))
+        return bool(_stored_words(file))
     except CheckpointError:  # named, with its key, by the check of weight files
         return False
+
+
+def _stored_words(file: str | os.PathLike) -> list[str] | None:
+    return run_folder.describe(file).get("settings", {}).get("vocabulary")
 
 
 def _head_files(cfg) -> Iterator[Path]:

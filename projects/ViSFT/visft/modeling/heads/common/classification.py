@@ -1,7 +1,6 @@
 """What class scores of queries mean: a softmax over the classes and no-object, or a sigmoid for each class."""
 
 import math
-from typing import Protocol
 
 import torch
 from fvcore.nn import sigmoid_focal_loss
@@ -15,30 +14,14 @@ CLASS_LOSSES = ("softmax", "sigmoid")
 """Values of CLASS_LOSS."""
 
 
-class Classification(Protocol):
-    """Logits are [L, N, Q, classes + 1], of L predictions (the last layer's and the auxiliary ones), no-object last."""
-
-    pairs: bool
-    """Whether inference takes the best pairs of a query and a class, not each query's best class."""
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each class, in the shape of the logits."""
-
-    def costs(self, logits: Tensor) -> Tensor:
-        """Cost of matching a query with a target of each class, in the shape of the logits."""
-
-    def losses(self, logits: Tensor, labels: Tensor, matching: Matching) -> Tensor:
-        """[L] losses summed over queries and images. labels: [N, T] of the targets."""
-
-    def divisor(self, num_targets: Tensor, class_weights: Tensor) -> Tensor:
-        """What the losses are divided by: the number of targets, or the sum of the class weights of all queries."""
-
-    def initialize(self, layer: nn.Linear) -> None:
-        """Set what the class layer of a fresh head starts from."""
-
-
 class SoftmaxClassification:
-    """DETR's: weighted cross-entropy, unmatched queries being of the class no-object."""
+    """DETR's: weighted cross-entropy, unmatched queries being of the class no-object.
+
+    Logits are [L, N, Q, classes + 1], of L predictions (the last layer's and the auxiliary ones), no-object last.
+
+    Attributes:
+        pairs: whether inference takes the best pairs of a query and a class, not each query's best class.
+    """
 
     pairs = False
 
@@ -46,12 +29,15 @@ class SoftmaxClassification:
         self.no_object_weight = no_object_weight
 
     def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each class, in the shape of the logits."""
         return logits.float().softmax(-1)
 
     def costs(self, logits: Tensor) -> Tensor:
+        """Cost of matching a query with a target of each class, in the shape of the logits."""
         return -self.probabilities(logits)
 
     def losses(self, logits: Tensor, labels: Tensor, matching: Matching) -> Tensor:
+        """[L] losses summed over queries and images. labels: [N, T] of the targets."""
         target = _target_classes(logits, labels, matching)
         ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), reduction="none")
         ce = ce.view_as(target)
@@ -59,14 +45,18 @@ class SoftmaxClassification:
         return torch.where(target == no_object, self.no_object_weight * ce, ce).sum((1, 2))
 
     def divisor(self, num_targets: Tensor, class_weights: Tensor) -> Tensor:
+        """What the losses are divided by: the number of targets, or the sum of the class weights of all queries."""
         return class_weights
 
     def initialize(self, layer: nn.Linear) -> None:
-        pass
+        """Set what the class layer of a fresh head starts from."""
 
 
 class SigmoidClassification:
-    """Deformable DETR's (arXiv 2010.04159): focal loss of each class on its own; the no-object output is not used."""
+    """Deformable DETR's (arXiv 2010.04159): focal loss of each class on its own; the no-object output is not used.
+
+    Methods are those of `SoftmaxClassification`.
+    """
 
     pairs = True
     alpha, gamma = 0.25, 2.0
@@ -94,7 +84,7 @@ class SigmoidClassification:
         nn.init.constant_(layer.bias, -math.log(99))
 
 
-def build_classification(kind: str, no_object_weight: float) -> Classification:
+def build_classification(kind: str, no_object_weight: float) -> SoftmaxClassification | SigmoidClassification:
     """By the value of CLASS_LOSS.
 
     Raises:

@@ -1,27 +1,17 @@
 """Parts that both transformers are made of."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft.errors import ConfigError
 
 
-class Attention(nn.Module):
-    """Multi-head attention, batch first, with the parameters of `nn.MultiheadAttention`.
-
-    Unlike that module it takes one mask for all heads without copying it for each.
-    """
+class Attention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention`, batch first, which takes one mask for all heads without copying it for each."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
-        super().__init__()
         check_divisible("attention width", dim, num_heads, "the number of heads")
-        self.dim, self.num_heads, self.dropout = dim, num_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        super().__init__(dim, num_heads, dropout, batch_first=True)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         """[N, Lq, D], [N, Lk, D], [N, Lk, D] -> [N, Lq, D].
@@ -29,7 +19,7 @@ class Attention(nn.Module):
         Args:
             allowed: bool, broadcastable to [N, 1, Lq, Lk], True where a query may look at a key.
         """
-        dim = self.dim
+        dim = self.embed_dim
         if query is key:
             q, k = F.linear(query, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]).chunk(2, -1)
         else:

@@ -5,18 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Boxes [..., 4]: centre and size -> corners."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
-
-
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Boxes [..., 4]: corners -> centre and size."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
-
-
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of corner boxes [..., 4], with broadcasting -> [...]."""
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)

@@ -9,10 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
-from visft.modeling.heads.base import VisftHead, loss_names, num_targets
+from visft.modeling.heads.base import VisftHead, nonzero_count, num_targets
 from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
 from visft.modeling.heads.common.federated import Federated, build_federated
 from visft.modeling.heads.common.label_space import LabelSpace, label_space
+from visft.modeling.heads.common.matcher import Matching
 
 Output = TypeVar("Output")
 
@@ -91,9 +92,9 @@ class QueryHead(VisftHead):
     @staticmethod
     def with_classes(output: Output, chosen: Tensor | None) -> Output:
         """An output in whose `logits` only the chosen classes count."""
-        return (
-            output if chosen is None else replace(output, logits=Federated.leave_out(output.logits, chosen))
-        )
+        if chosen is None:
+            return output
+        return replace(output, logits=Federated.leave_out(output.logits, chosen))
 
     def target_labels(self, images: list[dict], device: torch.device) -> list[Tensor]:
         """Of each image the class outputs `[T]` of its objects."""
@@ -102,6 +103,19 @@ class QueryHead(VisftHead):
             self.labels.encode(image["instances"].gt_classes).to(device) if num_targets(image) else none
             for image in images
         ]
+
+    def class_loss(
+        self, logits: Tensor, labels: Tensor, matching: Matching, normalizers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`loss_ce` [layers], weighted, and the number of objects that the other losses are divided by.
+
+        Args:
+            logits: [layers, N, Q, classes + 1]. labels: [N, T], padded.
+        """
+        num_objects, class_weights = nonzero_count(normalizers[:2].to(logits.device)).unbind()
+        ce = self.classification.losses(logits, labels, matching)
+        divisor = self.classification.divisor(num_objects, class_weights)
+        return self.class_weight * ce / divisor, num_objects
 
     def class_probabilities(self, logits: Tensor) -> Tensor:
         """`[..., Q, K]` of the data set's classes."""
@@ -127,8 +141,8 @@ class QueryHead(VisftHead):
 
 def by_layer(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Losses `[layers]` as scalars: the last layer's under its name, auxiliary ones as `name_0`, `name_1`, ..."""
-    return {
-        name: value
-        for key, values in losses.items()
-        for name, value in zip(loss_names(key, len(values)), values.unbind(), strict=True)
-    }
+    scalars = {}
+    for name, values in losses.items():
+        *auxiliary, last = values.unbind()
+        scalars |= {f"{name}_{i}": value for i, value in enumerate(auxiliary)} | {name: last}
+    return scalars

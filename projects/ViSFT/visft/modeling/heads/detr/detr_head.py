@@ -9,13 +9,14 @@ from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
+from visft.modeling.heads.base import HeadInputs, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.common.layers import MLP, check_divisible
-from visft.modeling.heads.common.losses import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from visft.modeling.heads.common.losses import generalized_iou
 from visft.modeling.heads.common.matcher import Matching, match
 from visft.modeling.heads.common.position_encoding import sine_position_encoding
 from visft.modeling.heads.common.query_head import QueryHead, by_layer
@@ -130,33 +131,25 @@ class DETRHead(QueryHead):
         return self.criterion(output, targets, self.match(output, targets), normalizers)
 
     def inference(self, inputs: HeadInputs) -> list[Instances]:
-        output = self._last(inputs)
-        scores, queries, classes = self.best(output.logits[0])
-        results = []
-        for index, size in enumerate(inputs.original_sizes):
-            result = _boxed(output.boxes[0, index, queries[index]], size)
-            result.scores = scores[index]
-            result.pred_classes = classes[index]
+        output, results = self._last(inputs), []
+        best = zip(*self.best(output.logits[0]), strict=True)
+        for boxes, (scores, queries, classes), size in zip(
+            output.boxes[0], best, inputs.original_sizes, strict=True
+        ):
+            found = _boxed(boxes[queries], size, scores=scores, pred_classes=classes)
             if self.nms_thresh < 1:
-                result = result[
-                    batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, self.nms_thresh)
-                ]
-            results.append(result)
+                found = found[batched_nms(found.pred_boxes.tensor, scores, classes, self.nms_thresh)]
+            results.append(found)
         return results
 
     def proposals(self, inputs: HeadInputs) -> list[Instances]:
-        """What each query has found, whatever its class: `pred_boxes` and `objectness`, in the queries' order.
+        """Each query's box, whatever its class: `pred_boxes` and `objectness`, in the queries' order.
 
         Coordinates are those of `inference`.
         """
         output = self._last(inputs)
-        scores = self.objectness(output.logits[0])
-        results = []
-        for index, size in enumerate(inputs.original_sizes):
-            result = _boxed(output.boxes[0, index], size)
-            result.objectness = scores[index]
-            results.append(result)
-        return results
+        found = zip(output.boxes[0], inputs.original_sizes, self.objectness(output.logits[0]), strict=True)
+        return [_boxed(boxes, size, objectness=objectness) for boxes, size, objectness in found]
 
     def _last(self, inputs: HeadInputs) -> DETROutput:
         """The last layer's predictions."""
@@ -179,7 +172,7 @@ class DETRHead(QueryHead):
         cost = self.class_weight * costs.gather(-1, index)
         cost += self.l1_weight * torch.cdist(boxes, targets.boxes[None], p=1)
         cost -= self.giou_weight * generalized_iou(
-            cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None]
+            _corners(boxes)[..., None, :], _corners(targets.boxes)[None, :, None]
         )
         return match([cost[:, i, :, :count] for i, count in enumerate(targets.counts)])
 
@@ -188,16 +181,12 @@ class DETRHead(QueryHead):
         self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
     ) -> dict[str, Tensor]:
         """Weighted losses of all layers: `loss_ce`, `loss_bbox`, `loss_giou`, auxiliary ones as `loss_ce_0`..."""
-        num_boxes, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
-        matched_boxes, target_boxes = (
-            output.boxes[matching.predictions].float(),
-            targets.boxes[matching.targets],
-        )
-        l1 = (matched_boxes - target_boxes).abs().sum((1, 2))
-        giou = generalized_iou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(target_boxes))
-        ce = self.classification.losses(output.logits, targets.labels, matching)
+        found, expected = output.boxes[matching.predictions].float(), targets.boxes[matching.targets]
+        l1 = (found - expected).abs().sum((1, 2))
+        giou = generalized_iou(_corners(found), _corners(expected))
+        loss_ce, num_boxes = self.class_loss(output.logits, targets.labels, matching, normalizers)
         losses = {
-            "loss_ce": self.class_weight * ce / self.classification.divisor(num_boxes, class_weights),
+            "loss_ce": loss_ce,
             "loss_bbox": self.l1_weight * l1 / num_boxes,
             "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
         }
@@ -205,16 +194,14 @@ class DETRHead(QueryHead):
 
     def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
         features = self.input_proj(features.to(self.input_proj.weight.dtype))
-        if padding_mask is None:
-            valid = features.new_ones((1, *features.shape[-2:]), dtype=torch.bool)
-        else:
-            valid = ~padding_mask
-        pos = sine_position_encoding(valid, features.shape[1]).to(features.dtype)
+        valid = None if padding_mask is None else ~padding_mask
+        everywhere = features.new_ones((1, *features.shape[-2:]), dtype=torch.bool)
+        pos = sine_position_encoding(everywhere if valid is None else valid, features.shape[1])
         return self.transformer(
             features.flatten(2).transpose(1, 2),
-            pos.flatten(2).transpose(1, 2),
+            pos.to(features.dtype).flatten(2).transpose(1, 2),
             self.query_embeds.weight,
-            None if padding_mask is None else valid.flatten(1),
+            None if valid is None else valid.flatten(1),
         )
 
     def _predict(self, hidden: Tensor) -> DETROutput:
@@ -225,11 +212,11 @@ class DETRHead(QueryHead):
     ) -> DETRTargets:
         labels, boxes = self.target_labels(images, device), []
         for image, (height, width) in zip(images, image_sizes, strict=True):
-            if not num_targets(image):
-                boxes.append(torch.zeros(0, 4, device=device))
-                continue
-            corners = image["instances"].gt_boxes.tensor.to(device).float()
-            boxes.append(xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height])))
+            corners = torch.zeros(0, 4, device=device)
+            if num_targets(image):
+                corners = image["instances"].gt_boxes.tensor.to(device).float()
+            relative = corners / corners.new_tensor([width, height, width, height])
+            boxes.append(box_convert(relative, "xyxy", "cxcywh"))
         return DETRTargets(
             labels=pad_sequence(labels, batch_first=True),
             boxes=pad_sequence(boxes, batch_first=True),
@@ -237,14 +224,17 @@ class DETRHead(QueryHead):
         )
 
 
-def _boxed(boxes: Tensor, size: tuple[int, int]) -> Instances:
+def _corners(boxes: Tensor) -> Tensor:
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def _boxed(boxes: Tensor, size: tuple[int, int], **fields: Tensor) -> Instances:
     """Instances with relative boxes [K, 4] (cxcywh) in pixels of an image of (height, width), clipped to it."""
     height, width = size
-    boxes = cxcywh_to_xyxy(boxes.float())
-    result = Instances(size)
-    result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
-    result.pred_boxes.clip(size)
-    return result
+    corners = _corners(boxes.float())
+    found = Boxes(corners * corners.new_tensor([width, height, width, height]))
+    found.clip(size)
+    return Instances(size, pred_boxes=found, **fields)
 
 
 def _padding_mask(inputs: HeadInputs) -> Tensor | None:

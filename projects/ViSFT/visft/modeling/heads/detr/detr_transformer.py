@@ -1,5 +1,7 @@
 """DETR's transformer as ViSFT has it: a narrow encoder with a task token, a residual, and a wider decoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,11 +61,9 @@ class DecoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of encoder layers."""
 
-    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float):
+    def __init__(self, num_layers: int, *layer: Any):
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:
         """[N, L, D] -> [N, L, D]."""
@@ -75,11 +75,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A stack of decoder layers; one LayerNorm is on every layer's output, but not carried on."""
 
-    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float):
+    def __init__(self, num_layers: int, dim: int, *layer: Any):
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(dim, *layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, query_pos: Tensor, memory: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:

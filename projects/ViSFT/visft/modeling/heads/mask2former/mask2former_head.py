@@ -1,19 +1,18 @@
 """Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
 
-import zlib
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from visft.errors import ConfigError
-from visft.modeling.heads.base import HeadInputs, nonzero_count, num_targets
+from visft.modeling.heads.base import HeadInputs, bit_masks, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.common.losses import (
@@ -135,26 +134,33 @@ class Mask2FormerHead(QueryHead):
         return self.criterion(output, labels, samples, points, matching, normalizers)
 
     def inference(self, inputs: HeadInputs) -> list[Instances]:
-        output = self(inputs.features)
-        scores, queries, classes = self.best(output.logits[-1])
-        found = zip(output.masks[-1], scores, queries, classes, _sizes(inputs), strict=True)
-        return [_detections(*of_image, *sizes) for *of_image, sizes in found]
+        output, results = self(inputs.features), []
+        best = zip(*self.best(output.logits[-1]), strict=True)
+        for (scores, queries, classes), masks, size, original in zip(
+            best, output.masks[-1], inputs.image_sizes, inputs.original_sizes, strict=True
+        ):
+            found, kept, quality = _found_masks(masks, queries, size, inputs.padded_size, original)
+            found.scores, found.pred_classes = scores[kept] * quality, classes[kept]
+            results.append(found)
+        return results
 
     def proposals(self, inputs: HeadInputs) -> list[Instances]:
-        """What each query has found, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries'
-        order without those whose mask is empty. As a score, objectness has the mask's quality as a factor.
+        """Each query's mask, whatever its class: `pred_masks`, `pred_boxes` and `objectness`, in the queries' order
+        without those whose mask is empty. Like a score, objectness has the mask's quality as a factor.
 
         Coordinates are those of `inference`.
         """
-        output = self(inputs.features)
-        scores = self.objectness(output.logits[-1])
+        output, results = self(inputs.features), []
         queries = torch.arange(self.num_queries, device=inputs.features.device)
-        classes, results = torch.zeros_like(queries), []
-        for masks, objectness, sizes in zip(output.masks[-1], scores, _sizes(inputs), strict=True):
-            found = _detections(masks, objectness, queries, classes, *sizes)
-            found.objectness = found.scores
-            found.remove("scores")
-            found.remove("pred_classes")
+        for objectness, masks, size, original in zip(
+            self.objectness(output.logits[-1]),
+            output.masks[-1],
+            inputs.image_sizes,
+            inputs.original_sizes,
+            strict=True,
+        ):
+            found, kept, quality = _found_masks(masks, queries, size, inputs.padded_size, original)
+            found.objectness = objectness[kept] * quality
             results.append(found)
         return results
 
@@ -194,7 +200,6 @@ class Mask2FormerHead(QueryHead):
 
         Arguments as for `match`; the points after the first `num_points` are the candidates, then the random ones.
         """
-        num_masks, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
         matched = output.masks[matching.predictions].float()  # [L, M, h, w]
         mask, dice, start = [], [], 0
         for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
@@ -208,9 +213,9 @@ class Mask2FormerHead(QueryHead):
             mask, dice = (torch.cat(values, dim=1).sum(1) for values in (mask, dice))
         else:
             mask = dice = matched.sum((1, 2, 3))
-        ce = self.classification.losses(output.logits, labels, matching)
+        loss_ce, num_masks = self.class_loss(output.logits, labels, matching, normalizers)
         losses = {
-            "loss_ce": self.class_weight * ce / self.classification.divisor(num_masks, class_weights),
+            "loss_ce": loss_ce,
             "loss_mask": self.mask_weight * mask / num_masks,
             "loss_dice": self.dice_weight * dice / num_masks,
         }
@@ -264,11 +269,9 @@ class Mask2FormerHead(QueryHead):
         All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
         """
         count = self.num_points + self.num_candidates + self.num_points - self.num_important
-        base = shared_random.number()
-        points = []
+        draw, points = shared_random.number(), []
         for index, image in enumerate(images):
-            key = str(image.get("image_id", image.get("file_name", index)))
-            generator = torch.Generator(device).manual_seed(base ^ zlib.crc32(key.encode()))
+            generator = shared_random.image_generator(draw, image, index, device=device)
             points.append(torch.rand(count, 2, generator=generator, device=device))
         return points
 
@@ -280,34 +283,29 @@ def _sample_targets(image: dict, points: Tensor, padded_size: tuple[int, int]) -
     masks, size = image["instances"].gt_masks, image["instances"].image_size
     sampled = points.new_empty(len(masks), len(points))
     for into in sampled.split(_CHUNK):
-        part, masks = masks[: len(into)], masks[len(into) :]
-        if isinstance(part, PolygonMasks):
-            part = BitMasks.from_polygon_masks(part, *size)
-        part = part.tensor if isinstance(part, BitMasks) else torch.as_tensor(part)
+        part, masks = bit_masks(masks[: len(into)], size), masks[len(into) :]
         (height, width), (padded_height, padded_width) = part.shape[-2:], padded_size
         scale = points.new_tensor([padded_width / width, padded_height / height])
         into.copy_(sample_masks(part.to(points.device), points * scale))
     return sampled
 
 
-def _sizes(inputs: HeadInputs) -> list[tuple[tuple[int, int], ...]]:
-    """(height, width) of each image before padding, after it, and before it was resized."""
-    pairs = zip(inputs.image_sizes, inputs.original_sizes, strict=True)
-    return [(size, inputs.padded_size, original) for size, original in pairs]
-
-
-def _detections(
+def _found_masks(
     masks: Tensor,
-    scores: Tensor,
     queries: Tensor,
-    classes: Tensor,
     image_size: tuple[int, int],
     padded_size: tuple[int, int],
     size: tuple[int, int],
-) -> Instances:
-    """Masks [Q, h, w] and chosen (query, class) pairs [K] -> detections at the image's original `size`.
+) -> tuple[Instances, Tensor, Tensor]:
+    """Masks of chosen queries at the image's original size, without the empty ones.
 
-    A mask's score is its class's times the mean probability of its foreground. Pairs with an empty mask are left out.
+    Args:
+        masks: [Q, h, w] logits. queries: [K], with repetitions.
+        image_size, padded_size, size: (height, width) of the image before padding, after it, before it was resized.
+
+    Returns:
+        `pred_masks` and `pred_boxes` of K' <= K; which of the K these are, [K] bool; their quality [K'], the mean
+        probability of a mask's foreground.
     """
     used, which = queries.unique(return_inverse=True)
     binary, quality = [], []
@@ -317,29 +315,12 @@ def _detections(
         chunk = chunk[..., : image_size[0], : image_size[1]]
         if size != tuple(image_size):
             chunk = F.interpolate(chunk, size, mode="bilinear", align_corners=False)
-        chunk = chunk[0]
-        foreground = chunk > 0
+        foreground = chunk[0] > 0
         binary.append(foreground)
         area = foreground.sum((1, 2)).clamp(min=1)
-        quality.append((chunk.sigmoid() * foreground).sum((1, 2)) / area)
+        quality.append((chunk[0].sigmoid() * foreground).sum((1, 2)) / area)
     binary, quality = torch.cat(binary), torch.cat(quality)
-    keep = binary.flatten(1).any(1)[which]
-    which = which[keep]
-    result = Instances(size)
-    result.pred_masks = binary[which]
-    result.pred_boxes = Boxes(tight_boxes(binary)[which])
-    result.scores = scores[keep] * quality[which]
-    result.pred_classes = classes[keep]
-    return result
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """Corner boxes [T, 4] around bool masks [T, H, W], their last pixels included; zeros for an empty mask."""
-    rows, columns = masks.any(2), masks.any(1)
-    edges = []
-    for occupied in (columns, rows):
-        first = occupied.int().argmax(1)
-        last = occupied.shape[1] - occupied.flip(1).int().argmax(1)
-        edges.append((first, torch.where(occupied.any(1), last, 0)))
-    (x0, x1), (y0, y1) = edges
-    return torch.stack((x0, y0, x1, y1), dim=1).float()
+    kept = binary.flatten(1).any(1)[which]
+    boxes = BitMasks(binary).get_bounding_boxes().to(masks.device)
+    found = Instances(size, pred_masks=binary, pred_boxes=boxes)
+    return found[which[kept]], kept, quality[which[kept]]

@@ -73,15 +73,13 @@ class MaskDecoder(nn.Module):
         feedforward_dim: int,
     ):
         super().__init__()
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            CrossAttentionLayer(dim, num_heads) for _ in range(num_layers)
-        )
-        self.transformer_self_attention_layers = nn.ModuleList(
-            SelfAttentionLayer(dim, num_heads) for _ in range(num_layers)
-        )
-        self.transformer_ffn_layers = nn.ModuleList(
-            FeedForwardLayer(dim, feedforward_dim) for _ in range(num_layers)
-        )
+
+        def layers(kind: type[nn.Module], *args: int) -> nn.ModuleList:
+            return nn.ModuleList(kind(*args) for _ in range(num_layers))
+
+        self.transformer_cross_attention_layers = layers(CrossAttentionLayer, dim, num_heads)
+        self.transformer_self_attention_layers = layers(SelfAttentionLayer, dim, num_heads)
+        self.transformer_ffn_layers = layers(FeedForwardLayer, dim, feedforward_dim)
         xavier_init(self)
         self.decoder_norm = nn.LayerNorm(dim)
         self.query_feat = nn.Embedding(num_queries, dim)

@@ -60,9 +60,8 @@ class DeformableAttention(nn.Module):
         grid = (2 * location - 1).transpose(1, 2).reshape(n * heads, length, points, 2)
         weights = self.attention_weights(query).view(n, length, heads, points).softmax(-1)
         weights = weights.transpose(1, 2).reshape(n * heads, 1, length, points)
-        sampled = F.grid_sample(
-            maps.float(), grid, align_corners=False
-        )  # [n * heads, D / heads, length, points]
+        # [n * heads, D / heads, length, points]
+        sampled = F.grid_sample(maps.float(), grid, align_corners=False)
         attended = (sampled * weights).sum(-1).view(n, -1, length).transpose(1, 2)
         return self.output_proj(attended.to(query.dtype))
 
@@ -88,17 +87,13 @@ class DeformableEncoderLayer(nn.Module):
 class DeformableEncoder(nn.Module):
     """A stack of deformable encoder layers."""
 
-    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int):
+    def __init__(self, num_layers: int, *layer: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(dim, num_heads, feedforward_dim) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DeformableEncoderLayer(*layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, pos: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, h * w, D] -> [N, h * w, D]."""
-        h, w = size
-        y = (torch.arange(h, device=x.device, dtype=torch.float32) + 0.5) / h
-        x_ = (torch.arange(w, device=x.device, dtype=torch.float32) + 0.5) / w
+        y, x_ = ((torch.arange(n, device=x.device, dtype=torch.float32) + 0.5) / n for n in size)
         reference = torch.cartesian_prod(y, x_).flip(-1)
         for layer in self.layers:
             x = layer(x, pos, reference, size)
@@ -125,16 +120,15 @@ class PixelDecoder(nn.Module):
     def __init__(self, *, in_channels: int, dim: int, num_layers: int, num_heads: int, feedforward_dim: int):
         super().__init__()
         check_divisible("DIM", dim, _GROUPS, "the groups of its GroupNorm")
-        self.input_proj = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(in_channels, dim, 1), nn.GroupNorm(_GROUPS, dim))]
-        )
+        projection = nn.Sequential(nn.Conv2d(in_channels, dim, 1), nn.GroupNorm(_GROUPS, dim))
+        self.input_proj = nn.ModuleList([projection])
         self.transformer = PixelTransformer(num_layers, dim, num_heads, feedforward_dim)
         self.adapter_1 = Conv2d(in_channels, dim, 1, bias=False, norm=nn.GroupNorm(_GROUPS, dim))
         self.layer_1 = Conv2d(
             dim, dim, 3, padding=1, bias=False, norm=nn.GroupNorm(_GROUPS, dim), activation=F.relu
         )
         self.mask_features = Conv2d(dim, dim, 1)
-        for conv in (self.input_proj[0][0], self.adapter_1, self.layer_1, self.mask_features):
+        for conv in (projection[0], self.adapter_1, self.layer_1, self.mask_features):
             nn.init.xavier_uniform_(conv.weight)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
