@@ -19,8 +19,8 @@ class Oracle:
         self.shuffled = shuffled
         self.asked = 0
 
-    def dense(self, pictures, start=0, stop=None):
-        part = pictures.key.split("/")[1]
+    def dense(self, images, start=0, stop=None):
+        part = images.key.split("/")[1]
         scenes = unseen.scenes(part)
         order = np.roll(np.arange(len(scenes)), 7) if self.shuffled else np.arange(len(scenes))
         self.asked += 1

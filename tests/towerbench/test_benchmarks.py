@@ -88,17 +88,17 @@ def run(output, compare=(), benchmarks=(my_benchmark.Quarters,), seeds=2):
 
 
 def test_embeddings_are_open_clips_and_maps_clip_vits(tower):
-    pictures = Images("noise", 5, noise(), dense=True)
-    store = FeatureStore(tower, [pictures])
-    images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
+    images = Images("noise", 5, noise(), dense=True)
+    store = FeatureStore(tower, [images])
+    pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    images = (images - mean) / std
+    pixels = (pixels - mean) / std
     with torch.no_grad():
-        expected = tower.clip.encode_image(images, normalize=True)
-        maps = CLIPViT.from_open_clip(TINY, "demo")(images)["last_feat"]
-    torch.testing.assert_close(store.embeddings(pictures), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(store.dense(pictures), maps, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(store.dense(pictures, 2, 4), maps[2:4], rtol=2e-3, atol=2e-3)
+        expected = tower.clip.encode_image(pixels, normalize=True)
+        maps = CLIPViT.from_open_clip(TINY, "demo")(pixels)["last_feat"]
+    torch.testing.assert_close(store.embeddings(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(store.dense(images), maps, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(store.dense(images, 2, 4), maps[2:4], rtol=2e-3, atol=2e-3)
     texts = ["a dog", "an apple"]
     tokens = get_tokenizer(TINY)(texts)
     with torch.no_grad():
@@ -280,10 +280,10 @@ class Second(my_benchmark.Quarters):
     name, family = "second", "dense"
     fails = False
 
-    def items(self, tower, pictures, seed):
+    def items(self, tower, images, seed):
         if self.fails:
             raise KeyboardInterrupt
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
 
 def test_interrupted_run_resumes_and_two_runs_give_the_same(broken_file, tmp_path, monkeypatch):
@@ -331,12 +331,12 @@ class Costly(my_benchmark.Quarters):
 
     name, family, readout_seconds = "costly", "dense", 40.0
 
-    def pictures(self, seed):
-        return {**super().pictures(seed), "large": Images("large", 10, noise(10), scale=2.0)}
+    def images(self, seed):
+        return {**super().images(seed), "large": Images("large", 10, noise(10), scale=2.0)}
 
 
 def test_the_time_that_is_left_is_told_by_what_benchmarks_cost(monkeypatch):
-    monkeypatch.setattr(suite, "PICTURE_SECONDS", 0.1)
+    monkeypatch.setattr(suite, "IMAGE_SECONDS", 0.1)
     tasks = [suite.Task(cls(Context()), range(2)) for cls in (my_benchmark.Quarters, Costly)]
     # 120 images once for both; 10 that count for 4 each; two readouts each.
     assert suite._seconds(tasks) == pytest.approx(12 + 4 + 2 * 1 + 2 * 40)
@@ -456,7 +456,7 @@ def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monke
     class OnMaps(my_benchmark.Quarters):
         name, family = "on maps", "dense"
 
-        def pictures(self, seed):
+        def images(self, seed):
             return {"test": Images("on maps", 1, noise(1), dense=True)}
 
     monkeypatch.setattr(Tower, "has_map", False)
@@ -468,7 +468,7 @@ def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monke
 
 
 def test_stopped_from_the_keyboard(tmp_path, capsys, monkeypatch):
-    def items(benchmark, tower, pictures, seed):
+    def items(benchmark, tower, images, seed):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(my_benchmark.Quarters, "items", items)

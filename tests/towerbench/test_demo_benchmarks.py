@@ -26,7 +26,7 @@ def few(monkeypatch):
 
 def scores(cls, store, seed=0, **context) -> np.ndarray:
     benchmark = cls(Context(**context))
-    return benchmark.items(store, benchmark.pictures(seed), seed)
+    return benchmark.items(store, benchmark.images(seed), seed)
 
 
 def test_zero_shot_is_far_above_chance_and_splits_share_nothing(store, few):
@@ -58,9 +58,9 @@ def test_other_vendor(store, few, tmp_path):
         (tmp_path / f"{everything[i].key.upper()}.svg").write_text(svg)
     (tmp_path / "readme.svg").write_text("<svg/>")
     assert zero_shot.ZeroShotVendor.missing(Context()) == "needs --pictures"
-    assert zero_shot.ZeroShotVendor.missing(Context(pictures=tmp_path)) is None
-    assert scores(zero_shot.ZeroShotVendor, store, pictures=tmp_path).mean() < 0.2
-    assert scores(few_shot.FewShotVendor, store, pictures=tmp_path).shape == (5, 5)
+    assert zero_shot.ZeroShotVendor.missing(Context(images=tmp_path)) is None
+    assert scores(zero_shot.ZeroShotVendor, store, images=tmp_path).mean() < 0.2
+    assert scores(few_shot.FewShotVendor, store, images=tmp_path).shape == (5, 5)
 
 
 def test_more_shots_are_better(store, few):

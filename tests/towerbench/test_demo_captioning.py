@@ -31,7 +31,7 @@ def few(monkeypatch):
 
 
 def test_captions_of_exact_features_are_better_than_those_of_other_scenes():
-    cells = {part: regions.cells(Oracle(), unseen.pictures(part, dense=True)) for part in unseen.COUNTS}
+    cells = {part: regions.cells(Oracle(), unseen.images(part, dense=True)) for part in unseen.COUNTS}
     texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in unseen.COUNTS}
     sides = ((3 * cells[part], texts[part]) for part in ("train", "validation"))
     captioner = caption_readout.trained(*sides, replace(captioning.RECIPE, batch=16), seed=0)

@@ -19,7 +19,7 @@ def test_typefaces_are_there_and_those_of_the_test_are_not_trained_on():
 def test_images_show_the_words_and_are_the_same_every_time():
     files = ocr.font_files(ocr.TRAIN_FONTS) | ocr.font_files(ocr.TEST_FONTS)
     for face in files:  # every face has every letter: no two look alike
-        looks = [ocr.picture([(c * 3, face)], files, np.random.default_rng(0)).tobytes() for c in ocr.LETTERS]
+        looks = [ocr.drawn([(c * 3, face)], files, np.random.default_rng(0)).tobytes() for c in ocr.LETTERS]
         assert len(set(looks)) == 26, face
     first, again = (list(ocr._images("validation").make()) for _ in range(2))
     assert np.array_equal(first, again) and np.shape(first) == (75, 128, 128, 3)

@@ -61,7 +61,7 @@ def test_exact_features_answer_and_those_of_other_scenes_do_not(monkeypatch):
     monkeypatch.setattr(vqa, "BATCH", 20)
     monkeypatch.setattr(vqa, "RATE", 4e-3)
     benchmark = vqa.VqaScenes(Context())
-    train, validation, test = benchmark.asked(Oracle(), benchmark.pictures(0))
+    train, validation, test = benchmark.asked(Oracle(), benchmark.images(0))
     model = vqa.trained(train, validation, 0)
 
     def shares():
@@ -78,7 +78,7 @@ def test_exact_features_answer_and_those_of_other_scenes_do_not(monkeypatch):
 
 def test_a_question_is_answered_as_alone_however_many_its_scene_has():
     benchmark = vqa.VqaScenes(Context())
-    _, _, test = benchmark.asked(Oracle(), benchmark.pictures(0))
+    _, _, test = benchmark.asked(Oracle(), benchmark.images(0))
     torch.manual_seed(0)
     model = vqa.Answerer(test.cells.shape[2], test.words.shape[3]).eval()
     counts = test.there.sum(1)

@@ -110,7 +110,7 @@ def test_the_readout_says_what_is_shown_and_is_scored_by_cider(store, data):
     from pycocoevalcap.cider.cider import Cider
 
     benchmark = of("near", data)
-    images = benchmark.pictures(0)
+    images = benchmark.images(0)
     told = benchmark.told(store, images, 0)
     scores = benchmark.items(store, images, 0)
     assert len(told) == DOMAINS["near-domain"] and np.mean(scores) > 1
@@ -143,15 +143,15 @@ def test_the_readout_is_trained_once_and_does_not_depend_on_who_asks_first(store
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=2))
     monkeypatch.setattr(caption_readout, "trained", lambda *arguments: count.append(1) or trained(*arguments))
     forth = {name: of(name, data) for name in ("in", "near", "out")}
-    first = {name: each.items(store, each.pictures(0), 0) for name, each in forth.items()}
+    first = {name: each.items(store, each.images(0), 0) for name, each in forth.items()}
     assert len(count) == 1
     other = FeatureStore(store.tower)
     torch.manual_seed(99)
     for name in ("out", "in"):
         each = of(name, data)
-        assert (each.items(other, each.pictures(0), 0) == first[name]).all()
+        assert (each.items(other, each.images(0), 0) == first[name]).all()
     assert len(count) == 2
-    forth["in"].items(store, forth["in"].pictures(1), 1)  # another seed is another readout
+    forth["in"].items(store, forth["in"].images(1), 1)  # another seed is another readout
     assert len(count) == 3
     other.close()
 
@@ -159,7 +159,7 @@ def test_the_readout_is_trained_once_and_does_not_depend_on_who_asks_first(store
 def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(data, monkeypatch):
     benchmark = of("in", data)
     assert len(benchmark.readout["train"].files) == 64 and len(benchmark.readout["held"].files) == 8
-    monkeypatch.setattr(captioning, "PICTURES", 20)
+    monkeypatch.setattr(captioning, "IMAGES", 20)
     captioning._readout_sets.cache_clear()
     small = of("in", data).readout
     captioning._readout_sets.cache_clear()
@@ -167,13 +167,13 @@ def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(data, monkeypa
     assert len(train) == 17 and len(held) == 3 and not train & held
     places = sorted(int(file.stem) - 9 for file in train | held)
     assert places[0] < 10 and places[-1] > 60  # spread over the file, not its beginning
-    sets = of("out", data).pictures(0)
+    sets = of("out", data).images(0)
     assert {images.fit for images in sets.values()} == {"squash"}
 
 
 def test_features_are_standardised_by_those_that_are_trained_on(store, data, monkeypatch):
     benchmark = of("in", data)
-    images = benchmark.pictures(0)
+    images = benchmark.images(0)
     told = {part: each.captions for part, each in benchmark.readout.items()}
     readout = captioning.Readout(store, images, told, 0)
     maps = store.dense(images["train"])
@@ -205,7 +205,7 @@ def test_broken_data_are_refused(data, tmp_path):
     with pytest.raises(DataError, match="no image of `nocaps out-domain` has a caption"):
         _ = of("out", tmp_path).set
     with pytest.raises(DataError, match="0.jpg: there is no such file"):
-        of("near", tmp_path).set.pictures()
+        of("near", tmp_path).set.images()
     del image["domain"]
     write(file, [image], {0: ["a dog"]})
     with pytest.raises(DataError, match="no usable `domain`.*right file"):

@@ -20,7 +20,7 @@ from towerbench.real import classification, few_shot, robustness, sources, zero_
 COLOURS = {"n01440764": (200, 30, 30), "n01443537": (30, 200, 30), "n01484850": (30, 30, 200)}
 
 
-def picture(colour, seed=0, size=(40, 60), suffix="jpeg") -> bytes:
+def encoded(colour, seed=0, size=(40, 60), suffix="jpeg") -> bytes:
     rng = np.random.default_rng(seed)
     pixels = np.clip(np.array(colour) + rng.integers(-25, 25, (*size, 3)), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
@@ -32,7 +32,7 @@ def folders(root: Path, names, count=3, suffix="JPEG", seed=0) -> None:
     for name, colour in zip(names, COLOURS.values(), strict=False):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            (root / name / f"picture_{i}.{suffix}").write_bytes(picture(colour, seed + i))
+            (root / name / f"image_{i}.{suffix}").write_bytes(encoded(colour, seed + i))
 
 
 def webdataset(root: Path, splits=("train", "test"), count=10) -> None:
@@ -49,7 +49,7 @@ def webdataset(root: Path, splits=("train", "test"), count=10) -> None:
                     label = i % 3
                     for suffix, data in (
                         ("cls", str(label).encode()),
-                        ("webp", picture(list(COLOURS.values())[label], i, suffix="webp")),
+                        ("webp", encoded(list(COLOURS.values())[label], i, suffix="webp")),
                     ):
                         member = tarfile.TarInfo(f"s{i:07d}.{suffix}")
                         member.size = len(data)
@@ -90,7 +90,7 @@ def data(tmp_path_factory) -> Path:
 
 def run(name, store, data, seed=0):
     benchmark = registered()[name](Context(data=data))
-    return benchmark, benchmark.items(store, benchmark.pictures(seed), seed)
+    return benchmark, benchmark.items(store, benchmark.images(seed), seed)
 
 
 def test_what_is_missing_says_what_to_put_where(data):
@@ -141,7 +141,7 @@ def test_webdataset_reads_what_the_tars_hold(data):
 
 def test_zero_shot_is_the_nearest_name(store, data):
     benchmark, hits = run("zero-shot imagenet", store, data)
-    embeddings = store.embeddings(benchmark.pictures(0)["test"])
+    embeddings = store.embeddings(benchmark.images(0)["test"])
     expected = []
     for embedding, label in zip(embeddings, benchmark.set.labels, strict=True):
         similar = []
@@ -166,7 +166,7 @@ def test_few_shot_on_classes_that_stand_for_several(store, data, monkeypatch):
     benchmark = registered()["kNN objectnet"](Context(data=data))
     asked = []
 
-    def scores(tower, pictures, train, held, classes):
+    def scores(tower, images, train, held, classes):
         asked.append(classes)
         found = np.zeros((6, classes), np.float32)
         found[:3, 3] = found[3:, 2] = 1
@@ -174,7 +174,7 @@ def test_few_shot_on_classes_that_stand_for_several(store, data, monkeypatch):
         return torch.from_numpy(found)
 
     monkeypatch.setattr(benchmark, "scores", scores)
-    assert benchmark.items(store, benchmark.pictures(0), 0).all() and asked == [1000]
+    assert benchmark.items(store, benchmark.images(0), 0).all() and asked == [1000]
 
 
 def test_draws_depend_on_seed_alone(data):
@@ -195,7 +195,7 @@ def test_a_probe_is_trained_once_for_imagenet_and_its_relatives(store, data, mon
     monkeypatch.setattr(few_shot, "chosen_on_validation", counting)
     for name in ("imagenet", "imagenet-v2", "imagenet-sketch"):
         benchmark, hits = run(f"linear probe {name}", fresh, data)
-        images = benchmark.pictures(0)
+        images = benchmark.images(0)
         rows = [
             (store.embeddings(images[part]), torch.tensor(drawn.labels))
             for part, drawn in zip(("train", "held"), benchmark.drawn(0), strict=True)
@@ -235,7 +235,7 @@ def test_benchmarks_on_the_same_images_draw_the_same_items(data):
             continue
         same = [registered()[f"{what} {name}"] for what in ("zero-shot", "linear probe", "kNN")]
         assert {cls.item_set for cls in same} == {name}
-        assert len({cls(context).pictures(0)["test"].identity for cls in same}) == 1
+        assert len({cls(context).images(0)["test"].identity for cls in same}) == 1
         # Some of the images alone.
         assert registered()[f"robustness {name}"].item_set == ""
 
@@ -262,7 +262,7 @@ def test_robustness(store, data, monkeypatch):
     monkeypatch.setattr(robustness, "COUNT", 4)
     benchmark, hits = run("robustness objectnet", store, data)
     assert hits.shape == (4, 20) and len(benchmark.set.labels) == 4
-    made = list(benchmark.pictures(0)["test"].make())
+    made = list(benchmark.images(0)["test"].make())
     assert len(made) == 80 and made[0].shape == (224, 224, 3)
 
 
@@ -274,7 +274,7 @@ def test_broken_data_are_refused(data, tmp_path):
     with pytest.raises(DataError, match="dogs.*no class of ImageNet"):
         classification.imagenet_like(tmp_path / "val", 1000)
     with pytest.raises(DataError, match="is no readable image"):
-        sources.decoded(b"no picture", "a.jpg")
+        sources.decoded(b"no image", "a.jpg")
     webdataset(tmp_path / "w", ("test",))
     (tmp_path / "w" / "test" / "nshards.txt").write_text("3")
     with pytest.raises(DataError, match="says 3, and there are 2"):

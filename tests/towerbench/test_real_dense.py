@@ -32,11 +32,11 @@ def blocks(seed: int, values, size=(64, 96)) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.array(COLOURS)[which] + noise, 0, 255).astype(np.uint8), np.array(values)[which]
 
 
-def write(root: Path, pictures: str, labels: str, name: str, seed: int, values, palette=False) -> None:
-    picture, values = blocks(seed, values, (64 + seed % 10, 96))
-    for folder in (pictures, labels):
+def write(root: Path, images: str, labels: str, name: str, seed: int, values, palette=False) -> None:
+    pixels, values = blocks(seed, values, (64 + seed % 10, 96))
+    for folder in (images, labels):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(root / pictures / f"{name}.jpg", quality=95)
+    Image.fromarray(pixels).save(root / images / f"{name}.jpg", quality=95)
     image = Image.fromarray(values.astype(np.uint8))
     if palette:  # as VOC's: indices of colours
         image.putpalette([(i * 37) % 256 for i in range(768)])
@@ -74,7 +74,7 @@ def data(tmp_path_factory) -> Path:
 
 def run(name, store, data):
     benchmark = registered()[name](Context(data=data))
-    return benchmark, benchmark.items(store, benchmark.pictures(0), 0)
+    return benchmark, benchmark.items(store, benchmark.images(0), 0)
 
 
 def files(data: Path, name: str) -> list[Path]:
@@ -112,7 +112,7 @@ def test_patches_against_names_is_scikit_learns_jaccard(store, data, name):
         ]
     )
     told, true = [], []
-    images = benchmark.pictures(0)["test"]
+    images = benchmark.images(0)["test"]
     for cells, file in zip(store.dense(images), files(data, name), strict=True):
         values = np.asarray(Image.open(file))
         scores = store.project(cells.permute(1, 2, 0)) @ texts.T
@@ -172,8 +172,8 @@ def test_ious_are_those_of_detectron2(data, tmp_path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_probe_learns_what_colours_mean(store, data, name):
     benchmark, found = run(f"dense probe {name}", store, data)
-    assert len(benchmark.parts["train"].pictures) == 8 and len(benchmark.parts["validation"].pictures) == 2
-    assert not {s.file for s in benchmark.parts["train"].pictures} & {s.file for s in benchmark.test.pictures}
+    assert len(benchmark.parts["train"].images) == 8 and len(benchmark.parts["validation"].images) == 2
+    assert not {s.file for s in benchmark.parts["train"].images} & {s.file for s in benchmark.test.images}
     union = found.sum(0)[benchmark.classes :]
     there = {"ade20k": [0, 12, 149], "voc2012": [14, 19, 20], "pascal-context": [0, 1, 58]}[name]
     assert np.flatnonzero(union).tolist() == there  # nothing else was learned; VOC's background is the last
@@ -181,13 +181,13 @@ def test_a_probe_learns_what_colours_mean(store, data, name):
 
 
 def test_shuffled_maps_are_not_told(store, data, monkeypatch):
-    """The figure is of this picture's own cells."""
+    """The figure is of this image's own cells."""
     benchmark = registered()["dense probe ade20k"](Context(data=data))
-    right = benchmark.figure(benchmark.items(store, benchmark.pictures(0), 0).mean(0))
+    right = benchmark.figure(benchmark.items(store, benchmark.images(0), 0).mean(0))
     labels = dense.Labelled.labels
     monkeypatch.setattr(dense.Labelled, "labels", lambda self, i: labels(self, i)[::-1, ::-1])
     monkeypatch.setattr(dense, "chosen_on_validation", lambda *_: benchmark._model)
-    wrong = benchmark.figure(benchmark.items(store, benchmark.pictures(0), 0).mean(0))
+    wrong = benchmark.figure(benchmark.items(store, benchmark.images(0), 0).mean(0))
     assert wrong < 0.5 * right
 
 
@@ -218,19 +218,19 @@ def test_class_names():
 
 def test_images_of_one_set_pass_a_tower_once(data):
     probe, text = (registered()[f"dense {kind} ade20k"](Context(data=data)) for kind in ("probe", "text"))
-    assert probe.pictures(0)["test"].identity == text.pictures(0)["test"].identity
-    assert probe.pictures(0)["test label maps"].count == 0
+    assert probe.images(0)["test"].identity == text.images(0)["test"].identity
+    assert probe.images(0)["test label maps"].count == 0
 
 
 def test_changed_maps_are_evaluated_anew(data, tmp_path):
     import os
 
     benchmark = registered()["dense text voc2012"](Context(data=data))
-    before = benchmark.pictures(0)["test label maps"].key
+    before = benchmark.images(0)["test label maps"].key
     os.utime(files(data, "voc2012")[0], (1, 1))
-    after = registered()["dense text voc2012"](Context(data=data)).pictures(0)
+    after = registered()["dense text voc2012"](Context(data=data)).images(0)
     assert after["test label maps"].key != before
-    assert after["test"].identity == benchmark.pictures(0)["test"].identity
+    assert after["test"].identity == benchmark.images(0)["test"].identity
 
 
 BROKEN = {

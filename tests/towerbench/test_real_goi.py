@@ -190,14 +190,14 @@ def few(monkeypatch):
 
 def run(name, store, data):
     benchmark = registered()[name](Context(data=data))
-    return benchmark, benchmark.items(store, benchmark.pictures(0), 0)
+    return benchmark, benchmark.items(store, benchmark.images(0), 0)
 
 
 def named_by_hand(store, benchmark, masks) -> tuple[list[int], np.ndarray]:
     """Labels and scores of regions from features averaged pixel by pixel.
 
     Args:
-        masks: `(picture, label, mask [H, W])` each.
+        masks: `(image, label, mask [H, W])` each.
     """
     texts = torch.stack(
         [
@@ -210,7 +210,7 @@ def named_by_hand(store, benchmark, masks) -> tuple[list[int], np.ndarray]:
             for words in benchmark.test.names
         ]
     )
-    cells = store.dense(benchmark.pictures(0)["test"])
+    cells = store.dense(benchmark.images(0)["test"])
     pixels = cells.repeat_interleave(SIZE[0] // 16, 2).repeat_interleave(SIZE[1] // 16, 3)
     features = torch.stack([pixels[number][:, mask].mean(1) for number, _, mask in masks])
     return [label for _, label, _ in masks], (store.project(features) @ texts.T).numpy()
@@ -287,13 +287,11 @@ def test_boxes_of_objects365(store, data, caplog):
     assert "1 boxes without area are left out" in caplog.text
     assert benchmark.test.names[12] == ("cabinet", "shelf") and len(benchmark.test.names) == 365
     assert len(found) == 8
-    cut = [r for s in benchmark.test.pictures for r in s.regions if r.box[0] == 0]
-    assert all(
-        r.box[0] >= 0 and r.box[0] + r.box[2] <= 96 for s in benchmark.test.pictures for r in s.regions
-    )
+    cut = [r for s in benchmark.test.images for r in s.regions if r.box[0] == 0]
+    assert all(r.box[0] >= 0 and r.box[0] + r.box[2] <= 96 for s in benchmark.test.images for r in s.regions)
     probe = registered()["goi probe objects365 boxes"](Context(data=data))
-    tested = {s.source for s in benchmark.test.pictures}
-    assert not tested & {s.source for part in probe.parts.values() for s in part.pictures}
+    tested = {s.source for s in benchmark.test.images}
+    assert not tested & {s.source for part in probe.parts.values() for s in part.images}
     assert all(r.box[2] > 0 for r in cut)
 
 
@@ -323,7 +321,7 @@ def test_resampled_images_give_the_accuracy_of_their_regions(store, data):
 def test_a_probe_learns_what_colours_mean(store, data, name, monkeypatch):
     benchmark, found = run(f"goi probe {name}", store, data)
     if "ade20k" in name:
-        assert {len(part.pictures) for part in benchmark.parts.values()} == {12, 3}
+        assert {len(part.images) for part in benchmark.parts.values()} == {12, 3}
     assert float(benchmark.figure(found.mean(0))) > 0.85
 
 
@@ -359,11 +357,11 @@ def test_more_regions_than_a_probe_takes_are_left(data):
 
 def test_one_set_of_images_for_all_kinds_and_for_segmentation(data):
     sets = [
-        registered()[f"goi {method} ade20k {kind}"](Context(data=data)).pictures(0)
+        registered()[f"goi {method} ade20k {kind}"](Context(data=data)).images(0)
         for method in ("zero-shot", "probe")
         for kind in regions.KINDS
     ]
-    segmented = registered()["dense text ade20k"](Context(data=data)).pictures(0)
+    segmented = registered()["dense text ade20k"](Context(data=data)).images(0)
     assert {found["test"].identity for found in sets} == {segmented["test"].identity}
     assert sets[0]["test annotations"].count == 0
 
@@ -411,7 +409,7 @@ PANOPTIC = {
     "no images": (panoptic_json(lambda f: f.pop("images")), "no usable `images`"),
     "no segments": (panoptic_json(lambda f: f["annotations"][1].pop("segments_info")), "`segments_info`"),
     "no category": (panoptic_json(lambda f: f.update(categories=[])), "0 categories"),
-    "picture missing": (
+    "image missing": (
         lambda root: (root / ADE / "images/validation/ADE_val_00000002.jpg").unlink(),
         "ADE_val_00000002.jpg: there is no such file",
     ),
@@ -425,7 +423,7 @@ def test_broken_panoptic_files_are_refused(tmp_path, case):
     break_it, message = PANOPTIC[case]
     break_it(tmp_path)
     with pytest.raises(DataError, match=message):
-        registered()["goi zero-shot ade20k boxes"](Context(data=tmp_path)).pictures(0)
+        registered()["goi zero-shot ade20k boxes"](Context(data=tmp_path)).images(0)
 
 
 def annotation(key, value):

@@ -39,10 +39,10 @@ class Said:
 
     def __init__(self, similar):
         # Images are the axes of a space, so that a statement's coordinates are its similarities.
-        self.pictures, self.lines = torch.eye(similar.shape[0]), similar.T
+        self.images, self.lines = torch.eye(similar.shape[0]), similar.T
 
-    def embeddings(self, pictures):
-        return self.pictures
+    def embeddings(self, images):
+        return self.images
 
     def text(self, lines):
         assert len(lines) == len(self.lines) and lines[0] == 'a photo of the thing, "number" 1'
@@ -70,7 +70,7 @@ def test_both_choices_of_a_pair_have_to_be_right(tmp_path):
     }
     for name, right in expected.items():
         benchmark = registered()[name](Context(data=tmp_path))
-        assert benchmark.items(Said(similar), benchmark.pictures(0), 0).tolist() == right, name
+        assert benchmark.items(Said(similar), benchmark.images(0), 0).tolist() == right, name
         assert benchmark.baselines() == {"chance": 0.25} and not benchmark.in_domain
 
 
@@ -80,7 +80,7 @@ def test_chance_is_a_quarter(tmp_path):
     for name in ("vqa mmvp-vlm", "vqa mmvp-vlm pictures"):
         benchmark = registered()[name](Context(data=tmp_path))
         hits = [
-            benchmark.items(Said(torch.randn(8, 8, generator=generator)), benchmark.pictures(0), 0).mean()
+            benchmark.items(Said(torch.randn(8, 8, generator=generator)), benchmark.images(0), 0).mean()
             for _ in range(500)
         ]
         assert abs(np.mean(hits) - 0.25) < 0.05
@@ -103,7 +103,7 @@ def test_the_whole_suite(tmp_path):
     (row,) = json.loads((out / "results.json").read_text())["families"]
     benchmark = registered()["vqa mmvp-vlm"](Context(data=tmp_path))
     store = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
-    seen = store.embeddings(benchmark.pictures(0)["test"])
+    seen = store.embeddings(benchmark.images(0)["test"])
     right = 0
     for number, pair in enumerate(benchmark.pairs):
         lines = store.tower.text([f"a photo of {text}" for text in pair.statements])
@@ -143,7 +143,7 @@ def test_broken_files_are_refused(tmp_path, caplog):
     (folder / "MLLM_VLM Images" / "Text" / "4.jpg").unlink()
     benchmark = registered()["vqa mmvp-vlm"](Context(data=tmp_path))
     with pytest.raises(DataError, match="4.jpg: there is no such file"):
-        benchmark.pictures(0)
+        benchmark.images(0)
     assert "2 pairs, and MMVP-VLM 135" in caplog.text
     (folder / "Questions.csv").write_text("1,Text,a\n2,Text,b\n")
     mmvp.pairs.cache_clear()

@@ -21,7 +21,7 @@ LABELS = ("Able", "it's", "CAFÉ 24", "!!", "a" * 26, "Zeal")
 READ = ["able", "its", "cafe24", "zeal"]
 
 
-def picture(text: str, seed: int = 0) -> np.ndarray:
+def drawn(text: str, seed: int = 0) -> np.ndarray:
     """A word on a ground of its own."""
     rng = np.random.default_rng([seed, len(text)])
     image = Image.new("RGB", (12 * len(text) + 8, 24), tuple(int(v) for v in rng.integers(150, 255, 3)))
@@ -40,7 +40,7 @@ def database(folder: Path, labels=LABELS, count=None, without=(), broken=()) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(folder), map_size=1 << 26) as environment, environment.begin(write=True) as to:
         for number, text in enumerate(labels, 1):
-            entries = {f"image-{number:09d}": png(picture(text)), f"label-{number:09d}": text.encode()}
+            entries = {f"image-{number:09d}": png(drawn(text)), f"label-{number:09d}": text.encode()}
             for key, value in entries.items():
                 if key not in without:
                     to.put(key.encode(), b"\xff\xfe" if key in broken else value)
@@ -50,12 +50,12 @@ def database(folder: Path, labels=LABELS, count=None, without=(), broken=()) -> 
 
 
 def listed(folder: Path, name: str, separator: str, labels=LABELS, below: str = "image") -> Path:
-    """Pictures with a list of labels."""
+    """Images with a list of labels."""
     rows = []
     for number, text in enumerate(labels):
         file = folder / below / f"word_{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(picture(text)))
+        file.write_bytes(png(drawn(text)))
         rows.append(f"{below}/{file.name}{separator}{text}")
     (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
@@ -86,7 +86,7 @@ def test_every_format_says_the_same(tmp_path, make, caplog):
     assert found.labels == READ and "2 of 6 words are left out" in caplog.text
     shown = list(found.read())
     for pixels, text in zip(shown, ("Able", "it's", "CAFÉ 24", "Zeal"), strict=True):
-        assert np.array_equal(pixels, picture(text))
+        assert np.array_equal(pixels, drawn(text))
 
 
 def test_names_may_be_below_the_folder_above(tmp_path):
@@ -99,7 +99,7 @@ def test_names_may_be_below_the_folder_above(tmp_path):
 
 def test_words_lie_in_lines(tmp_path):
     found = words.word_set("set", database(tmp_path / "set", [*"abcde"]))
-    made = found.pictures()
+    made = found.images()
     shown = list(made.make())
     assert made.count == len(shown) == 2 and made.dense and shown[0].shape == (448, 448, 3)
     tall, wide = np.zeros((40, 10, 3), np.uint8), np.zeros((10, 80, 3), np.uint8)
@@ -111,8 +111,8 @@ def test_words_lie_in_lines(tmp_path):
     assert (line[:28] == 100).all() and (line[-28:] == 100).all() and (line[40:70, :200] == 200).all()
     # Another label or file is another set.
     other = words.word_set("set", database(tmp_path / "other", [*"abcdf"]))
-    assert made.key != other.pictures().key
-    assert made.key == words.word_set("set", tmp_path / "set").pictures().key
+    assert made.key != other.images().key
+    assert made.key == words.word_set("set", tmp_path / "set").images().key
 
 
 def test_accuracy_is_that_of_words_whatever_image_they_share():
@@ -137,7 +137,7 @@ def test_training_words_are_spread_over_the_lmdbs(tmp_path, small):
     assert sum(text.startswith("uber") for text in (*train, *held)) == 6
     for each in sets.values():
         shown = list(each.read())
-        assert all(np.array_equal(p, picture(t)) for p, t in zip(shown, each.labels, strict=True))
+        assert all(np.array_equal(p, drawn(t)) for p, t in zip(shown, each.labels, strict=True))
 
 
 def test_rendered_words_are_the_same_every_time(small):
@@ -161,7 +161,7 @@ def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypa
     ocr.readout_sets.cache_clear()
     benchmark = registered()["ocr svt"](Context(data=tmp_path))
     assert benchmark.metric.endswith("readout trained on words of ocr/train/synth")
-    images = benchmark.pictures(0)
+    images = benchmark.images(0)
     scores = benchmark.items(store, images, 0)
     assert scores.shape == (2, 3) and scores[:, 2].tolist() == [4, 2]
     assert benchmark.figure(scores.mean(0)) > 0.75, scores

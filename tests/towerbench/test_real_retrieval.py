@@ -153,7 +153,7 @@ def recalls_by_loops(clip, found: captioned.CaptionedSet) -> list[float]:
         order = sorted(range(len(images)), key=lambda i: -(images[i] @ line))
         of_captions.append(order.index(owner))
     for i, image in enumerate(images):
-        # Of equal texts a picture's own come first.
+        # Of equal texts an image's own come first.
         order = sorted(
             range(len(pairs)), key=lambda j: (-round(float(lines[j] @ image), 6), pairs[j][0] != i)
         )
@@ -163,7 +163,7 @@ def recalls_by_loops(clip, found: captioned.CaptionedSet) -> list[float]:
 
 def run(name, store, data):
     benchmark = registered()[name](Context(data=data))
-    return benchmark, np.asarray(benchmark.items(store, benchmark.pictures(0), 0))
+    return benchmark, np.asarray(benchmark.items(store, benchmark.images(0), 0))
 
 
 @pytest.mark.parametrize("name", ["flickr30k", "dci", "urban-1k", "coco"])
@@ -312,7 +312,7 @@ def test_broken_data_are_refused(data, tmp_path):
         captioned.urban1k(tmp_path)
     (tmp_path / "caption" / "1.txt").write_text("a caption")
     with pytest.raises(DataError, match=r"image/1.jpg: there is no such file, and annotations name it"):
-        captioned.urban1k(tmp_path).pictures()
+        captioned.urban1k(tmp_path).images()
 
 
 def test_images_without_captions_are_left_out_with_a_count(tmp_path, caplog):
@@ -329,9 +329,9 @@ def test_changed_annotations_are_another_set(data, tmp_path):
     (tmp_path / "caption").mkdir()
     (tmp_path / "image" / "1.jpg").write_bytes((data / "Urban1k" / "image" / "00001.jpg").read_bytes())
     (tmp_path / "caption" / "1.txt").write_text("a dog")
-    first = captioned.urban1k(tmp_path).pictures().key
+    first = captioned.urban1k(tmp_path).images().key
     (tmp_path / "caption" / "1.txt").write_text("a cat or two")
-    assert captioned.urban1k(tmp_path).pictures().key != first
+    assert captioned.urban1k(tmp_path).images().key != first
 
 
 def test_the_whole_suite(data, tmp_path, clip):

@@ -20,7 +20,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
 
 
 def write(root: Path, prefix="v2_", folder="vqav2", counts=(54, 12), year=2014) -> None:
-    """Pictures of one colour with a bar on the left or right; on each is asked which, and where it is."""
+    """Images of one colour with a bar on the left or right; on each is asked which, and where it is."""
     for split, count, start in (("train2014", counts[0], 0), ("val2014", counts[1], 1000)):
         asked, annotated = [], []
         for i in range(count):
@@ -109,7 +109,7 @@ def test_files_are_read(data):
         data / "vqav2/v2_mscoco_val2014_annotations.json",
         100,
     )
-    assert whole.pictures == [1001 + 7 * i for i in range(12)] and len(whole.every) == 24
+    assert whole.images == [1001 + 7 * i for i in range(12)] and len(whole.every) == 24
     first, second = whole.questions[4]
     assert first.text == "What color is the image?" and first.scores == {"green": 1.0, "unclear": 0.6}
     assert second.scores["right"] == 1.0
@@ -118,7 +118,7 @@ def test_files_are_read(data):
         data / "vqav2/v2_mscoco_val2014_annotations.json",
         5,
     )
-    assert len(few.pictures) == 5 and set(few.pictures) < set(whole.pictures)
+    assert len(few.images) == 5 and set(few.images) < set(whole.images)
 
 
 def test_images_are_found_under_their_names_of_both_years(data, tmp_path):
@@ -126,7 +126,7 @@ def test_images_are_found_under_their_names_of_both_years(data, tmp_path):
     write(tmp_path, "", "okvqa", (4, 3), 2017)
     benchmark = registered()["vqa ok-vqa"](Context(data=tmp_path))
     assert registered()["vqa ok-vqa"].missing(Context(data=tmp_path)) is None and benchmark.in_domain
-    assert len(list(benchmark.pictures(0)["test"].make())) == 3
+    assert len(list(benchmark.images(0)["test"].make())) == 3
     (tmp_path / "coco/train2017" / "000000001001.jpg").write_bytes(
         (tmp_path / "coco/val2017" / "000000001001.jpg").read_bytes()
     )
@@ -158,7 +158,7 @@ def test_the_readout_answers_from_the_image_and_not_from_others(store, data, mon
     monkeypatch.setattr(vqa, "EPOCHS", 40)
     monkeypatch.setattr(vqa, "BATCH", 12)
     benchmark = registered()["vqa vqav2"](Context(data=data))
-    images = benchmark.pictures(0)
+    images = benchmark.images(0)
     scores = benchmark.items(store, images, 0)
     assert scores.shape == (12, 2) and (scores[:, 1] == 2).all()
     figure = benchmark.figure(scores.mean(0))
@@ -180,7 +180,7 @@ def test_accuracy_counts_answers_that_the_readout_does_not_know(store, data, mon
     monkeypatch.setattr(vqa, "EPOCHS", 1)
     monkeypatch.setattr(vqa, "ANSWERS", 1)
     benchmark = registered()["vqa vqav2"](Context(data=data))
-    scores = benchmark.items(store, benchmark.pictures(0), 0)
+    scores = benchmark.items(store, benchmark.images(0), 0)
     expected = Counter()
     for question in benchmark.asked["train"].every:
         expected.update(question.scores)
@@ -233,7 +233,7 @@ def test_broken_files_are_refused(data, tmp_path):
     write(tmp_path, counts=(3, 2))
     next((tmp_path / "coco/val2014").iterdir()).unlink()
     with pytest.raises(DataError, match="COCO_val2014_0000000010.*no such file"):
-        registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)
+        registered()["vqa vqav2"](Context(data=tmp_path)).images(0)
     write(tmp_path, counts=(1, 2))
     with pytest.raises(DataError, match="asks about 1 image"):
-        registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)
+        registered()["vqa vqav2"](Context(data=tmp_path)).images(0)

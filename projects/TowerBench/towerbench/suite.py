@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 SCORES = "scores"
 
-PICTURE_SECONDS = 0.0085
+IMAGE_SECONDS = 0.0085
 """What an image of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
 
 
@@ -104,15 +104,15 @@ class Task:
         limits = [benchmark.max_seeds, None if every_seed else benchmark.quick_seeds]
         most = min((limit for limit in limits if limit is not None), default=None)
         self.seeds = sorted({seed if most is None else seed % most for seed in seeds})
-        self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
+        self.sets = [dict(benchmark.images(seed)) for seed in self.seeds]
 
     @property
-    def pictures(self) -> list[Images]:
+    def images(self) -> list[Images]:
         return [images for named in self.sets for images in named.values()]
 
     @property
     def needs_map(self) -> bool:
-        return any(images.dense or images.scale != 1 for images in self.pictures)
+        return any(images.dense or images.scale != 1 for images in self.images)
 
     def fingerprint(self) -> str:
         """Hash of what decides the scores besides the tower."""
@@ -124,14 +124,14 @@ class Task:
 
 def _seconds(tasks: Sequence[Task]) -> float:
     """What tasks cost a tower together: each image once, and every readout."""
-    passed = {images.identity: images for task in tasks for images in task.pictures}
+    passed = {images.identity: images for task in tasks for images in task.images}
     readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
     return readouts + sum(_passing_seconds(images, images.count) for images in passed.values())
 
 
-def _passing_seconds(pictures: Images, count: int) -> float:
+def _passing_seconds(images: Images, count: int) -> float:
     """What `count` of a set's images cost."""
-    return PICTURE_SECONDS * pictures.scale**2 * count
+    return IMAGE_SECONDS * images.scale**2 * count
 
 
 def evaluate(
@@ -158,11 +158,11 @@ def evaluate(
     for task in tasks:
         if task not in open_tasks:
             progress.say(f"{tower.label}: {task.benchmark.name}: finished before")
-    users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
-    announced = [pictures for task in open_tasks for pictures in task.pictures]
+    users = Counter(images.identity for task in open_tasks for images in task.images)
+    announced = [images for task in open_tasks for images in task.images]
 
-    def passed(pictures: Images, count: int) -> None:
-        progress.spent(_passing_seconds(pictures, count))
+    def passed(images: Images, count: int) -> None:
+        progress.spent(_passing_seconds(images, count))
 
     store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)
     try:
@@ -175,10 +175,10 @@ def evaluate(
                     scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
                 rows.append(scores.reshape(len(scores), -1))
                 progress.spent(task.benchmark.readout_seconds)
-                users.subtract(pictures.identity for pictures in sets.values())
-                for pictures in sets.values():
-                    if users[pictures.identity] == 0:
-                        store.release(pictures)
+                users.subtract(images.identity for images in sets.values())
+                for images in sets.values():
+                    if users[images.identity] == 0:
+                        store.release(images)
             found[task.benchmark.name] = np.stack(rows)
             _write(folder, task, found[task.benchmark.name])
     finally:

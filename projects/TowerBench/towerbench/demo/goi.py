@@ -23,13 +23,13 @@ class _Objects(Benchmark):
     """Nothing is drawn."""
     item_set = unseen.ITEMS
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
+    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
         """Scores of every category for each object of the split, `[M, categories]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         _, labels = regions.objects(self.context.split)
-        columns = [within(self.named(tower, pictures, kind), labels) for kind in regions.KINDS]
+        columns = [within(self.named(tower, images, kind), labels) for kind in regions.KINDS]
         columns.append(torch.ones(len(labels), 1, dtype=torch.bool))
         return regions.per_scene(torch.cat(columns, 1), self.context.split)
 
@@ -43,11 +43,11 @@ class GoiZeroShot(_Objects):
 
     name, metric = "goi zero-shot", "top-1 and top-5 accuracy by mask and box"
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"test": unseen.pictures(self.context.split, dense=True)}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"test": unseen.images(self.context.split, dense=True)}
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
-        features = regions.pooled(tower, pictures["test"], self.context.split, kind)
+    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
+        features = regions.pooled(tower, images["test"], self.context.split, kind)
         names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
         return tower.project(features) @ names.T
 
@@ -60,13 +60,13 @@ class GoiProbe(_Objects):
     readout_seconds = 9
     version = 2
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
+    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
         train, validation = (
-            (regions.pooled(tower, pictures[part], part, kind), regions.objects(part)[1])
+            (regions.pooled(tower, images[part], part, kind), regions.objects(part)[1])
             for part in ("train", "validation")
         )
         model = chosen_on_validation(train, validation, len(unseen.categories()), L2)
-        return model.logits(regions.pooled(tower, pictures["test"], self.context.split, kind))
+        return model.logits(regions.pooled(tower, images["test"], self.context.split, kind))

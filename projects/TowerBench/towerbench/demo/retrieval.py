@@ -20,12 +20,12 @@ class RetrievalScenes(Benchmark):
     max_seeds = 3
     item_set = unseen.ITEMS
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"scenes": unseen.pictures(self.context.split)}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"scenes": unseen.images(self.context.split)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         captions = [scene.captions[seed] for scene in unseen.scenes(self.context.split)]
-        return recalls(tower.embeddings(pictures["scenes"]) @ tower.text(captions).T)
+        return recalls(tower.embeddings(images["scenes"]) @ tower.text(captions).T)
 
 
 def recalls(similarity: torch.Tensor) -> np.ndarray:

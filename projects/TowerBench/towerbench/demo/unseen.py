@@ -32,7 +32,7 @@ def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
     return tuple(scene(number, i) for i in range(COUNTS[part]))
 
 
-def pictures(part: str, *, dense: bool = False) -> Images:
+def images(part: str, *, dense: bool = False) -> Images:
     """A part's images, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
 
     Args:
@@ -49,4 +49,4 @@ def pictures(part: str, *, dense: bool = False) -> Images:
 def readout_images(split: str) -> Mapping[str, Images]:
     """What a readout on maps asks for: `train`, `validation`, and the split as `test`."""
     parts = {"train": "train", "validation": "validation", "test": split}
-    return {name: pictures(part, dense=True) for name, part in parts.items()}
+    return {name: images(part, dense=True) for name, part in parts.items()}

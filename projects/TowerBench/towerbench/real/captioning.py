@@ -19,15 +19,15 @@ from towerbench.standardise import Standardiser
 
 RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
 
-PICTURES = 9000
+IMAGES = 9000
 """Of train2017 that the readout sees, spread over the set, the same ones every time."""
 
 HELD = 9
 """One in so many of them is the validation split."""
 
-COCO_CAPTIONS, COCO_PICTURES = "coco/annotations/captions_train2017.json", "coco/train2017"
+COCO_CAPTIONS, COCO_IMAGES = "coco/annotations/captions_train2017.json", "coco/train2017"
 NOCAPS = "nocaps/nocaps_val_4500_captions.json|nocaps/annotations/nocaps_val_4500_captions.json"
-NOCAPS_PICTURES = "nocaps/images|nocaps/val"
+NOCAPS_IMAGES = "nocaps/images|nocaps/val"
 
 
 class NoCaps(sources.RealBenchmark):
@@ -38,9 +38,9 @@ class NoCaps(sources.RealBenchmark):
     domain = ""
     needs = {
         NOCAPS: "nocaps' validation captions",
-        NOCAPS_PICTURES: "their 4,500 images, of Open Images",
+        NOCAPS_IMAGES: "their 4,500 images, of Open Images",
         COCO_CAPTIONS: "of COCO's annotations_trainval2017.zip, for the readout",
-        COCO_PICTURES: "COCO's images train2017, for the readout",
+        COCO_IMAGES: "COCO's images train2017, for the readout",
     }
 
     @classmethod
@@ -50,40 +50,40 @@ class NoCaps(sources.RealBenchmark):
     @functools.cached_property
     def set(self) -> CaptionedSet:
         """The domain's images."""
-        where = self.path(NOCAPS), self.path(NOCAPS_PICTURES)
+        where = self.path(NOCAPS), self.path(NOCAPS_IMAGES)
         return captioned.coco_format(f"nocaps {self.domain}", *where, self.domain)
 
     @functools.cached_property
     def readout(self) -> dict[str, CaptionedSet]:
         """Images of COCO to train on, and to choose by."""
         file = self.path(COCO_CAPTIONS)
-        return _readout_sets(file, self.path(COCO_PICTURES), file.stat().st_mtime_ns)
+        return _readout_sets(file, self.path(COCO_IMAGES), file.stat().st_mtime_ns)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         sets = {**self.readout, "test": self.set}
         # Whole images: captions speak of what is at their borders, too.
-        return {part: each.pictures(fit="squash", dense=True) for part, each in sets.items()}
+        return {part: each.images(fit="squash", dense=True) for part, each in sets.items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        told = dict(enumerate(self.told(tower, pictures, seed)))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        told = dict(enumerate(self.told(tower, images, seed)))
         scores = captions.cider_by_image(dict(enumerate(self.set.captions)), told)
         return np.array([scores[i] for i in told])
 
-    def told(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> list[str]:
+    def told(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> list[str]:
         """What the readout says of each image."""
         # The domains' benchmarks share it: it depends on the tower, COCO's images and the seed alone.
         known = _readouts.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity, RECIPE, seed
+        key = images["train"].identity, images["held"].identity, RECIPE, seed
         if key not in known:
             texts = {part: each.captions for part, each in self.readout.items()}
-            known[key] = Readout(tower, pictures, texts, seed)
-        return known[key].told(tower, pictures["test"])
+            known[key] = Readout(tower, images, texts, seed)
+        return known[key].told(tower, images["test"])
 
 
 @functools.lru_cache(maxsize=1)
 def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, CaptionedSet]:
     whole = captioned.coco_format("coco train2017", file, folder)
-    numbers = sources.spread(len(whole.files), PICTURES)
+    numbers = sources.spread(len(whole.files), IMAGES)
     if len(numbers) < 2:
         raise DataError(
             f"{file}: has captions of {len(numbers)} image; at least 2 are needed to train and to choose"
@@ -107,27 +107,25 @@ class Readout:
     def __init__(
         self,
         tower: FeatureStore,
-        pictures: Mapping[str, Images],
+        images: Mapping[str, Images],
         texts: Mapping[str, Sequence[Sequence[str]]],
         seed: int,
     ) -> None:
-        self.standardised = Standardiser.streamed(
-            grid_cells(tower, pictures["train"], RECIPE.grid), channels=2
-        )
+        self.standardised = Standardiser.streamed(grid_cells(tower, images["train"], RECIPE.grid), channels=2)
         sides = (
             # Half precision: thousands of images are kept.
-            (torch.cat([part.half() for part in self._seen(tower, pictures[name])]), texts[name])
+            (torch.cat([part.half() for part in self._seen(tower, images[name])]), texts[name])
             for name in ("train", "held")
         )
         self.captioner = caption_readout.trained(*sides, RECIPE, seed)
 
-    def told(self, tower: FeatureStore, pictures: Images) -> list[str]:
+    def told(self, tower: FeatureStore, images: Images) -> list[str]:
         """What the readout says of each image."""
-        return [text for part in self._seen(tower, pictures) for text in self.captioner.said(part)]
+        return [text for part in self._seen(tower, images) for text in self.captioner.said(part)]
 
-    def _seen(self, tower: FeatureStore, pictures: Images) -> Iterator[torch.Tensor]:
+    def _seen(self, tower: FeatureStore, images: Images) -> Iterator[torch.Tensor]:
         """Cells `[n, P, C]` as the decoder sees them, of some images at a time."""
-        return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
+        return map(self.standardised, grid_cells(tower, images, RECIPE.grid))
 
 
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()

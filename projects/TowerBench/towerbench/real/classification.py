@@ -208,7 +208,7 @@ def webdataset(folder: Path, split: str) -> LabelledSet:
                     key, _, suffix = member.name.partition(".")
                     if suffix == "cls":
                         classes[key] = int(archive.extractfile(member).read())
-                    elif f".{suffix.lower()}" in sources.PICTURE_SUFFIXES:
+                    elif f".{suffix.lower()}" in sources.IMAGE_SUFFIXES:
                         parts[key] = Source(shard, member.offset_data, member.size)
         except (tarfile.TarError, ValueError, OSError) as error:
             raise DataError(

@@ -50,7 +50,7 @@ class Labelled:
         maps: files, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
     """
 
-    pictures: Sequence[Source]
+    images: Sequence[Source]
     maps: Sequence[Path]
     table: np.ndarray
 
@@ -78,7 +78,7 @@ class Labelled:
 
     def check(self) -> None:
         """Read everything once, that nothing is found broken in the middle of a long run."""
-        for number, source in enumerate(self.pictures):
+        for number, source in enumerate(self.images):
             size = self.labels(number).shape
             with sources.readable(source.file, "image"), Image.open(source.file) as image:
                 shown = image.height, image.width
@@ -96,7 +96,7 @@ class Labelled:
 
     def part(self, numbers: Sequence[int]) -> "Labelled":
         """Some of its images."""
-        return Labelled([self.pictures[i] for i in numbers], [self.maps[i] for i in numbers], self.table)
+        return Labelled([self.images[i] for i in numbers], [self.maps[i] for i in numbers], self.table)
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,13 @@ class _Dense(sources.RealBenchmark):
         labelled.check()
         return labelled
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return self.shown("test", self.test)
 
     def shown(self, part: str, found: Labelled) -> Mapping[str, Images]:
         """A part's images, and what stands for its label maps."""
         return {
-            part: maps.pictures(found.pictures, self.data_set, part),
+            part: maps.images(found.images, self.data_set, part),
             f"{part} label maps": maps.annotated(found.maps, f"{self.data_set} {part} label maps"),
         }
 
@@ -237,10 +237,10 @@ class _Dense(sources.RealBenchmark):
         """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         return segmentation.segmented(
             tower,
-            pictures["test"],
+            images["test"],
             lambda cells: class_by_class(self.scores(tower, cells)),
             lambda number: compared(self.test.labels(number)),
             self.classes,
@@ -276,25 +276,25 @@ class DenseProbe(_Dense):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         whole = self.read(train=True, most=maps.TRAIN)
-        train, held = maps.train_and_held(len(whole.pictures))
+        train, held = maps.train_and_held(len(whole.images))
         if not held:
             raise DataError(
-                f"{whole.pictures[0].file.parent}: {len(whole.pictures)} images are to train on; at least "
+                f"{whole.images[0].file.parent}: {len(whole.images)} images are to train on; at least "
                 f"{maps.HELD_OF} are needed, of which one is to choose by"
             )
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        found = dict(super().pictures(seed))
+    def images(self, seed: int) -> Mapping[str, Images]:
+        found = dict(super().images(seed))
         for part, labelled in self.parts.items():
             found |= self.shown(part, labelled)
         return found
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         rows = [
             segmentation.training_cells(
                 tower,
-                pictures[part],
+                images[part],
                 lambda number, grid, labelled=labelled: cell_labels(
                     compared(labelled.labels(number))[0].numpy(), grid
                 ),
@@ -303,7 +303,7 @@ class DenseProbe(_Dense):
             for part, labelled in self.parts.items()
         ]
         self._model = chosen_on_validation(*rows, self.classes, maps.L2)
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
     def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
         return self._model.logits(cells)
@@ -320,9 +320,9 @@ def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
 class DenseText(_Dense):
     """Each cell, brought into the space of texts, against the names of all classes; where there is one of them."""
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         self._names = maps.classifier(tower, self.names)
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
     def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
         return tower.project(cells) @ self._names.T

@@ -55,33 +55,33 @@ class _FewShot(sources.RealBenchmark):
         """What is trained on, and chosen by."""
         raise NotImplementedError
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         train, held = self.drawn(seed)
         label = self.name.removeprefix(f"{self.method} ")
         source = "imagenet" if self.test.set.imagenet else label
         return {
             "train": zero_shot.images_of(train, f"{source} to train on"),
             "held": zero_shot.images_of(held, f"{source} to choose by"),
-            **self.test.pictures(seed),
+            **self.test.images(seed),
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         train, held = self.drawn(seed)
         groups, labels = self.test.set.imagenet, torch.tensor(self.test.set.labels)
         rows = (
-            (tower.embeddings(pictures["train"]), torch.tensor(train.labels)),
-            (tower.embeddings(pictures["held"]), torch.tensor(held.labels)),
+            (tower.embeddings(images["train"]), torch.tensor(train.labels)),
+            (tower.embeddings(images["held"]), torch.tensor(held.labels)),
         )
-        scores = self.scores(tower, pictures, *rows, len(train.names))
+        scores = self.scores(tower, images, *rows, len(train.names))
         if groups is not None:  # the classes of the test set are some of those trained, or several together
             scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
         return (scores.argmax(1) == labels).numpy()
 
     def scores(
-        self, tower: FeatureStore, pictures: Mapping[str, Images], train: Rows, held: Rows, classes: int
+        self, tower: FeatureStore, images: Mapping[str, Images], train: Rows, held: Rows, classes: int
     ) -> torch.Tensor:
         """Scores of the trained classes `[N, classes]` for the N images that are tested."""
-        features = tower.embeddings(pictures["test"])
+        features = tower.embeddings(images["test"])
         if self.method == "kNN":
             found = [
                 (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean()
@@ -90,7 +90,7 @@ class _FewShot(sources.RealBenchmark):
             return neighbours(*train, classes, features, NEIGHBOURS[int(torch.stack(found).argmax())])
         # ImageNet and its relatives share it: it depends on the tower and the images it is trained on alone.
         known = _probes.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity
+        key = images["train"].identity, images["held"].identity
         if key not in known:
             known[key] = chosen_on_validation(train, held, classes)
         return known[key].logits(features)

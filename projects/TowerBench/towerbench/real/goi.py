@@ -85,14 +85,14 @@ def _coco(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
 def _lvis(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     json_file = data / "lvis" / f"lvis_v1_{'train' if train else 'val'}.json"
 
-    def picture(image: Mapping[str, Any]) -> str:
+    def path(entry: Mapping[str, Any]) -> str:
         # COCO's address of it: the last two parts are COCO's folder and the file.
-        return "/".join(sources.field(image, "coco_url", json_file, str).split("/")[-2:])
+        return "/".join(sources.field(entry, "coco_url", json_file, str).split("/")[-2:])
 
-    return regions.instances(json_file, data / "coco", picture, choice, masks=True)
+    return regions.instances(json_file, data / "coco", path, choice, masks=True)
 
 
-_COCO_PICTURES = {"coco/train2017": "COCO's training images", "coco/val2017": "COCO's validation images"}
+_COCO_IMAGES = {"coco/train2017": "COCO's training images", "coco/val2017": "COCO's validation images"}
 DATA_SETS = {
     "ade20k": DataSet(
         needs={
@@ -134,7 +134,7 @@ DATA_SETS = {
         item_set="coco val2017",
     ),
     "lvis": DataSet(
-        needs={"lvis/lvis_v1_val.json": "LVIS v1's annotations", **_COCO_PICTURES},
+        needs={"lvis/lvis_v1_val.json": "LVIS v1's annotations", **_COCO_IMAGES},
         trains_on={"lvis/lvis_v1_train.json": "LVIS v1's annotations"},
         load=_lvis,
         kinds=("boxes", "thing masks"),
@@ -178,13 +178,13 @@ class _Goi(sources.RealBenchmark):
         stamp = tuple(value for file in files for value in (file.stat().st_size, file.stat().st_mtime_ns))
         return _read(self.data_set, self.context.data, train, stamp)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return self.shown("test", self.test)
 
     def shown(self, part: str, found: RegionSet) -> Mapping[str, Images]:
         """A part's images, and what stands for its annotations."""
         return {
-            part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
+            part: maps.images([shown.source for shown in found.images], self.data_set, part),
             f"{part} annotations": maps.annotated(found.files, f"{self.data_set} {part} annotations"),
         }
 
@@ -192,11 +192,11 @@ class _Goi(sources.RealBenchmark):
         """Features `[M, C]` of regions -> scores of every class `[M, classes]`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         present = sorted({region.label for found in self.regions for region in found})
         column = {label: i for i, label in enumerate(present)}
         scores = np.zeros((len(self.regions), len(present), 1 + len(region_pooling.AT)))
-        for number, labels, features in pooled(tower, pictures["test"], self.test, self.regions, self.kind):
+        for number, labels, features in pooled(tower, images["test"], self.test, self.regions, self.kind):
             right = region_pooling.within(self.named(tower, features), labels)
             rows = np.column_stack((np.ones(len(labels)), right.numpy()))
             np.add.at(scores, (number, [column[label] for label in labels.tolist()]), rows)
@@ -208,16 +208,16 @@ class _Goi(sources.RealBenchmark):
 
 def pooled(
     tower: FeatureStore,
-    pictures: Images,
+    images: Images,
     found: RegionSet,
     taken: Sequence[Sequence[regions.Region]],
     kind: str,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """By image: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
-    for start, cells in in_chunks(tower, pictures):
+    for start, cells in in_chunks(tower, images):
         for number, each in enumerate(cells, start):
             if taken[number]:
-                weights = found.pictures[number].coverage(taken[number], kind, tuple(each.shape[1:]))
+                weights = found.images[number].coverage(taken[number], kind, tuple(each.shape[1:]))
                 labels = torch.tensor([region.label for region in taken[number]])
                 yield number, labels, region_pooling.mean_features(each, weights)
 
@@ -225,9 +225,9 @@ def pooled(
 class GoiZeroShot(_Goi):
     """The region's mean feature, brought into the space of texts, against the names of all classes."""
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         self._names = maps.classifier(tower, self.test.names)
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
     def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
         return tower.project(features) @ self._names.T
@@ -245,7 +245,7 @@ class GoiProbe(_Goi):
             raise DataError(
                 f"{whole.files[0]}: its categories are not those of {self.test.files[0]}; get both again"
             )
-        train, held = maps.train_and_held(len(whole.pictures))
+        train, held = maps.train_and_held(len(whole.images))
         self.parts = {"train": whole.part(train), "validation": whole.part(held)}
         each = PROBE_REGIONS // len(whole.names)
         self.taken = {
@@ -255,25 +255,25 @@ class GoiProbe(_Goi):
         for part, taken in self.taken.items():
             if not any(taken):
                 raise DataError(
-                    f"{whole.files[0]}: the {len(self.parts[part].pictures)} images drawn as {part} have no "
+                    f"{whole.files[0]}: the {len(self.parts[part].images)} images drawn as {part} have no "
                     f"{self.kind}; some are needed to train and to choose"
                 )
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        found = dict(super().pictures(seed))
+    def images(self, seed: int) -> Mapping[str, Images]:
+        found = dict(super().images(seed))
         for part, regions_of in self.parts.items():
             found |= self.shown(part, regions_of)
         return found
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         rows = []
         for part, found in self.parts.items():
             _, labels, features = zip(
-                *pooled(tower, pictures[part], found, self.taken[part], self.kind), strict=True
+                *pooled(tower, images[part], found, self.taken[part], self.kind), strict=True
             )
             rows.append((torch.cat(features), torch.cat(labels)))
         self._model = chosen_on_validation(*rows, len(self.test.names), maps.L2)
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
     def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
         return self._model.logits(features)

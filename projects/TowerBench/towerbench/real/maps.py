@@ -31,10 +31,10 @@ L2 = (1e-2, 1e-3, 1e-4)
 """Strengths of a probe's penalty that are tried."""
 
 
-def pictures(shown: Sequence[sources.Source], data_set: str, part: str) -> Images:
+def images(shown: Sequence[sources.Source], data_set: str, part: str) -> Images:
     """A part of a data set, for maps. The same files of one part are one set, whatever annotations go with them:
     ADE20K's validation images pass a tower once for regions and for segmentation."""
-    return sources.pictures(shown, f"{data_set} {part}", fit="squash", scale=SCALE, dense=True)
+    return sources.images(shown, f"{data_set} {part}", fit="squash", scale=SCALE, dense=True)
 
 
 def train_and_held(count: int) -> tuple[list[int], list[int]]:
@@ -45,7 +45,7 @@ def train_and_held(count: int) -> tuple[list[int], list[int]]:
 
 def annotated(files: Iterable[Path], name: str) -> Images:
     """A set of no images that stands for files of annotations: where they change, old results are not taken up."""
-    return sources.pictures((), name, annotations=files)
+    return sources.images((), name, annotations=files)
 
 
 def words(name: str) -> tuple[str, ...]:

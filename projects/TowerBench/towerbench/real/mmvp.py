@@ -94,20 +94,20 @@ class Mmvp(sources.RealBenchmark):
         """The pairs, read once."""
         return pairs(self.path("MMVP_VLM/Questions.csv").parent)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         files = [Source(file) for pair in self.pairs for file in pair.files]
         questions = [self.path("MMVP_VLM/Questions.csv")]
-        return {"test": sources.pictures(files, "mmvp-vlm", annotations=questions)}
+        return {"test": sources.images(files, "mmvp-vlm", annotations=questions)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        seen = tower.embeddings(pictures["test"]).unflatten(0, (-1, 2))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        seen = tower.embeddings(images["test"]).unflatten(0, (-1, 2))
         said = tower.text([TEMPLATE.format(text) for pair in self.pairs for text in pair.statements])
         similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, images, statements]
         own = similar.diagonal(dim1=1, dim2=2)
         return (own > self.others(similar)).all(1).numpy()
 
     def others(self, similar: torch.Tensor) -> torch.Tensor:
-        """How near the wrong choice of each of two is, `[pairs, 2]`, of `[pairs, pictures, statements]`."""
+        """How near the wrong choice of each of two is, `[pairs, 2]`, of `[pairs, images, statements]`."""
         raise NotImplementedError
 
     def baselines(self) -> dict[str, float]:

@@ -70,17 +70,17 @@ class Ocr(sources.RealBenchmark):
         """`train` and `held`."""
         return readout_sets(training(self.context.data), tuple(COUNTS.items()))
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {name: each.pictures() for name, each in ({**self.readout, "test": self.set}).items()}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {name: each.images() for name, each in ({**self.readout, "test": self.set}).items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         # The sets share it: it depends on the tower, the words it is trained on and the seed alone.
         known = _readouts.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity, EPOCHS, seed
+        key = images["train"].identity, images["held"].identity, EPOCHS, seed
         if key not in known:
             labels = {name: each.labels for name, each in self.readout.items()}
-            known[key] = Readout(tower, pictures, labels, seed)
-        read = known[key].read(tower, pictures["test"], len(self.set.labels))
+            known[key] = Readout(tower, images, labels, seed)
+        read = known[key].read(tower, images["test"], len(self.set.labels))
         return tallied(ctc_readout.accuracies(read, self.set.labels))
 
     def figure(self, means: np.ndarray) -> np.ndarray:
@@ -98,35 +98,35 @@ class Readout:
     def __init__(
         self,
         tower: FeatureStore,
-        pictures: Mapping[str, Images],
+        images: Mapping[str, Images],
         labels: Mapping[str, Sequence[str]],
         seed: int,
     ) -> None:
         self.standardised = Standardiser.streamed(
-            _columns(tower, pictures["train"], len(labels["train"])), channels=1
+            _columns(tower, images["train"], len(labels["train"])), channels=1
         )
         # Half precision: thousands of words are kept.
         sides = (
-            (torch.cat([part.half() for part in self._seen(tower, pictures[name], len(texts))]), texts)
+            (torch.cat([part.half() for part in self._seen(tower, images[name], len(texts))]), texts)
             for name, texts in labels.items()
         )
         self.reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
 
-    def read(self, tower: FeatureStore, pictures: Images, count: int) -> list[str]:
+    def read(self, tower: FeatureStore, images: Images, count: int) -> list[str]:
         """The first `count` words of images."""
-        return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
+        return [word for part in self._seen(tower, images, count) for word in self.reader.read(part)]
 
-    def _seen(self, tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
+    def _seen(self, tower: FeatureStore, images: Images, count: int) -> Iterator[torch.Tensor]:
         """Columns `[n, C, w]` as the reader sees them, of some words at a time."""
-        return map(self.standardised, _columns(tower, pictures, count))
+        return map(self.standardised, _columns(tower, images, count))
 
 
 _readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
 
 
-def _columns(tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
+def _columns(tower: FeatureStore, images: Images, count: int) -> Iterator[torch.Tensor]:
     """Columns `[n, C, w]` of the first `count` words, some at a time."""
-    for part in ctc_readout.columns(tower, pictures, LEAST):
+    for part in ctc_readout.columns(tower, images, LEAST):
         yield part[:count]
         count -= len(part)
 

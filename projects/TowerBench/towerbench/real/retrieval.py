@@ -30,13 +30,13 @@ class Retrieval(sources.RealBenchmark):
         """The set, read once."""
         return self.load()
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"test": self.set.pictures()}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"test": self.set.images()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         place: dict[str, int] = {}
         own = [[place.setdefault(text, len(place)) for text in texts] for texts in self.set.captions]
-        return hits(tower.embeddings(pictures["test"]), tower.text(list(place)), own)
+        return hits(tower.embeddings(images["test"]), tower.text(list(place)), own)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         # An image counts as a query once, each of its captions once: the latter's recall is a ratio of sums.
@@ -45,7 +45,7 @@ class Retrieval(sources.RealBenchmark):
         return np.concatenate((of_captions, means[..., ways + 1 :]), -1).mean(-1)
 
 
-def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int]]) -> np.ndarray:
+def hits(images: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int]]) -> np.ndarray:
     """Scores `[N, 7]`: of how many of an image's captions it is among the first 1, 5, 10 images; how many captions
     it has; whether one of them is among the first 1, 5, 10 captions.
 
@@ -61,7 +61,7 @@ def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int
     line = torch.tensor([u for several in own for u in several])
     before = []
     for captions in torch.arange(len(line)).split(CHUNK):
-        similar = lines[line[captions]] @ pictures.T
+        similar = lines[line[captions]] @ images.T
         before.append((similar > similar.gather(1, owner[captions, None])).sum(1))
     of_captions = torch.zeros(len(own), len(AT) + 1, dtype=torch.float64)
     found = torch.stack([torch.cat(before) < k for k in AT] + [torch.ones_like(line, dtype=torch.bool)], 1)
@@ -69,7 +69,7 @@ def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int
     times = line.bincount(minlength=len(lines)).double()
     before = []
     for numbers in torch.arange(len(own)).split(CHUNK):
-        similar = pictures[numbers] @ lines.T
+        similar = images[numbers] @ lines.T
         best = torch.stack([row[own[i]].max() for i, row in zip(numbers.tolist(), similar, strict=True)])
         before.append((similar > best[:, None]).double() @ times)
     of_images = torch.stack([torch.cat(before) < k for k in AT], 1)

@@ -16,7 +16,7 @@ from towerbench.errors import DataError
 from towerbench.features import Images
 from towerbench.registry import Benchmark, Context
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
 
 class RealBenchmark(Benchmark):
@@ -102,7 +102,7 @@ def decoded(data: bytes, what: object) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def pictures(
+def images(
     sources: Sequence[Source],
     name: str,
     *,
@@ -152,7 +152,7 @@ def _size(file: Path) -> int:
 
 def listed(folder: Path) -> list[Path]:
     """The images in a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_text(file: Path, advice: str = "get it again") -> str:

@@ -35,22 +35,22 @@ class ZeroShot(sources.RealBenchmark):
         """The set, read once."""
         return self.load()
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return {"test": images_of(self.set, self.name.removeprefix("zero-shot "))}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         classes = self.set.classifier(tower)
         return (
-            (tower.embeddings(pictures["test"]) @ classes.T).argmax(1) == torch.tensor(self.set.labels)
+            (tower.embeddings(images["test"]) @ classes.T).argmax(1) == torch.tensor(self.set.labels)
         ).numpy()
 
 
 def images_of(labelled: LabelledSet, name: str) -> Images:
     """A set's images as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
     if not labelled.border:
-        return sources.pictures(labelled.sources, name)
+        return sources.images(labelled.sources, name)
     name = f"{name} without {labelled.border} pixels of border"
-    return sources.pictures(
+    return sources.images(
         labelled.sources, name, change=lambda image, _: without_border(image, labelled.border)
     )
 
