@@ -175,13 +175,13 @@ def test_features_are_standardised_by_those_that_are_trained_on(store, data, mon
     benchmark = of("in", data)
     images = benchmark.images(0)
     told = {part: each.captions for part, each in benchmark.readout.items()}
-    readout = captioning.Readout(store, images, told, 0)
+    readout = captioning.trained(store, images, told, 0)
     maps = store.dense(images["train"])
     pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 8).flatten(2).transpose(1, 2)
     deviation = pooled.flatten(0, 1).std(0, correction=0)
     seen = []
     monkeypatch.setattr(caption_readout.Captioner, "said", lambda self, cells: seen.append(cells) or [])
-    readout.told(store, images["train"])
+    readout(images["train"])
     torch.testing.assert_close(
         torch.cat(seen), (pooled - pooled.mean((0, 1))) / deviation, rtol=1e-2, atol=1e-3
     )

@@ -131,7 +131,7 @@ def test_objectnet_maps_onto_imagenet(data):
 
 
 def test_webdataset_reads_what_the_tars_hold(data):
-    found = classification.webdataset(data / "wds_vtab-svhn", "test")
+    found = classification.webdataset(data / "wds_vtab-svhn" / "test")
     assert found.names == ["red", "green", "blue"] and found.templates == ["a photo of {}.", "{} stuff"]
     assert list(found.labels) == [i % 3 for i in range(10)] * 2
     for source, label in zip(found.sources, found.labels, strict=True):
@@ -163,18 +163,17 @@ def test_few_shot_tells_colours_apart(store, data, name, method):
 
 def test_few_shot_on_classes_that_stand_for_several(store, data, monkeypatch):
     """ObjectNet's class is any of its classes of ImageNet; scores that say so are counted right."""
-    benchmark = registered()["kNN objectnet"](Context(data=data))
     asked = []
 
-    def scores(tower, images, train, held, classes):
+    def says(train, held, classes):
         asked.append(classes)
-        found = np.zeros((6, classes), np.float32)
+        found = torch.zeros(6, classes)
         found[:3, 3] = found[3:, 2] = 1
         found[:, 7] = 2  # a class that the set does not have
-        return torch.from_numpy(found)
+        return lambda features: found
 
-    monkeypatch.setattr(benchmark, "scores", scores)
-    assert benchmark.items(store, benchmark.images(0), 0).all() and asked == [1000]
+    monkeypatch.setitem(few_shot.METHODS, "kNN", says)
+    assert run("kNN objectnet", FeatureStore(store.tower), data)[1].all() and asked == [1000]
 
 
 def test_draws_depend_on_seed_alone(data):
@@ -278,14 +277,14 @@ def test_broken_data_are_refused(data, tmp_path):
     webdataset(tmp_path / "w", ("test",))
     (tmp_path / "w" / "test" / "nshards.txt").write_text("3")
     with pytest.raises(DataError, match="says 3, and there are 2"):
-        classification.webdataset(tmp_path / "w", "test")
+        classification.webdataset(tmp_path / "w" / "test")
     (tmp_path / "w" / "test" / "nshards.txt").write_text("2")
     (tmp_path / "w" / "classnames.txt").write_text("red\n")
     with pytest.raises(DataError, match="classnames.txt has 1 lines"):
-        classification.webdataset(tmp_path / "w", "test")
+        classification.webdataset(tmp_path / "w" / "test")
     (tmp_path / "w" / "classnames.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="classnames.txt: is no readable text"):
-        classification.webdataset(tmp_path / "w", "test")
+        classification.webdataset(tmp_path / "w" / "test")
 
 
 def test_the_command_leaves_out_what_is_not_there(data, tmp_path):

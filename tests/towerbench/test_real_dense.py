@@ -172,8 +172,8 @@ def test_ious_are_those_of_detectron2(data, tmp_path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_probe_learns_what_colours_mean(store, data, name):
     benchmark, found = run(f"dense probe {name}", store, data)
-    assert len(benchmark.parts["train"].images) == 8 and len(benchmark.parts["validation"].images) == 2
-    assert not {s.file for s in benchmark.parts["train"].images} & {s.file for s in benchmark.test.images}
+    assert len(benchmark.parts["train"].files) == 8 and len(benchmark.parts["validation"].files) == 2
+    assert not set(benchmark.parts["train"].sources) & set(benchmark.test.sources)
     union = found.sum(0)[benchmark.classes :]
     there = {"ade20k": [0, 12, 149], "voc2012": [14, 19, 20], "pascal-context": [0, 1, 58]}[name]
     assert np.flatnonzero(union).tolist() == there  # nothing else was learned; VOC's background is the last
@@ -183,11 +183,13 @@ def test_a_probe_learns_what_colours_mean(store, data, name):
 def test_shuffled_maps_are_not_told(store, data, monkeypatch):
     """The figure is of this image's own cells."""
     benchmark = registered()["dense probe ade20k"](Context(data=data))
-    right = benchmark.figure(benchmark.items(store, benchmark.images(0), 0).mean(0))
+    images = benchmark.images(0)
+    readout = benchmark.readout(store, images)
+    monkeypatch.setattr(benchmark, "readout", lambda *_: readout)
+    right = benchmark.figure(benchmark.items(store, images, 0).mean(0))
     labels = dense.Labelled.labels
     monkeypatch.setattr(dense.Labelled, "labels", lambda self, i: labels(self, i)[::-1, ::-1])
-    monkeypatch.setattr(dense, "chosen_on_validation", lambda *_: benchmark._model)
-    wrong = benchmark.figure(benchmark.items(store, benchmark.images(0), 0).mean(0))
+    wrong = benchmark.figure(benchmark.items(store, images, 0).mean(0))
     assert wrong < 0.5 * right
 
 

@@ -7,9 +7,10 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from towerbench.errors import ConfigError
 from towerbench.towers import Tower
 
 logger = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made")
 
 BATCH_PIXELS, BATCH_PIXELS_CPU = 64 * 128 * 128, 8 * 128 * 128
 """Pixels that pass a tower at once: a GPU wants much work at a time, a CPU no more than its caches hold."""
@@ -91,6 +94,7 @@ class FeatureStore:
         self._embeddings: dict[tuple, torch.Tensor] = {}
         self._maps: dict[tuple, np.memmap] = {}
         self._texts = {} if texts is None else texts
+        self._made: dict[Hashable, Any] = {}
 
     def embeddings(self, images: Images) -> torch.Tensor:
         """The CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
@@ -124,6 +128,13 @@ class FeatureStore:
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
         return patch_embeddings(self.tower.clip.visual, features).cpu()
+
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives when a key is first asked for: benchmarks share a readout that is trained on this tower's
+        features alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def release(self, images: Images) -> None:
         """Forget a set's features."""

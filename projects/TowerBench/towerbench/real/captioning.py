@@ -1,9 +1,8 @@
 """A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' images: scored by CIDEr-D."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import Context, variant
-from towerbench.standardise import Standardiser
+from towerbench.standardise import standardised
 
 RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
 
@@ -70,14 +69,10 @@ class NoCaps(sources.RealBenchmark):
         return np.array([scores[i] for i in told])
 
     def told(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> list[str]:
-        """What the readout says of each image."""
-        # The domains' benchmarks share it: it depends on the tower, COCO's images and the seed alone.
-        known = _readouts.setdefault(tower, {})
-        key = images["train"].identity, images["held"].identity, RECIPE, seed
-        if key not in known:
-            texts = {part: each.captions for part, each in self.readout.items()}
-            known[key] = Readout(tower, images, texts, seed)
-        return known[key].told(tower, images["test"])
+        """What the readout, which the domains share, says of each image."""
+        key = "captioning", images["train"].identity, images["held"].identity, RECIPE, seed
+        texts = {part: each.captions for part, each in self.readout.items()}
+        return tower.once(key, lambda: trained(tower, images, texts, seed))(images["test"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,39 +91,23 @@ def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, Caption
     }
 
 
-class Readout:
-    """A decoder trained on one tower's features, which are standardised channel by channel.
+def trained(
+    tower: FeatureStore, images: Mapping[str, Images], texts: Mapping[str, Sequence[Sequence[str]]], seed: int
+) -> Callable[[Images], list[str]]:
+    """A decoder trained on one tower's features, as a function from images to what it says of each.
 
     Args:
         images: `train` and `held`.
         texts: the captions of each of these images.
     """
-
-    def __init__(
-        self,
-        tower: FeatureStore,
-        images: Mapping[str, Images],
-        texts: Mapping[str, Sequence[Sequence[str]]],
-        seed: int,
-    ) -> None:
-        self.standardised = Standardiser.streamed(grid_cells(tower, images["train"], RECIPE.grid), channels=2)
-        sides = (
-            # Half precision: thousands of images are kept.
-            (torch.cat([part.half() for part in self._seen(tower, images[name])]), texts[name])
-            for name in ("train", "held")
-        )
-        self.captioner = caption_readout.trained(*sides, RECIPE, seed)
-
-    def told(self, tower: FeatureStore, images: Images) -> list[str]:
-        """What the readout says of each image."""
-        return [text for part in self._seen(tower, images) for text in self.captioner.said(part)]
-
-    def _seen(self, tower: FeatureStore, images: Images) -> Iterator[torch.Tensor]:
-        """Cells `[n, P, C]` as the decoder sees them, of some images at a time."""
-        return map(self.standardised, grid_cells(tower, images, RECIPE.grid))
-
-
-_readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
+    seen = standardised(lambda of: grid_cells(tower, of, RECIPE.grid), images["train"], channels=2)
+    sides = (
+        # Half precision: thousands of images are kept.
+        (torch.cat([part.half() for part in seen(images[name])]), texts[name])
+        for name in ("train", "held")
+    )
+    captioner = caption_readout.trained(*sides, RECIPE, seed)
+    return lambda of: [text for part in seen(of) for text in captioner.said(part)]
 
 
 # The in-domain images show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).

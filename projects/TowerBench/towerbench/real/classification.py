@@ -186,34 +186,26 @@ def webdataset_paths(name: str, split: str) -> str:
     )
 
 
-def webdataset(folder: Path, split: str) -> LabelledSet:
-    """A set as `clip_benchmark_export_wds` writes it: `SPLIT/0.tar`, ..., `classnames.txt`, templates with `{c}`."""
-    names = _lines(folder / "classnames.txt")
-    templates = [
-        line.replace("{c}", "{}") for line in _lines(folder / "zeroshot_classification_templates.txt")
-    ]
-    shards = sorted((folder / split).glob("*.tar"), key=lambda file: (len(file.stem), file.stem))
+def webdataset(folder: Path) -> LabelledSet:
+    """A split as `clip_benchmark_export_wds` writes it: `0.tar`, ..., and beside the folder `classnames.txt`, templates
+    with `{c}`."""
+    names = _lines(folder.parent / "classnames.txt")
+    templates = _lines(folder.parent / "zeroshot_classification_templates.txt")
+    shards = sorted(folder.glob("*.tar"), key=lambda file: (len(file.stem), file.stem))
     if not shards:
-        raise DataError(
-            f"{folder / split}: holds no .tar; 0.tar, 1.tar, ... were expected; download the split again"
-        )
-    _check_count(folder / split, len(shards))
+        raise DataError(f"{folder}: holds no .tar; 0.tar, 1.tar, ... were expected; download the split again")
+    _check_count(folder, len(shards))
     found, labels = [], []
     for shard in shards:
         parts: dict[str, Source] = {}
         classes: dict[str, int] = {}
-        try:
-            with tarfile.open(shard) as archive:
-                for member in archive:
-                    key, _, suffix = member.name.partition(".")
-                    if suffix == "cls":
-                        classes[key] = int(archive.extractfile(member).read())
-                    elif f".{suffix.lower()}" in sources.IMAGE_SUFFIXES:
-                        parts[key] = Source(shard, member.offset_data, member.size)
-        except (tarfile.TarError, ValueError, OSError) as error:
-            raise DataError(
-                f"{shard}: is no readable tar of images and `.cls` ({error}); get it again"
-            ) from error
+        with sources.readable(shard, "tar of images and `.cls`"), tarfile.open(shard) as archive:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                if suffix == "cls":
+                    classes[key] = int(archive.extractfile(member).read())
+                elif f".{suffix.lower()}" in sources.IMAGE_SUFFIXES:
+                    parts[key] = Source(shard, member.offset_data, member.size)
         for key in parts:
             if not 0 <= classes.get(key, -1) < len(names):
                 raise DataError(
@@ -222,7 +214,7 @@ def webdataset(folder: Path, split: str) -> LabelledSet:
                 )
             found.append(parts[key])
             labels.append(classes[key])
-    return LabelledSet(found, labels, names, templates)
+    return LabelledSet(found, labels, names, [line.replace("{c}", "{}") for line in templates])
 
 
 def _check_count(folder: Path, found: int) -> None:

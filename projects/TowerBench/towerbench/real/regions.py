@@ -81,6 +81,11 @@ class RegionSet:
     things: Sequence[bool]
     files: tuple[Path, ...]
 
+    @property
+    def sources(self) -> list[Source]:
+        """The encoded images."""
+        return [shown.source for shown in self.images]
+
     def of_kind(self, kind: str, per_class: int | None = None) -> list[list[Region]]:
         """The regions of a kind by image; at most `per_class` of each class, the first ones."""
         seen = [0] * len(self.names)

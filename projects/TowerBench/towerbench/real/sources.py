@@ -1,9 +1,11 @@
 """Images and annotations on disk: what all benchmarks of the real suite share."""
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +87,10 @@ class Source:
 
 @contextlib.contextmanager
 def readable(what: object, kind: str, advice: str = "get it again") -> Iterator[None]:
-    """Turn what Pillow, json and the system raise within the block into a DataError that names `what` and its kind."""
+    """Turn what readers and the system raise within the block into a DataError that names `what` and its kind."""
     try:
         yield
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, csv.Error, tarfile.TarError) as error:
         raise DataError(f"{what}: is no readable {kind} ({error}); {advice}") from error
 
 

@@ -17,7 +17,7 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import questions, sources
 from towerbench.real.questions import Asked
 from towerbench.registry import variant
-from towerbench.standardise import Standardiser
+from towerbench.standardise import standardised
 
 TRAIN, TEST = 9000, 5000
 """Images of train2014 that the readout sees, and of val2014 that are asked about: spread over the set, the same ones
@@ -182,13 +182,11 @@ class Vqa(sources.RealBenchmark):
 
     def sides(self, tower: FeatureStore, images: Mapping[str, Images], answers: list[str]) -> list[Side]:
         """`train`, `held` and `test`, whose features are standardised channel by channel as `train`'s are."""
-        standardised = Standardiser.streamed(grid_cells(tower, images["train"], GRID), channels=2)
+        seen = standardised(lambda of: grid_cells(tower, of, GRID), images["train"], channels=2)
         centre = tower.text([q.text for q in self.asked["train"].every]).mean(0)
         place = {answer: number for number, answer in enumerate(answers)}
         found = []
         for name, asked in self.asked.items():
-            parts = grid_cells(tower, images[name], GRID)
-            seen = torch.cat([standardised(part).half() for part in parts])
             every = asked.every
             words = tower.text([question.text for question in every]) - centre
             words = F.normalize(words, dim=1) * words.shape[1] ** 0.5
@@ -198,7 +196,8 @@ class Vqa(sources.RealBenchmark):
                 (torch.tensor([p for p, _ in each], dtype=torch.int64), torch.tensor([s for _, s in each]))
                 for each in known
             ]
-            found.append(Side(seen, words, first, worth))
+            cells = torch.cat([part.half() for part in seen(images[name])])
+            found.append(Side(cells, words, first, worth))
         return found
 
     def figure(self, means: np.ndarray) -> np.ndarray:
