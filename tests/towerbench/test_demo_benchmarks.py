@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from demoworld import catalogue, scenes
 from towerbench import Context
@@ -78,15 +77,6 @@ def test_digits(store, monkeypatch):
     assert found.shape == (400, 5) and found[:, -1].mean() > 0.5 > 0.1
     train, test, _, _ = few_shot.FewShotDigits(Context())._halves()
     assert not set(train) & set(test)
-
-
-def test_recalls_by_hand():
-    similarity = torch.zeros(12, 12)
-    similarity[0, 1:5] = 1  # four captions are nearer to image 0 than its own
-    found = retrieval.recalls(similarity)
-    assert found[0].tolist() == [False, True, True, True, True, True]
-    # Caption 1 is nearer to image 0 than to its own; equally near ones do not count against it.
-    assert found[1].tolist() == [True, True, True, False, True, True]
 
 
 def test_retrieval_finds_more_than_chance(store, few):

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from demoworld import tower as demo_tower
-from towerbench import Context, registered, statistics
+from towerbench import Context, recall, registered, statistics
 from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
-from towerbench.real import captioned, retrieval
+from towerbench.real import captioned
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "white": (230, 230, 230)}
 SHAPES = ("square", "bar", "column", "frame")
@@ -179,7 +179,7 @@ def test_recall_is_that_of_loops_over_open_clip(store, data, clip, name):
 
 def test_the_parts_of_the_queries_make_no_difference(store, data, monkeypatch):
     _, whole = run("retrieval flickr30k", store, data)
-    monkeypatch.setattr(retrieval, "CHUNK", 3)
+    monkeypatch.setattr(recall, "CHUNK", 3)
     _, parts = run("retrieval flickr30k", store, data)
     assert (whole == parts).all()
 
@@ -188,7 +188,7 @@ def test_ranks_by_hand():
     images = torch.eye(3)
     lines = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.9], [0.0, 0.8, 0.1]])
     # The first line is a caption of images 0 and 1, the second one of 1 too, and stands before in images 2.
-    scores = retrieval.hits(images, lines, [[0], [0, 1], [2]])
+    scores = recall.hits(images, lines, [[0], [0, 1], [2]])
     at_one = scores[:, [0, 3, 4]].tolist()
     assert at_one == [[1, 1, 1], [0, 2, 0], [0, 1, 0]]
     assert scores[:, 1].tolist() == [1, 2, 1]  # every rank is below 5
@@ -197,7 +197,7 @@ def test_ranks_by_hand():
 def test_shared_captions_do_not_count_against_an_images_own():
     images = torch.eye(2)
     shared = torch.tensor([[0.6, 0.6], [0.1, 0.7]])
-    scores = retrieval.hits(images, shared, [[0], [0, 1]])
+    scores = recall.hits(images, shared, [[0], [0, 1]])
     assert scores[:, 4].tolist() == [
         1,
         1,

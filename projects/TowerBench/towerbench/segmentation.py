@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Images
+from towerbench.readout import Readout
 
 
 def sampled(labels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -38,7 +39,7 @@ def mean_iou(means: np.ndarray) -> np.ndarray:
 def segmented(
     tower: FeatureStore,
     images: Images,
-    scores: Callable[[torch.Tensor], torch.Tensor],
+    scores: Readout,
     truth: Callable[[int], tuple[torch.Tensor, float]],
     classes: int,
 ) -> np.ndarray:

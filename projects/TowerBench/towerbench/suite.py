@@ -1,11 +1,11 @@
 """Runs benchmarks on towers: tower by tower, benchmark by benchmark, seed by seed; what is finished is not repeated."""
 
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from demoworld import files
 from towerbench import statistics
@@ -87,7 +88,8 @@ def run(
         shared = texts.setdefault(tower.text_sha256, {})
         scores[entry.label] = evaluate(tower, ready, output, shared, progress)
         del tower
-    progress.end()
+    progress.close()
+    logger.info("evaluated in %s", progress.format_interval(progress.format_dict["elapsed"]))
     return _results(name, about, [task.benchmark for task in ready], scores, context, seeds, left_out)
 
 
@@ -162,7 +164,7 @@ def evaluate(
     announced = [images for task in open_tasks for images in task.images]
 
     def passed(images: Images, count: int) -> None:
-        progress.spent(_passing_seconds(images, count))
+        progress.update(_passing_seconds(images, count))
 
     store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)
     try:
@@ -174,7 +176,7 @@ def evaluate(
                     torch.manual_seed(seed)
                     scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
                 rows.append(scores.reshape(len(scores), -1))
-                progress.spent(task.benchmark.readout_seconds)
+                progress.update(task.benchmark.readout_seconds)
                 users.subtract(images.identity for images in sets.values())
                 for images in sets.values():
                     if users[images.identity] == 0:
@@ -310,54 +312,28 @@ def _rounded(value: float | None) -> float | None:
 # ---------------------------------------------------------------- progress
 
 
-class Progress:
+class Progress(tqdm):
     """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
 
     Args:
         total: what all will cost, in seconds of the machine that costs were measured on.
     """
 
-    def __init__(self, total: float) -> None:
-        self.total, self.done, self.skipped = total, 0.0, 0.0
-        self.start, self.what = time.monotonic(), ""
-        self.terminal = sys.stderr.isatty()
+    monitor_interval = 0  # no thread
 
-    def spent(self, cost: float) -> None:
-        """What cost so much is done."""
-        self.done += cost
-        if self.terminal:
-            self._print()
+    def __init__(self, total: float) -> None:
+        terminal = sys.stderr.isatty()
+        line = "[{percentage:3.0f} %] {desc} ({elapsed} gone, {remaining} left)"
+        file = sys.stderr if terminal else io.StringIO()
+        super().__init__(total=total, file=file, smoothing=0, bar_format=line, leave=False)
+        self.terminal = terminal
 
     def skip(self, cost: float) -> None:
         """What would cost so much need not be done."""
-        self.skipped += cost
+        self.n, self.initial = self.n + cost, self.initial + cost
 
     def say(self, what: str) -> None:
         """What is done now."""
-        self.what = what
-        if self.terminal:
-            self._print()
-        else:
-            logger.info("%s", self.line())
-
-    def end(self) -> None:
-        """The last line."""
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        logger.info("evaluated in %s", _clock(time.monotonic() - self.start))
-
-    def line(self) -> str:
-        """As it is shown: share, what, time gone, and time left where it can be told."""
-        gone = time.monotonic() - self.start
-        share = (self.done + self.skipped) / self.total if self.total else 1.0
-        left = ""
-        if self.done and share < 1:
-            left = f", about {_clock(gone / self.done * self.total * (1 - share))} left"
-        return f"[{100 * share:3.0f} %] {self.what} ({_clock(gone)} gone{left})"
-
-    def _print(self) -> None:
-        print(f"\r\033[K{self.line()}", end="", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        self.set_description_str(what)
+        if not self.terminal:
+            logger.info("%s", self)

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 from towerbench.demo import emoji, regions, unseen
 from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Images, fitted
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.registry import Benchmark, register
 from towerbench.segmentation import mean_iou, sampled, segmented, training_cells
 
@@ -44,20 +44,16 @@ class _Segmentation(Benchmark):
     """What is drawn are places to train at, the same for every seed."""
     item_set = unseen.ITEMS
 
-    def segment(self, tower: FeatureStore, images: Mapping[str, Images], classes: int) -> np.ndarray:
-        """Compare `self.scores` with the truth, scene by scene."""
-        scenes = unseen.scenes(self.context.split)
-        return segmented(
-            tower,
-            images["test"],
-            lambda cells: self.scores(tower, cells),
-            lambda number: (labels_at(scenes[number], SIDE), 1),
-            classes,
-        )
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
+        """A function from cells `[N, h, w, C]` to scores of the classes `[N, h, w, classes]`, and their number."""
         raise NotImplementedError
+
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        scenes = unseen.scenes(self.context.split)
+        scores, classes = self.readout(tower, images)
+        return segmented(
+            tower, images["test"], scores, lambda number: (labels_at(scenes[number], SIDE), 1), classes
+        )
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return mean_iou(means)
@@ -74,14 +70,10 @@ class DenseProbe(_Segmentation):
     def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
         classes = len(unseen.categories()) + 1
         train, validation = (_cells(tower, images[part], part) for part in ("train", "validation"))
-        self._model = chosen_on_validation(train, validation, classes, L2)
-        return self.segment(tower, images, classes)
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(cells)
+        return chosen_on_validation(train, validation, classes, L2).logits, classes
 
 
 @register
@@ -95,11 +87,9 @@ class DenseText(_Segmentation):
     def images(self, seed: int) -> Mapping[str, Images]:
         return {"test": unseen.images(self.context.split, dense=True)}
 
-    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
-        return self.segment(tower, images, len(unseen.categories()))
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return tower.project(cells) @ tower.class_embeddings(unseen.categories(), emoji.TEMPLATES).T
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
+        names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
+        return lambda cells: tower.project(cells) @ names.T, len(names)
 
 
 @register

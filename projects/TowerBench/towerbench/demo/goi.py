@@ -7,7 +7,7 @@ import torch
 
 from towerbench.demo import emoji, regions, unseen
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.region_pooling import within
 from towerbench.registry import Benchmark, register
 
@@ -23,15 +23,19 @@ class _Objects(Benchmark):
     """Nothing is drawn."""
     item_set = unseen.ITEMS
 
-    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
-        """Scores of every category for each object of the split, `[M, categories]`."""
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
+        """What tells categories from mean features of objects, given by `kind`."""
         raise NotImplementedError
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
-        _, labels = regions.objects(self.context.split)
-        columns = [within(self.named(tower, images, kind), labels) for kind in regions.KINDS]
+        split = self.context.split
+        _, labels = regions.objects(split)
+        columns = []
+        for kind in regions.KINDS:
+            readout = self.readout(tower, images, kind)
+            columns.append(within(readout(regions.pooled(tower, images["test"], split, kind)), labels))
         columns.append(torch.ones(len(labels), 1, dtype=torch.bool))
-        return regions.per_scene(torch.cat(columns, 1), self.context.split)
+        return regions.per_scene(torch.cat(columns, 1), split)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return (means[..., :-1] / means[..., -1:]).mean(-1)
@@ -46,10 +50,9 @@ class GoiZeroShot(_Objects):
     def images(self, seed: int) -> Mapping[str, Images]:
         return {"test": unseen.images(self.context.split, dense=True)}
 
-    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
-        features = regions.pooled(tower, images["test"], self.context.split, kind)
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
         names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
-        return tower.project(features) @ names.T
+        return lambda features: tower.project(features) @ names.T
 
 
 @register
@@ -63,10 +66,9 @@ class GoiProbe(_Objects):
     def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def named(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> torch.Tensor:
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
         train, validation = (
             (regions.pooled(tower, images[part], part, kind), regions.objects(part)[1])
             for part in ("train", "validation")
         )
-        model = chosen_on_validation(train, validation, len(unseen.categories()), L2)
-        return model.logits(regions.pooled(tower, images["test"], self.context.split, kind))
+        return chosen_on_validation(train, validation, len(unseen.categories()), L2).logits

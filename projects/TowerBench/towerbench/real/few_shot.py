@@ -9,7 +9,7 @@ import torch
 
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.real import sources, zero_shot
 from towerbench.real.classification import LabelledSet, imagenet_folders, webdataset, webdataset_paths
 from towerbench.registry import Context, variant
@@ -26,9 +26,6 @@ TEMPERATURE = 0.07
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Features `[M, D]` of unit length, and labels `[M]`."""
-
-Readout = Callable[[torch.Tensor], torch.Tensor]
-"""From features `[N, D]` to scores of the trained classes `[N, classes]`."""
 
 
 class FewShot(sources.RealBenchmark):

@@ -4,7 +4,7 @@ A class is told by its names, whose embeddings features are compared with, or by
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.real import sources
 from towerbench.registry import Context, variant
 
@@ -119,10 +119,8 @@ class OnMaps(sources.RealBenchmark):
             found[f"{name} {self.annotations}"] = stand_in
         return found
 
-    def readout(
-        self, tower: FeatureStore, images: Mapping[str, Images]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function from features `[..., C]` to scores of the classes `[..., classes]`."""
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> Readout:
+        """What tells classes from features."""
         if self.probe:
             rows = [self.examples(tower, images[part], part) for part in self.parts]
             return chosen_on_validation(*rows, self.classes, L2).logits
