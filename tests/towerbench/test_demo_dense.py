@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from demoworld import tower as demo_tower
 from demoworld import unseen_things
-from towerbench import Context, Tower, encoder, suite
+from towerbench import Context, Tower, encoder
 from towerbench.demo import dense, goi, regions, unseen
 from towerbench.segmentation import overlaps
 from visft.modeling.backbone import patch_projection
@@ -143,10 +143,6 @@ def test_an_image_of_patches_that_are_alike_has_their_embedding(patch_embeddings
         )
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path):
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    results = suite.run(demo_tower.NAME, entries, EVERY, Context(), seeds=1, output=tmp_path)
-    for row in results["families"]:
-        assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
-    by_name = {row["name"]: row["base"] for row in results["benchmarks"]}
+def test_a_tower_against_itself_has_the_same_figures(against_itself):
+    by_name = {row["name"]: row["base"] for row in against_itself(*EVERY)["benchmarks"]}
     assert by_name["goi probe"] > 40 and by_name["dense correspondence"] > 20

@@ -7,9 +7,8 @@ import pytest
 import torch
 from oracle import Oracle
 
-from demoworld import tower as demo_tower
 from demoworld import unseen_things
-from towerbench import Context, report, suite
+from towerbench import Context, report
 from towerbench.demo import regions, unseen, vqa
 
 
@@ -102,15 +101,12 @@ def test_what_can_be_answered_without_an_image():
     assert 0.3 < np.mean(presence) < 0.7
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
+def test_a_tower_against_itself_has_the_same_figures(against_itself, monkeypatch):
     monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
     monkeypatch.setattr(vqa, "EPOCHS", 2)
     unseen.scenes.cache_clear()
     vqa.questions.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    results = suite.run(demo_tower.NAME, entries, (vqa.VqaScenes,), Context(), seeds=2, output=tmp_path)
-    (row,) = results["families"]
-    assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
+    results = against_itself(vqa.VqaScenes, seeds=2)
     assert set(results["benchmarks"][0]["baselines"]) == {"chance", "text only"}
     assert "Without a tower, vqa scenes: chance 27.3, text only" in report.markdown(results)
     unseen.scenes.cache_clear()
