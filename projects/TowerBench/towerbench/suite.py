@@ -150,7 +150,7 @@ def evaluate(
         texts: text embeddings, shared among towers of one text tower.
         progress: None: one of its own.
     """
-    progress = progress or Progress(_seconds(tasks))
+    progress = Progress(_seconds(tasks)) if progress is None else progress
     folder = output / SCORES / tower.sha256[:16]
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(folder)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from demoworld import catalogue
 from towerbench import ctc_readout
 from towerbench.ctc_readout import LINES
+from towerbench.demo import unseen
 from towerbench.features import FeatureStore, Images
 from towerbench.readout import one_thread
 from towerbench.registry import Benchmark, Context, register
@@ -139,11 +140,10 @@ class OcrWords(Benchmark):
         return None if found == wanted else "needs the typefaces of pip install 'visft[demo]'"
 
     def images(self, seed: int) -> Mapping[str, Images]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: _images(part) for name, part in parts.items()}
+        return {name: _images(part) for name, part in unseen.parts(self.context.split).items()}
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
+        parts = unseen.parts(self.context.split)
         least = SIDE // 8  # enough for seven letters
         columns = {name: torch.cat(list(ctc_readout.columns(tower, images[name], least))) for name in parts}
         standardised = Standardiser.of(columns["train"], channels=1)

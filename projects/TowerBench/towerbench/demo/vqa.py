@@ -226,8 +226,8 @@ class VqaScenes(Benchmark):
         names = tower.text([f"a picture of {name}" for name in unseen.categories()])
         names = F.normalize(names - names.mean(0), dim=1) * names.shape[1] ** 0.5
         starts = torch.tensor(np.cumsum([0, *(len(answers) for answers in ANSWERS.values())])[:-1])
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return [Asked(part, cells[name], names, starts) for name, part in parts.items()]
+        parts = unseen.parts(self.context.split).items()
+        return [Asked(part, cells[name], names, starts) for name, part in parts]
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         train, validation, test = self.asked(tower, images)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ class CaptionedSet:
 
     def part(self, name: str, numbers: Sequence[int]) -> "CaptionedSet":
         """Some of its images, under another name."""
-        files, captions = [self.files[i] for i in numbers], [self.captions[i] for i in numbers]
-        return CaptionedSet(name, files, captions, self.annotations)
+        return sources.rows_of(replace(self, name=name), numbers, "files", "captions")
 
     def images(self, **how: Any) -> Images:
         """Its images; `how` is of `sources.images`.

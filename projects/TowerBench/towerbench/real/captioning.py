@@ -83,8 +83,7 @@ def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, Caption
         raise DataError(
             f"{file}: has captions of {len(numbers)} image; at least 2 are needed to train and to choose"
         )
-    held = numbers[::HELD]
-    train = sorted(set(numbers) - set(held))
+    train, held = sources.train_and_held(numbers, HELD)
     return {
         "train": whole.part("coco to caption", train),
         "held": whole.part("coco to choose captions by", held),

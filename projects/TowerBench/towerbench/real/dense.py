@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +96,7 @@ class Labelled:
 
     def part(self, numbers: Sequence[int]) -> "Labelled":
         """Some of its images."""
-        return replace(
-            self, sources=[self.sources[i] for i in numbers], files=[self.files[i] for i in numbers]
-        )
+        return sources.rows_of(self, numbers, "sources", "files")
 
 
 @dataclass(frozen=True, kw_only=True)

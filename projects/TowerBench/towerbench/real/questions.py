@@ -45,8 +45,7 @@ class Asked:
 
     def part(self, places: Iterable[int]) -> "Asked":
         """Some of its images."""
-        places = list(places)
-        return Asked([self.images[i] for i in places], [self.questions[i] for i in places])
+        return sources.rows_of(self, places, "images", "questions")
 
     @property
     def every(self) -> list[Question]:

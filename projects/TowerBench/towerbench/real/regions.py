@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class RegionSet:
 
     def part(self, numbers: Sequence[int]) -> "RegionSet":
         """Some of its images."""
-        return replace(self, images=[self.images[i] for i in numbers])
+        return sources.rows_of(self, numbers, "images")
 
 
 def evenly(labels: Sequence[Sequence[int]], classes: int) -> list[int]:

@@ -7,9 +7,9 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,8 @@ from PIL import Image
 from towerbench.errors import DataError
 from towerbench.features import Images
 from towerbench.registry import Benchmark, Context
+
+_Table = TypeVar("_Table")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
@@ -192,6 +194,17 @@ def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = obje
             f"{file}: no usable `{key}` where one was expected (found {found}); is it the right file?"
         )
     return entry[key]
+
+
+def rows_of(table: _Table, numbers: Iterable[int], *columns: str) -> _Table:
+    """A dataclass with some rows alone of those of its fields that have a row an image."""
+    numbers = list(numbers)
+    return replace(table, **{name: [getattr(table, name)[i] for i in numbers] for name in columns})
+
+
+def train_and_held(rows: Sequence[int], one_in: int) -> tuple[list[int], list[int]]:
+    """Rows parted: to train on, and, one in so many from the first on, to choose by."""
+    return [row for i, row in enumerate(rows) if i % one_in], list(rows[::one_in])
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -147,10 +147,10 @@ class Vqa(sources.RealBenchmark):
                 f"{train_questions}: asks about {len(whole.images)} image; at least 2 are needed to train "
                 "and to choose"
             )
-        places = range(len(whole.images))
+        train, held = sources.train_and_held(range(len(whole.images)), HELD)
         return {
-            "train": whole.part(i for i in places if i % HELD),
-            "held": whole.part(places[::HELD]),
+            "train": whole.part(train),
+            "held": whole.part(held),
             "test": questions.read(test_questions, test_annotations, TEST),
         }
 
