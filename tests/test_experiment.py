@@ -65,11 +65,11 @@ def module(name: str = "run"):
 
 
 class Agreement(Benchmark):
-    """How near a picture's embedding is to that of its mirror image: cheap, and another for every tower."""
+    """How near an image's embedding is to that of its mirror image: cheap, and another for every tower."""
 
     name, family, metric = "agreement", "few-shot", "cosine"
 
-    def pictures(self, seed):
+    def images(self, seed):
         rng = np.random.default_rng(seed)
         views = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(12)]
         return {
@@ -77,8 +77,8 @@ class Agreement(Benchmark):
             "mirrored": Images(f"agreement/{seed}/m", 12, lambda: [view[:, ::-1].copy() for view in views]),
         }
 
-    def items(self, tower, pictures, seed):
-        first, second = (F.normalize(tower.embeddings(each), dim=1) for each in pictures.values())
+    def items(self, tower, images, seed):
+        first, second = (F.normalize(tower.embeddings(each), dim=1) for each in images.values())
         return (first * second).sum(1).numpy()
 
 
@@ -87,8 +87,8 @@ class Norm(Agreement):
 
     name, family, max_seeds = "norm", "dense", 1
 
-    def items(self, tower, pictures, seed):
-        return tower.embeddings(pictures["views"]).norm(dim=1).numpy() / 100
+    def items(self, tower, images, seed):
+        return tower.embeddings(images["views"]).norm(dim=1).numpy() / 100
 
 
 @pytest.fixture(scope="module", autouse=True)

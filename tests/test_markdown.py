@@ -7,6 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from towerbench import report
 from visft.applications import demo_report, sweep
 from visft.export import card
 from visft.export.source import untouched
@@ -86,3 +87,36 @@ def test_no_report_is_broken_by_a_name(tmp_path, name) -> None:
         {"before": figures, "after": figures}, None, suite={}, unseen={}, known={f"{name}/bbox/AP50": name}
     )
     assert "<script" not in page and shown in [" ".join(text.split()) for text in _texts(page, "td")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_comparison_of_towers_is_broken_by_a_name(name) -> None:
+    shown = " ".join(name.split())
+    row = {
+        "name": name,
+        "metric": name,
+        "base": 1.0,
+        "tuned": 2.0,
+        "difference": 1.0,
+        "low": 0.0,
+        "high": 2.0,
+    }
+    row |= {"verdict": "better", "n": 3, "family": name, "in_domain": False, "baselines": {name: 1.0}}
+    tables = {"families": [row], "mean": None, "benchmarks": [row]}
+    towers = [{"label": label, "weights": name, "sha256": "0" * 64} for label in ("base", name, "other")]
+    results = {key: {name: table, "other": table} for key, table in tables.items()}
+    results |= {
+        "model": name,
+        "towers": towers,
+        "split": name,
+        "seeds": 1,
+        "rule": "",
+        "left_out": {name: name},
+    }
+    page = _html(report.markdown(results))
+    assert _texts(page, "h1") == [f"Out-of-domain evaluation of {shown}"] and shown in _texts(page, "h2")
+    cells = [" ".join(cell.split()) for cell in _texts(page, "td")]
+    assert len(cells) == 2 * 16 and cells.count(shown) == 2 * 5
+    assert f"Not run: {shown} ({shown})." in _texts(page, "p")
+    assert f"Without a tower, {shown}: {shown} 1.0." in _texts(page, "p")
+    assert page.count("<img ") == 1 and "<script" not in page and "<a " not in page

@@ -46,7 +46,7 @@ from visft.data.datasets import demo_world
 from visft.engine import launch, settings
 from visft.errors import ConfigError, TrainingError
 from visft.model_zoo import get_config_file
-from visft.utils import cli
+from visft.utils import cli, markdown
 
 logger = logging.getLogger("visft.experiment")
 
@@ -481,7 +481,11 @@ def overview(found: dict[str, Any]) -> str:
     for label, tables in rows:
         tower, mean = towers[label], tables["mean"]
         by_name = {row["name"]: row for row in tables["families"]}
-        cells = [label, str(tower["seeds"]), *(_difference(by_name.get(name)) for name in names)]
+        cells = [
+            markdown.plain(label),
+            str(tower["seeds"]),
+            *(_difference(by_name.get(name)) for name in names),
+        ]
         cells.append(
             f"{mean['difference']:+.2f}" + ("" if len(by_name) == len(names) else f" of {len(by_name)}")
         )
@@ -506,11 +510,11 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "Means over families, of an arm less another:",
         "",
-        f"| | {' | '.join(f'{first} less it | 95 % interval | ' for first in firsts)} |",
+        f"| | {' | '.join(f'{markdown.plain(first)} less it | 95 % interval | ' for first in firsts)} |",
         f"|---|{'---:|---|---|' * len(firsts)}",
     ]
     for second in dict.fromkeys(pair["second"] for pair in pairs):
-        cells = [second]
+        cells = [markdown.plain(second)]
         for first in firsts:
             mean = means.get((first, second))
             cells += (

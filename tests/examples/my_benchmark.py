@@ -11,13 +11,13 @@ from towerbench.readout import chosen_on_validation
 class Quarters(Benchmark):
     name, family, metric = "quarters", "few-shot", "accuracy"
 
-    def pictures(self, seed):
+    def images(self, seed):
         parts = ("train", "validation", "test")
         return {part: Images(f"quarters/{part}", 40, lambda part=part: squares(part)) for part in parts}
 
-    def items(self, tower, pictures, seed):
+    def items(self, tower, images, seed):
         labels = torch.arange(40) % 4
-        train, validation, test = (tower.embeddings(pictures[part]) for part in pictures)
+        train, validation, test = (tower.embeddings(images[part]) for part in images)
         model = chosen_on_validation((train, labels), (validation, labels), classes=4)
         return (model.predict(test) == labels).numpy()
 

@@ -19,8 +19,8 @@ class Oracle:
         self.shuffled = shuffled
         self.asked = 0
 
-    def dense(self, pictures, start=0, stop=None):
-        part = pictures.key.split("/")[1]
+    def dense(self, images, start=0, stop=None):
+        part = images.key.split("/")[1]
         scenes = unseen.scenes(part)
         order = np.roll(np.arange(len(scenes)), 7) if self.shuffled else np.arange(len(scenes))
         self.asked += 1
@@ -43,3 +43,13 @@ class Oracle:
         names = unseen.categories()
         rows = [[float(name in line) for name in names] for line in lines]
         return torch.nn.functional.normalize(torch.tensor(rows) + 1e-3, dim=-1)
+
+
+def by_names(store, names, templates) -> torch.Tensor:
+    """Zero-shot classifiers of classes with several names each: sums of sums, of unit length each."""
+    unit = torch.nn.functional.normalize
+
+    def of_word(word):
+        return unit(sum(store.text([template.format(word) for template in templates])), dim=0)
+
+    return torch.stack([unit(sum(map(of_word, words)), dim=0) for words in names])

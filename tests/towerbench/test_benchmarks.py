@@ -37,8 +37,8 @@ FIELDS = {"name", "metric", "base", "tuned", "difference", "low", "high", "verdi
 
 
 @pytest.fixture(scope="module")
-def tower() -> Tower:
-    return Tower.load(TINY, "demo", device="cpu")
+def tower(store) -> Tower:
+    return store.tower
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,11 @@ class Counted:
 
         monkeypatch.setattr(Tower, "encode", counting)
 
+    def since(self) -> int:
+        """How many since it was asked last."""
+        found, self.count = self.count, 0
+        return found
+
 
 def run(output, compare=(), benchmarks=(my_benchmark.Quarters,), seeds=2):
     entries = [suite.Entry("base", "demo"), *(suite.Entry(Path(f).stem, str(f)) for f in compare)]
@@ -87,33 +92,30 @@ def run(output, compare=(), benchmarks=(my_benchmark.Quarters,), seeds=2):
 # ---------------------------------------------------------------- features
 
 
-def test_embeddings_are_open_clips_and_maps_clip_vits(tower):
-    pictures = Images("noise", 5, noise(), dense=True)
-    store = FeatureStore(tower, [pictures])
-    images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
+def test_embeddings_are_open_clips_and_maps_clip_vits(tower, store):
+    images = Images("noise", 5, noise(), dense=True)
+    pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in noise()()]).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    images = (images - mean) / std
+    pixels = (pixels - mean) / std
     with torch.no_grad():
-        expected = tower.clip.encode_image(images, normalize=True)
-        maps = CLIPViT.from_open_clip(TINY, "demo")(images)["last_feat"]
-    torch.testing.assert_close(store.embeddings(pictures), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(store.dense(pictures), maps, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(store.dense(pictures, 2, 4), maps[2:4], rtol=2e-3, atol=2e-3)
+        expected = tower.clip.encode_image(pixels, normalize=True)
+        maps = CLIPViT.from_open_clip(TINY, "demo")(pixels)["last_feat"]
+    torch.testing.assert_close(store.embeddings(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(store.dense(images), maps, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(store.dense(images, 2, 4), maps[2:4], rtol=2e-3, atol=2e-3)
     texts = ["a dog", "an apple"]
-    tokens = get_tokenizer(TINY)(texts)
     with torch.no_grad():
-        torch.testing.assert_close(store.text(texts), tower.clip.encode_text(tokens, normalize=True))
-    store.close()
+        encoded = tower.clip.encode_text(get_tokenizer(TINY)(texts), normalize=True)
+    torch.testing.assert_close(store.text(texts), encoded)
 
 
-def test_features_are_the_same_however_many_images_pass_at_once(tower, monkeypatch):
+def test_features_are_the_same_however_many_images_pass_at_once(store, monkeypatch):
     images, found = Images("noise", 5, noise(), dense=True), []
     for batch in (1, 2, 5):
         monkeypatch.setattr(features, "BATCH_PIXELS_CPU", batch * 64 * 64)
-        store = FeatureStore(tower)
         assert [len(each) for each in store._batches(images)][0] == batch
         found.append((store.embeddings(images), store.dense(images)))
-        store.close()
+        store.release(images)
     for each in found[1:]:
         torch.testing.assert_close(each, found[0], rtol=2e-3, atol=1e-3)
 
@@ -124,24 +126,22 @@ def test_an_image_passes_once_for_whoever_asks(tower, monkeypatch):
     larger = Images("one", 5, noise(), scale=2.0)
     store = FeatureStore(tower, [plain, dense, larger])
     store.embeddings(plain)  # asked for first, and by one that needs no map
-    assert store.dense(dense).shape == (5, 192, 8, 8) and passed.count == 5
+    assert store.dense(dense).shape == (5, 192, 8, 8) and passed.since() == 5
     store.embeddings(larger)
-    assert passed.count == 10
+    assert passed.since() == 5
     store.release(plain)
     store.embeddings(plain)
-    assert passed.count == 15
+    assert passed.since() == 5
     store.close()
 
 
-def test_maps_stay_what_they_are_when_others_are_released(tower):
+def test_maps_stay_what_they_are_when_others_are_released(store):
     one, two, three = (Images(f"{seed}", 3, noise(3, seed=seed), dense=True) for seed in range(3))
-    store = FeatureStore(tower)
     store.dense(one)
     expected = store.dense(two)
     store.release(one)
     assert not torch.equal(store.dense(three), expected)
     torch.testing.assert_close(store.dense(two), expected, rtol=0, atol=0)
-    store.close()
 
 
 def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path):
@@ -160,13 +160,9 @@ def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path
     assert list(tmp_path.iterdir()) == [elsewhere]
 
 
-def test_scale_and_fit(tower):
-    assert (
-        tower.input_size(1) == (64, 64)
-        and tower.input_size(2) == (128, 128)
-        and tower.input_size(1.3) == (80, 80)
-    )
-    store = FeatureStore(tower)
+def test_scale_and_fit(tower, store):
+    sizes = {scale: tower.input_size(scale) for scale in (1, 2, 1.3)}
+    assert sizes == {1: (64, 64), 2: (128, 128), 1.3: (80, 80)}
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, 16:48] = 255
     [squashed] = store._batches(Images("wide", 1, lambda: [wide]))
@@ -174,7 +170,6 @@ def test_scale_and_fit(tower):
     assert squashed.shape == cropped.shape == (1, 3, 64, 64)
     # Bicubic resampling rings at edges.
     assert cropped[..., 4:-4].min() == 255 and squashed[..., :10].max() == 0
-    store.close()
 
 
 def test_regression_is_scikit_learns():
@@ -220,51 +215,46 @@ def test_a_tower_against_itself_and_several_towers(broken_file, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().count("<h2>broken</h2>") == 1
 
 
+def row(name, difference, verdict=None):
+    """A family's, as a plot takes it."""
+    interval = {"low": difference - 1, "high": difference + 1}
+    return {"name": name, "difference": difference, "verdict": verdict} | interval
+
+
+def plotted(axes, names) -> list[tuple[str, float]]:
+    """What is in the line of each name."""
+    points = [line for line in axes.lines if line.get_marker() in ("o", "D")]
+    return sorted((names[round(float(p.get_ydata()[0]))], float(p.get_xdata()[0])) for p in points)
+
+
 @pytest.mark.parametrize("far", [-3.0, -60.0])
 def test_the_plot_has_every_figure_in_its_own_familys_row(far):
     """Also of a tower that was evaluated on some of the families."""
-
-    def row(name, difference):
-        return {"name": name, "difference": difference, "low": difference - 1, "high": difference + 1}
-
-    whole = [row("ocr", 1.0), row("goi", 2.0), row("vqa", far), row("mean", 4.0)]
-    part = [row("goi", 5.0), row("mean", 6.0)]
-    axes = forest_plot.draw([("part", part), ("whole", whole)]).axes[0]
+    whole = {"ocr": 1.0, "goi": 2.0, "vqa": far, "mean": 4.0}
+    part = {"goi": 5.0, "mean": 6.0}
+    towers = [(name, [row(*each) for each in of.items()]) for name, of in (("part", part), ("whole", whole))]
+    axes = forest_plot.draw(towers).axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
-    assert sorted(names) == ["goi", "mean", "ocr", "vqa"] and names[-1] == "mean"
-    found = {
-        (names[round(float(line.get_ydata()[0]))], float(line.get_xdata()[0]))
-        for line in axes.lines
-        if line.get_marker() in ("o", "D")
-    }
-    expected = {("ocr", 1.0), ("goi", 2.0), ("vqa", far), ("mean", 4.0), ("goi", 5.0), ("mean", 6.0)}
-    assert found == expected
+    assert set(names) == set(whole) and names[-1] == "mean"
+    assert plotted(axes, names) == sorted([*whole.items(), *part.items()])
     assert (axes.get_xscale() == "symlog") == (far == -60.0)
 
 
 def test_a_plot_of_many_towers_has_a_panel_a_family_and_a_line_a_tower():
-    def row(name, tower, verdict):
-        figure = float(tower + (100 if name == "goi" else 0))
-        return {"name": name, "difference": figure, "low": figure - 1, "high": figure + 1, "verdict": verdict}
-
+    verdicts = {"ocr": "not shown", "goi": "better", "mean": "worse"}
     towers = [
-        (f"tower {n}", [row("ocr", n, "not shown"), row("goi", n, "better"), row("mean", n, "worse")])
+        (f"tower {n}", [row(name, n + 100.0 * (name == "goi"), word) for name, word in verdicts.items()])
         for n in range(forest_plot.FEW + 1)
     ]
-    towers[3] = ("tower 3", towers[3][1][1:])  # it has no ocr
+    del towers[3][1][0]  # it has no ocr
     panels = {axes.get_title(): axes for axes in forest_plot.draw(towers).axes}
-    assert list(panels) == ["ocr", "goi", "mean"]
     labels = [text.get_text() for text in panels["ocr"].get_yticklabels()]
-    assert labels == [label for label, _ in towers]
+    assert list(panels) == list(verdicts) and labels == [label for label, _ in towers]
     for name, axes in panels.items():
-        points = [line for line in axes.lines if line.get_marker() in ("o", "D")]
-        found = {labels[round(float(line.get_ydata()[0]))]: float(line.get_xdata()[0]) for line in points}
-        assert found == {
-            label: row["difference"] for label, rows in towers for row in rows if row["name"] == name
-        }
+        expected = [(label, r["difference"]) for label, rows in towers for r in rows if r["name"] == name]
+        assert plotted(axes, labels) == expected
         assert (axes.get_xscale() == "symlog") == (name == "goi")
-    colours = {name: {line.get_color() for line in axes.lines[:2]} for name, axes in panels.items()}
-    assert len({*colours["ocr"], *colours["goi"], *colours["mean"]}) == 3
+    assert len({line.get_color() for axes in panels.values() for line in axes.lines[:2]}) == 3
 
 
 def test_base_alone(tmp_path):
@@ -280,10 +270,10 @@ class Second(my_benchmark.Quarters):
     name, family = "second", "dense"
     fails = False
 
-    def items(self, tower, pictures, seed):
+    def items(self, tower, images, seed):
         if self.fails:
             raise KeyboardInterrupt
-        return super().items(tower, pictures, seed)
+        return super().items(tower, images, seed)
 
 
 def test_interrupted_run_resumes_and_two_runs_give_the_same(broken_file, tmp_path, monkeypatch):
@@ -292,15 +282,14 @@ def test_interrupted_run_resumes_and_two_runs_give_the_same(broken_file, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "one", [broken_file], both)
     monkeypatch.setattr(Second, "fails", False)
-    first, passed.count = passed.count, 0
+    assert passed.since() == 120
     run(tmp_path / "one", [broken_file], both)
     # The base's first benchmark was finished; its images pass again for the second one alone.
-    assert first == 120 and passed.count == 240
-    passed.count = 0
+    assert passed.since() == 240
     run(tmp_path / "one", [broken_file], both)
-    assert passed.count == 0
+    assert passed.since() == 0
     run(tmp_path / "two", [broken_file], both)
-    assert passed.count == 240
+    assert passed.since() == 240
     for name in ("results.json", "report.html", "report.md", "forest.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
@@ -331,36 +320,34 @@ class Costly(my_benchmark.Quarters):
 
     name, family, readout_seconds = "costly", "dense", 40.0
 
-    def pictures(self, seed):
-        return {**super().pictures(seed), "large": Images("large", 10, noise(10), scale=2.0)}
+    def images(self, seed):
+        return {**super().images(seed), "large": Images("large", 10, noise(10), scale=2.0)}
 
 
 def test_the_time_that_is_left_is_told_by_what_benchmarks_cost(monkeypatch):
-    monkeypatch.setattr(suite, "PICTURE_SECONDS", 0.1)
+    monkeypatch.setattr(suite, "IMAGE_SECONDS", 0.1)
     tasks = [suite.Task(cls(Context()), range(2)) for cls in (my_benchmark.Quarters, Costly)]
     # 120 images once for both; 10 that count for 4 each; two readouts each.
     assert suite._seconds(tasks) == pytest.approx(12 + 4 + 2 * 1 + 2 * 40)
     now = [0.0]
-    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     progress = suite.Progress(suite._seconds(tasks))
-    assert "left" not in progress.line()
-    progress.spent(14)
+    progress.update(14)
     now[0] = 28.0  # half as fast as where costs were measured
     progress.say("costly, seed 0")
-    assert progress.line() == "[ 14 %] costly, seed 0 (0:28 gone, about 2:48 left)"
+    assert str(progress) == "[ 14 %] costly, seed 0 (00:28 gone, 02:48 left)"
     progress.skip(40)
-    assert "[ 55 %]" in progress.line() and "about 1:28 left" in progress.line()
-    progress.spent(44)
-    assert progress.line() == "[100 %] costly, seed 0 (0:28 gone)"
+    assert str(progress) == "[ 55 %] costly, seed 0 (00:28 gone, 01:28 left)"
+    progress.update(44)
+    assert str(progress) == "[100 %] costly, seed 0 (00:28 gone, 00:00 left)"
 
 
 def test_all_that_is_announced_is_done_at_the_end(tmp_path, monkeypatch):
-    spent, total = [], []
-    made, spend = suite.Progress.__init__, suite.Progress.spent
-    monkeypatch.setattr(suite.Progress, "__init__", lambda self, all: total.append(all) or made(self, all))
-    monkeypatch.setattr(suite.Progress, "spent", lambda self, cost: spent.append(cost) or spend(self, cost))
+    made = []
+    progress = suite.Progress
+    monkeypatch.setattr(suite, "Progress", lambda total: made.append(progress(total)) or made[0])
     run(tmp_path, benchmarks=(my_benchmark.Quarters, Second))
-    assert sum(spent) == pytest.approx(total[0])
+    assert made[0].n == pytest.approx(made[0].total) and made[0].total > 0
 
 
 # ---------------------------------------------------------------- names and arguments
@@ -383,51 +370,41 @@ def test_suites_families_and_names():
 
 def test_labels():
     assert towers.labels(["a/x.safetensors", "b/y.pt"]) == ["x", "y"]
-    assert towers.labels(["run1/export/t.safetensors", "run2/export/t.safetensors"]) == [
-        "run1/export/t",
-        "run2/export/t",
-    ]
+    files = [f"{run}/export/t.safetensors" for run in ("run1", "run2")]
+    assert towers.labels(files) == ["run1/export/t", "run2/export/t"]
+
+
+ONE_SUITE = "--suite {}: names benchmarks of .*demo/FAMILY or real/FAMILY for a family, and one suite a run"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            ["--suite", "retreival"],
-            "--suite: `retreival` is no suite, family or benchmark; the nearest is `retrieval`",
-        ),
-        (["--suite", "real/retreival"], "the nearest is `real/retrieval`"),
-        (
-            ["--suite", "retrieval", "--data", "."],
-            "--suite retrieval: names benchmarks of .*demo/FAMILY or real/",
-        ),
-        (
-            ["--suite", "demo,real", "--data", "."],
-            "--suite demo,real: names benchmarks of .* one suite a run",
-        ),
-        (["--suite", "zero-shot vendor"], "nothing can be run, `zero-shot vendor` needs --pictures"),
-        (["--model", "visft-tinny"], "the nearest name is 'visft-tiny'"),
-        (["--pretrained", "laion2b"], "--pretrained laion2b: .*its tags are: demo"),
-        (["--compare", "nowhere.safetensors"], "--compare nowhere.safetensors: .*does not exist"),
-        (["--pictures", "nowhere"], "--pictures nowhere: there is no such folder"),
-        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
-        (["--seeds", "0"], "--seeds 0: at least 1"),
+        ("--suite=retreival", "--suite: `retreival` is no suite, .*; the nearest is `retrieval`"),
+        ("--suite=real/retreival", "the nearest is `real/retrieval`"),
+        ("--suite=retrieval --data=.", ONE_SUITE.format("retrieval")),
+        ("--suite=demo,real --data=.", ONE_SUITE.format("demo,real")),
+        ("--suite=few-shot/vendor,few-shot", "`few-shot/vendor` is no suite, family or benchmark"),
+        ("--model=visft-tinny", "the nearest name is 'visft-tiny'"),
+        ("--pretrained=laion2b", "--pretrained laion2b: .*its tags are: demo"),
+        ("--compare=nowhere.safetensors", "--compare nowhere.safetensors: .*does not exist"),
+        ("--pictures=nowhere", "--pictures nowhere: there is no such folder"),
+        ("--data=nowhere", "--data nowhere: there is no such folder"),
+        ("--seeds=0", "--seeds 0: at least 1"),
     ],
 )
 @pytest.mark.parametrize("main", [evaluate.main, evaluate_backbone.main], ids=["open_clip's", "visft's"])
 def test_bad_arguments_are_one_sentence(main, change, message, tmp_path, capsys):
-    words = {"--model": TINY, "--pretrained": "demo", "--output": str(tmp_path / "out")}
-    words |= dict(zip(change[::2], change[1::2], strict=True))
-    assert main([word for pair in words.items() for word in pair]) == 1
+    words = [f"--model={TINY}", "--pretrained=demo", f"--output={tmp_path / 'out'}", *change.split()]
+    assert main(words) == 1
     error = capsys.readouterr().err
     assert re.search(message, error) and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def main(*changes, output):
-    return evaluate.main(
-        ["--model", TINY, "--pretrained", "demo", "--output", str(output), *map(str, changes)]
-    )
+    words = ["--model", TINY, "--pretrained", "demo", "--output", str(output)]
+    return evaluate.main([*words, *map(str, changes)])
 
 
 def test_what_is_left_out_is_said_at_the_start(tmp_path, caplog, capsys):
@@ -436,12 +413,13 @@ def test_what_is_left_out_is_said_at_the_start(tmp_path, caplog, capsys):
     assert lines[0] == "not run: zero-shot vendor: needs --pictures"
     assert not any("not run: quarters" in line for line in lines)
     caplog.clear()
-    names = "few-shot vendor,retrieval urban-1k"
-    assert main("--suite", names, output=tmp_path / "no") == 1
+    assert main("--suite", "few-shot vendor,retrieval urban-1k", output=tmp_path / "no") == 1
     few_shot, retrieval = [record.getMessage() for record in caplog.records]
     assert few_shot == "not run: few-shot vendor: needs --pictures"
     assert retrieval.startswith("not run: retrieval urban-1k: needs --data DIR with Urban1k")
     assert "nothing can be run, for the 2 reasons above" in capsys.readouterr().err
+    assert main("--suite", "zero-shot vendor", output=tmp_path / "no") == 1
+    assert "nothing can be run, `zero-shot vendor` needs --pictures" in capsys.readouterr().err
 
 
 def test_a_family_of_one_suite_beside_data(tmp_path, capsys):
@@ -456,7 +434,7 @@ def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monke
     class OnMaps(my_benchmark.Quarters):
         name, family = "on maps", "dense"
 
-        def pictures(self, seed):
+        def images(self, seed):
             return {"test": Images("on maps", 1, noise(1), dense=True)}
 
     monkeypatch.setattr(Tower, "has_map", False)
@@ -468,7 +446,7 @@ def test_a_tower_without_a_map_leaves_out_what_needs_one(tmp_path, caplog, monke
 
 
 def test_stopped_from_the_keyboard(tmp_path, capsys, monkeypatch):
-    def items(benchmark, tower, pictures, seed):
+    def items(benchmark, tower, images, seed):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(my_benchmark.Quarters, "items", items)

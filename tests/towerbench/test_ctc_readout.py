@@ -68,7 +68,7 @@ def test_columns_are_those_of_the_lines():
     """A map that says its own row and column, in a tower that has nothing else."""
 
     class Tower:
-        def dense(self, pictures, start, stop):
+        def dense(self, images, start, stop):
             rows = torch.arange(16.0)[:, None].expand(16, 12)
             whole = torch.stack((rows, torch.arange(12.0).expand(16, 12)))
             return torch.stack([whole + 100 * number for number in range(start, stop)])

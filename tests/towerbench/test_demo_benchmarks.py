@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from demoworld import catalogue, scenes
 from towerbench import Context
@@ -26,7 +25,7 @@ def few(monkeypatch):
 
 def scores(cls, store, seed=0, **context) -> np.ndarray:
     benchmark = cls(Context(**context))
-    return benchmark.items(store, benchmark.pictures(seed), seed)
+    return benchmark.items(store, benchmark.images(seed), seed)
 
 
 def test_zero_shot_is_far_above_chance_and_splits_share_nothing(store, few):
@@ -58,9 +57,9 @@ def test_other_vendor(store, few, tmp_path):
         (tmp_path / f"{everything[i].key.upper()}.svg").write_text(svg)
     (tmp_path / "readme.svg").write_text("<svg/>")
     assert zero_shot.ZeroShotVendor.missing(Context()) == "needs --pictures"
-    assert zero_shot.ZeroShotVendor.missing(Context(pictures=tmp_path)) is None
-    assert scores(zero_shot.ZeroShotVendor, store, pictures=tmp_path).mean() < 0.2
-    assert scores(few_shot.FewShotVendor, store, pictures=tmp_path).shape == (5, 5)
+    assert zero_shot.ZeroShotVendor.missing(Context(images=tmp_path)) is None
+    assert scores(zero_shot.ZeroShotVendor, store, images=tmp_path).mean() < 0.2
+    assert scores(few_shot.FewShotVendor, store, images=tmp_path).shape == (5, 5)
 
 
 def test_more_shots_are_better(store, few):
@@ -78,15 +77,6 @@ def test_digits(store, monkeypatch):
     assert found.shape == (400, 5) and found[:, -1].mean() > 0.5 > 0.1
     train, test, _, _ = few_shot.FewShotDigits(Context())._halves()
     assert not set(train) & set(test)
-
-
-def test_recalls_by_hand():
-    similarity = torch.zeros(12, 12)
-    similarity[0, 1:5] = 1  # four captions are nearer to image 0 than its own
-    found = retrieval.recalls(similarity)
-    assert found[0].tolist() == [False, True, True, True, True, True]
-    # Caption 1 is nearer to image 0 than to its own; equally near ones do not count against it.
-    assert found[1].tolist() == [True, True, True, False, True, True]
 
 
 def test_retrieval_finds_more_than_chance(store, few):

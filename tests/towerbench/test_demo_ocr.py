@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from demoworld import tower as demo_tower
-from towerbench import Context, suite
+from towerbench import Context
 from towerbench.demo import ocr
 
 
@@ -19,19 +18,16 @@ def test_typefaces_are_there_and_those_of_the_test_are_not_trained_on():
 def test_images_show_the_words_and_are_the_same_every_time():
     files = ocr.font_files(ocr.TRAIN_FONTS) | ocr.font_files(ocr.TEST_FONTS)
     for face in files:  # every face has every letter: no two look alike
-        looks = [ocr.picture([(c * 3, face)], files, np.random.default_rng(0)).tobytes() for c in ocr.LETTERS]
+        looks = [ocr.drawn([(c * 3, face)], files, np.random.default_rng(0)).tobytes() for c in ocr.LETTERS]
         assert len(set(looks)) == 26, face
     first, again = (list(ocr._images("validation").make()) for _ in range(2))
     assert np.array_equal(first, again) and np.shape(first) == (75, 128, 128, 3)
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
+def test_a_tower_against_itself_has_the_same_figures(against_itself, monkeypatch):
     monkeypatch.setattr(ocr, "COUNTS", {"train": 24, "validation": 8, "test": 12, "development": 8})
     monkeypatch.setattr(ocr, "EPOCHS", 2)
     ocr.lines.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    results = suite.run(demo_tower.NAME, entries, (ocr.OcrWords,), Context(), seeds=1, output=tmp_path)
+    (row,) = against_itself(ocr.OcrWords)["families"]
     ocr.lines.cache_clear()
-    (row,) = results["families"]
     assert row["name"] == "ocr" and row["n"] == 12
-    assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"

@@ -7,9 +7,8 @@ import pytest
 import torch
 from oracle import Oracle
 
-from demoworld import tower as demo_tower
 from demoworld import unseen_things
-from towerbench import Context, report, suite
+from towerbench import Context, report
 from towerbench.demo import regions, unseen, vqa
 
 
@@ -61,7 +60,7 @@ def test_exact_features_answer_and_those_of_other_scenes_do_not(monkeypatch):
     monkeypatch.setattr(vqa, "BATCH", 20)
     monkeypatch.setattr(vqa, "RATE", 4e-3)
     benchmark = vqa.VqaScenes(Context())
-    train, validation, test = benchmark.asked(Oracle(), benchmark.pictures(0))
+    train, validation, test = benchmark.asked(Oracle(), benchmark.images(0))
     model = vqa.trained(train, validation, 0)
 
     def shares():
@@ -78,7 +77,7 @@ def test_exact_features_answer_and_those_of_other_scenes_do_not(monkeypatch):
 
 def test_a_question_is_answered_as_alone_however_many_its_scene_has():
     benchmark = vqa.VqaScenes(Context())
-    _, _, test = benchmark.asked(Oracle(), benchmark.pictures(0))
+    _, _, test = benchmark.asked(Oracle(), benchmark.images(0))
     torch.manual_seed(0)
     model = vqa.Answerer(test.cells.shape[2], test.words.shape[3]).eval()
     counts = test.there.sum(1)
@@ -102,15 +101,12 @@ def test_what_can_be_answered_without_an_image():
     assert 0.3 < np.mean(presence) < 0.7
 
 
-def test_a_tower_against_itself_has_the_same_figures(tmp_path, monkeypatch):
+def test_a_tower_against_itself_has_the_same_figures(against_itself, monkeypatch):
     monkeypatch.setattr(unseen, "COUNTS", {"train": 24, "validation": 6, "test": 12, "development": 6})
     monkeypatch.setattr(vqa, "EPOCHS", 2)
     unseen.scenes.cache_clear()
     vqa.questions.cache_clear()
-    entries = [suite.Entry("base", "demo"), suite.Entry("same", str(demo_tower.WEIGHTS_FILE))]
-    results = suite.run(demo_tower.NAME, entries, (vqa.VqaScenes,), Context(), seeds=2, output=tmp_path)
-    (row,) = results["families"]
-    assert row["difference"] == row["low"] == row["high"] == 0 and row["verdict"] == "not shown"
+    results = against_itself(vqa.VqaScenes, seeds=2)
     assert set(results["benchmarks"][0]["baselines"]) == {"chance", "text only"}
     assert "Without a tower, vqa scenes: chance 27.3, text only" in report.markdown(results)
     unseen.scenes.cache_clear()

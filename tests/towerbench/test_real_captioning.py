@@ -9,9 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from demoworld import tower as demo_tower
-from towerbench import Context, FeatureStore, Tower, caption_readout, captions, registered
-from towerbench import __main__ as evaluate
+from towerbench import FeatureStore, caption_readout
 from towerbench.errors import DataError
 from towerbench.real import captioning
 
@@ -96,21 +94,23 @@ def short(monkeypatch):
 
 
 @pytest.fixture
-def store():
-    made = FeatureStore(Tower.load(demo_tower.NAME, "demo", device="cpu"))
+def store(store):
+    """Without readouts of other tests."""
+    made = FeatureStore(store.tower)
     yield made
     made.close()
 
 
-def of(name: str, data: Path):
-    return registered()[f"captioning nocaps-{name}"](Context(data=data))
+@pytest.fixture
+def nocaps(of):
+    return lambda name, **more: of(f"captioning nocaps-{name}", **more)
 
 
-def test_the_readout_says_what_is_shown_and_is_scored_by_cider(store, data):
+def test_the_readout_says_what_is_shown_and_is_scored_by_cider(store, nocaps):
     from pycocoevalcap.cider.cider import Cider
 
-    benchmark = of("near", data)
-    images = benchmark.pictures(0)
+    benchmark = nocaps("near")
+    images = benchmark.images(0)
     told = benchmark.told(store, images, 0)
     scores = benchmark.items(store, images, 0)
     assert len(told) == DOMAINS["near-domain"] and np.mean(scores) > 1
@@ -128,111 +128,90 @@ def test_the_readout_says_what_is_shown_and_is_scored_by_cider(store, data):
     assert np.mean(named) > 0.7, list(zip(told, benchmark.set.captions, strict=True))
 
 
-def test_domains_are_apart_and_only_the_in_domain_is_marked(data):
-    sets = {name: of(name, data) for name in ("in", "near", "out")}
-    assert {name: len(each.set.files) for name, each in sets.items()} == {"in": 6, "near": 9, "out": 7}
-    assert len({file for each in sets.values() for file in each.set.files}) == sum(DOMAINS.values())
-    assert [each.in_domain for each in sets.values()] == [True, False, False]
-    for each in sets.values():
+def test_domains_are_apart_and_only_the_in_domain_is_marked(nocaps):
+    sets = [nocaps(name) for name in ("in", "near", "out")]
+    assert [len(each.set.files) for each in sets] == list(DOMAINS.values())
+    assert len({file for each in sets for file in each.set.files}) == sum(DOMAINS.values())
+    assert [each.in_domain for each in sets] == [True, False, False]
+    for each in sets:
         for file, several in zip(each.set.files, each.set.captions, strict=True):
             assert several == tuple(texts(int(file.stem, 16)) * 3)
 
 
-def test_the_readout_is_trained_once_and_does_not_depend_on_who_asks_first(store, data, monkeypatch):
+def test_the_readout_is_trained_once_and_does_not_depend_on_who_asks_first(run, store, monkeypatch):
     trained, count = caption_readout.trained, []
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=2))
     monkeypatch.setattr(caption_readout, "trained", lambda *arguments: count.append(1) or trained(*arguments))
-    forth = {name: of(name, data) for name in ("in", "near", "out")}
-    first = {name: each.items(store, each.pictures(0), 0) for name, each in forth.items()}
+    first = {name: run(f"captioning nocaps-{name}")[1] for name in ("in", "near", "out")}
     assert len(count) == 1
     other = FeatureStore(store.tower)
     torch.manual_seed(99)
     for name in ("out", "in"):
-        each = of(name, data)
-        assert (each.items(other, each.pictures(0), 0) == first[name]).all()
+        assert (run(f"captioning nocaps-{name}", store=other)[1] == first[name]).all()
     assert len(count) == 2
-    forth["in"].items(store, forth["in"].pictures(1), 1)  # another seed is another readout
+    run("captioning nocaps-in", seed=1)  # another seed is another readout
     assert len(count) == 3
     other.close()
 
 
-def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(data, monkeypatch):
-    benchmark = of("in", data)
+def test_the_readout_sees_a_bounded_part_that_is_the_same_for_all(nocaps, monkeypatch):
+    benchmark = nocaps("in")
     assert len(benchmark.readout["train"].files) == 64 and len(benchmark.readout["held"].files) == 8
-    monkeypatch.setattr(captioning, "PICTURES", 20)
+    monkeypatch.setattr(captioning, "IMAGES", 20)
     captioning._readout_sets.cache_clear()
-    small = of("in", data).readout
+    small = nocaps("in").readout
     captioning._readout_sets.cache_clear()
     train, held = (set(small[part].files) for part in ("train", "held"))
     assert len(train) == 17 and len(held) == 3 and not train & held
     places = sorted(int(file.stem) - 9 for file in train | held)
     assert places[0] < 10 and places[-1] > 60  # spread over the file, not its beginning
-    sets = of("out", data).pictures(0)
+    sets = nocaps("out").images(0)
     assert {images.fit for images in sets.values()} == {"squash"}
 
 
-def test_features_are_standardised_by_those_that_are_trained_on(store, data, monkeypatch):
-    benchmark = of("in", data)
-    images = benchmark.pictures(0)
+def test_features_are_standardised_by_those_that_are_trained_on(store, nocaps, monkeypatch):
+    benchmark = nocaps("in")
+    images = benchmark.images(0)
     told = {part: each.captions for part, each in benchmark.readout.items()}
-    readout = captioning.Readout(store, images, told, 0)
+    readout = captioning.trained(store, images, told, 0)
     maps = store.dense(images["train"])
     pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 8).flatten(2).transpose(1, 2)
     deviation = pooled.flatten(0, 1).std(0, correction=0)
     seen = []
     monkeypatch.setattr(caption_readout.Captioner, "said", lambda self, cells: seen.append(cells) or [])
-    readout.told(store, images["train"])
+    readout(images["train"])
     torch.testing.assert_close(
         torch.cat(seen), (pooled - pooled.mean((0, 1))) / deviation, rtol=1e-2, atol=1e-3
     )
 
 
-def test_what_is_missing_says_what_to_put_where(data, tmp_path, monkeypatch):
-    cls = registered()["captioning nocaps-out"]
-    assert cls.missing(Context(data=data)) is None
-    wanted = cls.missing(Context(data=tmp_path))
-    for words in ("nocaps/nocaps_val_4500_captions.json", "nocaps/images or nocaps/val", "coco/train2017"):
-        assert words in wanted
-    monkeypatch.setattr(captions, "find_spec", lambda name: None)
-    assert "pycocoevalcap" in cls.missing(Context(data=data))
-
-
-def test_broken_data_are_refused(data, tmp_path):
+@pytest.mark.parametrize(
+    ("domain", "captions_of", "left_out", "message"),
+    [
+        ("out", {0: ["a dog"]}, "", "no image of `nocaps out-domain` has a caption"),
+        ("near", {0: ["a dog"]}, "", "0.jpg: there is no such file"),
+        ("near", {0: ["a dog"]}, "domain", "no usable `domain`.*right file"),
+        ("near", {}, "annotations", "no usable `annotations`"),  # as nocaps_val_image_info.json is
+    ],
+)
+def test_broken_data_are_refused(tmp_path, nocaps, domain, captions_of, left_out, message):
     (tmp_path / "nocaps" / "val").mkdir(parents=True)
     file = tmp_path / "nocaps" / "nocaps_val_4500_captions.json"
-    image = {"id": 0, "file_name": "0.jpg", "domain": "near-domain"}
-    write(file, [image], {0: ["a dog"]})
-    with pytest.raises(DataError, match="no image of `nocaps out-domain` has a caption"):
-        _ = of("out", tmp_path).set
-    with pytest.raises(DataError, match="0.jpg: there is no such file"):
-        of("near", tmp_path).set.pictures()
-    del image["domain"]
-    write(file, [image], {0: ["a dog"]})
-    with pytest.raises(DataError, match="no usable `domain`.*right file"):
-        _ = of("near", tmp_path).set
-    file.write_text(json.dumps({"images": [image]}))  # as nocaps_val_image_info.json is
-    with pytest.raises(DataError, match="no usable `annotations`"):
-        _ = of("near", tmp_path).set
-    coco = tmp_path / "coco" / "annotations" / "captions_train2017.json"
-    write(coco, [{"id": 1, "file_name": "1.jpg"}], {1: ["a dog"]})
+    write(file, [{"id": 0, "file_name": "0.jpg", "domain": "near-domain"}], captions_of)
+    file.write_text(file.read_text().replace(f'"{left_out}"', '"other"'))
+    with pytest.raises(DataError, match=message):
+        nocaps(domain, where=tmp_path).set.images()
+    write(tmp_path / captioning.COCO_CAPTIONS, [{"id": 1, "file_name": "1.jpg"}], {1: ["a dog"]})
     with pytest.raises(DataError, match="captions of 1 image"):
-        _ = of("near", tmp_path).readout
+        _ = nocaps(domain, where=tmp_path).readout
 
 
-def test_the_whole_suite(data, tmp_path, monkeypatch):
+def test_the_whole_suite(data, command, monkeypatch):
     monkeypatch.setattr(captioning, "RECIPE", replace(captioning.RECIPE, epochs=3))
-    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    arguments += ["--compare", str(demo_tower.WEIGHTS_FILE)]
-    suite = "captioning nocaps-in,captioning nocaps-near,captioning nocaps-out"
-    assert evaluate.main([*arguments, "--suite", suite, "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    rows = {row["name"].removeprefix("captioning nocaps-"): row for row in results["benchmarks"]}
-    assert {name: (row["n"], row["in_domain"]) for name, row in rows.items()} == {
-        "in": (6, True),
-        "near": (9, False),
-        "out": (7, False),
-    }
+    results, rows = command(data, "captioning nocaps-in,captioning nocaps-near,captioning nocaps-out")
+    found = {name.removeprefix("captioning nocaps-"): (r["n"], r["in_domain"]) for name, r in rows.items()}
+    assert found == {"in": (6, True), "near": (9, False), "out": (7, False)}
     (family,) = results["families"]
     assert family["name"] == "captioning" and not family["in_domain"] and family["n"] == 16
-    assert family["base"] == pytest.approx((rows["near"]["base"] + rows["out"]["base"]) / 2, abs=1e-3)
-    assert family["difference"] == family["low"] == family["high"] == 0
+    counted = [rows[f"captioning nocaps-{name}"]["base"] for name in ("near", "out")]
+    assert family["base"] == pytest.approx(np.mean(counted), abs=1e-3)

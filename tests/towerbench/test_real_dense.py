@@ -1,18 +1,17 @@
 """Segmentation of the real suite, on tiny sets that lie on disk as the true ones do."""
 
-import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import by_names
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from demoworld import tower as demo_tower
-from towerbench import Context, registered, segmentation
-from towerbench import __main__ as evaluate
+from towerbench import segmentation
 from towerbench.errors import DataError
 from towerbench.real import dense, maps
 
@@ -32,11 +31,11 @@ def blocks(seed: int, values, size=(64, 96)) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.array(COLOURS)[which] + noise, 0, 255).astype(np.uint8), np.array(values)[which]
 
 
-def write(root: Path, pictures: str, labels: str, name: str, seed: int, values, palette=False) -> None:
-    picture, values = blocks(seed, values, (64 + seed % 10, 96))
-    for folder in (pictures, labels):
+def write(root: Path, images: str, labels: str, name: str, seed: int, values, palette=False) -> None:
+    pixels, values = blocks(seed, values, (64 + seed % 10, 96))
+    for folder in (images, labels):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(root / pictures / f"{name}.jpg", quality=95)
+    Image.fromarray(pixels).save(root / images / f"{name}.jpg", quality=95)
     image = Image.fromarray(values.astype(np.uint8))
     if palette:  # as VOC's: indices of colours
         image.putpalette([(i * 37) % 256 for i in range(768)])
@@ -72,11 +71,6 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def run(name, store, data):
-    benchmark = registered()[name](Context(data=data))
-    return benchmark, benchmark.items(store, benchmark.pictures(0), 0)
-
-
 def files(data: Path, name: str) -> list[Path]:
     """The label maps that are tested."""
     folder = {
@@ -96,32 +90,18 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_patches_against_names_is_scikit_learns_jaccard(store, data, name):
-    benchmark, found = run(f"dense text {name}", store, data)
+def test_patches_against_names_is_scikit_learns_jaccard(store, data, run, name):
+    benchmark, found = run(f"dense text {name}")
     classes, meaning = CLASSES[name]
     assert len(benchmark.names) == classes and found.shape == (4, 2 * classes)
-    texts = torch.stack(
-        [
-            F.normalize(
-                sum(
-                    F.normalize(sum(store.text([t.format(w) for t in maps.TEMPLATES])), dim=0) for w in words
-                ),
-                dim=0,
-            )
-            for words in benchmark.names
-        ]
-    )
+    texts = by_names(store, benchmark.names, maps.TEMPLATES)
     told, true = [], []
-    images = benchmark.pictures(0)["test"]
-    for cells, file in zip(store.dense(images), files(data, name), strict=True):
+    for cells, file in zip(store.dense(benchmark.images(0)["test"]), files(data, name), strict=True):
         values = np.asarray(Image.open(file))
-        scores = store.project(cells.permute(1, 2, 0)) @ texts.T
-        scores = F.interpolate(
-            scores.permute(2, 0, 1)[None], values.shape, mode="bilinear", align_corners=False
-        )
-        predicted = scores[0].argmax(0).numpy()
+        scores = (store.project(cells.permute(1, 2, 0)) @ texts.T).permute(2, 0, 1)[None]
+        fine = F.interpolate(scores, values.shape, mode="bilinear", align_corners=False)
         kept = np.vectorize(lambda v: meaning(v) is not None)(values)
-        told.append(predicted[kept])
+        told.append(fine[0].argmax(0).numpy()[kept])
         true.append(np.vectorize(meaning, otypes=[int])(np.where(kept, values, 1))[kept])
     told, true = np.concatenate(told), np.concatenate(true)
     present = sorted({*told.tolist(), *true.tolist()})
@@ -170,24 +150,26 @@ def test_ious_are_those_of_detectron2(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_probe_learns_what_colours_mean(store, data, name):
-    benchmark, found = run(f"dense probe {name}", store, data)
-    assert len(benchmark.parts["train"].pictures) == 8 and len(benchmark.parts["validation"].pictures) == 2
-    assert not {s.file for s in benchmark.parts["train"].pictures} & {s.file for s in benchmark.test.pictures}
+def test_a_probe_learns_what_colours_mean(run, name):
+    benchmark, found = run(f"dense probe {name}")
+    assert len(benchmark.parts["train"].files) == 8 and len(benchmark.parts["validation"].files) == 2
+    assert not set(benchmark.parts["train"].sources) & set(benchmark.test.sources)
     union = found.sum(0)[benchmark.classes :]
     there = {"ade20k": [0, 12, 149], "voc2012": [14, 19, 20], "pascal-context": [0, 1, 58]}[name]
     assert np.flatnonzero(union).tolist() == there  # nothing else was learned; VOC's background is the last
     assert float(benchmark.figure(found.mean(0))) > 0.7
 
 
-def test_shuffled_maps_are_not_told(store, data, monkeypatch):
-    """The figure is of this picture's own cells."""
-    benchmark = registered()["dense probe ade20k"](Context(data=data))
-    right = benchmark.figure(benchmark.items(store, benchmark.pictures(0), 0).mean(0))
+def test_shuffled_maps_are_not_told(store, of, monkeypatch):
+    """The figure is of this image's own cells."""
+    benchmark = of("dense probe ade20k")
+    images = benchmark.images(0)
+    readout = benchmark.readout(store, images)
+    monkeypatch.setattr(benchmark, "readout", lambda *_: readout)
+    right = benchmark.figure(benchmark.items(store, images, 0).mean(0))
     labels = dense.Labelled.labels
     monkeypatch.setattr(dense.Labelled, "labels", lambda self, i: labels(self, i)[::-1, ::-1])
-    monkeypatch.setattr(dense, "chosen_on_validation", lambda *_: benchmark._model)
-    wrong = benchmark.figure(benchmark.items(store, benchmark.pictures(0), 0).mean(0))
+    wrong = benchmark.figure(benchmark.items(store, images, 0).mean(0))
     assert wrong < 0.5 * right
 
 
@@ -216,21 +198,19 @@ def test_class_names():
     assert dense._ade20k_names() == [maps.words(name) for name in ADE20K_SEM_SEG_CATEGORIES]
 
 
-def test_images_of_one_set_pass_a_tower_once(data):
-    probe, text = (registered()[f"dense {kind} ade20k"](Context(data=data)) for kind in ("probe", "text"))
-    assert probe.pictures(0)["test"].identity == text.pictures(0)["test"].identity
-    assert probe.pictures(0)["test label maps"].count == 0
+def test_images_of_one_set_pass_a_tower_once(of):
+    probe, text = (of(f"dense {kind} ade20k") for kind in ("probe", "text"))
+    assert probe.images(0)["test"].identity == text.images(0)["test"].identity
+    assert probe.images(0)["test label maps"].count == 0
 
 
-def test_changed_maps_are_evaluated_anew(data, tmp_path):
-    import os
-
-    benchmark = registered()["dense text voc2012"](Context(data=data))
-    before = benchmark.pictures(0)["test label maps"].key
+def test_changed_maps_are_evaluated_anew(data, of):
+    benchmark = of("dense text voc2012")
+    before = benchmark.images(0)["test label maps"].key
     os.utime(files(data, "voc2012")[0], (1, 1))
-    after = registered()["dense text voc2012"](Context(data=data)).pictures(0)
+    after = of("dense text voc2012").images(0)
     assert after["test label maps"].key != before
-    assert after["test"].identity == benchmark.pictures(0)["test"].identity
+    assert after["test"].identity == benchmark.images(0)["test"].identity
 
 
 BROKEN = {
@@ -243,45 +223,43 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_maps_are_refused(tmp_path, case):
+def test_broken_maps_are_refused(tmp_path, of, case):
     root = tmp_path / "VOCdevkit/VOC2010"
     devkit(root, "SegmentationContext", "SegmentationClassContext", (0, 1, 2, 59), False)
     change, message = BROKEN[case]
     change(root / "SegmentationClassContext" / "2007_val001.png")
     with pytest.raises(DataError, match=f"2007_val001.png.*{message}"):
-        registered()["dense text pascal-context"](Context(data=tmp_path))
+        of("dense text pascal-context", tmp_path)
 
 
-def test_broken_lists_and_images_are_refused(tmp_path):
+def test_broken_lists_and_images_are_refused(tmp_path, of):
     root = tmp_path / "VOCdevkit/VOC2012"
     devkit(root, "Segmentation", "SegmentationClass", (0, 1, 20, 255), True)
-    cls = registered()["dense text voc2012"]
-    (root / "JPEGImages" / "2007_val002.jpg").unlink()
-    with pytest.raises(DataError, match="2007_val002.jpg: is no readable image"):
-        cls(Context(data=tmp_path))
     lists = root / "ImageSets" / "Segmentation"
-    (lists / "val.txt").write_text("\n")
-    with pytest.raises(DataError, match="val.txt: names no images"):
-        cls(Context(data=tmp_path))
-    (lists / "val.txt").unlink()
-    with pytest.raises(DataError, match="val.txt: is no readable text"):
-        cls(Context(data=tmp_path))
-    (lists / "val.txt").write_text("2007_val000")
-    (lists / "train.txt").write_text("2007_train000")
-    with pytest.raises(DataError, match="1 images are to train on; at least 5"):
-        registered()["dense probe voc2012"](Context(data=tmp_path))
     (tmp_path / "ADEChallengeData2016/images/validation").mkdir(parents=True)
-    with pytest.raises(DataError, match="validation: holds no images"):
-        registered()["dense text ade20k"](Context(data=tmp_path))
+    for break_it, name, message in (
+        (
+            (root / "JPEGImages" / "2007_val002.jpg").unlink,
+            "text voc2012",
+            "val002.jpg: is no readable image",
+        ),
+        (lambda: (lists / "val.txt").write_text("\n"), "text voc2012", "val.txt: names no images"),
+        ((lists / "val.txt").unlink, "text voc2012", "val.txt: is no readable text"),
+        (lambda: (lists / "val.txt").write_text("2007_val000"), "text ade20k", "validation: holds no images"),
+        (
+            lambda: (lists / "train.txt").write_text("2007_train000"),
+            "probe voc2012",
+            "2007_train000.png: 1 images are to train on; at least 5",
+        ),
+    ):
+        break_it()
+        with pytest.raises(DataError, match=message):
+            of(f"dense {name}", tmp_path)
 
 
-def test_the_command_measures_all_three_sets(data, tmp_path):
-    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    same = ["--compare", str(demo_tower.WEIGHTS_FILE)]
-    suite = ",".join(f"dense {kind} {name}" for kind in ("probe", "text") for name in CLASSES)
-    assert evaluate.main([*arguments, *same, "--suite", suite, "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["name"] for row in results["benchmarks"]} == set(suite.split(","))
-    for row in results["benchmarks"]:
-        assert row["difference"] == 0 and row["n"] == 4 and not row["in_domain"]
-        assert row["base"] > 70 or "text" in row["name"]
+def test_the_command_measures_all_three_sets(data, command):
+    names = [f"dense {kind} {name}" for kind in ("probe", "text") for name in CLASSES]
+    _, rows = command(data, ",".join(names))
+    assert set(rows) == set(names)
+    for name, row in rows.items():
+        assert row["n"] == 4 and not row["in_domain"] and (row["base"] > 70 or "text" in name)

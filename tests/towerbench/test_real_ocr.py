@@ -1,7 +1,6 @@
 """Word images, on tiny LMDBs and folders of the true formats."""
 
 import io
-import json
 from pathlib import Path
 
 import lmdb
@@ -9,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from demoworld import tower as demo_tower
-from towerbench import Context, ctc_readout, registered
-from towerbench import __main__ as evaluate
+from towerbench import ctc_readout
 from towerbench.errors import DataError
 from towerbench.real import ocr, words
 
@@ -21,7 +18,7 @@ LABELS = ("Able", "it's", "CAFÉ 24", "!!", "a" * 26, "Zeal")
 READ = ["able", "its", "cafe24", "zeal"]
 
 
-def picture(text: str, seed: int = 0) -> np.ndarray:
+def drawn(text: str, seed: int = 0) -> np.ndarray:
     """A word on a ground of its own."""
     rng = np.random.default_rng([seed, len(text)])
     image = Image.new("RGB", (12 * len(text) + 8, 24), tuple(int(v) for v in rng.integers(150, 255, 3)))
@@ -40,7 +37,7 @@ def database(folder: Path, labels=LABELS, count=None, without=(), broken=()) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(folder), map_size=1 << 26) as environment, environment.begin(write=True) as to:
         for number, text in enumerate(labels, 1):
-            entries = {f"image-{number:09d}": png(picture(text)), f"label-{number:09d}": text.encode()}
+            entries = {f"image-{number:09d}": png(drawn(text)), f"label-{number:09d}": text.encode()}
             for key, value in entries.items():
                 if key not in without:
                     to.put(key.encode(), b"\xff\xfe" if key in broken else value)
@@ -50,12 +47,12 @@ def database(folder: Path, labels=LABELS, count=None, without=(), broken=()) -> 
 
 
 def listed(folder: Path, name: str, separator: str, labels=LABELS, below: str = "image") -> Path:
-    """Pictures with a list of labels."""
+    """Images with a list of labels."""
     rows = []
     for number, text in enumerate(labels):
         file = folder / below / f"word_{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(picture(text)))
+        file.write_bytes(png(drawn(text)))
         rows.append(f"{below}/{file.name}{separator}{text}")
     (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
@@ -86,7 +83,7 @@ def test_every_format_says_the_same(tmp_path, make, caplog):
     assert found.labels == READ and "2 of 6 words are left out" in caplog.text
     shown = list(found.read())
     for pixels, text in zip(shown, ("Able", "it's", "CAFÉ 24", "Zeal"), strict=True):
-        assert np.array_equal(pixels, picture(text))
+        assert np.array_equal(pixels, drawn(text))
 
 
 def test_names_may_be_below_the_folder_above(tmp_path):
@@ -99,7 +96,7 @@ def test_names_may_be_below_the_folder_above(tmp_path):
 
 def test_words_lie_in_lines(tmp_path):
     found = words.word_set("set", database(tmp_path / "set", [*"abcde"]))
-    made = found.pictures()
+    made = found.images()
     shown = list(made.make())
     assert made.count == len(shown) == 2 and made.dense and shown[0].shape == (448, 448, 3)
     tall, wide = np.zeros((40, 10, 3), np.uint8), np.zeros((10, 80, 3), np.uint8)
@@ -111,8 +108,8 @@ def test_words_lie_in_lines(tmp_path):
     assert (line[:28] == 100).all() and (line[-28:] == 100).all() and (line[40:70, :200] == 200).all()
     # Another label or file is another set.
     other = words.word_set("set", database(tmp_path / "other", [*"abcdf"]))
-    assert made.key != other.pictures().key
-    assert made.key == words.word_set("set", tmp_path / "set").pictures().key
+    assert made.key != other.images().key
+    assert made.key == words.word_set("set", tmp_path / "set").images().key
 
 
 def test_accuracy_is_that_of_words_whatever_image_they_share():
@@ -137,7 +134,7 @@ def test_training_words_are_spread_over_the_lmdbs(tmp_path, small):
     assert sum(text.startswith("uber") for text in (*train, *held)) == 6
     for each in sets.values():
         shown = list(each.read())
-        assert all(np.array_equal(p, picture(t)) for p, t in zip(shown, each.labels, strict=True))
+        assert all(np.array_equal(p, drawn(t)) for p, t in zip(shown, each.labels, strict=True))
 
 
 def test_rendered_words_are_the_same_every_time(small):
@@ -150,18 +147,17 @@ def test_rendered_words_are_the_same_every_time(small):
     assert any(any(map(str.isdigit, text)) for text in train.labels)
 
 
-def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypatch):
+def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, of, monkeypatch):
     """And not those of other images."""
-    texts = ["STOP", "exit", "bank", "Taxi"] * 50
-    database(tmp_path / "ocr/train/synth/MJ", texts)
+    database(tmp_path / "ocr/train/synth/MJ", ["STOP", "exit", "bank", "Taxi"] * 50)
     database(tmp_path / "ocr/test/SVT", ["STOP", "bank", "exit", "Taxi", "exit", "STOP"])
     monkeypatch.setattr(ocr, "COUNTS", {"train": 180, "held": 20})
     monkeypatch.setattr(ocr, "EPOCHS", 60)
     monkeypatch.setattr(ctc_readout, "WEIGHT_DECAYS", (0.01,))
     ocr.readout_sets.cache_clear()
-    benchmark = registered()["ocr svt"](Context(data=tmp_path))
+    benchmark = of("ocr svt", tmp_path)
     assert benchmark.metric.endswith("readout trained on words of ocr/train/synth")
-    images = benchmark.pictures(0)
+    images = benchmark.images(0)
     scores = benchmark.items(store, images, 0)
     assert scores.shape == (2, 3) and scores[:, 2].tolist() == [4, 2]
     assert benchmark.figure(scores.mean(0)) > 0.75, scores
@@ -171,70 +167,66 @@ def test_the_readout_reads_the_words_it_was_trained_on(tmp_path, store, monkeypa
     ocr.readout_sets.cache_clear()
 
 
-def test_the_whole_suite(tmp_path, small):
+def test_the_whole_suite(tmp_path, small, command):
     data = tmp_path / "data"
     database(data / "ocr/test/IIIT5k", ["one", "Two", "3"])
     database(data / "data_lmdb_release/evaluation/IC13_857", ["four", "five"])
     listed(data / "mixture/ct80", "test_label.txt", " ", ["six"])
-    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "1"]
-    names = ",".join(f"ocr {name}" for name in ("iiit5k", "svt", "ic13", "ic15", "svtp", "cute80"))
-    compare = ["--compare", str(demo_tower.WEIGHTS_FILE), "--suite", names]
-    assert evaluate.main([*arguments, *compare, "--output", str(tmp_path / "out")]) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    rows = {row["name"]: row for row in results["benchmarks"]}
-    assert list(rows) == ["ocr cute80", "ocr ic13", "ocr iiit5k"] and set(results["left_out"]) == {
-        "ocr svt", "ocr ic15", "ocr svtp",
-    }  # fmt: skip
-    assert all(row["difference"] == 0 and not row["in_domain"] for row in rows.values())
+    results, rows = command(data, "real/ocr", seeds=1)
+    assert list(rows) == ["ocr cute80", "ocr ic13", "ocr iiit5k"]
+    assert set(results["left_out"]) == {"ocr svt", "ocr ic15", "ocr svtp"}
+    assert not any(row["in_domain"] for row in rows.values())
     assert results["families"][0]["metric"].endswith("readout trained on rendered words")
     assert "ocr/test/SVT or data_lmdb_release" in results["left_out"]["ocr svt"]
 
 
-def test_broken_databases_are_refused(tmp_path):
-    def fails(match, folder):
-        with pytest.raises(DataError, match=match):
-            words.word_set("set", folder)
+DATABASES = {
+    "has no `label-000000003`, and `num-samples` says 6": {"without": ["label-000000003"]},
+    "has no `image-000000002`": {"without": ["image-000000002"]},
+    "has no `label-000000007`": {"count": 7},
+    "says 5, and there are more": {"count": 5},
+    "`num-samples` is b'many'": {"count": "many"},
+    "is no UTF-8": {"broken": ["label-000000001"]},
+    "none of its 2 labels": {"labels": ["--", "?"]},
+    "image-000000001: is no readable image": {"broken": ["image-000000001"]},
+}
 
-    fails(
-        "has no `label-000000003`, and `num-samples` says 6",
-        database(tmp_path / "a", without=["label-000000003"]),
-    )
-    fails("has no `image-000000002`", database(tmp_path / "b", without=["image-000000002"]))
-    fails("has no `label-000000007`", database(tmp_path / "c", count=7))
-    fails("says 5, and there are more", database(tmp_path / "d", count=5))
-    fails("`num-samples` is b'many'", database(tmp_path / "e", count="many"))
-    fails("is no UTF-8", database(tmp_path / "f", broken=["label-000000001"]))
-    fails("none of its 2 labels", database(tmp_path / "g", labels=["--", "?"]))
-    whole = database(tmp_path / "h", labels=[f"word{i}" for i in range(200)])
-    data = (whole / "data.mdb").read_bytes()
-    for share in (0.9, 0.5, 0.1):
-        (whole / "data.mdb").write_bytes(data[: int(share * len(data))])
-        fails("data.mdb: is truncated", whole)
-    (whole / "data.mdb").write_bytes(data[:100])
-    fails("is no readable LMDB", whole)
-    (whole / "data.mdb").write_bytes(b"no database" * 1000)
-    fails("is no readable LMDB", whole)
-    found = words.word_set("set", database(tmp_path / "i", broken=["image-000000001"]))
-    with pytest.raises(DataError, match="image-000000001: is no readable image"):
-        list(found.read())
+
+@pytest.mark.parametrize("message", DATABASES)
+def test_databases_that_contradict_themselves_are_refused(tmp_path, message):
+    with pytest.raises(DataError, match=message):
+        list(words.word_set("set", database(tmp_path, **DATABASES[message])).read())
+
+
+def test_broken_databases_are_refused(tmp_path):
+    folder = database(tmp_path / "set", labels=[f"word{i}" for i in range(200)])
+    data = (folder / "data.mdb").read_bytes()
+    cut = "data.mdb: is truncated"
+    for content, message in (
+        *((data[: int(share * len(data))], cut) for share in (0.9, 0.5, 0.1)),
+        (data[:100], "is no readable LMDB"),
+        (b"no database" * 1000, "is no readable LMDB"),
+    ):
+        (folder / "data.mdb").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            words.word_set("set", folder)
     database(tmp_path / "ocr/train/ST", labels=["only"])
     with pytest.raises(DataError, match="have 1 words"):
         ocr.readout_sets(tmp_path / "ocr/train", (("train", 2), ("held", 1)))
 
 
-def test_broken_folders_are_refused(tmp_path):
-    def fails(match, folder):
-        with pytest.raises(DataError, match=match):
-            words.word_set("set", folder)
-
-    folder = listed(tmp_path / "a", "labels.txt", "\t")
-    (folder / "image" / "word_2.png").unlink()
-    fails(r"labels.txt: line 3 names image/word_2.png", folder)
-    (folder / "labels.txt").write_text("image/word_0.png\tone\nimage/word_1.png\n")
-    fails("line 2 is `image/word_1.png`", folder)
-    (folder / "labels.txt").write_text("\n")
-    fails("has no line", folder)
-    (folder / "labels.txt").write_bytes(b"\xff\xfe\xfd")
-    fails("is no readable text", folder)
-    (folder / "labels.txt").unlink()
-    fails("neither data.mdb nor a list of labels", folder)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"image/word_0.png\tone\nimage/gone.png\ttwo\n", "labels.txt: line 2 names image/gone.png"),
+        (b"image/word_0.png\tone\nimage/word_1.png\n", "line 2 is `image/word_1.png`"),
+        (b"\n", "has no line"),
+        (b"\xff\xfe\xfd", "is no readable text"),
+        (None, "neither data.mdb nor a list of labels"),
+    ],
+)
+def test_broken_folders_are_refused(tmp_path, content, message):
+    file = listed(tmp_path, "labels.txt", "\t") / "labels.txt"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        words.word_set("set", tmp_path)

@@ -1,18 +1,13 @@
 """VQAv2 and OK-VQA, on tiny files of the true format."""
 
-import copy
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from demoworld import tower as demo_tower
-from towerbench import Context, registered
-from towerbench import __main__ as evaluate
 from towerbench.errors import DataError
 from towerbench.real import questions, vqa
 
@@ -20,7 +15,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
 
 
 def write(root: Path, prefix="v2_", folder="vqav2", counts=(54, 12), year=2014) -> None:
-    """Pictures of one colour with a bar on the left or right; on each is asked which, and where it is."""
+    """Images of one colour with a bar on the left or right; on each is asked which, and where it is."""
     for split, count, start in (("train2014", counts[0], 0), ("val2014", counts[1], 1000)):
         asked, annotated = [], []
         for i in range(count):
@@ -33,26 +28,16 @@ def write(root: Path, prefix="v2_", folder="vqav2", counts=(54, 12), year=2014) 
             file = f"COCO_{split}_{number:012d}.jpg" if year == 2014 else f"{number:012d}.jpg"
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(where / file)
             for k, (text, answer) in enumerate(
-                (
-                    ("What color is the image?", name),
-                    ("Where is the bar?", ("left", "right")[side]),
-                )
+                (("What color is the image?", name), ("Where is the bar?", ("left", "right")[side]))
             ):
-                asked.append({"image_id": number, "question": text, "question_id": 1000 * number + k})
-                answers = [answer] * 8 + ["unclear"] * 2
-                annotated.append(
-                    {
-                        "question_type": "what",
-                        "multiple_choice_answer": answer,
-                        "answers": [
-                            {"answer": each, "answer_confidence": "yes", "answer_id": place}
-                            for place, each in enumerate(answers, 1)
-                        ],
-                        "image_id": number,
-                        "answer_type": "other",
-                        "question_id": 1000 * number + k,
-                    }
-                )
+                both = {"image_id": number, "question_id": 1000 * number + k}
+                asked.append(both | {"question": text})
+                answers = [
+                    {"answer": each, "answer_confidence": "yes", "answer_id": place}
+                    for place, each in enumerate([answer] * 8 + ["unclear"] * 2, 1)
+                ]
+                kinds = {"question_type": "what", "answer_type": "other", "multiple_choice_answer": answer}
+                annotated.append(both | kinds | {"answers": answers})
         about = {"info": {"version": "2.0"}, "data_type": "mscoco", "data_subtype": split, "license": {}}
         (root / folder).mkdir(parents=True, exist_ok=True)
         for kind, content in (
@@ -104,38 +89,30 @@ def test_answers_are_compared_without_punctuation_articles_and_case():
 
 
 def test_files_are_read(data):
-    whole = questions.read(
-        data / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
-        data / "vqav2/v2_mscoco_val2014_annotations.json",
-        100,
-    )
-    assert whole.pictures == [1001 + 7 * i for i in range(12)] and len(whole.every) == 24
+    files = [
+        data / f"vqav2/v2_{kind}.json"
+        for kind in ("OpenEnded_mscoco_val2014_questions", "mscoco_val2014_annotations")
+    ]
+    whole, few = questions.read(*files, 100), questions.read(*files, 5)
+    assert whole.images == [1001 + 7 * i for i in range(12)] and len(whole.every) == 24
     first, second = whole.questions[4]
     assert first.text == "What color is the image?" and first.scores == {"green": 1.0, "unclear": 0.6}
     assert second.scores["right"] == 1.0
-    few = questions.read(
-        data / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
-        data / "vqav2/v2_mscoco_val2014_annotations.json",
-        5,
-    )
-    assert len(few.pictures) == 5 and set(few.pictures) < set(whole.pictures)
+    assert len(few.images) == 5 and set(few.images) < set(whole.images)
 
 
-def test_images_are_found_under_their_names_of_both_years(data, tmp_path):
+def test_images_are_found_under_their_names_of_both_years(data, tmp_path, of):
     assert vqa.coco_image(data / "coco/val2014", 1001).is_file()
     write(tmp_path, "", "okvqa", (4, 3), 2017)
-    benchmark = registered()["vqa ok-vqa"](Context(data=tmp_path))
-    assert registered()["vqa ok-vqa"].missing(Context(data=tmp_path)) is None and benchmark.in_domain
-    assert len(list(benchmark.pictures(0)["test"].make())) == 3
-    (tmp_path / "coco/train2017" / "000000001001.jpg").write_bytes(
-        (tmp_path / "coco/val2017" / "000000001001.jpg").read_bytes()
-    )
-    (tmp_path / "coco/val2017" / "000000001001.jpg").unlink()
-    assert vqa.coco_image(tmp_path / "coco/val2017", 1001).parent.name == "train2017"
-    assert "coco/val2014 or coco/val2017" in registered()["vqa vqav2"].missing(Context(data=tmp_path / "no"))
+    benchmark = of("vqa ok-vqa", tmp_path)
+    assert benchmark.missing(benchmark.context) is None and benchmark.in_domain
+    assert len(list(benchmark.images(0)["test"].make())) == 3
+    moved = tmp_path / "coco/val2017/000000001001.jpg"
+    moved.rename(tmp_path / "coco/train2017" / moved.name)
+    assert vqa.coco_image(moved.parent, 1001).parent.name == "train2017"
 
 
-def test_without_an_image_by_hand(data):
+def test_without_an_image_by_hand(of):
     def question(text, **scores):
         return questions.Question(text, scores)
 
@@ -149,91 +126,81 @@ def test_without_an_image_by_hand(data):
     ]
     assert questions.guessed(train, test) == ["red", "yes"]
     assert questions.worth(test, ["red", "yes"]) == pytest.approx(0.45)
-    found = registered()["vqa vqav2"](Context(data=data)).baselines()
+    found = of("vqa vqav2").baselines()
     # `unclear` is worth 0.6 to each; half of the questions on the bar have either side.
     assert found == pytest.approx({"most frequent answer": 0.6, "question alone": 0.6})
 
 
-def test_the_readout_answers_from_the_image_and_not_from_others(store, data, monkeypatch):
+def test_the_readout_answers_from_the_image_and_not_from_others(run, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 40)
     monkeypatch.setattr(vqa, "BATCH", 12)
-    benchmark = registered()["vqa vqav2"](Context(data=data))
-    images = benchmark.pictures(0)
-    scores = benchmark.items(store, images, 0)
+    benchmark, scores = run("vqa vqav2")
     assert scores.shape == (12, 2) and (scores[:, 1] == 2).all()
-    figure = benchmark.figure(scores.mean(0))
-    assert figure > 0.85, figure
-    assert np.array_equal(scores, benchmark.items(store, images, 0))
-    sides = benchmark.sides
+    assert benchmark.figure(scores.mean(0)) > 0.85, scores
+    assert np.array_equal(scores, run("vqa vqav2")[1])
+    sides = vqa.Vqa.sides
 
     def turned(*given):
         train, held, test = sides(*given)
         test.cells = test.cells.roll(5, 0)
         return train, held, test
 
-    monkeypatch.setattr(benchmark, "sides", turned)
-    other = benchmark.figure(benchmark.items(store, images, 0).mean(0))
+    monkeypatch.setattr(vqa.Vqa, "sides", turned)
+    other = benchmark.figure(run("vqa vqav2")[1].mean(0))
     assert other < 0.7, other
 
 
-def test_accuracy_counts_answers_that_the_readout_does_not_know(store, data, monkeypatch):
+def test_accuracy_counts_answers_that_the_readout_does_not_know(run, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 1)
     monkeypatch.setattr(vqa, "ANSWERS", 1)
-    benchmark = registered()["vqa vqav2"](Context(data=data))
-    scores = benchmark.items(store, benchmark.pictures(0), 0)
-    expected = Counter()
-    for question in benchmark.asked["train"].every:
-        expected.update(question.scores)
-    assert expected.most_common(1)[0][0] == "unclear"
+    benchmark, scores = run("vqa vqav2")
+    assert questions.most_frequent(benchmark.asked["train"].every, 1) == ["unclear"]
     assert benchmark.figure(scores.mean(0)) == pytest.approx(0.6)  # it can only say `unclear`
 
 
-def test_the_whole_suite(data, tmp_path, monkeypatch):
+def test_the_whole_suite(data, command, monkeypatch):
     monkeypatch.setattr(vqa, "EPOCHS", 2)
-    arguments = ["--model", demo_tower.NAME, "--pretrained", "demo", "--data", str(data), "--seeds", "2"]
-    compare = ["--compare", str(demo_tower.WEIGHTS_FILE), "--suite", "vqa vqav2,vqa ok-vqa"]
-    assert evaluate.main([*arguments, *compare, "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    (row,), (family,) = results["benchmarks"], results["families"]
-    assert row["in_domain"] and family["in_domain"] and results["mean"] is None
-    assert row["n"] == 12 and row["difference"] == 0
+    results, rows = command(data, "vqa vqav2,vqa ok-vqa")
+    (family,), (row,) = results["families"], rows.values()
+    assert row["in_domain"] and family["in_domain"] and results["mean"] is None and row["n"] == 12
     assert row["baselines"] == {"most frequent answer": 60, "question alone": 60}
     assert "okvqa/OpenEnded_mscoco_train2014_questions.json" in results["left_out"]["vqa ok-vqa"]
 
 
-def test_broken_files_are_refused(data, tmp_path):
-    asked = json.loads((data / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
-    answered = json.loads((data / "vqav2/v2_mscoco_val2014_annotations.json").read_text())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, a: a["annotations"].pop(0), "has no annotation of question 1001000"),
+        (lambda q, a: q["questions"].pop(0), "question 1001000 on image 1001 is not in"),
+        (lambda q, a: a["annotations"][0].update(image_id=5), "on image 5 is not in"),
+        (
+            lambda q, a: a["annotations"].append(a["annotations"][0]),
+            "s.json: question 1001000 is there twice",
+        ),
+        (lambda q, a: q["questions"].append(q["questions"][0]), "ns.json: question 1001000 is there twice"),
+        (lambda q, a: a["annotations"][0].update(answers=[]), "has 0 answers"),
+        (lambda q, a: a["annotations"][0].update(answers=[{"id": 1}] * 10), "no usable `answer`"),
+        (lambda q, a: q["questions"][0].pop("question"), "no usable `question`"),
+        (lambda q, a: a.pop("annotations"), "no usable `annotations`"),
+        (lambda q, a: q.update(questions=[]), "has no question"),
+    ],
+)
+def test_broken_files_are_refused(data, tmp_path, change, message):
+    kinds = {"questions": "OpenEnded_mscoco_val2014_questions", "annotations": "mscoco_val2014_annotations"}
+    content = [json.loads((data / f"vqav2/v2_{name}.json").read_text()) for name in kinds.values()]
+    change(*content)
+    files = [tmp_path / f"{kind}.json" for kind in kinds]
+    for file, each in zip(files, content, strict=True):
+        file.write_text(json.dumps(each))
+    with pytest.raises(DataError, match=message):
+        questions.read(*files, 100)
 
-    def fails(match, change):
-        content = copy.deepcopy((asked, answered))
-        change(*content)
-        files = tmp_path / "questions.json", tmp_path / "annotations.json"
-        for file, each in zip(files, content, strict=True):
-            file.write_text(json.dumps(each))
-        with pytest.raises(DataError, match=match):
-            questions.read(*files, 100)
 
-    fails("has no annotation of question 1001000", lambda q, a: a["annotations"].pop(0))
-    fails("question 1001000 on image 1001 is not in", lambda q, a: q["questions"].pop(0))
-    fails("on image 5 is not in", lambda q, a: a["annotations"][0].update(image_id=5))
-    fails("question 1001000 is there twice", lambda q, a: a["annotations"].append(a["annotations"][0]))
-    fails(
-        "questions.json: question 1001000 is there twice",
-        lambda q, a: q["questions"].append(q["questions"][0]),
-    )
-    fails("has 0 answers", lambda q, a: a["annotations"][0].update(answers=[]))
-    fails("no usable `answer`", lambda q, a: a["annotations"][0].update(answers=[{"answer_id": 1}] * 10))
-    fails("no usable `question`", lambda q, a: q["questions"][0].pop("question"))
-    fails("no usable `annotations`", lambda q, a: a.pop("annotations"))
-    fails("has no question", lambda q, a: q.update(questions=[]))
-    with pytest.raises(DataError, match="no readable JSON"):
-        (tmp_path / "questions.json").write_text('{"questions": [')
-        questions.read(tmp_path / "questions.json", tmp_path / "annotations.json", 100)
+def test_images_that_are_not_there_are_named(tmp_path, of):
     write(tmp_path, counts=(3, 2))
     next((tmp_path / "coco/val2014").iterdir()).unlink()
     with pytest.raises(DataError, match="COCO_val2014_0000000010.*no such file"):
-        registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)
+        of("vqa vqav2", tmp_path).images(0)
     write(tmp_path, counts=(1, 2))
     with pytest.raises(DataError, match="asks about 1 image"):
-        registered()["vqa vqav2"](Context(data=tmp_path)).pictures(0)
+        of("vqa vqav2", tmp_path).images(0)

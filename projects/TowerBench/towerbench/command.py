@@ -42,7 +42,7 @@ def run(
         )
     check(args.model, args.pretrained, args.compare)
     context = Context(
-        pictures=Path(args.pictures) if args.pictures else None,
+        images=Path(args.pictures) if args.pictures else None,
         # In full: hashes of scores contain the paths of images.
         data=Path(args.data).resolve() if args.data else None,
         split=args.split,

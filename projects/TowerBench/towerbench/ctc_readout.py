@@ -120,13 +120,13 @@ def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.
     return F.ctc_loss(scores, letters, widths, lengths, zero_infinity=True)
 
 
-def columns(tower: FeatureStore, pictures: Images, least: int) -> Iterator[torch.Tensor]:
+def columns(tower: FeatureStore, images: Images, least: int) -> Iterator[torch.Tensor]:
     """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some images at a time.
 
     Args:
         images: of `LINES` lines of equal height, squashed, `dense`.
         least: columns that are made where the map has fewer: enough for the longest word, whatever the tower's patch.
     """
-    for _, maps in in_chunks(tower, pictures):
+    for _, maps in in_chunks(tower, images):
         maps = F.interpolate(maps, (2 * LINES, max(least, maps.shape[3])), mode="area")
         yield maps.unflatten(2, (LINES, 2)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)

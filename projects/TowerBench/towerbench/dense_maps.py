@@ -12,7 +12,7 @@ CHUNK = 64
 
 
 def in_chunks(
-    tower: FeatureStore, pictures: Images, stop: int | None = None
+    tower: FeatureStore, images: Images, stop: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Maps `[n, C, h, w]` of `CHUNK` images at a time, each with the number of its first image.
 
@@ -20,12 +20,12 @@ def in_chunks(
         images: `dense`.
         stop: how many of them, from the first; None: all.
     """
-    stop = pictures.count if stop is None else stop
+    stop = images.count if stop is None else stop
     for start in range(0, stop, CHUNK):
-        yield start, tower.dense(pictures, start, min(start + CHUNK, stop))
+        yield start, tower.dense(images, start, min(start + CHUNK, stop))
 
 
-def grid_cells(tower: FeatureStore, pictures: Images, grid: int) -> Iterator[torch.Tensor]:
+def grid_cells(tower: FeatureStore, images: Images, grid: int) -> Iterator[torch.Tensor]:
     """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` images at a time."""
-    for _, maps in in_chunks(tower, pictures):
+    for _, maps in in_chunks(tower, images):
         yield F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)

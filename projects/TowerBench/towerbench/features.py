@@ -7,9 +7,10 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from towerbench.errors import ConfigError
 from towerbench.towers import Tower
 
 logger = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made")
 
 BATCH_PIXELS, BATCH_PIXELS_CPU = 64 * 128 * 128, 8 * 128 * 128
 """Pixels that pass a tower at once: a GPU wants much work at a time, a CPU no more than its caches hold."""
@@ -79,10 +82,10 @@ class FeatureStore:
         *,
         folder: Path | None = None,
         texts: dict[str, torch.Tensor] | None = None,
-        progress: Callable[[Images, int], None] = lambda pictures, count: None,
+        progress: Callable[[Images, int], None] = lambda images, count: None,
     ) -> None:
         self.tower, self.progress = tower, progress
-        self._dense_wanted = {pictures.identity for pictures in announced if pictures.dense}
+        self._dense_wanted = {images.identity for images in announced if images.dense}
         if folder is not None:
             remove_leftovers(folder)
         prefix = f"{FOLDER}{socket.gethostname()}-{os.getpid()}-"
@@ -91,20 +94,21 @@ class FeatureStore:
         self._embeddings: dict[tuple, torch.Tensor] = {}
         self._maps: dict[tuple, np.memmap] = {}
         self._texts = {} if texts is None else texts
+        self._made: dict[Hashable, Any] = {}
 
-    def embeddings(self, pictures: Images) -> torch.Tensor:
+    def embeddings(self, images: Images) -> torch.Tensor:
         """The CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
-        self._compute(pictures)
-        return self._embeddings[pictures.identity]
+        self._compute(images)
+        return self._embeddings[images.identity]
 
-    def dense(self, pictures: Images, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def dense(self, images: Images, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The last map `[stop - start, C, h, w]` of images `start` to `stop`, float32 on the CPU.
 
         Raises:
             ConfigError: the tower has no map (it is no plain vision transformer).
         """
-        self._compute(pictures, dense=True)
-        return torch.from_numpy(self._maps[pictures.identity][start:stop].astype(np.float32))
+        self._compute(images, dense=True)
+        return torch.from_numpy(self._maps[images.identity][start:stop].astype(np.float32))
 
     def text(self, lines: Sequence[str]) -> torch.Tensor:
         """The text tower's embeddings `[len(lines), D]`, of unit length; each line is encoded once."""
@@ -125,10 +129,17 @@ class FeatureStore:
         """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
         return patch_embeddings(self.tower.clip.visual, features).cpu()
 
-    def release(self, pictures: Images) -> None:
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives when a key is first asked for: benchmarks share a readout that is trained on this tower's
+        features alone."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def release(self, images: Images) -> None:
         """Forget a set's features."""
-        self._embeddings.pop(pictures.identity, None)
-        held = self._maps.pop(pictures.identity, None)
+        self._embeddings.pop(images.identity, None)
+        held = self._maps.pop(images.identity, None)
         if held is not None:
             Path(held.filename).unlink(missing_ok=True)
 
@@ -137,38 +148,38 @@ class FeatureStore:
         self._maps.clear()
         self._folder.cleanup()
 
-    def _compute(self, pictures: Images, dense: bool = False) -> None:
-        identity = pictures.identity
+    def _compute(self, images: Images, dense: bool = False) -> None:
+        identity = images.identity
         if identity in self._embeddings and (not dense or identity in self._maps):
             return
-        dense = dense or pictures.dense or identity in self._dense_wanted
+        dense = dense or images.dense or identity in self._dense_wanted
         if dense and not self.tower.has_map:
             raise ConfigError(
                 f"{self.tower.label}: this tower has no map of features; leave the dense benchmarks out"
             )
         embeddings, done = [], 0
-        for batch in self._batches(pictures):
+        for batch in self._batches(images):
             embedding, maps = self.tower.encode(batch, dense=dense)
             embeddings.append(embedding)
             if maps is not None:
                 if identity not in self._maps:
                     file = Path(self._folder.name) / f"{next(self._numbers)}.bin"
-                    shape = (pictures.count, *maps.shape[1:])
+                    shape = (images.count, *maps.shape[1:])
                     self._maps[identity] = np.memmap(file, np.float16, mode="w+", shape=shape)
                 self._maps[identity][done : done + len(batch)] = maps.to(torch.float16).numpy()
             done += len(batch)
-            self.progress(pictures, len(batch))
-        if done != pictures.count:
-            raise ConfigError(f"the set `{pictures.key}` said {pictures.count} images and made {done}")
+            self.progress(images, len(batch))
+        if done != images.count:
+            raise ConfigError(f"the set `{images.key}` said {images.count} images and made {done}")
         self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
-    def _batches(self, pictures: Images) -> Iterator[torch.Tensor]:
+    def _batches(self, images: Images) -> Iterator[torch.Tensor]:
         """`[N, 3, H, W]` uint8 of the size that the tower sees."""
-        height, width = self.tower.input_size(pictures.scale)
+        height, width = self.tower.input_size(images.scale)
         pixels = BATCH_PIXELS_CPU if torch.device(self.tower.device).type == "cpu" else BATCH_PIXELS
         size, rows = max(1, pixels // (height * width)), []
-        for image in pictures.make():
-            rows.append(torch.from_numpy(fitted(image, height, width, pictures.fit)).permute(2, 0, 1))
+        for image in images.make():
+            rows.append(torch.from_numpy(fitted(image, height, width, images.fit)).permute(2, 0, 1))
             if len(rows) == size:
                 yield torch.stack(rows)
                 rows = []
@@ -191,19 +202,19 @@ def remove_leftovers(folder: Path) -> None:
             pass  # another user's process
 
 
-def fitted(picture: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
+def fitted(image: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
     """An image `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Images`."""
     if fit not in FITS:
         raise ConfigError(f"a set of images has fit `{fit}`; choose one of {', '.join(FITS)}")
-    if picture.shape[:2] == (height, width):
-        return np.array(picture)
-    image = Image.fromarray(picture)
+    if image.shape[:2] == (height, width):
+        return np.array(image)
+    shown = Image.fromarray(image)
     if fit == "crop":
-        factor = max(height / image.height, width / image.width)
-        image = image.resize(
-            (max(width, round(image.width * factor)), max(height, round(image.height * factor))),
+        factor = max(height / shown.height, width / shown.width)
+        shown = shown.resize(
+            (max(width, round(shown.width * factor)), max(height, round(shown.height * factor))),
             Image.Resampling.BICUBIC,
         )
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return np.array(image.crop((left, top, left + width, top + height)))
-    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+        left, top = (shown.width - width) // 2, (shown.height - height) // 2
+        return np.array(shown.crop((left, top, left + width, top + height)))
+    return np.array(shown.resize((width, height), Image.Resampling.BICUBIC))

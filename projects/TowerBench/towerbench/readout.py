@@ -1,10 +1,13 @@
 """Readouts on frozen features that are trained to convergence, so that they add no randomness of their own."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+
+Readout = Callable[[torch.Tensor], torch.Tensor]
+"""From features `[..., C]` to scores of the classes `[..., classes]`."""
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Strengths of the penalty that are tried; the best on a validation split is taken."""

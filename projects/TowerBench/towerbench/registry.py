@@ -38,13 +38,13 @@ class Context:
         split: `test`, or `development`: other items, to choose a recipe by.
     """
 
-    pictures: Path | None = None
+    images: Path | None = None
     data: Path | None = None
     split: str = "test"
 
 
 class Benchmark:
-    """One benchmark. A subclass sets the names and writes `pictures` and `items`; `@register` makes it known.
+    """One benchmark. A subclass sets the names and writes `images` and `items`; `@register` makes it known.
 
     An item is what is drawn anew in the bootstrap: an image, a class, a pair, whatever is independent of the
     others. Item i must be the same thing for every tower and every seed. What was drawn at random for a seed (views,
@@ -86,16 +86,16 @@ class Benchmark:
         """Why it cannot be run (`needs --pictures`, a folder that is not there); None: it can."""
         return None
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         """The sets of images that `items` will ask features of, under names of its own choice. Renders none."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         """The items' scores, `[n]` or `[n, k]`, in 0..1 where they are shares.
 
         Args:
-            tower: `embeddings(pictures["..."])`, `dense(...)`, `text([...])`.
-            images: what `pictures(seed)` returned.
+            tower: `embeddings(images["..."])`, `dense(...)`, `text([...])`.
+            images: what `images(seed)` returned.
         """
         raise NotImplementedError
 

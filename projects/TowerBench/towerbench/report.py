@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ th:first-child, td:first-child, td.words { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; }
 p.small { font-size: .9rem; opacity: .8; }
 """
+
+_PLOT = "Differences with 95 % intervals"
+_WORDS = ("", "metric", "family", "verdict")
+"""Heads of columns that are not numbers."""
+
+# An underscore between two letters or digits is no emphasis.
+_SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -49,18 +57,18 @@ def comparisons(results: dict[str, Any]) -> list[tuple[str | None, dict[str, Any
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = [f"# {_title(results)}", "", _towers(results), ""]
+    """The report as Markdown. Names are shown as they are, whatever is in them."""
+    lines = [f"# {_plain(_title(results))}", "", _plain(_towers(results)), ""]
     for label, tables in comparisons(results):
         if label and len(results["towers"]) > 2:
-            lines += [f"## {label}", ""]
-        lines += _markdown_table(_head(label), [_cells(row, label) for row in _rows(tables)])
-        lines += ["", "By benchmark:", ""]
-        details = [[row["family"], *_cells(row, label, verdict=False)] for row in tables["benchmarks"]]
-        lines += [*_markdown_table(["family", *_head(label, verdict=False)], details), ""]
-        if label:
-            lines += ["![Differences with 95 % intervals](forest.png)", ""] if label == _last(results) else []
-    lines += _notes(results)
+            lines += [f"## {_plain(label)}", ""]
+        for title, table in _tables(label, tables):
+            lines += [*([f"{title}:", ""] if title else []), *_markdown_table(*table), ""]
+        if label and label == results["towers"][-1]["label"]:
+            lines += [f"![{_PLOT}](forest.png)", ""]
+    if len(results["towers"]) > 1:
+        lines += [results["rule"], ""]
+    lines += [line for note in _notes(results) for line in (_plain(note), "")]
     return "\n".join(lines) + "\n"
 
 
@@ -70,15 +78,14 @@ def page(results: dict[str, Any], image: bytes | None) -> str:
     body = [f"<h1>{title}</h1>", f"<p>{html.escape(_towers(results))}</p>"]
     if image is not None:
         data = base64.b64encode(image).decode("ascii")
-        body.append(f'<img alt="Differences with 95 % intervals" src="data:image/png;base64,{data}">')
+        body.append(f'<img alt="{_PLOT}" src="data:image/png;base64,{data}">')
     for label, tables in comparisons(results):
         if label:
             body.append(f"<h2>{html.escape(label)}</h2>")
-        body.append(_html_table(_head(label), [_cells(row, label) for row in _rows(tables)]))
-        body.append("<h2>By benchmark</h2>")
-        details = [[row["family"], *_cells(row, label, verdict=False)] for row in tables["benchmarks"]]
-        body.append(_html_table(["family", *_head(label, verdict=False)], details))
-    body += [f'<p class="small">{html.escape(note)}</p>' for note in _notes(results) if note]
+        for title_of, table in _tables(label, tables):
+            body += [*([f"<h2>{title_of}</h2>"] if title_of else []), _html_table(*table)]
+    notes = [*([results["rule"]] if len(results["towers"]) > 1 else []), *_notes(results)]
+    body += [f'<p class="small">{html.escape(note)}</p>' for note in notes]
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -128,20 +135,26 @@ def _towers(results: dict[str, Any]) -> str:
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
-    notes = [results["rule"], ""] if len(results["towers"]) > 1 else []
+    notes = []
     if results["left_out"]:
         left = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
-        notes += [f"Not run: {left}.", ""]
+        notes.append(f"Not run: {left}.")
     _, tables = comparisons(results)[0]
     for row in tables["benchmarks"]:
         if row.get("baselines"):
             said = ", ".join(f"{name} {value:.1f}" for name, value in row["baselines"].items())
-            notes += [f"Without a tower, {row['name']}: {said}.", ""]
+            notes.append(f"Without a tower, {row['name']}: {said}.")
     return notes
 
 
-def _last(results: dict[str, Any]) -> str:
-    return results["towers"][-1]["label"]
+def _tables(label: str | None, tables: dict[str, Any]) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
+    """Title, head and rows of the families' table, and of the benchmarks'."""
+    families = [_cells(row, label) for row in _rows(tables)]
+    details = [[row["family"], *_cells(row, label, verdict=False)] for row in tables["benchmarks"]]
+    return [
+        ("", (_head(label), families)),
+        ("By benchmark", (["family", *_head(label, verdict=False)], details)),
+    ]
 
 
 def _rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
@@ -151,16 +164,8 @@ def _rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
 def _head(label: str | None, verdict: bool = True) -> list[str]:
     if label is None:
         return ["", "metric", "figure", "n"]
-    return [
-        "",
-        "metric",
-        "base",
-        "tuned",
-        "difference",
-        "95 % interval",
-        *(["verdict"] if verdict else []),
-        "n",
-    ]
+    last = ["verdict", "n"] if verdict else ["n"]
+    return ["", "metric", "base", "tuned", "difference", "95 % interval", *last]
 
 
 def _cells(row: dict[str, Any], label: str | None, verdict: bool = True) -> list[str]:
@@ -172,25 +177,25 @@ def _cells(row: dict[str, Any], label: str | None, verdict: bool = True) -> list
     return [*cells, *([row["verdict"] or ""] if verdict else []), str(row["n"])]
 
 
+def _plain(text: str) -> str:
+    """Text in Markdown that is shown as it is, in one line."""
+    return _SPECIAL.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = "|".join("---" if name in ("", "metric", "family", "verdict") else "---:" for name in head)
-    return [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+    rule = "|".join("---" if name in _WORDS else "---:" for name in head)
+    lines = [f"| {' | '.join(map(_plain, cells))} |" for cells in (head, *rows)]
+    return [lines[0], f"|{rule}|", *lines[1:]]
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    words = {i for i, name in enumerate(head) if name in ("", "metric", "family", "verdict")}
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = [f"<tr>{cells}</tr>"]
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
     for row in rows:
         cells = ""
-        for i, cell in enumerate(row):
-            kind = (
-                f"words {cell}"
-                if i in words and cell in ("better", "worse")
-                else "words"
-                if i in words
-                else ""
-            )
-            cells += f'<td class="{kind}">{html.escape(cell)}</td>'
-        lines.append(f"<tr>{cells}</tr>")
-    return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+        for name, cell in zip(head, row, strict=True):
+            kinds = ["words"] if name in _WORDS else []
+            kinds += [cell] if name == "verdict" and cell in ("better", "worse") else []
+            cells += f'<td class="{" ".join(kinds)}">{html.escape(cell)}</td>'
+        lines.append(cells)
+    rows_of = "\n".join(f"<tr>{cells}</tr>" for cells in lines)
+    return f'<div class="scroll"><table>{rows_of}</table></div>'

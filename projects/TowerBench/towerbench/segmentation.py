@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Images
+from towerbench.readout import Readout
 
 
 def sampled(labels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -37,8 +38,8 @@ def mean_iou(means: np.ndarray) -> np.ndarray:
 
 def segmented(
     tower: FeatureStore,
-    pictures: Images,
-    scores: Callable[[torch.Tensor], torch.Tensor],
+    images: Images,
+    scores: Readout,
     truth: Callable[[int], tuple[torch.Tensor, float]],
     classes: int,
 ) -> np.ndarray:
@@ -49,7 +50,7 @@ def segmented(
         truth: from an image's number to its labels `[H, W]`, of any size, and how much each of these counts.
     """
     found = []
-    for start, maps in in_chunks(tower, pictures):
+    for start, maps in in_chunks(tower, images):
         told = scores(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for number, score in enumerate(told, start):
             labels, weight = truth(number)
@@ -60,7 +61,7 @@ def segmented(
 
 def training_cells(
     tower: FeatureStore,
-    pictures: Images,
+    images: Images,
     labels: Callable[[int, tuple[int, int]], torch.Tensor],
     chosen: Callable[[int, torch.Tensor], np.ndarray],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +72,7 @@ def training_cells(
         chosen: from an image's number and these labels, flat, to the places of the cells that are taken.
     """
     features, found = [], []
-    for start, maps in in_chunks(tower, pictures):
+    for start, maps in in_chunks(tower, images):
         for number, cells in enumerate(maps, start):
             label = labels(number, tuple(cells.shape[1:])).flatten()
             places = torch.from_numpy(chosen(number, label))

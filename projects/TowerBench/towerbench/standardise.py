@@ -1,7 +1,8 @@
 """Features standardised channel by channel by those of a training set: what readouts of both suites see."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,6 +54,19 @@ class Standardiser:
         mean = total / count
         deviation = (squares / count - mean**2).clamp(min=0).sqrt()
         return cls(mean.float(), deviation.float() + EPSILON)
+
+
+def standardised(
+    parts: Callable[[Any], Iterable[torch.Tensor]], train: Any, channels: int
+) -> Callable[[Any], Iterator[torch.Tensor]]:
+    """Features of a set, some at a time, standardised by those of a training set.
+
+    Args:
+        parts: from a set to its features, some at a time.
+        train: the training set. channels: which dimension they are.
+    """
+    standardiser = Standardiser.streamed(parts(train), channels)
+    return lambda images: map(standardiser, parts(images))
 
 
 def _others(features: torch.Tensor, channels: int) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
 """Runs benchmarks on towers: tower by tower, benchmark by benchmark, seed by seed; what is finished is not repeated."""
 
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from demoworld import files
 from towerbench import statistics
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 SCORES = "scores"
 
-PICTURE_SECONDS = 0.0085
+IMAGE_SECONDS = 0.0085
 """What an image of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
 
 
@@ -87,7 +88,8 @@ def run(
         shared = texts.setdefault(tower.text_sha256, {})
         scores[entry.label] = evaluate(tower, ready, output, shared, progress)
         del tower
-    progress.end()
+    progress.close()
+    logger.info("evaluated in %s", progress.format_interval(progress.format_dict["elapsed"]))
     return _results(name, about, [task.benchmark for task in ready], scores, context, seeds, left_out)
 
 
@@ -104,15 +106,15 @@ class Task:
         limits = [benchmark.max_seeds, None if every_seed else benchmark.quick_seeds]
         most = min((limit for limit in limits if limit is not None), default=None)
         self.seeds = sorted({seed if most is None else seed % most for seed in seeds})
-        self.sets = [dict(benchmark.pictures(seed)) for seed in self.seeds]
+        self.sets = [dict(benchmark.images(seed)) for seed in self.seeds]
 
     @property
-    def pictures(self) -> list[Images]:
+    def images(self) -> list[Images]:
         return [images for named in self.sets for images in named.values()]
 
     @property
     def needs_map(self) -> bool:
-        return any(images.dense or images.scale != 1 for images in self.pictures)
+        return any(images.dense or images.scale != 1 for images in self.images)
 
     def fingerprint(self) -> str:
         """Hash of what decides the scores besides the tower."""
@@ -124,14 +126,14 @@ class Task:
 
 def _seconds(tasks: Sequence[Task]) -> float:
     """What tasks cost a tower together: each image once, and every readout."""
-    passed = {images.identity: images for task in tasks for images in task.pictures}
+    passed = {images.identity: images for task in tasks for images in task.images}
     readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
     return readouts + sum(_passing_seconds(images, images.count) for images in passed.values())
 
 
-def _passing_seconds(pictures: Images, count: int) -> float:
+def _passing_seconds(images: Images, count: int) -> float:
     """What `count` of a set's images cost."""
-    return PICTURE_SECONDS * pictures.scale**2 * count
+    return IMAGE_SECONDS * images.scale**2 * count
 
 
 def evaluate(
@@ -148,7 +150,7 @@ def evaluate(
         texts: text embeddings, shared among towers of one text tower.
         progress: None: one of its own.
     """
-    progress = progress or Progress(_seconds(tasks))
+    progress = Progress(_seconds(tasks)) if progress is None else progress
     folder = output / SCORES / tower.sha256[:16]
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(folder)
@@ -158,11 +160,11 @@ def evaluate(
     for task in tasks:
         if task not in open_tasks:
             progress.say(f"{tower.label}: {task.benchmark.name}: finished before")
-    users = Counter(pictures.identity for task in open_tasks for pictures in task.pictures)
-    announced = [pictures for task in open_tasks for pictures in task.pictures]
+    users = Counter(images.identity for task in open_tasks for images in task.images)
+    announced = [images for task in open_tasks for images in task.images]
 
-    def passed(pictures: Images, count: int) -> None:
-        progress.spent(_passing_seconds(pictures, count))
+    def passed(images: Images, count: int) -> None:
+        progress.update(_passing_seconds(images, count))
 
     store = FeatureStore(tower, announced, folder=output, texts=texts, progress=passed)
     try:
@@ -174,11 +176,11 @@ def evaluate(
                     torch.manual_seed(seed)
                     scores = np.asarray(task.benchmark.items(store, sets, seed), dtype=np.float64)
                 rows.append(scores.reshape(len(scores), -1))
-                progress.spent(task.benchmark.readout_seconds)
-                users.subtract(pictures.identity for pictures in sets.values())
-                for pictures in sets.values():
-                    if users[pictures.identity] == 0:
-                        store.release(pictures)
+                progress.update(task.benchmark.readout_seconds)
+                users.subtract(images.identity for images in sets.values())
+                for images in sets.values():
+                    if users[images.identity] == 0:
+                        store.release(images)
             found[task.benchmark.name] = np.stack(rows)
             _write(folder, task, found[task.benchmark.name])
     finally:
@@ -310,54 +312,28 @@ def _rounded(value: float | None) -> float | None:
 # ---------------------------------------------------------------- progress
 
 
-class Progress:
+class Progress(tqdm):
     """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
 
     Args:
         total: what all will cost, in seconds of the machine that costs were measured on.
     """
 
-    def __init__(self, total: float) -> None:
-        self.total, self.done, self.skipped = total, 0.0, 0.0
-        self.start, self.what = time.monotonic(), ""
-        self.terminal = sys.stderr.isatty()
+    monitor_interval = 0  # no thread
 
-    def spent(self, cost: float) -> None:
-        """What cost so much is done."""
-        self.done += cost
-        if self.terminal:
-            self._print()
+    def __init__(self, total: float) -> None:
+        terminal = sys.stderr.isatty()
+        line = "[{percentage:3.0f} %] {desc} ({elapsed} gone, {remaining} left)"
+        file = sys.stderr if terminal else io.StringIO()
+        super().__init__(total=total, file=file, smoothing=0, bar_format=line, leave=False)
+        self.terminal = terminal
 
     def skip(self, cost: float) -> None:
         """What would cost so much need not be done."""
-        self.skipped += cost
+        self.n, self.initial = self.n + cost, self.initial + cost
 
     def say(self, what: str) -> None:
         """What is done now."""
-        self.what = what
-        if self.terminal:
-            self._print()
-        else:
-            logger.info("%s", self.line())
-
-    def end(self) -> None:
-        """The last line."""
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        logger.info("evaluated in %s", _clock(time.monotonic() - self.start))
-
-    def line(self) -> str:
-        """As it is shown: share, what, time gone, and time left where it can be told."""
-        gone = time.monotonic() - self.start
-        share = (self.done + self.skipped) / self.total if self.total else 1.0
-        left = ""
-        if self.done and share < 1:
-            left = f", about {_clock(gone / self.done * self.total * (1 - share))} left"
-        return f"[{100 * share:3.0f} %] {self.what} ({_clock(gone)} gone{left})"
-
-    def _print(self) -> None:
-        print(f"\r\033[K{self.line()}", end="", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        self.set_description_str(what)
+        if not self.terminal:
+            logger.info("%s", self)

@@ -33,15 +33,15 @@ class CaptioningScenes(Benchmark):
     def missing(cls, context: Context) -> str | None:
         return captions.missing()
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        cells = regions.standardised_cells(tower, pictures)
-        parts = ("train", "validation", self.context.split)
-        texts = {part: [scene.captions for scene in unseen.scenes(part)] for part in parts}
-        sides = [(cells[part], [each[-1:] for each in texts[part]]) for part in ("train", "validation")]
-        references = dict(enumerate(texts[self.context.split]))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        cells = regions.standardised_cells(tower, images)
+        parts = unseen.parts(self.context.split).items()
+        texts = {name: [scene.captions for scene in unseen.scenes(part)] for name, part in parts}
+        sides = [(cells[name], [each[-1:] for each in texts[name]]) for name in ("train", "validation")]
+        references = dict(enumerate(texts["test"]))
         found = []
         for start in range(STARTS):
             captioner = trained(*sides, RECIPE, STARTS * seed + start)

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 from towerbench.demo import emoji, regions, unseen
 from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Images, fitted
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.registry import Benchmark, register
 from towerbench.segmentation import mean_iou, sampled, segmented, training_cells
 
@@ -44,20 +44,16 @@ class _Segmentation(Benchmark):
     """What is drawn are places to train at, the same for every seed."""
     item_set = unseen.ITEMS
 
-    def segment(self, tower: FeatureStore, pictures: Mapping[str, Images], classes: int) -> np.ndarray:
-        """Compare `self.scores` with the truth, scene by scene."""
-        scenes = unseen.scenes(self.context.split)
-        return segmented(
-            tower,
-            pictures["test"],
-            lambda cells: self.scores(tower, cells),
-            lambda number: (labels_at(scenes[number], SIDE), 1),
-            classes,
-        )
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
+        """A function from cells `[N, h, w, C]` to scores of the classes `[N, h, w, classes]`, and their number."""
         raise NotImplementedError
+
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        scenes = unseen.scenes(self.context.split)
+        scores, classes = self.readout(tower, images)
+        return segmented(
+            tower, images["test"], scores, lambda number: (labels_at(scenes[number], SIDE), 1), classes
+        )
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return mean_iou(means)
@@ -71,17 +67,13 @@ class DenseProbe(_Segmentation):
     readout_seconds = 9
     version = 2
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
         classes = len(unseen.categories()) + 1
-        train, validation = (_cells(tower, pictures[part], part) for part in ("train", "validation"))
-        self._model = chosen_on_validation(train, validation, classes, L2)
-        return self.segment(tower, pictures, classes)
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(cells)
+        train, validation = (_cells(tower, images[part], part) for part in ("train", "validation"))
+        return chosen_on_validation(train, validation, classes, L2).logits, classes
 
 
 @register
@@ -92,14 +84,12 @@ class DenseText(_Segmentation):
     name, metric = "dense text", "mIoU of patches against names, on objects"
     readout_seconds = 2.5
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"test": unseen.pictures(self.context.split, dense=True)}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"test": unseen.images(self.context.split, dense=True)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        return self.segment(tower, pictures, len(unseen.categories()))
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return tower.project(cells) @ tower.class_embeddings(unseen.categories(), emoji.TEMPLATES).T
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
+        names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
+        return lambda cells: tower.project(cells) @ names.T, len(names)
 
 
 @register
@@ -110,8 +100,8 @@ class DenseCorrespondence(Benchmark):
     name, family, metric = "dense correspondence", "dense", "PCK@0.1 under augmentation"
     max_seeds = 1
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        scenes = unseen.pictures(self.context.split, dense=True)
+    def images(self, seed: int) -> Mapping[str, Images]:
+        scenes = unseen.images(self.context.split, dense=True)
         count = min(WARPED, scenes.count)
 
         def make() -> Iterator[np.ndarray]:
@@ -121,10 +111,10 @@ class DenseCorrespondence(Benchmark):
         key = f"{scenes.key}/warped {count} {WARPED_SIDE}"
         return {"scenes": scenes, "warped": Images(key, count, make, scale=scenes.scale, dense=True)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        count = pictures["warped"].count
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        count = images["warped"].count
         rows = []
-        sides = (in_chunks(tower, pictures[name], stop=count) for name in ("scenes", "warped"))
+        sides = (in_chunks(tower, images[name], stop=count) for name in ("scenes", "warped"))
         for (start, scenes), (_, turned) in zip(*sides, strict=True):
             for number, (before, after) in enumerate(zip(scenes, turned, strict=True), start):
                 scene = unseen.scenes(self.context.split)[number]
@@ -159,19 +149,19 @@ def warped(image: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     shift = 0.5 + rng.uniform(-0.08, 0.08, 2) - turn @ (0.5, 0.5)
     back = np.linalg.inv(turn)  # PIL asks where each pixel of the result comes from
-    picture = Image.fromarray(fitted(image, WARPED_SIDE, WARPED_SIDE))
+    turned = Image.fromarray(fitted(image, WARPED_SIDE, WARPED_SIDE))
     coefficients = np.hstack((back, -WARPED_SIDE * (back @ shift)[:, None])).flatten().tolist()
-    fill = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
+    fill = tuple(int(value) for value in np.asarray(turned).mean((0, 1)))
     size = (WARPED_SIDE, WARPED_SIDE)
-    picture = picture.transform(
+    turned = turned.transform(
         size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=fill
     )
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        picture = enhance(picture).enhance(rng.uniform(0.7, 1.3))
-    return np.asarray(picture), np.hstack((turn, shift[:, None]))
+        turned = enhance(turned).enhance(rng.uniform(0.7, 1.3))
+    return np.asarray(turned), np.hstack((turn, shift[:, None]))
 
 
-def _cells(tower: FeatureStore, pictures: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _cells(tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `[N, C]` and labels `[N]` of some cells of every scene, the same ones for every tower."""
     scenes, background = unseen.scenes(part), len(unseen.categories())
 
@@ -182,5 +172,5 @@ def _cells(tower: FeatureStore, pictures: Images, part: str) -> tuple[torch.Tens
         return np.concatenate(places)
 
     return training_cells(
-        tower, pictures, lambda number, grid: regions.cell_labels(scenes[number], grid), chosen
+        tower, images, lambda number, grid: regions.cell_labels(scenes[number], grid), chosen
     )

@@ -37,17 +37,17 @@ class FewShotEmoji(Benchmark):
         """The classes: what the vendor has drawn of them."""
         return [i for i in self.trained() if i in emoji.drawn_by(self.vendor)]
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return {
             "train": emoji.views(self.trained(), max(SHOTS) + VALIDATION, 1000 + seed),
             "test": emoji.views(self.indices(), TEST, 2000 + seed, folder=self.vendor),
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         classes, labels = len(self.indices()), torch.arange(len(self.indices()))
         rows = [self.trained().index(i) for i in self.indices()]
-        train = tower.embeddings(pictures["train"]).unflatten(0, (-1, max(SHOTS) + VALIDATION))[rows]
-        test = tower.embeddings(pictures["test"])
+        train = tower.embeddings(images["train"]).unflatten(0, (-1, max(SHOTS) + VALIDATION))[rows]
+        test = tower.embeddings(images["test"])
         validation = (train[:, max(SHOTS) :].flatten(0, 1), labels.repeat_interleave(VALIDATION))
         columns = []
         for shots in SHOTS:
@@ -66,11 +66,11 @@ class FewShotVendor(FewShotEmoji):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.vendor = context.pictures
+        self.vendor = context.images
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
-        return None if context.pictures else "needs --pictures"
+        return None if context.images else "needs --pictures"
 
 
 @register
@@ -95,7 +95,7 @@ class FewShotDigits(Benchmark):
         halves = (first, second) if self.context.split == "test" else (second, first)
         return *halves, digits.images, digits.target
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         train, test, images, _ = self._halves()
         digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
 
@@ -111,10 +111,10 @@ class FewShotDigits(Benchmark):
             for name, half in (("train", train), ("test", test))
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         train, test, _, target = self._halves()
         labels, wanted = torch.from_numpy(target[train]), torch.from_numpy(target[test])
-        features, tested = tower.embeddings(pictures["train"]), tower.embeddings(pictures["test"])
+        features, tested = tower.embeddings(images["train"]), tower.embeddings(images["test"])
         order = np.random.default_rng(seed).permutation(len(train))
         by_class = [[i for i in order if labels[i] == digit] for digit in range(10)]
         held = torch.tensor([i for rows in by_class for i in rows[max(SHOTS) : max(SHOTS) + 20]])

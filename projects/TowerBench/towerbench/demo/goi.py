@@ -7,7 +7,7 @@ import torch
 
 from towerbench.demo import emoji, regions, unseen
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.region_pooling import within
 from towerbench.registry import Benchmark, register
 
@@ -23,15 +23,19 @@ class _Objects(Benchmark):
     """Nothing is drawn."""
     item_set = unseen.ITEMS
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
-        """Scores of every category for each object of the split, `[M, categories]`."""
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
+        """What tells categories from mean features of objects, given by `kind`."""
         raise NotImplementedError
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        _, labels = regions.objects(self.context.split)
-        columns = [within(self.named(tower, pictures, kind), labels) for kind in regions.KINDS]
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        split = self.context.split
+        _, labels = regions.objects(split)
+        columns = []
+        for kind in regions.KINDS:
+            readout = self.readout(tower, images, kind)
+            columns.append(within(readout(regions.pooled(tower, images["test"], split, kind)), labels))
         columns.append(torch.ones(len(labels), 1, dtype=torch.bool))
-        return regions.per_scene(torch.cat(columns, 1), self.context.split)
+        return regions.per_scene(torch.cat(columns, 1), split)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return (means[..., :-1] / means[..., -1:]).mean(-1)
@@ -43,13 +47,12 @@ class GoiZeroShot(_Objects):
 
     name, metric = "goi zero-shot", "top-1 and top-5 accuracy by mask and box"
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"test": unseen.pictures(self.context.split, dense=True)}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"test": unseen.images(self.context.split, dense=True)}
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
-        features = regions.pooled(tower, pictures["test"], self.context.split, kind)
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
         names = tower.class_embeddings(unseen.categories(), emoji.TEMPLATES)
-        return tower.project(features) @ names.T
+        return lambda features: tower.project(features) @ names.T
 
 
 @register
@@ -60,13 +63,12 @@ class GoiProbe(_Objects):
     readout_seconds = 9
     version = 2
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def named(self, tower: FeatureStore, pictures: Mapping[str, Images], kind: str) -> torch.Tensor:
+    def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
         train, validation = (
-            (regions.pooled(tower, pictures[part], part, kind), regions.objects(part)[1])
+            (regions.pooled(tower, images[part], part, kind), regions.objects(part)[1])
             for part in ("train", "validation")
         )
-        model = chosen_on_validation(train, validation, len(unseen.categories()), L2)
-        return model.logits(regions.pooled(tower, pictures["test"], self.context.split, kind))
+        return chosen_on_validation(train, validation, len(unseen.categories()), L2).logits

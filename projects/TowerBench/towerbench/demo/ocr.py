@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from demoworld import catalogue
 from towerbench import ctc_readout
 from towerbench.ctc_readout import LINES
+from towerbench.demo import unseen
 from towerbench.features import FeatureStore, Images
 from towerbench.readout import one_thread
 from towerbench.registry import Benchmark, Context, register
@@ -104,9 +105,7 @@ def inked(word: str, file: Path) -> Image.Image:
     return tile
 
 
-def picture(
-    rows: Sequence[tuple[str, str]], files: Mapping[str, Path], rng: np.random.Generator
-) -> np.ndarray:
+def drawn(rows: Sequence[tuple[str, str]], files: Mapping[str, Path], rng: np.random.Generator) -> np.ndarray:
     """Words below each other, `[SIDE, SIDE, 3]` uint8; dark on light or light on dark, with noise."""
     light, dark = rng.integers(170, 256, 3), rng.integers(0, 90, 3)
     ground, ink = (light, dark) if rng.random() < 0.7 else (dark, light)
@@ -140,14 +139,13 @@ class OcrWords(Benchmark):
         found = len(font_files(TRAIN_FONTS)) + len(font_files(TEST_FONTS))
         return None if found == wanted else "needs the typefaces of pip install 'visft[demo]'"
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return {name: _images(part) for name, part in parts.items()}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {name: _images(part) for name, part in unseen.parts(self.context.split).items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        parts = unseen.parts(self.context.split)
         least = SIDE // 8  # enough for seven letters
-        columns = {name: torch.cat(list(ctc_readout.columns(tower, pictures[name], least))) for name in parts}
+        columns = {name: torch.cat(list(ctc_readout.columns(tower, images[name], least))) for name in parts}
         standardised = Standardiser.of(columns["train"], channels=1)
         columns = {name: standardised(found) for name, found in columns.items()}
         truth = {name: [word for rows in lines(part) for word, _ in rows] for name, part in parts.items()}
@@ -163,7 +161,7 @@ def _images(part: str) -> Images:
     def make() -> Iterator[np.ndarray]:
         files = font_files(TRAIN_FONTS) | font_files(TEST_FONTS)
         for number, each in enumerate(rows):
-            yield picture(each, files, np.random.default_rng([14, list(COUNTS).index(part), number]))
+            yield drawn(each, files, np.random.default_rng([14, list(COUNTS).index(part), number]))
 
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     return Images(f"words/{part}/{SIDE}/{digest}", len(rows), make, scale=SCALE, dense=True)

@@ -33,7 +33,7 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarr
     return mask
 
 
-def pooled(tower: FeatureStore, pictures: Images, part: str, kind: str) -> torch.Tensor:
+def pooled(tower: FeatureStore, images: Images, part: str, kind: str) -> torch.Tensor:
     """The mean feature `[M, C]` of each object of a part, weighted by how much of a cell it covers.
 
     Args:
@@ -41,7 +41,7 @@ def pooled(tower: FeatureStore, pictures: Images, part: str, kind: str) -> torch
         kind: `mask` or `box`: what is given of the object.
     """
     scenes, found = unseen.scenes(part), []
-    for start, maps in in_chunks(tower, pictures):
+    for start, maps in in_chunks(tower, images):
         for scene, cells in zip(scenes[start : start + len(maps)], maps, strict=True):
             shapes = [
                 item.mask if kind == "mask" else box_mask(item.box, item.mask.shape) for item in scene.objects
@@ -51,14 +51,14 @@ def pooled(tower: FeatureStore, pictures: Images, part: str, kind: str) -> torch
     return torch.cat(found)
 
 
-def cells(tower: FeatureStore, pictures: Images) -> torch.Tensor:
+def cells(tower: FeatureStore, images: Images) -> torch.Tensor:
     """Maps averaged to `[N, GRID * GRID, C]`."""
-    return torch.cat(list(grid_cells(tower, pictures, GRID)))
+    return torch.cat(list(grid_cells(tower, images, GRID)))
 
 
-def standardised_cells(tower: FeatureStore, pictures: Mapping[str, Images]) -> dict[str, torch.Tensor]:
+def standardised_cells(tower: FeatureStore, images: Mapping[str, Images]) -> dict[str, torch.Tensor]:
     """`cells` of each set, standardised as those of `train` are."""
-    found = {name: cells(tower, each) for name, each in pictures.items()}
+    found = {name: cells(tower, each) for name, each in images.items()}
     standardised = Standardiser.of(found["train"], channels=2)
     return {name: standardised(each) for name, each in found.items()}
 

@@ -68,7 +68,7 @@ class RobustnessEmoji(Benchmark):
         """What is shown, of `catalogue()`."""
         return emoji.of_split(self.context.split)[:COUNT]
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         clean = emoji.views(self.indices(), 1, 3000 + seed)
 
         def make() -> Iterator[np.ndarray]:
@@ -78,6 +78,6 @@ class RobustnessEmoji(Benchmark):
         kinds = ",".join(f"{f.__name__}{strengths}" for f, strengths in CORRUPTIONS.items())
         return {"corrupted": Images(f"{clean.key}/{kinds}", clean.count * 20, make)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         shown = [index for index in self.indices() for _ in range(20)]
-        return hits(tower, tower.embeddings(pictures["corrupted"]), shown).reshape(-1, 20)
+        return hits(tower, tower.embeddings(images["corrupted"]), shown).reshape(-1, 20)

@@ -32,7 +32,7 @@ def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
     return tuple(scene(number, i) for i in range(COUNTS[part]))
 
 
-def pictures(part: str, *, dense: bool = False) -> Images:
+def images(part: str, *, dense: bool = False) -> Images:
     """A part's images, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
 
     Args:
@@ -46,7 +46,11 @@ def pictures(part: str, *, dense: bool = False) -> Images:
     return Images(f"unseen scenes/{part}/{COUNTS[part]}", COUNTS[part], make, scale=scale, dense=dense)
 
 
+def parts(split: str) -> dict[str, str]:
+    """What a readout asks for by the part that it is: `train`, `validation`, and the split as `test`."""
+    return {"train": "train", "validation": "validation", "test": split}
+
+
 def readout_images(split: str) -> Mapping[str, Images]:
-    """What a readout on maps asks for: `train`, `validation`, and the split as `test`."""
-    parts = {"train": "train", "validation": "validation", "test": split}
-    return {name: pictures(part, dense=True) for name, part in parts.items()}
+    """What a readout on maps asks for."""
+    return {name: images(part, dense=True) for name, part in parts(split).items()}

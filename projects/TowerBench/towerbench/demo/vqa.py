@@ -217,20 +217,20 @@ class VqaScenes(Benchmark):
     version = 3
     item_set = unseen.ITEMS
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return unseen.readout_images(self.context.split)
 
-    def asked(self, tower: FeatureStore, pictures: Mapping[str, Images]) -> list[Asked]:
+    def asked(self, tower: FeatureStore, images: Mapping[str, Images]) -> list[Asked]:
         """The questions of training, validation and test."""
-        cells = regions.standardised_cells(tower, pictures)
+        cells = regions.standardised_cells(tower, images)
         names = tower.text([f"a picture of {name}" for name in unseen.categories()])
         names = F.normalize(names - names.mean(0), dim=1) * names.shape[1] ** 0.5
         starts = torch.tensor(np.cumsum([0, *(len(answers) for answers in ANSWERS.values())])[:-1])
-        parts = {"train": "train", "validation": "validation", "test": self.context.split}
-        return [Asked(part, cells[name], names, starts) for name, part in parts.items()]
+        parts = unseen.parts(self.context.split).items()
+        return [Asked(part, cells[name], names, starts) for name, part in parts]
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        train, validation, test = self.asked(tower, pictures)
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        train, validation, test = self.asked(tower, images)
         starts = range(STARTS * seed, STARTS * (seed + 1))
         right = [test.right(trained(train, validation, start)).double() for start in starts]
         return tallied(self.context.split, torch.stack(right).mean(0).numpy())

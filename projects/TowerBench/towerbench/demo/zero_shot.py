@@ -20,11 +20,11 @@ class ZeroShotEmoji(Benchmark):
         """What is shown, of `catalogue()`."""
         return emoji.of_split(self.context.split)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return {"views": emoji.views(self.indices(), 1, seed)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        return hits(tower, tower.embeddings(pictures["views"]), self.indices())
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        return hits(tower, tower.embeddings(images["views"]), self.indices())
 
 
 @register
@@ -35,13 +35,13 @@ class ZeroShotVendor(ZeroShotEmoji):
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
-        return None if context.pictures else "needs --pictures"
+        return None if context.images else "needs --pictures"
 
     def indices(self) -> list[int]:
-        return [i for i in super().indices() if i in emoji.drawn_by(self.context.pictures)]
+        return [i for i in super().indices() if i in emoji.drawn_by(self.context.images)]
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"views": emoji.views(self.indices(), 1, seed, folder=self.context.pictures)}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"views": emoji.views(self.indices(), 1, seed, folder=self.context.images)}
 
 
 def hits(tower: FeatureStore, embeddings: torch.Tensor, indices: list[int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,16 @@ class CaptionedSet:
 
     def part(self, name: str, numbers: Sequence[int]) -> "CaptionedSet":
         """Some of its images, under another name."""
-        files, captions = [self.files[i] for i in numbers], [self.captions[i] for i in numbers]
-        return CaptionedSet(name, files, captions, self.annotations)
+        return sources.rows_of(replace(self, name=name), numbers, "files", "captions")
 
-    def pictures(self, **how: Any) -> Images:
-        """Its images; `how` is of `sources.pictures`.
+    def images(self, **how: Any) -> Images:
+        """Its images; `how` is of `sources.images`.
 
         Raises:
             DataError: one is not there.
         """
         files = [Source(file) for file in self.files]
-        return sources.pictures(files, self.name, annotations=self.annotations, **how)
+        return sources.images(files, self.name, annotations=self.annotations, **how)
 
 
 def collected(
@@ -95,14 +94,14 @@ def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
     """COCO's test split: 5,000 images of val2014, which are in train2017 and val2017 under names of their own."""
     whole = (coco / "val2014").is_dir()
 
-    def picture(entry: Mapping[str, Any]) -> Path:
+    def image(entry: Mapping[str, Any]) -> Path:
         if whole:
             return coco / field(entry, "filepath", file, str) / field(entry, "filename", file, str)
         number = f"{field(entry, 'cocoid', file, int):012d}.jpg"
         held = coco / "val2017" / number
         return held if held.exists() else coco / "train2017" / number
 
-    return karpathy("coco karpathy test", file, picture)
+    return karpathy("coco karpathy test", file, image)
 
 
 def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) -> CaptionedSet:

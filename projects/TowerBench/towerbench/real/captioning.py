@@ -1,9 +1,8 @@
 """A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' images: scored by CIDEr-D."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,19 +14,19 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import Context, variant
-from towerbench.standardise import Standardiser
+from towerbench.standardise import standardised
 
 RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
 
-PICTURES = 9000
+IMAGES = 9000
 """Of train2017 that the readout sees, spread over the set, the same ones every time."""
 
 HELD = 9
 """One in so many of them is the validation split."""
 
-COCO_CAPTIONS, COCO_PICTURES = "coco/annotations/captions_train2017.json", "coco/train2017"
+COCO_CAPTIONS, COCO_IMAGES = "coco/annotations/captions_train2017.json", "coco/train2017"
 NOCAPS = "nocaps/nocaps_val_4500_captions.json|nocaps/annotations/nocaps_val_4500_captions.json"
-NOCAPS_PICTURES = "nocaps/images|nocaps/val"
+NOCAPS_IMAGES = "nocaps/images|nocaps/val"
 
 
 class NoCaps(sources.RealBenchmark):
@@ -38,9 +37,9 @@ class NoCaps(sources.RealBenchmark):
     domain = ""
     needs = {
         NOCAPS: "nocaps' validation captions",
-        NOCAPS_PICTURES: "their 4,500 images, of Open Images",
+        NOCAPS_IMAGES: "their 4,500 images, of Open Images",
         COCO_CAPTIONS: "of COCO's annotations_trainval2017.zip, for the readout",
-        COCO_PICTURES: "COCO's images train2017, for the readout",
+        COCO_IMAGES: "COCO's images train2017, for the readout",
     }
 
     @classmethod
@@ -50,87 +49,64 @@ class NoCaps(sources.RealBenchmark):
     @functools.cached_property
     def set(self) -> CaptionedSet:
         """The domain's images."""
-        where = self.path(NOCAPS), self.path(NOCAPS_PICTURES)
+        where = self.path(NOCAPS), self.path(NOCAPS_IMAGES)
         return captioned.coco_format(f"nocaps {self.domain}", *where, self.domain)
 
     @functools.cached_property
     def readout(self) -> dict[str, CaptionedSet]:
         """Images of COCO to train on, and to choose by."""
         file = self.path(COCO_CAPTIONS)
-        return _readout_sets(file, self.path(COCO_PICTURES), file.stat().st_mtime_ns)
+        return _readout_sets(file, self.path(COCO_IMAGES), file.stat().st_mtime_ns)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         sets = {**self.readout, "test": self.set}
         # Whole images: captions speak of what is at their borders, too.
-        return {part: each.pictures(fit="squash", dense=True) for part, each in sets.items()}
+        return {part: each.images(fit="squash", dense=True) for part, each in sets.items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        told = dict(enumerate(self.told(tower, pictures, seed)))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        told = dict(enumerate(self.told(tower, images, seed)))
         scores = captions.cider_by_image(dict(enumerate(self.set.captions)), told)
         return np.array([scores[i] for i in told])
 
-    def told(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> list[str]:
-        """What the readout says of each image."""
-        # The domains' benchmarks share it: it depends on the tower, COCO's images and the seed alone.
-        known = _readouts.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity, RECIPE, seed
-        if key not in known:
-            texts = {part: each.captions for part, each in self.readout.items()}
-            known[key] = Readout(tower, pictures, texts, seed)
-        return known[key].told(tower, pictures["test"])
+    def told(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> list[str]:
+        """What the readout, which the domains share, says of each image."""
+        key = "captioning", images["train"].identity, images["held"].identity, RECIPE, seed
+        texts = {part: each.captions for part, each in self.readout.items()}
+        return tower.once(key, lambda: trained(tower, images, texts, seed))(images["test"])
 
 
 @functools.lru_cache(maxsize=1)
 def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, CaptionedSet]:
     whole = captioned.coco_format("coco train2017", file, folder)
-    numbers = sources.spread(len(whole.files), PICTURES)
+    numbers = sources.spread(len(whole.files), IMAGES)
     if len(numbers) < 2:
         raise DataError(
             f"{file}: has captions of {len(numbers)} image; at least 2 are needed to train and to choose"
         )
-    held = numbers[::HELD]
-    train = sorted(set(numbers) - set(held))
+    train, held = sources.train_and_held(numbers, HELD)
     return {
         "train": whole.part("coco to caption", train),
         "held": whole.part("coco to choose captions by", held),
     }
 
 
-class Readout:
-    """A decoder trained on one tower's features, which are standardised channel by channel.
+def trained(
+    tower: FeatureStore, images: Mapping[str, Images], texts: Mapping[str, Sequence[Sequence[str]]], seed: int
+) -> Callable[[Images], list[str]]:
+    """A decoder trained on one tower's features, as a function from images to what it says of each.
 
     Args:
         images: `train` and `held`.
         texts: the captions of each of these images.
     """
-
-    def __init__(
-        self,
-        tower: FeatureStore,
-        pictures: Mapping[str, Images],
-        texts: Mapping[str, Sequence[Sequence[str]]],
-        seed: int,
-    ) -> None:
-        self.standardised = Standardiser.streamed(
-            grid_cells(tower, pictures["train"], RECIPE.grid), channels=2
-        )
-        sides = (
-            # Half precision: thousands of images are kept.
-            (torch.cat([part.half() for part in self._seen(tower, pictures[name])]), texts[name])
-            for name in ("train", "held")
-        )
-        self.captioner = caption_readout.trained(*sides, RECIPE, seed)
-
-    def told(self, tower: FeatureStore, pictures: Images) -> list[str]:
-        """What the readout says of each image."""
-        return [text for part in self._seen(tower, pictures) for text in self.captioner.said(part)]
-
-    def _seen(self, tower: FeatureStore, pictures: Images) -> Iterator[torch.Tensor]:
-        """Cells `[n, P, C]` as the decoder sees them, of some images at a time."""
-        return map(self.standardised, grid_cells(tower, pictures, RECIPE.grid))
-
-
-_readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
+    seen = standardised(lambda of: grid_cells(tower, of, RECIPE.grid), images["train"], channels=2)
+    sides = (
+        # Half precision: thousands of images are kept.
+        (torch.cat([part.half() for part in seen(images[name])]), texts[name])
+        for name in ("train", "held")
+    )
+    captioner = caption_readout.trained(*sides, RECIPE, seed)
+    return lambda of: [text for part in seen(of) for text in captioner.said(part)]
 
 
 # The in-domain images show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).

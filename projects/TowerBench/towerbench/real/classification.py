@@ -70,15 +70,7 @@ class LabelledSet:
 
     def part(self, numbers: Sequence[int]) -> "LabelledSet":
         """Some of its images."""
-        rows = [self.sources[i] for i in numbers], [self.labels[i] for i in numbers]
-        return LabelledSet(*rows, self.names, self.templates, self.imagenet, self.border)
-
-
-def imagenet_names() -> list[str]:
-    """open_clip's names of ImageNet's classes, in the order of their WordNet ids."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return list(IMAGENET_CLASSNAMES)
+        return sources.rows_of(self, numbers, "sources", "labels")
 
 
 def imagenet_templates() -> list[str]:
@@ -89,25 +81,20 @@ def imagenet_templates() -> list[str]:
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def imagenet_ids() -> list[str]:
-    """WordNet ids of ImageNet's classes, in order."""
-    from timm.data import ImageNetInfo
-
-    return list(ImageNetInfo("imagenet-1k").label_names())
-
-
 def imagenet_folders(folder: Path) -> dict[int, Path]:
     """Folders of images by index of their class; named by WordNet id, or by index where all names are numbers.
 
     Raises:
         DataError: there are none, or one is named by neither.
     """
+    from timm.data import ImageNetInfo
+
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise DataError(
             f"{folder}: holds no folders; one a class was expected, named as n01440764 or as 0 to 999"
         )
-    place = {name: i for i, name in enumerate(imagenet_ids())}
+    place = {name: i for i, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     if all(path.name.isdigit() for path in found):
         place = {str(i): i for i in range(1000)}
     for path in found:
@@ -121,6 +108,8 @@ def imagenet_folders(folder: Path) -> dict[int, Path]:
 
 def imagenet_like(folder: Path, classes: int) -> LabelledSet:
     """ImageNet, or a relative of it whose folders are named as ImageNet's; told apart are the classes that it has."""
+    from open_clip import IMAGENET_CLASSNAMES
+
     folders = imagenet_folders(folder)
     if len(folders) != classes:
         logger.warning("%s: folders of %d classes, where the whole set has %d", folder, len(folders), classes)
@@ -130,10 +119,9 @@ def imagenet_like(folder: Path, classes: int) -> LabelledSet:
     ]
     if not rows:
         raise DataError(f"{folder}: its folders hold no images; unpack the data set's archive there")
-    names = imagenet_names()
     return LabelledSet(
         *zip(*rows, strict=True),
-        names=[names[index] for index in order],
+        names=[IMAGENET_CLASSNAMES[index] for index in order],
         templates=imagenet_templates(),
         imagenet=[(index,) for index in order],
     )
@@ -186,34 +174,26 @@ def webdataset_paths(name: str, split: str) -> str:
     )
 
 
-def webdataset(folder: Path, split: str) -> LabelledSet:
-    """A set as `clip_benchmark_export_wds` writes it: `SPLIT/0.tar`, ..., `classnames.txt`, templates with `{c}`."""
-    names = _lines(folder / "classnames.txt")
-    templates = [
-        line.replace("{c}", "{}") for line in _lines(folder / "zeroshot_classification_templates.txt")
-    ]
-    shards = sorted((folder / split).glob("*.tar"), key=lambda file: (len(file.stem), file.stem))
+def webdataset(folder: Path) -> LabelledSet:
+    """A split as `clip_benchmark_export_wds` writes it: `0.tar`, ..., and beside the folder `classnames.txt`, templates
+    with `{c}`."""
+    names = _lines(folder.parent / "classnames.txt")
+    templates = _lines(folder.parent / "zeroshot_classification_templates.txt")
+    shards = sorted(folder.glob("*.tar"), key=lambda file: (len(file.stem), file.stem))
     if not shards:
-        raise DataError(
-            f"{folder / split}: holds no .tar; 0.tar, 1.tar, ... were expected; download the split again"
-        )
-    _check_count(folder / split, len(shards))
+        raise DataError(f"{folder}: holds no .tar; 0.tar, 1.tar, ... were expected; download the split again")
+    _check_count(folder, len(shards))
     found, labels = [], []
     for shard in shards:
         parts: dict[str, Source] = {}
         classes: dict[str, int] = {}
-        try:
-            with tarfile.open(shard) as archive:
-                for member in archive:
-                    key, _, suffix = member.name.partition(".")
-                    if suffix == "cls":
-                        classes[key] = int(archive.extractfile(member).read())
-                    elif f".{suffix.lower()}" in sources.PICTURE_SUFFIXES:
-                        parts[key] = Source(shard, member.offset_data, member.size)
-        except (tarfile.TarError, ValueError, OSError) as error:
-            raise DataError(
-                f"{shard}: is no readable tar of images and `.cls` ({error}); get it again"
-            ) from error
+        with sources.readable(shard, "tar of images and `.cls`"), tarfile.open(shard) as archive:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                if suffix == "cls":
+                    classes[key] = int(archive.extractfile(member).read())
+                elif f".{suffix.lower()}" in sources.IMAGE_SUFFIXES:
+                    parts[key] = Source(shard, member.offset_data, member.size)
         for key in parts:
             if not 0 <= classes.get(key, -1) < len(names):
                 raise DataError(
@@ -222,7 +202,7 @@ def webdataset(folder: Path, split: str) -> LabelledSet:
                 )
             found.append(parts[key])
             labels.append(classes[key])
-    return LabelledSet(found, labels, names, templates)
+    return LabelledSet(found, labels, names, [line.replace("{c}", "{}") for line in templates])
 
 
 def _check_count(folder: Path, found: int) -> None:

@@ -12,10 +12,9 @@ from PIL import Image
 from towerbench import region_pooling, segmentation
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, sources
 from towerbench.real.sources import Source
-from towerbench.registry import Context, variant
+from towerbench.registry import Context
 
 CELLS = 12
 """Of an image that a probe trains on: one of each class in it, then any."""
@@ -47,20 +46,20 @@ class Labelled:
     """Images with label maps.
 
     Args:
-        maps: files, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
+        files: the maps, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
     """
 
-    pictures: Sequence[Source]
-    maps: Sequence[Path]
+    sources: Sequence[Source]
+    files: Sequence[Path]
     table: np.ndarray
 
     def labels(self, number: int) -> np.ndarray:
         """An image's classes `[H, W]`, or `IGNORED`.
 
         Raises:
-            DataError: the map is missing or broken, or not of the image's size, or has another label.
+            DataError: the map is missing or broken, or has another label.
         """
-        file = self.maps[number]
+        file = self.files[number]
         with sources.readable(file, "label map", "get the data set again"):
             values = np.asarray(Image.open(file))  # a palette's indices stay what they are
         if values.ndim != 2 or values.dtype != np.uint8:
@@ -70,66 +69,53 @@ class Labelled:
             )
         found = self.table[values]
         if (found == BROKEN).any():
+            known = np.flatnonzero(self.table != BROKEN)
+            whole = known[known < IGNORED]
             raise DataError(
-                f"{file}: has the label {values[found == BROKEN][0]}; {self.allowed()} were expected; is it of this "
-                "data set, and converted as its annotations are used for segmentation?"
+                f"{file}: has the label {values[found == BROKEN][0]}; {whole[0]} to {whole[-1]}"
+                f"{' and 255' if known[-1] == IGNORED else ''} were expected; is it of this data set, and converted "
+                "as its annotations are used for segmentation?"
             )
         return found
 
     def check(self) -> None:
-        """Read everything once, that nothing is found broken in the middle of a long run."""
-        for number, source in enumerate(self.pictures):
+        """Read everything once, that nothing is found broken in the middle of a long run.
+
+        Raises:
+            DataError: a map or an image is missing or broken, or they differ in size.
+        """
+        for number, source in enumerate(self.sources):
             size = self.labels(number).shape
             with sources.readable(source.file, "image"), Image.open(source.file) as image:
                 shown = image.height, image.width
             if shown != size:
                 raise DataError(
-                    f"{self.maps[number]}: is of height and width {size}, and its image of {shown}; both of one "
+                    f"{self.files[number]}: is of height and width {size}, and its image of {shown}; both of one "
                     "size were expected; get the data set again"
                 )
 
-    def allowed(self) -> str:
-        """The values that maps may have."""
-        values = np.flatnonzero(self.table != BROKEN)
-        whole = values[values < IGNORED]
-        return f"{whole[0]} to {whole[-1]}" + (" and 255" if values[-1] == IGNORED else "")
-
     def part(self, numbers: Sequence[int]) -> "Labelled":
         """Some of its images."""
-        return Labelled([self.pictures[i] for i in numbers], [self.maps[i] for i in numbers], self.table)
+        return sources.rows_of(self, numbers, "sources", "files")
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Where images and maps come from.
+@dataclass(frozen=True, kw_only=True)
+class DataSet(maps.DataSet):
+    """Where images and label maps come from.
 
     Args:
-        needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
-        files: from `--data` and whether it is to train to images and maps, in order.
+        listed: from `--data` and whether it is to train to images and maps, in order.
         names: a function that gives the words for each class.
         first: the value of the first class in maps; those below have no class.
         void: whether 255 stands for no class.
         background: whether what is below is one more class for the probe; names are never asked about it.
     """
 
-    needs: Mapping[str, str]
-    trains_on: Mapping[str, str]
-    files: Callable[[Path, bool], list[tuple[Path, Path]]]
+    listed: Callable[[Path, bool], list[tuple[Path, Path]]]
     names: Callable[[], list[tuple[str, ...]]]
     first: int = 1
     void: bool = False
     background: bool = False
-    item_set: str = ""
-
-    def table(self, background: bool) -> np.ndarray:
-        """See `Labelled`; the background's class is the last."""
-        classes = len(self.names())
-        table = np.full(256, BROKEN, np.uint8)
-        table[: self.first] = classes if background else IGNORED
-        table[self.first : self.first + classes] = np.arange(classes)
-        if self.void:
-            table[255] = IGNORED
-        return table
 
 
 def _ade20k_files(data: Path, train: bool) -> list[tuple[Path, Path]]:
@@ -169,14 +155,14 @@ DATA_SETS = {
             "ADEChallengeData2016/images/training": "ADE20K's training images",
             "ADEChallengeData2016/annotations/training": "their label maps",
         },
-        files=_ade20k_files,
+        listed=_ade20k_files,
         names=_ade20k_names,
         item_set="ade20k validation",
     ),
     "voc2012": DataSet(
         needs={"VOCdevkit/VOC2012": "Pascal VOC 2012, as VOCtrainval_11-May-2012.tar unpacks"},
         trains_on={},
-        files=functools.partial(_listed, "VOCdevkit/VOC2012", "Segmentation", "SegmentationClass"),
+        listed=functools.partial(_listed, "VOCdevkit/VOC2012", "Segmentation", "SegmentationClass"),
         names=lambda: [(name,) for name in VOC],
         void=True,
         background=True,
@@ -189,7 +175,7 @@ DATA_SETS = {
             "VOCdevkit/VOC2010/ImageSets/SegmentationContext": "the same script's train.txt and val.txt",
         },
         trains_on={},
-        files=functools.partial(
+        listed=functools.partial(
             _listed, "VOCdevkit/VOC2010", "SegmentationContext", "SegmentationClassContext"
         ),
         names=lambda: [(name,) for name in CONTEXT],
@@ -198,50 +184,51 @@ DATA_SETS = {
 }
 
 
-class _Dense(sources.RealBenchmark):
+class Dense(maps.OnMaps):
     """Items are images, columns intersections and unions by class."""
 
     family = "dense"
-    data_set: str
-    background = False
+    annotations = "label maps"
 
     def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        found = DATA_SETS[self.data_set]
-        self.names = found.names()
+        self.found = DATA_SETS[self.data_set]
+        self.names = self.found.names()
+        self.background = self.probe and self.found.background
         self.classes = len(self.names) + self.background
-        self.test = self.read(train=False, most=maps.TEST)
+        super().__init__(context)
 
-    def read(self, *, train: bool, most: int) -> Labelled:
-        """At most so many images of a part, which have been checked."""
-        found = DATA_SETS[self.data_set]
-        rows = found.files(self.context.data, train)
-        rows = [rows[i] for i in sources.spread(len(rows), most)]
-        labelled = Labelled(
-            [Source(image) for image, _ in rows], [file for _, file in rows], found.table(self.background)
-        )
+    def read(self, *, train: bool) -> Labelled:
+        rows = self.found.listed(self.context.data, train)
+        rows = [rows[i] for i in sources.spread(len(rows), maps.TRAIN if train else maps.TEST)]
+        labelled = Labelled([Source(image) for image, _ in rows], [file for _, file in rows], self.table())
         labelled.check()
         return labelled
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return self.shown("test", self.test)
+    def table(self) -> np.ndarray:
+        """See `Labelled`; the background's class is the last."""
+        first, classes = self.found.first, len(self.names)
+        table = np.full(256, BROKEN, np.uint8)
+        table[:first] = classes if self.background else IGNORED
+        table[first : first + classes] = np.arange(classes)
+        if self.found.void:
+            table[255] = IGNORED
+        return table
 
-    def shown(self, part: str, found: Labelled) -> Mapping[str, Images]:
-        """A part's images, and what stands for its label maps."""
-        return {
-            part: maps.pictures(found.pictures, self.data_set, part),
-            f"{part} label maps": maps.annotated(found.maps, f"{self.data_set} {part} label maps"),
-        }
+    def examples(self, tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logistic regression is on each cell."""
+        found = self.parts[part]
 
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, h, w, C]` -> scores of the classes `[N, h, w, classes]`."""
-        raise NotImplementedError
+        def labels(number: int, grid: tuple[int, int]) -> torch.Tensor:
+            return cell_labels(compared(found.labels(number))[0].numpy(), grid)
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+        return segmentation.training_cells(tower, images, labels, chosen)
+
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        readout = self.readout(tower, images)
         return segmentation.segmented(
             tower,
-            pictures["test"],
-            lambda cells: class_by_class(self.scores(tower, cells)),
+            images["test"],
+            lambda cells: class_by_class(readout(cells)),
             lambda number: compared(self.test.labels(number)),
             self.classes,
         )
@@ -268,47 +255,6 @@ def cell_labels(labels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(present.astype(np.int64))[shares.argmax(0)]
 
 
-class DenseProbe(_Dense):
-    """Logistic regression on each cell."""
-
-    version = 2
-
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        whole = self.read(train=True, most=maps.TRAIN)
-        train, held = maps.train_and_held(len(whole.pictures))
-        if not held:
-            raise DataError(
-                f"{whole.pictures[0].file.parent}: {len(whole.pictures)} images are to train on; at least "
-                f"{maps.HELD_OF} are needed, of which one is to choose by"
-            )
-        self.parts = {"train": whole.part(train), "validation": whole.part(held)}
-
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        found = dict(super().pictures(seed))
-        for part, labelled in self.parts.items():
-            found |= self.shown(part, labelled)
-        return found
-
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        rows = [
-            segmentation.training_cells(
-                tower,
-                pictures[part],
-                lambda number, grid, labelled=labelled: cell_labels(
-                    compared(labelled.labels(number))[0].numpy(), grid
-                ),
-                chosen,
-            )
-            for part, labelled in self.parts.items()
-        ]
-        self._model = chosen_on_validation(*rows, self.classes, maps.L2)
-        return super().items(tower, pictures, seed)
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(cells)
-
-
 def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
     """The places of an image's cells that a probe trains on, the same ones for every tower."""
     places = np.random.default_rng([13, number]).permutation(np.flatnonzero(labels.numpy() != IGNORED))
@@ -317,33 +263,6 @@ def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
     return np.concatenate((places[first], np.delete(places, first)))[:CELLS]
 
 
-class DenseText(_Dense):
-    """Each cell, brought into the space of texts, against the names of all classes; where there is one of them."""
-
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        self._names = maps.classifier(tower, self.names)
-        return super().items(tower, pictures, seed)
-
-    def scores(self, tower: FeatureStore, cells: torch.Tensor) -> torch.Tensor:
-        return tower.project(cells) @ self._names.T
-
-
+METRICS = {"text": "mIoU of patches against names", "probe": "mIoU of a linear probe"}
 for _name, _found in DATA_SETS.items():
-    _same = {"data_set": _name, "item_set": _found.item_set}
-    variant(
-        DenseProbe,
-        f"dense probe {_name}",
-        f"{_name}.",
-        metric="mIoU of a linear probe",
-        needs={**_found.needs, **_found.trains_on},
-        background=_found.background,
-        **_same,
-    )
-    variant(
-        DenseText,
-        f"dense text {_name}",
-        f"{_name}.",
-        metric="mIoU of patches against names",
-        needs=_found.needs,
-        **_same,
-    )
+    maps.declare(Dense, _name, _found, METRICS, data_set=_name)

@@ -1,26 +1,17 @@
 """Linear probe and nearest neighbours on few labelled images: ImageNet's 16 a class, VTAB's 1000 a task."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import LogisticRegression, chosen_on_validation
+from towerbench.readout import Readout, chosen_on_validation
 from towerbench.real import sources, zero_shot
-from towerbench.real.classification import (
-    IMAGENET_VARIANTS,
-    OBJECTNET,
-    VTAB,
-    LabelledSet,
-    imagenet_folders,
-    webdataset,
-    webdataset_paths,
-)
+from towerbench.real.classification import LabelledSet, imagenet_folders, webdataset, webdataset_paths
 from towerbench.registry import Context, variant
 
 SHOTS, HELD = 16, 4
@@ -37,7 +28,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 """Features `[M, D]` of unit length, and labels `[M]`."""
 
 
-class _FewShot(sources.RealBenchmark):
+class FewShot(sources.RealBenchmark):
     """Items are images of the test set. Each seed draws other images to train on."""
 
     family = "few-shot"
@@ -46,6 +37,8 @@ class _FewShot(sources.RealBenchmark):
     method = ""
     tested: type[zero_shot.ZeroShot]
     """Has the same test set, whose images pass a tower once for both."""
+    draw: Callable[[Path, int], tuple[LabelledSet, LabelledSet]]
+    """From the folder that `needs` names last, and a seed, to what is trained on, and chosen by."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -53,50 +46,50 @@ class _FewShot(sources.RealBenchmark):
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
         """What is trained on, and chosen by."""
-        raise NotImplementedError
+        *_, train = self.needs
+        return self.draw(self.path(train), seed)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         train, held = self.drawn(seed)
         label = self.name.removeprefix(f"{self.method} ")
         source = "imagenet" if self.test.set.imagenet else label
         return {
             "train": zero_shot.images_of(train, f"{source} to train on"),
             "held": zero_shot.images_of(held, f"{source} to choose by"),
-            **self.test.pictures(seed),
+            **self.test.images(seed),
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         train, held = self.drawn(seed)
-        groups, labels = self.test.set.imagenet, torch.tensor(self.test.set.labels)
-        rows = (
-            (tower.embeddings(pictures["train"]), torch.tensor(train.labels)),
-            (tower.embeddings(pictures["held"]), torch.tensor(held.labels)),
-        )
-        scores = self.scores(tower, pictures, *rows, len(train.names))
+        rows = [
+            (tower.embeddings(images[name]), torch.tensor(found.labels))
+            for name, found in (("train", train), ("held", held))
+        ]
+        # ImageNet and its relatives share it.
+        key = "few-shot", self.method, images["train"].identity, images["held"].identity
+        readout = tower.once(key, lambda: METHODS[self.method](*rows, len(train.names)))
+        scores = readout(tower.embeddings(images["test"]))
+        groups = self.test.set.imagenet
         if groups is not None:  # the classes of the test set are some of those trained, or several together
             scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
-        return (scores.argmax(1) == labels).numpy()
-
-    def scores(
-        self, tower: FeatureStore, pictures: Mapping[str, Images], train: Rows, held: Rows, classes: int
-    ) -> torch.Tensor:
-        """Scores of the trained classes `[N, classes]` for the N images that are tested."""
-        features = tower.embeddings(pictures["test"])
-        if self.method == "kNN":
-            found = [
-                (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean()
-                for k in NEIGHBOURS
-            ]
-            return neighbours(*train, classes, features, NEIGHBOURS[int(torch.stack(found).argmax())])
-        # ImageNet and its relatives share it: it depends on the tower and the images it is trained on alone.
-        known = _probes.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity
-        if key not in known:
-            known[key] = chosen_on_validation(train, held, classes)
-        return known[key].logits(features)
+        return (scores.argmax(1) == torch.tensor(self.test.set.labels)).numpy()
 
 
-_probes: WeakKeyDictionary[FeatureStore, dict[tuple, LogisticRegression]] = WeakKeyDictionary()
+def linear_probe(train: Rows, held: Rows, classes: int) -> Readout:
+    """Logistic regression."""
+    return chosen_on_validation(train, held, classes).logits
+
+
+def nearest(train: Rows, held: Rows, classes: int) -> Readout:
+    """Votes of as many neighbours as do best on the held images; of equals the fewest."""
+    found = [
+        (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean() for k in NEIGHBOURS
+    ]
+    best = NEIGHBOURS[int(torch.stack(found).argmax())]
+    return lambda features: neighbours(*train, classes, features, best)
+
+
+METHODS = {"linear probe": linear_probe, "kNN": nearest}
 
 
 def neighbours(
@@ -115,16 +108,9 @@ def neighbours(
     return torch.cat(votes)
 
 
-class _FromImageNet(_FewShot):
-    """Trained on ImageNet's own images, whichever relative is tested."""
-
-    def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
-        return _of_imagenet(self.path("imagenet/train"), seed)
-
-
 @functools.cache
 def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Images of each class to train on, and to choose by; the folders are listed once a process and seed."""
+    """Images of each of ImageNet's classes, whichever relative is tested."""
     parts: tuple[list, list] = ([], [])
     for index, of_class in sorted(imagenet_folders(folder).items()):
         files = sources.listed(of_class)
@@ -139,17 +125,9 @@ def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
     return tuple(LabelledSet(*zip(*rows, strict=True), range(1000), ()) for rows in parts)
 
 
-class _FromVtab(_FewShot):
-    """Trained on images of the task's own train split."""
-
-    def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
-        _, train = self.needs
-        return _of_vtab(self.path(train), seed)
-
-
 @functools.cache
 def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Images of a train split to train on, and to choose by."""
+    """Images of the task's own train split."""
     whole = _read(folder)
     order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
     cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
@@ -161,34 +139,23 @@ def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
 @functools.lru_cache(maxsize=1)
 def _read(folder: Path) -> LabelledSet:
     """A split, for one seed after the other."""
-    return webdataset(folder.parent, folder.name)
+    return webdataset(folder)
 
 
-def _declare(name: str, base: type[_FewShot], needs: Mapping[str, str]) -> None:
-    tested = zero_shot.BY_NAME[name]
-    for method, words in (("linear probe", "a linear probe"), ("kNN", "nearest neighbours")):
+for _name, _tested in zero_shot.BY_NAME.items():
+    _train, _draw = {"imagenet/train": "ImageNet's training images, in 1000 folders"}, _of_imagenet
+    if _name.startswith("vtab/"):
+        _paths = webdataset_paths(_name.removeprefix("vtab/"), "train")
+        _train, _draw = {_paths: "of clip-benchmark's webdataset, to train on"}, _of_vtab
+    for _method, _words in (("linear probe", "a linear probe"), ("kNN", "nearest neighbours")):
         variant(
-            base,
-            f"{method} {name}",
-            f"{method} on {name}.",
-            method=method,
-            metric=f"accuracy of {words}",
-            needs=needs,
-            item_set=tested.item_set,
-            tested=tested,
+            FewShot,
+            f"{_method} {_name}",
+            f"{_method} on {_name}.",
+            method=_method,
+            metric=f"accuracy of {_words}",
+            needs={**_tested.needs, **_train},
+            item_set=_tested.item_set,
+            tested=_tested,
+            draw=staticmethod(_draw),
         )
-
-
-_TRAIN = {"imagenet/train": "ImageNet's training images, in 1000 folders"}
-for _name, (_paths, _what, _) in IMAGENET_VARIANTS.items():
-    _declare(_name, _FromImageNet, {_paths: _what} | _TRAIN)
-_declare("objectnet", _FromImageNet, {OBJECTNET: "ObjectNet, as its archive unpacks"} | _TRAIN)
-for _name in VTAB:
-    _declare(
-        f"vtab/{_name}",
-        _FromVtab,
-        {
-            webdataset_paths(_name, "test"): "of clip-benchmark's webdataset, to be tested",
-            webdataset_paths(_name, "train"): "of clip-benchmark's webdataset, to train on",
-        },
-    )

@@ -16,33 +16,25 @@ from towerbench import region_pooling
 from towerbench.dense_maps import in_chunks
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
-from towerbench.readout import chosen_on_validation
 from towerbench.real import maps, regions, sources
 from towerbench.real.regions import RegionSet
-from towerbench.registry import Context, variant
+from towerbench.registry import Context
 
 PROBE_REGIONS = 10_000
 """Regions that a probe trains on at most, as many of each class; its penalty is chosen on at most a quarter as many."""
 
 
-@dataclass(frozen=True)
-class DataSet:
+@dataclass(frozen=True, kw_only=True)
+class DataSet(maps.DataSet):
     """Where the regions come from.
 
     Args:
-        needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
         load: from `--data`, whether it is to train, and a choice of images to the regions.
         kinds: of regions that it has.
-        in_domain: its images are those that the fine-tuning sees.
-        item_set: as `Benchmark.item_set`.
     """
 
-    needs: Mapping[str, str]
-    trains_on: Mapping[str, str]
     load: Callable[[Path, bool, regions.Choice], RegionSet]
     kinds: Sequence[str]
-    in_domain: bool = False
-    item_set: str = ""
 
 
 def _ade20k(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
@@ -85,14 +77,14 @@ def _coco(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
 def _lvis(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     json_file = data / "lvis" / f"lvis_v1_{'train' if train else 'val'}.json"
 
-    def picture(image: Mapping[str, Any]) -> str:
+    def path(entry: Mapping[str, Any]) -> str:
         # COCO's address of it: the last two parts are COCO's folder and the file.
-        return "/".join(sources.field(image, "coco_url", json_file, str).split("/")[-2:])
+        return "/".join(sources.field(entry, "coco_url", json_file, str).split("/")[-2:])
 
-    return regions.instances(json_file, data / "coco", picture, choice, masks=True)
+    return regions.instances(json_file, data / "coco", path, choice, masks=True)
 
 
-_COCO_PICTURES = {"coco/train2017": "COCO's training images", "coco/val2017": "COCO's validation images"}
+_COCO_IMAGES = {"coco/train2017": "COCO's training images", "coco/val2017": "COCO's validation images"}
 DATA_SETS = {
     "ade20k": DataSet(
         needs={
@@ -134,7 +126,7 @@ DATA_SETS = {
         item_set="coco val2017",
     ),
     "lvis": DataSet(
-        needs={"lvis/lvis_v1_val.json": "LVIS v1's annotations", **_COCO_PICTURES},
+        needs={"lvis/lvis_v1_val.json": "LVIS v1's annotations", **_COCO_IMAGES},
         trains_on={"lvis/lvis_v1_train.json": "LVIS v1's annotations"},
         load=_lvis,
         kinds=("boxes", "thing masks"),
@@ -155,49 +147,61 @@ def _read(name: str, data: Path, train: bool, stamp: tuple[int, ...]) -> RegionS
     )
 
 
-class _Goi(sources.RealBenchmark):
+class Goi(maps.OnMaps):
     """Items are images; columns, by class, how many regions they have and how many are named right."""
 
     family = "goi"
-    data_set: str
+    annotations = "annotations"
     kind: str
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.test = self.read(train=False)
-        self.regions = self.test.of_kind(self.kind)
-        if not any(self.regions):
-            raise DataError(
-                f"{self.test.files[0]}: its images have no {self.kind}; is it {self.data_set}'s file?"
-            )
+        self.names, self.classes = self.test.names, len(self.test.names)
+        each = PROBE_REGIONS // self.classes
+        most = {"test": None, "train": each, "validation": max(1, each // 4)}
+        parts = {"test": self.test, **self.parts}
+        self.taken = {part: found.of_kind(self.kind, most[part]) for part, found in parts.items()}
+        for part, found in parts.items():
+            if found.names != self.names:
+                raise DataError(
+                    f"{found.files[0]}: its categories are not those of {self.test.files[0]}; get both again"
+                )
+            if not any(self.taken[part]):
+                raise DataError(
+                    f"{found.files[0]}: the {len(found.images)} images taken as {part} have no {self.kind}; some are "
+                    f"needed; is it {self.data_set}'s file?"
+                )
 
     def read(self, *, train: bool) -> RegionSet:
-        """A part of the data set."""
-        needs = DATA_SETS[self.data_set].trains_on if train else {}
-        files = [self.context.data / path for path in needs or DATA_SETS[self.data_set].needs]
+        found = DATA_SETS[self.data_set]
+        files = [self.context.data / path for path in (train and found.trains_on) or found.needs]
         stamp = tuple(value for file in files for value in (file.stat().st_size, file.stat().st_mtime_ns))
         return _read(self.data_set, self.context.data, train, stamp)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return self.shown("test", self.test)
+    def examples(self, tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logistic regression is on the region's mean feature."""
+        _, labels, features = zip(*self.pooled(tower, images, part), strict=True)
+        return torch.cat(features), torch.cat(labels)
 
-    def shown(self, part: str, found: RegionSet) -> Mapping[str, Images]:
-        """A part's images, and what stands for its annotations."""
-        return {
-            part: maps.pictures([shown.source for shown in found.pictures], self.data_set, part),
-            f"{part} annotations": maps.annotated(found.files, f"{self.data_set} {part} annotations"),
-        }
+    def pooled(
+        self, tower: FeatureStore, images: Images, part: str
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """By image: its number, and labels `[M]` and mean features `[M, C]` of its regions, if any are taken."""
+        shown = (self.parts.get(part) or self.test).images
+        for start, cells in in_chunks(tower, images):
+            for number, each in enumerate(cells, start):
+                if taken := self.taken[part][number]:
+                    weights = shown[number].coverage(taken, self.kind, tuple(each.shape[1:]))
+                    labels = torch.tensor([region.label for region in taken])
+                    yield number, labels, region_pooling.mean_features(each, weights)
 
-    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
-        """Features `[M, C]` of regions -> scores of every class `[M, classes]`."""
-        raise NotImplementedError
-
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        present = sorted({region.label for found in self.regions for region in found})
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        readout = self.readout(tower, images)
+        present = sorted({region.label for found in self.taken["test"] for region in found})
         column = {label: i for i, label in enumerate(present)}
-        scores = np.zeros((len(self.regions), len(present), 1 + len(region_pooling.AT)))
-        for number, labels, features in pooled(tower, pictures["test"], self.test, self.regions, self.kind):
-            right = region_pooling.within(self.named(tower, features), labels)
+        scores = np.zeros((len(self.test.images), len(present), 1 + len(region_pooling.AT)))
+        for number, labels, features in self.pooled(tower, images["test"], "test"):
+            right = region_pooling.within(readout(features), labels)
             rows = np.column_stack((np.ones(len(labels)), right.numpy()))
             np.add.at(scores, (number, [column[label] for label in labels.tolist()]), rows)
         return scores.reshape(len(scores), -1)
@@ -206,100 +210,8 @@ class _Goi(sources.RealBenchmark):
         return region_pooling.class_means(means)
 
 
-def pooled(
-    tower: FeatureStore,
-    pictures: Images,
-    found: RegionSet,
-    taken: Sequence[Sequence[regions.Region]],
-    kind: str,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """By image: its number, and labels `[M]` and mean features `[M, C]` of the regions that are taken, if any are."""
-    for start, cells in in_chunks(tower, pictures):
-        for number, each in enumerate(cells, start):
-            if taken[number]:
-                weights = found.pictures[number].coverage(taken[number], kind, tuple(each.shape[1:]))
-                labels = torch.tensor([region.label for region in taken[number]])
-                yield number, labels, region_pooling.mean_features(each, weights)
-
-
-class GoiZeroShot(_Goi):
-    """The region's mean feature, brought into the space of texts, against the names of all classes."""
-
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        self._names = maps.classifier(tower, self.test.names)
-        return super().items(tower, pictures, seed)
-
-    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
-        return tower.project(features) @ self._names.T
-
-
-class GoiProbe(_Goi):
-    """Logistic regression on the region's mean feature."""
-
-    version = 2
-
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        whole = self.read(train=True)
-        if whole.names != self.test.names:
-            raise DataError(
-                f"{whole.files[0]}: its categories are not those of {self.test.files[0]}; get both again"
-            )
-        train, held = maps.train_and_held(len(whole.pictures))
-        self.parts = {"train": whole.part(train), "validation": whole.part(held)}
-        each = PROBE_REGIONS // len(whole.names)
-        self.taken = {
-            "train": self.parts["train"].of_kind(self.kind, each),
-            "validation": self.parts["validation"].of_kind(self.kind, max(1, each // 4)),
-        }
-        for part, taken in self.taken.items():
-            if not any(taken):
-                raise DataError(
-                    f"{whole.files[0]}: the {len(self.parts[part].pictures)} images drawn as {part} have no "
-                    f"{self.kind}; some are needed to train and to choose"
-                )
-
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        found = dict(super().pictures(seed))
-        for part, regions_of in self.parts.items():
-            found |= self.shown(part, regions_of)
-        return found
-
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        rows = []
-        for part, found in self.parts.items():
-            _, labels, features = zip(
-                *pooled(tower, pictures[part], found, self.taken[part], self.kind), strict=True
-            )
-            rows.append((torch.cat(features), torch.cat(labels)))
-        self._model = chosen_on_validation(*rows, len(self.test.names), maps.L2)
-        return super().items(tower, pictures, seed)
-
-    def named(self, tower: FeatureStore, features: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(features)
-
-
+METRIC = "class-mean top-1 and top-5 accuracy"
 for _name, _found in DATA_SETS.items():
     for _kind in _found.kinds:
-        _same = {
-            "data_set": _name,
-            "kind": _kind,
-            "in_domain": _found.in_domain,
-            "item_set": _found.item_set,
-        }
-        variant(
-            GoiZeroShot,
-            f"goi zero-shot {_name} {_kind}",
-            f"{_name}, {_kind}.",
-            metric="class-mean top-1 and top-5 accuracy",
-            needs=_found.needs,
-            **_same,
-        )
-        variant(
-            GoiProbe,
-            f"goi probe {_name} {_kind}",
-            f"{_name}, {_kind}.",
-            metric="class-mean top-1 and top-5 accuracy of a linear probe",
-            needs={**_found.needs, **_found.trains_on},
-            **_same,
-        )
+        _metrics = {"zero-shot": METRIC, "probe": f"{METRIC} of a linear probe"}
+        maps.declare(Goi, f"{_name} {_kind}", _found, _metrics, data_set=_name, kind=_kind)

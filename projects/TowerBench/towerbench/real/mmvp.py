@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from towerbench.errors import DataError
 from towerbench.features import FeatureStore, Images
 from towerbench.real import sources
 from towerbench.real.sources import Source
-from towerbench.registry import register
+from towerbench.registry import variant
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,8 @@ def pairs(folder: Path) -> tuple[Pair, ...]:
         DataError: a line is broken or its pair's other one is missing.
     """
     file = folder / "Questions.csv"
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as handle:
-            header, *lines = [row for row in csv.reader(handle) if row] or [[]]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file}: is no readable CSV file ({error}); get it again") from error
+    with sources.readable(file, "CSV file"), open(file, encoding="utf-8-sig", newline="") as handle:
+        header, *lines = [row for row in csv.reader(handle) if row] or [[]]
     if len(header) != 3 or header[0].strip().isdigit():
         raise DataError(
             f"{file}: its first line is {header}; the names of three columns (number, type, statement) were expected; "
@@ -84,6 +80,8 @@ class Mmvp(sources.RealBenchmark):
 
     family = "vqa"
     item_set = "mmvp-vlm"
+    choice: int
+    """Between images (1) or statements (2)."""
     needs = {
         "MMVP_VLM/Questions.csv": "MMVP-VLM's statements",
         "MMVP_VLM/MLLM_VLM Images": "its 270 images, in a folder for each of nine patterns",
@@ -94,41 +92,33 @@ class Mmvp(sources.RealBenchmark):
         """The pairs, read once."""
         return pairs(self.path("MMVP_VLM/Questions.csv").parent)
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         files = [Source(file) for pair in self.pairs for file in pair.files]
         questions = [self.path("MMVP_VLM/Questions.csv")]
-        return {"test": sources.pictures(files, "mmvp-vlm", annotations=questions)}
+        return {"test": sources.images(files, "mmvp-vlm", annotations=questions)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        seen = tower.embeddings(pictures["test"]).unflatten(0, (-1, 2))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        seen = tower.embeddings(images["test"]).unflatten(0, (-1, 2))
         said = tower.text([TEMPLATE.format(text) for pair in self.pairs for text in pair.statements])
         similar = seen @ said.unflatten(0, (-1, 2)).transpose(1, 2)  # [pairs, images, statements]
-        own = similar.diagonal(dim1=1, dim2=2)
-        return (own > self.others(similar)).all(1).numpy()
-
-    def others(self, similar: torch.Tensor) -> torch.Tensor:
-        """How near the wrong choice of each of two is, `[pairs, 2]`, of `[pairs, pictures, statements]`."""
-        raise NotImplementedError
+        own, other = (each.diagonal(dim1=1, dim2=2) for each in (similar, similar.flip(self.choice)))
+        return (own > other).all(1).numpy()
 
     def baselines(self) -> dict[str, float]:
         return {"chance": 0.25}
 
 
-@register
-class MmvpStatements(Mmvp):
-    """As the authors' script counts, and published figures are: each statement chooses one of the two images."""
-
-    name, metric = "vqa mmvp-vlm", "pairs whose statements both choose their image"
-
-    def others(self, similar: torch.Tensor) -> torch.Tensor:
-        return similar.flip(1).diagonal(dim1=1, dim2=2)
-
-
-@register
-class MmvpImages(Mmvp):
-    """The other way: each image chooses one of the two statements."""
-
-    name, metric = "vqa mmvp-vlm pictures", "pairs whose images both choose their statement"
-
-    def others(self, similar: torch.Tensor) -> torch.Tensor:
-        return similar.flip(2).diagonal(dim1=1, dim2=2)
+variant(
+    Mmvp,
+    "vqa mmvp-vlm",
+    "As the authors' script counts, and published figures are: each statement chooses one of the two images.",
+    metric="pairs whose statements both choose their image",
+    choice=1,
+)
+variant(
+    Mmvp,
+    "vqa mmvp-vlm pictures",
+    "The other way: each image chooses one of the two statements.",
+    metric="pairs whose images both choose their statement",
+    choice=2,
+)

@@ -1,9 +1,8 @@
 """Word images read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import sources, words
 from towerbench.real.words import WordSet
 from towerbench.registry import Context, variant
-from towerbench.standardise import Standardiser
+from towerbench.standardise import standardised
 
 TRAINING = ("ocr/train/real", "ocr/train/synth", "ocr/train", "data_lmdb_release/training")
 """Where LMDBs to train the readout on may be, in any depth; the first that is there is taken."""
@@ -70,65 +69,44 @@ class Ocr(sources.RealBenchmark):
         """`train` and `held`."""
         return readout_sets(training(self.context.data), tuple(COUNTS.items()))
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {name: each.pictures() for name, each in ({**self.readout, "test": self.set}).items()}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {name: each.images() for name, each in ({**self.readout, "test": self.set}).items()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        # The sets share it: it depends on the tower, the words it is trained on and the seed alone.
-        known = _readouts.setdefault(tower, {})
-        key = pictures["train"].identity, pictures["held"].identity, EPOCHS, seed
-        if key not in known:
-            labels = {name: each.labels for name, each in self.readout.items()}
-            known[key] = Readout(tower, pictures, labels, seed)
-        read = known[key].read(tower, pictures["test"], len(self.set.labels))
-        return tallied(ctc_readout.accuracies(read, self.set.labels))
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        # The sets share it.
+        key = "ocr", images["train"].identity, images["held"].identity, EPOCHS, seed
+        labels = {name: each.labels for name, each in self.readout.items()}
+        read = tower.once(key, lambda: trained(tower, images, labels, seed))
+        found = read((images["test"], len(self.set.labels)))
+        return tallied(ctc_readout.accuracies(found, self.set.labels))
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         return means[..., :2].mean(-1) / means[..., 2]
 
 
-class Readout:
-    """A reader trained on one tower's features, which are standardised channel by channel.
+def trained(
+    tower: FeatureStore, images: Mapping[str, Images], labels: Mapping[str, Sequence[str]], seed: int
+) -> Callable[[tuple[Images, int]], list[str]]:
+    """A reader trained on one tower's features, as a function from images and a number to their first words.
 
     Args:
         images: `train` and `held`.
         labels: the words in these images, `LINES` an image; the last may have fewer.
     """
 
-    def __init__(
-        self,
-        tower: FeatureStore,
-        pictures: Mapping[str, Images],
-        labels: Mapping[str, Sequence[str]],
-        seed: int,
-    ) -> None:
-        self.standardised = Standardiser.streamed(
-            _columns(tower, pictures["train"], len(labels["train"])), channels=1
-        )
-        # Half precision: thousands of words are kept.
-        sides = (
-            (torch.cat([part.half() for part in self._seen(tower, pictures[name], len(texts))]), texts)
-            for name, texts in labels.items()
-        )
-        self.reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
+    def columns(words_of: tuple[Images, int]) -> Iterator[torch.Tensor]:
+        """Columns `[n, C, w]` of the first words, some at a time."""
+        shown, count = words_of
+        for part in ctc_readout.columns(tower, shown, LEAST):
+            yield part[:count]
+            count -= len(part)
 
-    def read(self, tower: FeatureStore, pictures: Images, count: int) -> list[str]:
-        """The first `count` words of images."""
-        return [word for part in self._seen(tower, pictures, count) for word in self.reader.read(part)]
-
-    def _seen(self, tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
-        """Columns `[n, C, w]` as the reader sees them, of some words at a time."""
-        return map(self.standardised, _columns(tower, pictures, count))
-
-
-_readouts: WeakKeyDictionary[FeatureStore, dict[tuple, Readout]] = WeakKeyDictionary()
-
-
-def _columns(tower: FeatureStore, pictures: Images, count: int) -> Iterator[torch.Tensor]:
-    """Columns `[n, C, w]` of the first `count` words, some at a time."""
-    for part in ctc_readout.columns(tower, pictures, LEAST):
-        yield part[:count]
-        count -= len(part)
+    words_of = {name: (images[name], len(texts)) for name, texts in labels.items()}
+    seen = standardised(columns, words_of["train"], channels=1)
+    # Half precision: thousands of words are kept.
+    sides = ((torch.cat([part.half() for part in seen(words_of[name])]), labels[name]) for name in labels)
+    reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
+    return lambda of: [word for part in seen(of) for word in reader.read(part)]
 
 
 def tallied(scores: np.ndarray) -> np.ndarray:

@@ -40,13 +40,12 @@ class Asked:
         questions: of each, at least one.
     """
 
-    pictures: Sequence[int]
+    images: Sequence[int]
     questions: Sequence[Sequence[Question]]
 
     def part(self, places: Iterable[int]) -> "Asked":
         """Some of its images."""
-        places = list(places)
-        return Asked([self.pictures[i] for i in places], [self.questions[i] for i in places])
+        return sources.rows_of(self, places, "images", "questions")
 
     @property
     def every(self) -> list[Question]:

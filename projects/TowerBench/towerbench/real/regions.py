@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,21 @@ class RegionSet:
         files: that hold the annotations.
     """
 
-    pictures: Sequence[Shown]
+    images: Sequence[Shown]
     names: Sequence[tuple[str, ...]]
     things: Sequence[bool]
     files: tuple[Path, ...]
+
+    @property
+    def sources(self) -> list[Source]:
+        """The encoded images."""
+        return [shown.source for shown in self.images]
 
     def of_kind(self, kind: str, per_class: int | None = None) -> list[list[Region]]:
         """The regions of a kind by image; at most `per_class` of each class, the first ones."""
         seen = [0] * len(self.names)
         found: list[list[Region]] = []
-        for shown in self.pictures:
+        for shown in self.images:
             found.append([])
             for region in shown.regions:
                 if self.things[region.label] == (kind == "stuff masks"):
@@ -99,7 +104,7 @@ class RegionSet:
 
     def part(self, numbers: Sequence[int]) -> "RegionSet":
         """Some of its images."""
-        return replace(self, pictures=[self.pictures[i] for i in numbers])
+        return sources.rows_of(self, numbers, "images")
 
 
 def evenly(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
@@ -152,7 +157,7 @@ def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> R
         [classes[_known(info, "category_id", classes, json_file)] for info in by_image[image][1]]
         for image in order
     ]
-    pictures = []
+    chosen = []
     for number in choice(labels, len(names)):
         image, (entry, infos, ids) = images[order[number]], by_image[order[number]]
         size = _size(image, json_file)
@@ -163,8 +168,8 @@ def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> R
             box = _box(info, size, json_file)
             if box is not None:
                 regions.append(Region(label, box, info["id"] if info["id"] in there else None))
-        pictures.append(Shown(Source(folder / image["file_name"]), size, tuple(regions), file))
-    return RegionSet(pictures, names, things, (json_file, *(shown.segments for shown in pictures)))
+        chosen.append(Shown(Source(folder / image["file_name"]), size, tuple(regions), file))
+    return RegionSet(chosen, names, things, (json_file, *(shown.segments for shown in chosen)))
 
 
 def segment_ids(file: Path) -> np.ndarray:
@@ -204,13 +209,13 @@ def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_fil
 
 
 def instances(
-    json_file: Path, folder: Path, picture: Callable[[Mapping[str, Any]], str], choice: Choice, *, masks: bool
+    json_file: Path, folder: Path, path: Callable[[Mapping[str, Any]], str], choice: Choice, *, masks: bool
 ) -> RegionSet:
     """COCO's format of instances, as Objects365 and LVIS have it too. Crowds, and boxes without area, are left out.
 
     Args:
         folder: what paths of images begin with.
-        image: from an entry of `images` to its path below; "": it is known to be missing.
+        path: from an entry of `images` to its path below; "": it is known to be missing.
         masks: whether `segmentation` is read too.
 
     Raises:
@@ -219,7 +224,7 @@ def instances(
     data = sources.read_json(json_file)
     classes, names, things = _categories(data, json_file)
     images = _images(data, json_file)
-    by_image: dict[Any, list] = {image: [] for image, entry in images.items() if picture(entry)}
+    by_image: dict[Any, list] = {image: [] for image, entry in images.items() if path(entry)}
     for entry in field(data, "annotations", json_file, list):
         image = _known(entry, "image_id", images, json_file)
         _known(entry, "category_id", classes, json_file)
@@ -227,7 +232,7 @@ def instances(
             by_image[image].append(entry)
     order = sorted(by_image)
     labels = [[classes[entry["category_id"]] for entry in by_image[image]] for image in order]
-    pictures, flat = [], 0
+    chosen, flat = [], 0
     for number in choice(labels, len(names)):
         image = images[order[number]]
         size, regions = _size(image, json_file), []
@@ -237,10 +242,10 @@ def instances(
                 flat += 1
                 continue
             regions.append(Region(label, box, _run_lengths(entry, size, json_file) if masks else None))
-        pictures.append(Shown(Source(folder / picture(image)), size, tuple(regions)))
+        chosen.append(Shown(Source(folder / path(image)), size, tuple(regions)))
     if flat:
         logger.warning("%s: %d boxes without area are left out", json_file, flat)
-    return RegionSet(pictures, names, things, (json_file,))
+    return RegionSet(chosen, names, things, (json_file,))
 
 
 def _categories(data: Any, file: Path) -> tuple[dict[int, int], list[tuple[str, ...]], list[bool]]:

@@ -1,19 +1,15 @@
 """Images and captions found by each other: Flickr30k, DCI, Urban-1k, and, in fine-tuning's domain, COCO."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 
-from towerbench.demo.retrieval import AT
+from towerbench import recall
 from towerbench.features import FeatureStore, Images
 from towerbench.real import captioned, sources
 from towerbench.real.captioned import CaptionedSet
 from towerbench.registry import variant
-
-CHUNK = 128
-"""Queries that are compared with all images or captions at a time."""
 
 
 class Retrieval(sources.RealBenchmark):
@@ -21,59 +17,25 @@ class Retrieval(sources.RealBenchmark):
 
     family, metric = "retrieval", "mean of recall@1, 5, 10, both ways"
 
-    def load(self) -> CaptionedSet:
-        """The set."""
-        raise NotImplementedError
+    load: Callable[..., CaptionedSet]
+    """From what `needs` names, in its order, to the set."""
 
     @functools.cached_property
     def set(self) -> CaptionedSet:
         """The set, read once."""
-        return self.load()
+        return self.load(*map(self.path, self.needs))
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
-        return {"test": self.set.pictures()}
+    def images(self, seed: int) -> Mapping[str, Images]:
+        return {"test": self.set.images()}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        place: dict[str, int] = {}
-        own = [[place.setdefault(text, len(place)) for text in texts] for texts in self.set.captions]
-        return hits(tower.embeddings(pictures["test"]), tower.text(list(place)), own)
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        return recall.of_captioned(tower, images["test"], self.set.captions)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
         # An image counts as a query once, each of its captions once: the latter's recall is a ratio of sums.
-        ways = len(AT)
+        ways = len(recall.AT)
         of_captions = means[..., :ways] / means[..., ways : ways + 1]
         return np.concatenate((of_captions, means[..., ways + 1 :]), -1).mean(-1)
-
-
-def hits(pictures: torch.Tensor, lines: torch.Tensor, own: Sequence[Sequence[int]]) -> np.ndarray:
-    """Scores `[N, 7]`: of how many of an image's captions it is among the first 1, 5, 10 images; how many captions
-    it has; whether one of them is among the first 1, 5, 10 captions.
-
-    What is exactly as near as the right one stands behind it. So a caption that another image has too, word by word,
-    does not count against an image's own.
-
-    Args:
-        images: `[N, D]` of unit length.
-        lines: `[U, D]` of unit length, of different texts.
-        own: by image the lines that are its captions.
-    """
-    owner = torch.tensor([i for i, several in enumerate(own) for _ in several])
-    line = torch.tensor([u for several in own for u in several])
-    before = []
-    for captions in torch.arange(len(line)).split(CHUNK):
-        similar = lines[line[captions]] @ pictures.T
-        before.append((similar > similar.gather(1, owner[captions, None])).sum(1))
-    of_captions = torch.zeros(len(own), len(AT) + 1, dtype=torch.float64)
-    found = torch.stack([torch.cat(before) < k for k in AT] + [torch.ones_like(line, dtype=torch.bool)], 1)
-    of_captions.index_add_(0, owner, found.double())
-    times = line.bincount(minlength=len(lines)).double()
-    before = []
-    for numbers in torch.arange(len(own)).split(CHUNK):
-        similar = pictures[numbers] @ lines.T
-        best = torch.stack([row[own[i]].max() for i, row in zip(numbers.tolist(), similar, strict=True)])
-        before.append((similar > best[:, None]).double() @ times)
-    of_images = torch.stack([torch.cat(before) < k for k in AT], 1)
-    return torch.cat((of_captions, of_images.double()), 1).numpy()
 
 
 def _declare(
@@ -83,15 +45,8 @@ def _declare(
     about: str,
     in_domain: bool = False,
 ) -> None:
-    """Register a set; `load` gets the path of each of `needs`, in their order."""
-    variant(
-        Retrieval,
-        f"retrieval {name}",
-        about,
-        needs=needs,
-        load=lambda self: load(*map(self.path, needs)),
-        in_domain=in_domain,
-    )
+    own = {"needs": needs, "load": staticmethod(load), "in_domain": in_domain}
+    variant(Retrieval, f"retrieval {name}", about, **own)
 
 
 _declare(

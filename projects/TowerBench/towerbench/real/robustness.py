@@ -28,7 +28,7 @@ class _Robustness(sources.RealBenchmark):
         whole = self.tested(context).set
         self.set = whole.part(sources.spread(len(whole.labels), COUNT))
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         border, kinds = self.set.border, sum(map(len, robustness.CORRUPTIONS.values()))
 
         def corrupted(image: np.ndarray, number: int) -> Iterator[np.ndarray]:
@@ -38,10 +38,10 @@ class _Robustness(sources.RealBenchmark):
 
         what = ",".join(f"{f.__name__}{strengths}" for f, strengths in robustness.CORRUPTIONS.items())
         name = f"{self.name} at {SIDE}, {border} pixels of border, {what}"
-        return {"test": sources.pictures(self.set.sources, name, change=corrupted, times=kinds)}
+        return {"test": sources.images(self.set.sources, name, change=corrupted, times=kinds)}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
-        found = (tower.embeddings(pictures["test"]) @ self.set.classifier(tower).T).argmax(1)
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
+        found = (tower.embeddings(images["test"]) @ self.set.classifier(tower).T).argmax(1)
         return (found.view(len(self.set.labels), -1) == torch.tensor(self.set.labels)[:, None]).numpy()
 
 

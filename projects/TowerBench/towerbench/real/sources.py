@@ -1,13 +1,15 @@
 """Images and annotations on disk: what all benchmarks of the real suite share."""
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +18,9 @@ from towerbench.errors import DataError
 from towerbench.features import Images
 from towerbench.registry import Benchmark, Context
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+_Table = TypeVar("_Table")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
 
 class RealBenchmark(Benchmark):
@@ -85,10 +89,10 @@ class Source:
 
 @contextlib.contextmanager
 def readable(what: object, kind: str, advice: str = "get it again") -> Iterator[None]:
-    """Turn what Pillow, json and the system raise within the block into a DataError that names `what` and its kind."""
+    """Turn what readers and the system raise within the block into a DataError that names `what` and its kind."""
     try:
         yield
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, csv.Error, tarfile.TarError) as error:
         raise DataError(f"{what}: is no readable {kind} ({error}); {advice}") from error
 
 
@@ -102,7 +106,7 @@ def decoded(data: bytes, what: object) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def pictures(
+def images(
     sources: Sequence[Source],
     name: str,
     *,
@@ -152,7 +156,7 @@ def _size(file: Path) -> int:
 
 def listed(folder: Path) -> list[Path]:
     """The images in a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_text(file: Path, advice: str = "get it again") -> str:
@@ -190,6 +194,17 @@ def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = obje
             f"{file}: no usable `{key}` where one was expected (found {found}); is it the right file?"
         )
     return entry[key]
+
+
+def rows_of(table: _Table, numbers: Iterable[int], *columns: str) -> _Table:
+    """A dataclass with some rows alone of those of its fields that have a row an image."""
+    numbers = list(numbers)
+    return replace(table, **{name: [getattr(table, name)[i] for i in numbers] for name in columns})
+
+
+def train_and_held(rows: Sequence[int], one_in: int) -> tuple[list[int], list[int]]:
+    """Rows parted: to train on, and, one in so many from the first on, to choose by."""
+    return [row for i, row in enumerate(rows) if i % one_in], list(rows[::one_in])
 
 
 def spread(count: int, most: int) -> list[int]:

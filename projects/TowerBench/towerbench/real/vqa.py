@@ -17,7 +17,7 @@ from towerbench.features import FeatureStore, Images
 from towerbench.real import questions, sources
 from towerbench.real.questions import Asked
 from towerbench.registry import variant
-from towerbench.standardise import Standardiser
+from towerbench.standardise import standardised
 
 TRAIN, TEST = 9000, 5000
 """Images of train2014 that the readout sees, and of val2014 that are asked about: spread over the set, the same ones
@@ -81,12 +81,12 @@ class Side:
     first: torch.Tensor
     worth: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def scores(self, model: Answerer, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, model: Answerer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of all questions on some images, and what the answers are worth, both `[q, answers]`."""
-        rows = [torch.arange(self.first[p], self.first[p + 1]) for p in pictures.tolist()]
+        rows = [torch.arange(self.first[p], self.first[p + 1]) for p in images.tolist()]
         within = torch.cat([torch.full((len(r),), place) for place, r in enumerate(rows)])
         row = torch.cat(rows)
-        found = model(self.cells[pictures].float(), within, self.words[row])
+        found = model(self.cells[images].float(), within, self.words[row])
         worth = torch.zeros_like(found)
         for target, number in zip(worth, row.tolist(), strict=True):
             target[self.worth[number][0]] = self.worth[number][1]
@@ -110,8 +110,8 @@ def trained(train: Side, held: Side, answers: int, seed: int) -> Answerer:
     torch.manual_seed(seed)
     model = Answerer(train.cells.shape[2], train.words.shape[1], answers)
 
-    def loss(pictures: torch.Tensor, epoch: int) -> torch.Tensor:
-        found, worth = train.scores(model, pictures)
+    def loss(images: torch.Tensor, epoch: int) -> torch.Tensor:
+        found, worth = train.scores(model, images)
         return F.binary_cross_entropy_with_logits(found, worth, reduction="sum") / len(found)
 
     readout_training.train(
@@ -142,24 +142,24 @@ class Vqa(sources.RealBenchmark):
         """The questions to train on (`train`), to choose by (`held`), and of the `test`."""
         train_questions, train_annotations, test_questions, test_annotations, *_ = map(self.path, self.needs)
         whole = questions.read(train_questions, train_annotations, TRAIN)
-        if len(whole.pictures) < 2:
+        if len(whole.images) < 2:
             raise DataError(
-                f"{train_questions}: asks about {len(whole.pictures)} image; at least 2 are needed to train "
+                f"{train_questions}: asks about {len(whole.images)} image; at least 2 are needed to train "
                 "and to choose"
             )
-        places = range(len(whole.pictures))
+        train, held = sources.train_and_held(range(len(whole.images)), HELD)
         return {
-            "train": whole.part(i for i in places if i % HELD),
-            "held": whole.part(places[::HELD]),
+            "train": whole.part(train),
+            "held": whole.part(held),
             "test": questions.read(test_questions, test_annotations, TEST),
         }
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         *files, train, test = map(self.path, self.needs)
         folders = {"train": train, "held": train, "test": test}
         return {
-            part: sources.pictures(
-                [sources.Source(coco_image(folders[part], number)) for number in asked.pictures],
+            part: sources.images(
+                [sources.Source(coco_image(folders[part], number)) for number in asked.images],
                 f"{self.name}, {part}",
                 annotations=files,
                 fit="squash",
@@ -168,9 +168,9 @@ class Vqa(sources.RealBenchmark):
             for part, asked in self.asked.items()
         }
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         answers = questions.most_frequent(self.asked["train"].every, ANSWERS)
-        train, held, test = self.sides(tower, pictures, answers)
+        train, held, test = self.sides(tower, images, answers)
         model = trained(train, held, len(answers), seed)
         found = []
         with torch.no_grad():
@@ -180,15 +180,13 @@ class Vqa(sources.RealBenchmark):
                 found.append((sum(each), len(each)))
         return np.array(found, np.float64)
 
-    def sides(self, tower: FeatureStore, pictures: Mapping[str, Images], answers: list[str]) -> list[Side]:
+    def sides(self, tower: FeatureStore, images: Mapping[str, Images], answers: list[str]) -> list[Side]:
         """`train`, `held` and `test`, whose features are standardised channel by channel as `train`'s are."""
-        standardised = Standardiser.streamed(grid_cells(tower, pictures["train"], GRID), channels=2)
+        seen = standardised(lambda of: grid_cells(tower, of, GRID), images["train"], channels=2)
         centre = tower.text([q.text for q in self.asked["train"].every]).mean(0)
         place = {answer: number for number, answer in enumerate(answers)}
         found = []
         for name, asked in self.asked.items():
-            parts = grid_cells(tower, pictures[name], GRID)
-            seen = torch.cat([standardised(part).half() for part in parts])
             every = asked.every
             words = tower.text([question.text for question in every]) - centre
             words = F.normalize(words, dim=1) * words.shape[1] ** 0.5
@@ -198,7 +196,8 @@ class Vqa(sources.RealBenchmark):
                 (torch.tensor([p for p, _ in each], dtype=torch.int64), torch.tensor([s for _, s in each]))
                 for each in known
             ]
-            found.append(Side(seen, words, first, worth))
+            cells = torch.cat([part.half() for part in seen(images[name])])
+            found.append(Side(cells, words, first, worth))
         return found
 
     def figure(self, means: np.ndarray) -> np.ndarray:

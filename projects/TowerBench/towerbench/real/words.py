@@ -55,7 +55,7 @@ class WordSet:
     read: Callable[[], Iterator[np.ndarray]]
     files: Sequence[Path] = ()
 
-    def pictures(self) -> Images:
+    def images(self) -> Images:
         """`LINES` words an image, each in a line of its own, for `ctc_readout.columns`; the last fills its image."""
         digest = hashlib.sha256(repr((self.name, SIDE, LINES, self.labels)).encode())
         for file in self.files:

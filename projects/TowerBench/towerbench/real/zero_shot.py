@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,31 +27,30 @@ class ZeroShot(sources.RealBenchmark):
 
     family, metric = "zero-shot", "top-1 accuracy"
 
-    def load(self) -> LabelledSet:
-        """The set."""
-        raise NotImplementedError
+    load: Callable[[Path], LabelledSet]
+    """From what `needs` names to the set."""
 
     @functools.cached_property
     def set(self) -> LabelledSet:
         """The set, read once."""
-        return self.load()
+        [paths] = self.needs
+        return self.load(self.path(paths))
 
-    def pictures(self, seed: int) -> Mapping[str, Images]:
+    def images(self, seed: int) -> Mapping[str, Images]:
         return {"test": images_of(self.set, self.name.removeprefix("zero-shot "))}
 
-    def items(self, tower: FeatureStore, pictures: Mapping[str, Images], seed: int) -> np.ndarray:
+    def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
         classes = self.set.classifier(tower)
-        return (
-            (tower.embeddings(pictures["test"]) @ classes.T).argmax(1) == torch.tensor(self.set.labels)
-        ).numpy()
+        found = (tower.embeddings(images["test"]) @ classes.T).argmax(1)
+        return (found == torch.tensor(self.set.labels)).numpy()
 
 
 def images_of(labelled: LabelledSet, name: str) -> Images:
     """A set's images as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
     if not labelled.border:
-        return sources.pictures(labelled.sources, name)
+        return sources.images(labelled.sources, name)
     name = f"{name} without {labelled.border} pixels of border"
-    return sources.pictures(
+    return sources.images(
         labelled.sources, name, change=lambda image, _: without_border(image, labelled.border)
     )
 
@@ -64,25 +64,14 @@ BY_NAME: dict[str, type[ZeroShot]] = {}
 """The benchmarks of this file by their sets, which others show too."""
 
 
-def _declare(name: str, needs: Mapping[str, str], load: Callable[[ZeroShot], LabelledSet]) -> None:
-    about = f"{name}, all its images."
-    BY_NAME[name] = variant(ZeroShot, f"zero-shot {name}", about, needs=needs, load=load, item_set=name)
+def _declare(name: str, paths: str, what: str, load: Callable[[Path], LabelledSet]) -> None:
+    own = {"needs": {paths: what}, "load": staticmethod(load), "item_set": name}
+    BY_NAME[name] = variant(ZeroShot, f"zero-shot {name}", f"{name}, all its images.", **own)
 
 
 for _name, (_paths, _what, _classes) in IMAGENET_VARIANTS.items():
-    _declare(
-        _name,
-        {_paths: _what},
-        lambda self, paths=_paths, classes=_classes: imagenet_like(self.path(paths), classes),
-    )
-_declare(
-    "objectnet",
-    {OBJECTNET: "ObjectNet, as its archive unpacks: images and mappings"},
-    lambda self: objectnet(self.path(OBJECTNET)),
-)
+    _declare(_name, _paths, _what, functools.partial(imagenet_like, classes=_classes))
+_declare("objectnet", OBJECTNET, "ObjectNet, as its archive unpacks: images and mappings", objectnet)
 for _name in VTAB:
-    _declare(
-        f"vtab/{_name}",
-        {webdataset_paths(_name, "test"): "of clip-benchmark's webdataset, to be tested"},
-        lambda self, name=_name: webdataset(self.path(webdataset_paths(name, "test")).parent, "test"),
-    )
+    _paths, _what = webdataset_paths(_name, "test"), "of clip-benchmark's webdataset, to be tested"
+    _declare(f"vtab/{_name}", _paths, _what, webdataset)
