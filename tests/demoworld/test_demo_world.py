@@ -275,7 +275,7 @@ def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
     run = pretrain.Pretraining(
         tmp_path / "run",
         pretrain.Settings(**MINIATURE),
-        pictures=[tmp_path / "trained"],
+        images=[tmp_path / "trained"],
         held_out_images=[tmp_path / "held-out"],
     )
     assert run.run() is not None

@@ -92,7 +92,7 @@ class Pretraining:
         settings: Settings | None = None,
         *,
         resume: bool = False,
-        pictures: Sequence[str | Path] = (),
+        images: Sequence[str | Path] = (),
         held_out_images: Sequence[str | Path] = (),
         checkpoint_seconds: float = 120.0,
         evaluate_seconds: float = 900.0,
@@ -111,7 +111,7 @@ class Pretraining:
             )
         self.settings = settings
         self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
-        self.views = Views(settings.classes, pictures, held_out_images)
+        self.views = Views(settings.classes, images, held_out_images)
         self.model = create_tower(settings.seed)
         self.optimizer = Optimizer(self.model, settings)
         self.average = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
