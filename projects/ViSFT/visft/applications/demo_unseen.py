@@ -60,6 +60,10 @@ class Scene:
     before: View
     after: View
 
+    def right(self, side: str) -> int:
+        """How many objects are named right `before` or `after`."""
+        return sum(name == true for name, true in zip(getattr(self, side).names, self.truth, strict=True))
+
 
 def draw(
     towers: Sequence[Tower], folder: str | os.PathLike, scenes: Sequence[int] | None = None
