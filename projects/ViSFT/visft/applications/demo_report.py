@@ -52,8 +52,7 @@ def write(
         scenes=scenes,
         images=_images(folder),
     )
-    with files.write_aside(folder / NAME) as partial:
-        partial.write_text(text, encoding="utf-8")
+    files.write_text(folder / NAME, text)
     return folder / NAME
 
 

@@ -14,7 +14,6 @@ from towerbench.encoder import patch_embeddings
 from towerbench.features import fitted
 from towerbench.region_pooling import coverage, mean_features
 from towerbench.towers import Tower
-from visft.checkpoint import files
 from visft.visualization import colours, drawing, principal_components, similarity_maps, value_range
 
 SCENES, THINGS = 4, 3
@@ -85,8 +84,7 @@ def draw(
             _Projected(tower, of[place], text) for tower, of, text in zip(towers, maps, texts, strict=True)
         ]
         found.append(_scene(number, views, components))
-        with files.write_aside(Path(folder) / f"scene_{number}.png") as partial:
-            _sheet(found[-1]).save(partial, format="PNG")
+        drawing.save_image(_sheet(found[-1]), Path(folder) / f"scene_{number}.png")
     return found
 
 

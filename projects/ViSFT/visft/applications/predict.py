@@ -20,13 +20,13 @@ from visft.engine.run_vocabulary import with_vocabulary
 from visft.errors import ConfigError, DataError
 from visft.utils import mixed_precision
 from visft.utils.output_names import names_beside
+from visft.visualization.drawing import save_image
 from visft.visualization.predictions import (
     THRESHOLD,
     WORDS,
     beside,
     captions_in,
     draw,
-    save_image,
     save_word_maps,
 )
 

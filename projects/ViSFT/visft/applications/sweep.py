@@ -40,7 +40,6 @@ from visft.evaluation import demo_zero_shot
 from visft.model_zoo import get_config_file
 from visft.modeling.backbone import open_clip_models
 from visft.utils import markdown
-from visft.visualization.run_report import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +317,7 @@ def _results(config, sweep: Sweep, runs: Sequence[Run], errors, folder: Path) ->
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, table.md and, as soon as there is a finished run, sweep.png, each atomically."""
     files.write_json(folder / "results.json", results)
-    write_atomically(folder / "table.md", table(results) + "\n")
+    files.write_text(folder / "table.md", table(results) + "\n")
     if any(run["figures"] and run["untuned"] for run in results["runs"]):
         _draw(results, folder / "sweep.png")
 

@@ -94,17 +94,17 @@ def run(args: argparse.Namespace) -> list[Path]:
             for s in here.values()
         ]
         written.append(
-            _save(
+            drawing.save_image(
                 drawing.sheet([("", [shown[number], *panels])], ["image", *labels]),
                 output / f"{name}_features.png",
             )
         )
         if texts:
             sheet = text_sheet(shown[number], here, texts, embeddings)
-            written.append(_save(sheet, output / f"{name}_texts.png"))
+            written.append(drawing.save_image(sheet, output / f"{name}_texts.png"))
     if len(shown) > 1:
         written.append(
-            _save(
+            drawing.save_image(
                 match_sheet(shown[:2], {label: of[:2] for label, of in seen.items()}), output / "matches.png"
             )
         )
@@ -223,9 +223,3 @@ def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:
 def _panel(image: np.ndarray) -> np.ndarray:
     scale = max(1.0, _PANEL / min(image.shape[:2]))
     return drawing.enlarged(image, *(round(length * scale) for length in image.shape[:2]))
-
-
-def _save(image: Image.Image, path: Path) -> Path:
-    with files.write_aside(path) as partial:
-        image.save(partial, format="PNG")
-    return path

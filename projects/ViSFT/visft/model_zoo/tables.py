@@ -90,8 +90,7 @@ def write(document: Path = DOCUMENT) -> bool:
     text = _read(document)
     new = filled(text)
     if new != text:
-        with files.write_aside(document) as partial:
-            partial.write_text(new, encoding="utf-8")
+        files.write_text(document, new)
     return new != text
 
 
@@ -131,8 +130,7 @@ def rehash() -> list[str]:
             row.update(new)
             changed.append(row["name"])
     if changed:
-        with files.write_aside(entries.TABLE) as partial:
-            partial.write_text(dumps(data), encoding="utf-8")
+        files.write_text(entries.TABLE, dumps(data))
         entries.reload()
     return changed
 

@@ -3,11 +3,13 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from visft.checkpoint import files
 from visft.utils import markdown
+
+CURVES = "loss_curves.png"
 
 WORDS = "_words"
 """End of the names of images of where a caption head looked."""
@@ -19,16 +21,6 @@ _STEPS = {
     "heads": "after stage heads (tower as released, heads trained on it)",
     "lora": "after stage lora",
 }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file aside, flush it to the disk and rename it: a reader never sees half of it."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -69,7 +61,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         for step in (first, last)
     )
     figures = {"before": before, "after": after}
-    write_atomically(folder / "report.json", json.dumps(figures, indent=2) + "\n")
+    files.write_json(folder / "report.json", figures)
     lines = [
         f"# {markdown.plain(title)}",
         "",
@@ -82,9 +74,8 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         change = "" if old is None or new is None else f"{new - old:+.2f}"
         lines.append(markdown.row([markdown.plain(name), _cell(old), _cell(new), change]))
     lines.append("")
-    for image in ("loss_curves.png",):
-        if (folder / image).is_file():
-            lines += [f"![Losses over the iterations of each stage]({image})", ""]
+    if (folder / CURVES).is_file():
+        lines += [markdown.image("Losses over the iterations of each stage", CURVES), ""]
     images = sorted((folder / "predictions").glob("*.png"))
     words = [image for image in images if image.stem.endswith(WORDS)]
     for text, group in (
@@ -93,7 +84,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
     ):
         if group:
             lines += [text, "", *(markdown.image(p.stem, f"predictions/{p.name}") for p in group), ""]
-    write_atomically(folder / "report.md", "\n".join(lines))
+    files.write_text(folder / "report.md", "\n".join(lines))
     logger.info("wrote %s", folder / "report.md")
 
 
@@ -121,8 +112,7 @@ def read_metrics(file: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
-    """Draw `loss_curves.png`: for each stage its total loss and the losses of each head (last layer's)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw `CURVES`: for each stage its total loss and the losses of each head (last layer's)."""
     from matplotlib.figure import Figure
 
     found = {stage: read_metrics(folder / stage / "metrics.json") for stage in stages}
@@ -130,7 +120,6 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
     if not found:
         return
     figure = Figure(figsize=(6 * len(found), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (stage, series) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
@@ -146,6 +135,5 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    aside = folder / "loss_curves.tmp.png"
-    figure.savefig(aside, dpi=110)
-    os.replace(aside, folder / "loss_curves.png")
+    with files.write_aside(folder / CURVES) as partial:
+        figure.savefig(partial, dpi=110, format="png")
