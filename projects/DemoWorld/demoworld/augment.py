@@ -9,14 +9,14 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def premultiplied(pictures: torch.Tensor, size: int) -> torch.Tensor:
+def premultiplied(images: torch.Tensor, size: int) -> torch.Tensor:
     """RGBA `[N, S, S, 4]` uint8 with straight alpha -> `[N, 4, size, size]` uint8 with premultiplied alpha.
 
     Resampling and warping need premultiplied colours, or transparent black bleeds into the edges.
     """
-    out = torch.empty(len(pictures), 4, size, size, dtype=torch.uint8)
-    for start in range(0, len(pictures), 256):
-        rgba = pictures[start : start + 256].permute(0, 3, 1, 2).float() / 255
+    out = torch.empty(len(images), 4, size, size, dtype=torch.uint8)
+    for start in range(0, len(images), 256):
+        rgba = images[start : start + 256].permute(0, 3, 1, 2).float() / 255
         rgba[:, :3] *= rgba[:, 3:]
         if rgba.shape[-1] != size:
             rgba = F.interpolate(

@@ -32,9 +32,6 @@ CHECKPOINT, RUN_FILE, LOG_FILE = "checkpoint.safetensors", "run.json", "log.json
 FINAL_FILE = tower.WEIGHTS_FILE.name
 
 
-# ---------------------------------------------------------------- model
-
-
 def create_tower(seed: int) -> nn.Module:
     """A fresh `visft-tiny` CLIP in float32, the same for the same seed."""
     import open_clip
@@ -64,12 +61,6 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
     cls = (visual.class_embedding + cls_position).expand(len(x), 1, -1)
     x = visual.transformer(visual.ln_pre(torch.cat([cls, x], 1)))
     return visual.ln_post(x[:, 0]) @ visual.proj
-
-
-# ---------------------------------------------------------------- optimizer
-
-
-# ---------------------------------------------------------------- training
 
 
 class Pretraining:

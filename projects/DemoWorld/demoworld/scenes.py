@@ -72,7 +72,7 @@ class Cast:
 
     Args:
         names: of the categories.
-        train, every: each category's places in `pictures`: the drawings of training scenes, and all of them.
+        train, every: each category's places in `images`: the drawings of training scenes, and all of them.
         images: an index into `catalogue.catalogue()` and an image each.
         flips: whether each is still called so after a flip.
     """
@@ -80,7 +80,7 @@ class Cast:
     names: tuple[str, ...]
     train: tuple[tuple[int, ...], ...]
     every: tuple[tuple[int, ...], ...]
-    pictures: tuple[tuple[int, Image.Image], ...]
+    images: tuple[tuple[int, Image.Image], ...]
     flips: tuple[bool, ...]
 
 
@@ -107,7 +107,7 @@ def cast_of(
     categories: Sequence[tuple[str, Sequence[str]]], held_out: Sequence[Sequence[str]] | None = None
 ) -> Cast:
     """A cast of categories, given by name and emoji; `held_out` are further emoji that training scenes do not show."""
-    emoji, rendered = catalogue.catalogue(), catalogue.pictures()
+    emoji, rendered = catalogue.catalogue(), catalogue.openmoji_images()
     train, every, images, flips = [], [], [], []
     for place, (_, texts) in enumerate(categories):
         indices = catalogue.drawing_indices((*texts, *(held_out[place] if held_out else ())))
@@ -201,7 +201,7 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
     kept: list[tuple[SceneObject, np.ndarray, slice, slice]] = []
     for category in categories:
         drawing = int(rng.choice(drawings[category]))
-        emoji, image = cast.pictures[drawing]
+        emoji, image = cast.images[drawing]
         if cast.flips[drawing] and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.5:

@@ -36,7 +36,7 @@ class Views:
         self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
         self.flippable = torch.tensor([catalogue.may_flip(name) for name in self.names])
         # One (images, their classes) a vendor.
-        own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
+        own = torch.from_numpy(catalogue.openmoji_images()[: len(emoji)])
         self.vendors = [(own, torch.arange(len(emoji)))]
         self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
         for folder in (*folders, *held_out):
@@ -56,18 +56,15 @@ class Views:
         return self._banks
 
     def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """`(normalised pictures [count, 3, size, size], a caption each)` of distinct emoji."""
+        """`(normalised images [count, 3, size, size], a caption each)` of distinct emoji."""
         classes = torch.randperm(len(self.names), generator=generator)[:count]
         vendor = torch.randint(self.trained, (len(classes),), generator=generator)
         vendor[self.where[vendor, classes] < 0] = 0
         banks = self._banks_of(size)[: self.trained]
-        if len(banks) == 1:
-            bank, index, flippable = banks[0], classes, self.flippable
-        else:
-            bank = torch.cat(banks)
-            starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
-            index = starts[vendor] + self.where[vendor, classes]
-            flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
+        bank = torch.cat(banks) if len(banks) > 1 else banks[0]
+        starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
+        index = starts[vendor] + self.where[vendor, classes]
+        flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
         images = augment.augmented_views(bank, index, flippable, generator)
         draws = torch.rand(len(classes), 2, generator=generator).tolist()
         captions = []
@@ -80,7 +77,7 @@ class Views:
     def evaluation(
         self, vendor: int = 0, size: int = 64, views: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views from seeds that training never uses: `(pictures, labels)`, every class `views` times."""
+        """Views from seeds that training never uses: `(images, labels)`, every class `views` times."""
         images, classes = self.vendors[vendor]
         bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(images, size)
         for view in range(views):

@@ -194,7 +194,7 @@ def summary(folder: str | os.PathLike) -> str:
         "",
         f"Report    {folder / demo_report.NAME}",
         f"          {folder / 'report.md'}",
-        f"Pictures  {folder / 'predictions'}",
+        f"Images    {folder / 'predictions'}",
         *([f"          {images}"] if images.is_dir() else []),
         f"Tower     {folder / EXPORTED}",
         f"          open_clip.create_model('local-dir:{folder / EXPORTED.parent}')",

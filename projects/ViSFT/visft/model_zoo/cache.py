@@ -4,12 +4,11 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from detectron2.utils.file_io import PathManager
 
 from visft.checkpoint import files
 from visft.errors import CheckpointError, ConfigError
@@ -56,16 +55,11 @@ def fetch(entry: Entry, *, again: bool = False) -> Path:
         return path
     for file in entry.files:
         with _locked(folder() / file):
-            path = present(entry)  # another process may have been faster
-            if path and not again:
-                if not _unchanged(entry, path.name, path):
-                    verify(entry)
-                return path
-            known = None if again else _in_hub_cache(entry, file)
-            if known:
-                if not _unchanged(entry, file, known):
-                    _accept(entry, file, known, url="the Hub's cache")
-                return known
+            if not again:
+                if path := present(entry):  # another process may have been faster
+                    return _checked(entry, path.name, path, "found in the cache")
+                if path := _in_hub_cache(entry, file):
+                    return _checked(entry, file, path, "the Hub's cache")
             _refuse_offline(entry)
             try:
                 return _download(entry, file)
@@ -135,14 +129,14 @@ def _from_address(
             )
     except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        kept = "What came is kept, and continued" if version and aside.stat().st_size else "Nothing is kept"
-        if not kept.startswith("What"):
+        kept = "What came is kept, and continued"
+        if not version or not aside.stat().st_size:
+            kept = "Nothing is kept"
             aside.unlink(missing_ok=True)
         if status in (404, 410):
             raise NotThere(f"{url}: the server has no such file (status {status}).") from error
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{url}: cannot be downloaded to {folder() / file} ({cause}). {kept}; run the same command again."
+            f"{url}: cannot be downloaded to {folder() / file} ({_cause(error)}). {kept}; run the same command again."
         ) from error
     try:
         _accept(entry, file, aside, url=url, stated=stated, fresh=True)
@@ -154,10 +148,8 @@ def _from_address(
 def _from_folder(entry: Entry, file: str, source: str) -> None:
     """From a mirror that is a folder."""
     try:
-        with PathManager.open(source, "rb") as original, files.write_aside(folder() / file) as partial:
-            with open(partial, "wb") as copy:
-                while chunk := original.read(1 << 22):
-                    copy.write(chunk)
+        with files.write_aside(folder() / file) as partial:
+            shutil.copyfile(source, partial)
             _accept(entry, file, partial, url=source, fresh=True)
     except FileNotFoundError as error:
         raise NotThere(f"{source}: the mirror has no such file.") from error
@@ -181,14 +173,17 @@ def _from_hub(entry: Entry, file: str) -> None:
             "terms accepted); look at it in a browser, and set HF_TOKEN to a token of an account that may read it."
         ) from error
     except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{url}: the Hub does not answer ({cause}); run the same command again."
+            f"{url}: the Hub does not answer ({_cause(error)}); run the same command again."
         ) from error
     # The ETag of a large file is its SHA-256; that of a small one is git's, of another length.
     stated = etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
     headers = hub.utils.build_hf_headers(token=hub.get_token())
     _from_address(entry, file, url, headers=headers, stated=stated, version=etag)
+
+
+def _cause(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def hub_file(entry: Entry, file: str) -> tuple[str, str]:
@@ -251,6 +246,13 @@ def _record(file: str, path: Path, digest: str, url: str) -> None:
         return
     with _locked(folder() / RECORD):
         files.write_json(folder() / RECORD, {**_records(), file: row})
+
+
+def _checked(entry: Entry, file: str, path: Path, url: str) -> Path:
+    """`path`, hashed unless it is the very file that was hashed before."""
+    if not _unchanged(entry, file, path):
+        _accept(entry, file, path, url=url)
+    return path
 
 
 def _unchanged(entry: Entry, file: str, path: Path) -> bool:

@@ -4,16 +4,16 @@ import os
 from pathlib import Path
 
 from visft.model_zoo.entries import Entry, in_package
+from visft.utils.user_cache import cache_folder
 
 
 def folder() -> Path:
     """`$VISFT_CACHE`; else `visft` in `$FVCORE_CACHE`, in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     if os.environ.get("VISFT_CACHE"):
         return Path(os.environ["VISFT_CACHE"]).expanduser()
-    for variable in ("FVCORE_CACHE", "XDG_CACHE_HOME"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser() / "visft"
-    return Path.home() / ".cache" / "visft"
+    if os.environ.get("FVCORE_CACHE"):
+        return Path(os.environ["FVCORE_CACHE"]).expanduser() / "visft"
+    return cache_folder()
 
 
 def present(entry: Entry) -> Path | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from visft.errors import ConfigError
 from visft.model_zoo import entries
+from visft.utils import markdown
 
 DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
 
@@ -19,11 +20,9 @@ def render(name: str) -> str:
     data = entries.table()
     columns = data["tables"][name]
     rows = [row for row in (*data["files"], *data["configs"]) if row["table"] == name]
-    lines = [[title for title, _ in columns], ["---"] * len(columns)]
-    lines += [[_cell(row, key) for _, key in columns] for row in rows]
-    return "".join(
-        f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|\n" for line in lines
-    )
+    head = [markdown.row([title for title, _ in columns]), f"|{'---|' * len(columns)}"]
+    lines = [markdown.row([_cell(row, key) for _, key in columns]) for row in rows]
+    return "".join(f"{line}\n" for line in (*head, *lines))
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -75,7 +74,8 @@ def filled(text: str) -> str:
 def check(document: Path = DOCUMENT) -> None:
     """Raise ConfigError, naming the tables, unless the document's are those that `zoo.json` gives."""
     text = _read(document)
-    stale = [name for name, body in _BLOCK.findall(filled(text)) if (name, body) not in _BLOCK.findall(text)]
+    there = dict(_BLOCK.findall(text))
+    stale = [name for name, body in _BLOCK.findall(filled(text)) if there[name] != body]
     if stale:
         raise ConfigError(
             f"{document}: differs from {entries.TABLE.name} in {', '.join(stale)}; `tools/model_zoo.py table --write` "

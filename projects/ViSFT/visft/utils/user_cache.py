@@ -6,5 +6,4 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """`visft` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "visft"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "visft"
