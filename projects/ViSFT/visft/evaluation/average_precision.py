@@ -19,16 +19,17 @@ class COCOMetric:
     """AP over IoU 0.50:0.95, at 0.50 and 0.75, and of small, medium and large objects."""
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    format = "COCO"
 
     def __init__(self, file: str | Path) -> None:
         """
         Args:
-            file: annotations in COCO format.
+            file: annotations in the format that the metric is of.
 
         Raises:
             DataError: the file is not there, or not readable as such.
         """
-        self.truth = read_truth(file, "COCO")
+        self.truth = read_truth(file, self.format)
 
     @property
     def annotated(self) -> bool:
@@ -36,7 +37,7 @@ class COCOMetric:
         return self.truth.annotated
 
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of an image's detections can count, as indices: all."""
+        """Which of an image's detections can count, as indices."""
         return list(range(len(scores)))
 
     def __call__(

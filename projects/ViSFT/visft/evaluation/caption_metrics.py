@@ -10,23 +10,33 @@ import itertools
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from towerbench.caption_tokens import ptb_words
 from visft.data.datasets.captions import captions_of
 from visft.errors import ConfigError
+from visft.evaluation.gathering import gathered
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("BLEU", "ROUGE_L", "CIDEr")
 """Computed by default."""
 
-KNOWN = (*METRICS, "METEOR", "SPICE")
+_SCORERS = {
+    "BLEU": ("bleu.bleu", "Bleu"),
+    "ROUGE_L": ("rouge.rouge", "Rouge"),
+    "CIDEr": ("cider.cider", "Cider"),
+    "METEOR": ("meteor.meteor", "Meteor"),
+    "SPICE": ("spice.spice", "Spice"),
+}
+"""Module and class of each in pycocoevalcap."""
+
+KNOWN = tuple(_SCORERS)
 """Values of VISFT.CAPTION_METRICS."""
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -80,12 +90,13 @@ def caption_scores(
     truth, said = _words(references, candidates)
     scores: dict[str, float] = {}
     for name in metrics:
+        module, scorer = _SCORERS[name]
+        scorer = getattr(import_module(f"pycocoevalcap.{module}"), scorer)()
         with contextlib.redirect_stdout(io.StringIO()):
-            value = _SCORERS[name](truth, said)
-        if name == "BLEU":
-            scores |= {f"BLEU{order}": 100 * float(part) for order, part in enumerate(value, start=1)}
-        else:
-            scores[name] = 100 * float(value)
+            value, _ = scorer.compute_score(truth, said)
+        # BLEU has a figure for each length of word sequences, 1 to 4.
+        figures = {f"BLEU{n}": part for n, part in enumerate(value, 1)} if name == "BLEU" else {name: value}
+        scores |= {figure: 100 * float(part) for figure, part in figures.items()}
     return scores
 
 
@@ -93,39 +104,6 @@ def _words(references: Mapping, candidates: Mapping) -> tuple[dict[int, list[str
     """What scorers compare, with numbers 1, 2, ... for ids: SPICE sorts them and sends them through JSON."""
     truth = {n: [ptb_words(text) for text in texts] for n, texts in enumerate(references.values(), 1)}
     return truth, {n: [ptb_words(candidates[key])] for n, key in enumerate(references, 1)}
-
-
-def _bleu(truth: dict, said: dict) -> list[float]:
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    return Bleu(4).compute_score(truth, said, verbose=0)[0]
-
-
-def _rouge(truth: dict, said: dict) -> float:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return Rouge().compute_score(truth, said)[0]
-
-
-def _cider(truth: dict, said: dict) -> float:
-    from pycocoevalcap.cider.cider import Cider
-
-    return Cider().compute_score(truth, said)[0]
-
-
-def _meteor(truth: dict, said: dict) -> float:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    return Meteor().compute_score(truth, said)[0]
-
-
-def _spice(truth: dict, said: dict) -> float:
-    from pycocoevalcap.spice.spice import Spice
-
-    return Spice().compute_score(truth, said)[0]
-
-
-_SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor, "SPICE": _spice}
 
 
 class CaptionEvaluator(DatasetEvaluator):
@@ -178,15 +156,12 @@ class CaptionEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures by head, times 100; empty on all but the main process, and where there is nothing to compare."""
-        gathered = [self._said]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(self._said)
-            if not comm.is_main_process():
-                return {}
+        parts = gathered(self._said, self.distributed)
+        if parts is None:
+            return {}
         figures = {}
         for name in self.heads:
-            said = dict(itertools.chain(*(part[name].items() for part in gathered)))
+            said = dict(itertools.chain(*(part[name].items() for part in parts)))
             if not said:
                 logger.warning(
                     "%s has no captions: the head `%s` is not scored on it", self.dataset_name, name

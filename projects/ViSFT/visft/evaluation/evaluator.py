@@ -16,7 +16,6 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from visft.checkpoint import files
@@ -24,6 +23,7 @@ from visft.classes.dataset_classes import places_by_name
 from visft.errors import DataError
 from visft.evaluation.average_precision import COCOMetric
 from visft.evaluation.caption_metrics import CaptionEvaluator
+from visft.evaluation.gathering import gathered
 from visft.evaluation.lvis import LVISMetric
 from visft.evaluation.region_naming import RegionTextEvaluator
 
@@ -92,15 +92,10 @@ class HeadsEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures in per cent by head and kind; empty on all but the main process."""
-        gathered = [(self._results, self._tasks)]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(gathered[0])
-            if not comm.is_main_process():
-                return {}
-        predicted = {
-            name: list(itertools.chain(*(part[name] for part, _ in gathered))) for name in self.heads
-        }
+        parts = gathered((self._results, self._tasks), self.distributed)
+        if parts is None:
+            return {}
+        predicted = {name: list(itertools.chain(*(part[name] for part, _ in parts))) for name in self.heads}
         self._keep(predicted)
         if not self.metric.annotated:
             logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
@@ -108,7 +103,7 @@ class HeadsEvaluator(DatasetEvaluator):
         figures: dict[str, dict[str, float]] = OrderedDict()
         for name in self.heads:
             results = predicted[name]
-            tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
+            tasks = sorted(set().union(*(kinds[name] for _, kinds in parts)))
             if "segm" in tasks and not self.metric.truth.has_masks:
                 tasks.remove("segm")
                 logger.warning(
@@ -134,7 +129,7 @@ class HeadsEvaluator(DatasetEvaluator):
     def _is_lvis(self) -> bool:
         return self.metadata.get("evaluator_type") == "lvis"
 
-    def _load(self) -> COCOMetric | LVISMetric:
+    def _load(self) -> COCOMetric:
         if hasattr(self.metadata, "json_file"):
             return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file)
         with tempfile.TemporaryDirectory() as folder:

@@ -7,15 +7,14 @@ everywhere.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_api
 
 from visft.errors import DataError
-from visft.evaluation.average_precision import average_precisions, mean, precision_of
-from visft.evaluation.ground_truth import read_truth
+from visft.evaluation.average_precision import COCOMetric, average_precisions, mean, precision_of
 
 MAX_DETECTIONS = 300
 """Of an image, over all classes: the rest does not count."""
@@ -26,21 +25,15 @@ FREQUENCIES = ("r", "c", "f")
 _CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each image
 
 
-class LVISMetric:
-    """AP over IoU 0.50:0.95, at 0.50 and 0.75, of small, medium and large objects, of rare, common and frequent
-    classes. The figures are those of the lvis package, which does not run on numpy 1.24 and later."""
+class LVISMetric(COCOMetric):
+    """As COCOMetric, and AP of rare, common and frequent classes. The figures are those of the lvis package, which does
+    not run on numpy 1.24 and later."""
 
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+    names = (*COCOMetric.names, "APr", "APc", "APf")
+    format = "LVIS"
 
     def __init__(self, file: str | Path) -> None:
-        """
-        Args:
-            file: annotations in LVIS format.
-
-        Raises:
-            DataError: the file is not there, or not readable as such.
-        """
-        self.truth = read_truth(file, "LVIS")
+        super().__init__(file)
         dataset = self.truth.dataset
         try:
             self._categories = sorted(dataset["categories"], key=lambda category: category["id"])
@@ -56,11 +49,6 @@ class LVISMetric:
                 f"{file}: no annotations in LVIS format ({error}); correct or replace it"
             ) from error
 
-    @property
-    def annotated(self) -> bool:
-        """Whether the file has annotations; test splits are published without."""
-        return self.truth.annotated
-
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
         """Which of an image's detections can count, as indices: among the best 300 those of classes that something is
         known of. Of an image's 1,203 classes that is so of some ten, so that most masks need not be kept."""
@@ -70,16 +58,7 @@ class LVISMetric:
     def __call__(
         self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
     ) -> dict[str, float]:
-        """Figures in per cent; nan where there is no ground truth of the kind, 0 where nothing was found.
-
-        Args:
-            results: in COCO's results format, with the data set's ids.
-            task: `bbox` or `segm`.
-            class_names: not used: LVIS has more classes than a report has room for.
-
-        Raises:
-            DataError: a result is of an image or category that the data set does not have.
-        """
+        """As COCOMetric's; `class_names` are not used: LVIS has more classes than a report has room for."""
         results = self.truth.results(_limited(results), task)
         precision = self._precision(results, task)
         figures = average_precisions(precision)
@@ -105,7 +84,8 @@ class LVISMetric:
 
         images = {image["id"]: image for image in self.truth.dataset["images"]}
         precision = -np.ones((10, 101, len(self._categories), 4))
-        for start, categories in _chunks(self._categories):
+        for start in range(0, len(self._categories), _CHUNK):
+            categories = self._categories[start : start + _CHUNK]
             ids = [category["id"] for category in categories]
             annotations = [annotation for c in ids for annotation in truth[c]]
             detections = [result for c in ids for result in found[c]]
@@ -151,8 +131,3 @@ def _area(result: dict, task: str) -> float:
     if task == "segm":
         return float(mask_api.area(result["segmentation"]))
     return result["bbox"][2] * result["bbox"][3]
-
-
-def _chunks(categories: list[dict]) -> Iterator[tuple[int, list[dict]]]:
-    for start in range(0, len(categories), _CHUNK):
-        yield start, categories[start : start + _CHUNK]

@@ -11,7 +11,6 @@ import torch
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from visft.data.datasets.coco_json import read_json
 from visft.data.masks import decode as annotated_mask
 from visft.data.masks import usable
 from visft.errors import DataError
+from visft.evaluation.gathering import gathered
 from visft.modeling.backbone.class_embeddings import ClassText
 from visft.modeling.heads import RegionText, RegionTextHead
 
@@ -90,17 +90,14 @@ class RegionTextEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures in per cent by head and kind of region; empty on all but the main process."""
-        gathered = [self._counts]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(self._counts)
-            if not comm.is_main_process():
-                return {}
+        found = gathered(self._counts, self.distributed)
+        if found is None:
+            return {}
         figures = {}
         for name in self.heads:
             for kind in ("mask", "box", "stuff"):
                 key = f"{name}/{kind}"
-                parts = [counts[key] for counts in gathered if key in counts]
+                parts = [counts[key] for counts in found if key in counts]
                 if not parts:
                     continue
                 figures[key] = _accuracies(torch.stack(parts).sum(0))
