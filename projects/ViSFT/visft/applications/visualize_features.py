@@ -13,15 +13,15 @@ from PIL import Image
 
 from visft.applications import compared_towers
 from visft.applications.predict import find_images
-from visft.checkpoint import files
 from visft.data import read_rgb
-from visft.errors import CheckpointError, ConfigError, DataError
+from visft.errors import ConfigError, DataError
 from visft.modeling.backbone import CLIPViT, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
 from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.utils.output_names import output_names
 from visft.visualization import (
+    Components,
     colours,
     drawing,
     mutual_matches,
@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     side = _side(args.side, patch, native)
     paths = list({path.resolve(): path for path in find_images(args.input)}.values())
     output = Path(args.output)
-    names = dict(zip(paths, output_names(paths), strict=True))
-    _check_output(
-        output, paths, [f"{name}_{kind}.png" for name in names.values() for kind in ("features", "texts")]
-    )
+    names = output_names(paths)
+    _check_output(output, paths, [f"{name}_{kind}.png" for name in names for kind in ("features", "texts")])
     images = {path: _sized(_read(path), side, patch) for path in paths}
     labels = ["base", *compared_towers.labels(args.compare)]
     seen, embeddings = {}, {}
@@ -81,33 +79,19 @@ def run(args: argparse.Namespace) -> list[Path]:
         if texts:
             embeddings[label] = text_embeddings(tower, texts, args.templates)
         del tower
-    sheets = {names[path]: number for number, path in enumerate(images)}
-    written = []
     components = principal_components(
         [torch.cat([s.features.flatten(0, 1) for s in of]) for of in seen.values()]
     )
     shown = [_panel(image) for image in images.values()]
-    for name, number in sheets.items():
+    sheets = {}
+    for number, (name, image) in enumerate(zip(names, shown, strict=True)):
         here = {label: of[number] for label, of in seen.items()}
-        panels = [
-            drawing.colour_panel(colours(s.features, components), *shown[number].shape[:2])
-            for s in here.values()
-        ]
-        written.append(
-            drawing.save_image(
-                drawing.sheet([("", [shown[number], *panels])], ["image", *labels]),
-                output / f"{name}_features.png",
-            )
-        )
+        sheets[f"{name}_features.png"] = feature_sheet(image, here, components)
         if texts:
-            sheet = text_sheet(shown[number], here, texts, embeddings)
-            written.append(drawing.save_image(sheet, output / f"{name}_texts.png"))
+            sheets[f"{name}_texts.png"] = text_sheet(image, here, texts, embeddings)
     if len(shown) > 1:
-        written.append(
-            drawing.save_image(
-                match_sheet(shown[:2], {label: of[:2] for label, of in seen.items()}), output / "matches.png"
-            )
-        )
+        sheets["matches.png"] = match_sheet(shown[:2], {label: of[:2] for label, of in seen.items()})
+    written = [drawing.save_image(sheet, output / name) for name, sheet in sheets.items()]
     for path in written:
         logger.info("%s", path)
     return written
@@ -129,6 +113,14 @@ def text_embeddings(tower: CLIPViT, texts: Sequence[str], templates: Sequence[st
     lines, text = [template.replace("{}", text) for template in templates for text in texts], TextTower(tower)
     embeddings = text(text.tokens(lines, next(tower.parameters()).device)).cpu()
     return F.normalize(embeddings.view(len(templates), len(texts), -1).mean(0), dim=-1)
+
+
+def feature_sheet(image: np.ndarray, seen: dict[str, Seen], components: Components) -> Image.Image:
+    """The image, and the features of each tower as colours."""
+    panels = [
+        drawing.colour_panel(colours(each.features, components), *image.shape[:2]) for each in seen.values()
+    ]
+    return drawing.sheet([("", [image, *panels])], ["image", *seen])
 
 
 def text_sheet(
@@ -154,9 +146,6 @@ def match_sheet(images: Sequence[np.ndarray], seen: dict[str, Sequence[Seen]]) -
     return drawing.sheet([("", panels)], list(seen))
 
 
-# ---------------------------------------------------------------- checks
-
-
 def _texts(given: str | None) -> list[str]:
     texts = list(dict.fromkeys(text.strip() for text in (given or "").split(",") if text.strip()))
     if given is not None and not texts:
@@ -166,21 +155,9 @@ def _texts(given: str | None) -> list[str]:
 
 def _check_towers(args: argparse.Namespace) -> tuple[int, int]:
     """The patch and the native side of the architecture, in pixels."""
-    try:
-        compared_towers.check(args.model, args.pretrained, args.compare)
+    compared_towers.check(args.model, args.pretrained, args.compare)
+    with compared_towers.said_of("--model"):
         backbone = CLIPViT(open_clip_models.meta_tower(args.model))
-    except ConfigError as error:
-        message = str(error)
-        if "MODEL.CLIP_VIT.NAME" in message:
-            message = message.removeprefix("MODEL.CLIP_VIT.NAME: ").removeprefix("MODEL.CLIP_VIT.NAME is ")
-            raise ConfigError(f"--model: {message}") from error
-        raise
-    for option, given in (("--pretrained", args.pretrained), *(("--compare", file) for file in args.compare)):
-        if Path(given).is_file() and all(name.startswith("visual.") for name in files.read_shapes(given)):
-            raise CheckpointError(
-                f"{option} {given}: holds a vision tower without a text encoder; the whole CLIP was expected, as "
-                "tools/export_backbone.py --format open_clip writes it"
-            )
     return backbone.stride, max(backbone.image_size)
 
 
