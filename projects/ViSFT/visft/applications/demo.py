@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -95,24 +96,21 @@ def evaluate_unseen(folder: str | os.PathLike) -> dict[str, dict[str, float]]:
         `{"before": {"segmentation/segm/AP50": ..., ...}, "after": {...}}`, per cent.
     """
     heads = ("detection", "segmentation")
-    opts = ["MODEL.VISFT.HEADS", str(heads), "MODEL.VISFT.OBJECTIVES", "()", "OUTPUT_DIR", str(folder)]
-    opts += ["MODEL.VISFT.HEAD_FILES", str(tuple(f"visft://heads_demo_{head}.safetensors" for head in heads))]
-    opts += [
-        "MODEL.VISFT.OPEN_VOCABULARY.NAMES",
-        "('test',)",
-        "DATASETS.TEST",
-        f"('{demo_world.NAMES['unseen']}',)",
-    ]
+    keys = {
+        "MODEL.VISFT.HEADS": heads,
+        "MODEL.VISFT.HEAD_FILES": tuple(f"visft://heads_demo_{head}.safetensors" for head in heads),
+        "MODEL.VISFT.OBJECTIVES": (),
+        "MODEL.VISFT.OPEN_VOCABULARY.NAMES": ("test",),
+        "DATASETS.TEST": (demo_world.NAMES["unseen"],),
+        "OUTPUT_DIR": str(folder),
+    }
     found = {}
     for step, weights in (("before", tower.TAG), ("after", str(Path(folder) / EXPORTED))):
-        cfg = settings.load_config(
-            get_config_file("visft_demo"), [*opts, "MODEL.CLIP_VIT.PRETRAINED", weights]
-        )
+        words = settings.words({**keys, "MODEL.CLIP_VIT.PRETRAINED": weights})
+        cfg = settings.load_config(get_config_file("visft_demo"), words)
         checks.check(cfg, train=False)
-        model = stages.initial_model(cfg, 0).eval()
-        found[step] = {
-            name: value for name, value in evaluate.evaluate(cfg, model).items() if name in _UNSEEN
-        }
+        figures = evaluate.evaluate(cfg, stages.initial_model(cfg, 0).eval())
+        found[step] = {name: value for name, value in figures.items() if name in _UNSEEN}
     return found
 
 
@@ -154,52 +152,50 @@ def summary(folder: str | os.PathLike) -> str:
     """
     folder = Path(folder)
     found = files.read_json(folder / "report.json")
+    before, after = found["before"], found["after"]
+    suite_rows = {row["name"]: row for row in found.get("out_of_domain", [])}
+    unseen = [
+        (words, row["base"], row["tuned"], f" ({row['low']:+.1f} to {row['high']:+.1f})")
+        for name, words in {**_SUITE, "mean": "mean of their families"}.items()
+        if (row := suite_rows.get(name))
+    ]
+    unseen += _figures(before, after, {f"open_vocabulary/{name}": words for name, words in _UNSEEN.items()})
+    known = _figures(before, after, _FIGURES)
     lines = [
         "",
         "A CLIP tower was tuned through a detector, a mask head, a caption head and its own text encoder. The heads",
         "were left behind, and the tower was exported; open_clip loaded it in a process of its own.",
+        *(_table("Things that no training scene showed", "change (95 %)", unseen) if unseen else []),
+        *_table("Known things, on unseen scenes", "change", known),
     ]
-    fell: list[str] = []
-
-    def row(words: str, before: float, after: float, more: str = "") -> str:
-        if after < before:
-            fell.append(words.split(",")[0])
-        return f"  {words:54}{before:7.1f}{after:7.1f}  {after - before:+6.1f}{more}"
-
-    def rows(names: dict[str, str], prefix: str = "") -> list[str]:
-        pairs = {name: [found[step].get(prefix + name) for step in ("before", "after")] for name in names}
-        return [row(names[name], *pair) for name, pair in pairs.items() if None not in pair]
-
-    own = {entry["name"]: entry for entry in found.get("out_of_domain", [])}
-    if own:
-        lines += [
-            "",
-            f"  {'Things that no training scene showed':54}{'before':>7}{'after':>7}  change (95 %)",
-        ]
-        for name, words in (*_SUITE.items(), ("mean", "mean of their families")):
-            entry = own.get(name)
-            if entry:
-                interval = f" ({entry['low']:+.1f} to {entry['high']:+.1f})"
-                lines.append(row(words, entry["base"], entry["tuned"], interval))
-        lines += rows(_UNSEEN, "open_vocabulary/")
-    lines += [
-        "",
-        f"  {'Known things, on unseen scenes':54}{'before':>7}{'after':>7}  change",
-        *rows(_FIGURES),
-    ]
+    fell = [words.split(",")[0] for words, old, new, _ in (*unseen, *known) if new < old]
     if fell:
         lines += ["", f"What fell: {', '.join(fell)}."]
-    images = folder / UNSEEN
     lines += [
         "",
         f"Report    {folder / demo_report.NAME}",
         f"          {folder / 'report.md'}",
         f"Images    {folder / 'predictions'}",
-        *([f"          {images}"] if images.is_dir() else []),
+        *([f"          {folder / UNSEEN}"] if (folder / UNSEEN).is_dir() else []),
         f"Tower     {folder / EXPORTED}",
         f"          open_clip.create_model('local-dir:{folder / EXPORTED.parent}')",
     ]
     return "\n".join(lines)
+
+
+def _figures(
+    before: Mapping[str, float | None], after: Mapping[str, float | None], names: Mapping[str, str]
+) -> list[tuple[str, float, float, str]]:
+    """Words, both values and no interval of each metric that both have."""
+    pairs = [(words, before.get(name), after.get(name), "") for name, words in names.items()]
+    return [pair for pair in pairs if None not in pair]
+
+
+def _table(title: str, change: str, rows: Sequence[tuple[str, float, float, str]]) -> list[str]:
+    lines = ["", f"  {title:54}{'before':>7}{'after':>7}  {change}"]
+    return lines + [
+        f"  {words:54}{old:7.1f}{new:7.1f}  {new - old:+6.1f}{more}" for words, old, new, more in rows
+    ]
 
 
 def train_heads(args: argparse.Namespace) -> None:
