@@ -1,6 +1,7 @@
 """`tools/benchmark.py`: what an iteration costs with one pass of the tower for all heads, and with one for each."""
 
 import argparse
+import contextlib
 import functools
 import logging
 import platform
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -156,25 +158,20 @@ def table(found: dict) -> str:
     """The figures of `summary`, with what they were measured on, for people."""
     heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
     height, width = (max(sides) for sides in zip(*found["images"], strict=True))
-    lines = [
-        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
-        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
-        "interleaved rounds",
-        f"{'':28}{'iterations/s':>13}{'total s':>10}"
-        + "".join(f"{part + ' s':>10}" for part in PARTS)
-        + f"{'peak GiB':>10}",
-    ]
     names = {JOINT: "joint, all heads"} | {head: f"ratio, {head}" for head in heads}
     names["ratio"] = f"ratio, {len(heads)} iterations"
+    rows = []
     for kind, name in names.items():
         row = found["kinds"][kind]
-        cells = "".join(f"{row[part]:10.3f}" for part in ("total", *PARTS))
-        lines.append(f"{name:28}{1 / row['total']:13.3f}{cells}{row['memory']:10.2f}")
-    lines.append(
+        rows.append([name, 1 / row["total"], *(row[part] for part in ("total", *PARTS)), row["memory"]])
+    columns = ["", "iterations/s", "total s", *(f"{part} s" for part in PARTS), "peak GiB"]
+    return (
+        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
+        f"interleaved rounds\n{tabulate(rows, columns, tablefmt='plain', floatfmt='.3f')}\n"
         f"One joint iteration is {found['speed']:.2f} times as fast as {len(heads)} of ratio, one a task; its tower "
         f"takes {found['tower_speed']:.2f} times less."
     )
-    return "\n".join(lines)
 
 
 class _Probe:
@@ -250,9 +247,8 @@ class _Probe:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
     return platform.processor() or platform.machine()
