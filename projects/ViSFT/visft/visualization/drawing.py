@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from visft.checkpoint.files import write_aside
-from visft.visualization.fonts import families, font, shortened, write
+from visft.visualization.fonts import families
 
 Panel = np.ndarray
 """`[H, W, 3]` uint8 RGB."""
@@ -74,17 +77,11 @@ def similarity_panel(image: np.ndarray, cosines: torch.Tensor, limits: tuple[flo
 def colour_bar(limits: tuple[float, float], width: int) -> Panel:
     """The colour map with what its ends stand for."""
     bar = _heat(np.tile(np.linspace(0, 1, width), (10, 1))).round().astype(np.uint8)
-    sheet = Image.new("RGB", (width, 32), "white")
-    sheet.paste(Image.fromarray(bar), (0, 0))
-    pen = ImageDraw.Draw(sheet)
-    pen.text((0, 12), f"{limits[0]:.2f}", font=font(14), fill="black")
-    pen.text((width, 12), f"{limits[1]:.2f}", font=font(14), fill="black", anchor="ra")
-    return np.asarray(sheet)
+    low, high = (f"{limit:.2f}" for limit in limits)
+    return joined([bar, line(low, width, height=22, size=14, right=high)], axis=0, gap=0)
 
 
 def _heat(values: np.ndarray) -> np.ndarray:
-    from matplotlib import colormaps
-
     return colormaps[COLOUR_MAP](np.clip(values, 0, 1))[..., :3].astype(np.float32) * 255
 
 
@@ -117,8 +114,6 @@ def match_panel(
         pairs: `[K, 2]`: numbers of patches, row by row.
         grids: `(rows, columns)` of patches of each image.
     """
-    from matplotlib import colormaps
-
     shift = first.shape[1] + GAP
     sheet = Image.fromarray(joined([first, second], axis=1, gap=GAP))
     pen = ImageDraw.Draw(sheet)
@@ -157,11 +152,16 @@ def joined(panels: Sequence[Panel], *, axis: int, gap: int) -> Panel:
     return np.concatenate(parts, axis)
 
 
-def line(text: str, width: int, *, height: int, size: int) -> Panel:
-    """A line of text on white; its end is left out where it does not fit."""
-    strip = Image.new("RGB", (width, height), "white")
-    write(ImageDraw.Draw(strip), (2, 3), shortened(text, width - 4, size), size=size)
-    return np.asarray(strip)
+def line(text: str, width: int, *, height: int, size: int, right: str = "") -> Panel:
+    """A line of text on white, cut where it does not fit; `right` is written at its other end."""
+    figure = Figure(figsize=((width + 0.01) / 72, (height + 0.01) / 72), dpi=72)
+    for words, place, side in ((text, 2, "left"), (right, width - 2, "right")):
+        words = " ".join(words.split())
+        style = {"family": families(words), "size": size, "parse_math": False}
+        figure.text(place / width, 0.5, words, ha=side, va="center_baseline", **style)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def titled(panel: Panel, text: str, *, height: int, size: int) -> Panel:

@@ -20,7 +20,6 @@ from visft.data.loader import load_records
 from visft.modeling.heads import Caption
 from visft.modeling.open_vocabulary import best_of_each
 from visft.visualization.drawing import joined, line, save_image, titled, visualizer
-from visft.visualization.fonts import length
 from visft.visualization.run_report import WORDS
 from visft.visualization.word_maps import draw_word_maps
 
@@ -84,7 +83,7 @@ def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[st
 
 def _lines(text: str, width: int) -> list[str]:
     """A text in lines of about `width` pixels."""
-    letter = length(text, _SIZE) / len(text)
+    letter = _SIZE * (0.55 if text.isascii() else 0.9)
     return textwrap.wrap(text, max(20, int((width - 8) / letter)), subsequent_indent="    ")
 
 
