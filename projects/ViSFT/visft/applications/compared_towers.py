@@ -1,4 +1,4 @@
-"""Whole CLIPs that are compared: checked and labelled before they are loaded, and loaded for `towerbench`."""
+"""CLIPs to compare: checks and labels before they are loaded, and loading for `towerbench`."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load(name: str, pretrained: str | None, *, label: str = "base", device: str | None = None) -> "Tower":
-    """A tower of the benchmarks whose maps are a CLIPViT's; None where it is no plain vision transformer.
+    """A tower for the benchmarks. Its maps are CLIPViT's; a tower that is no plain vision transformer has none.
 
     Args:
         name, pretrained: as of `open_clip_models.create_clip`.
@@ -59,7 +59,7 @@ def check(name: str, pretrained: str, compare: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def said_of(option: str, given: str = "") -> Iterator[None]:
-    """Within it, errors name an option and what was given there in the place of a key of MODEL.CLIP_VIT."""
+    """Within it, errors name an option and its value instead of a key of MODEL.CLIP_VIT."""
     try:
         yield
     except (ConfigError, CheckpointError) as error:
@@ -69,7 +69,7 @@ def said_of(option: str, given: str = "") -> Iterator[None]:
 
 
 def labels(compare: Sequence[str]) -> list[str]:
-    """Short names for files: the stem, with as many folders before it as tell them apart.
+    """Short names of files: the stem, preceded by as many folders as make it unique.
 
     Raises:
         ConfigError: a file is given twice.

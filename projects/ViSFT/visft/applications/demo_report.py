@@ -1,4 +1,4 @@
-"""The demo's `report.html`: one file for a person to read, on a telephone too, that needs no other."""
+"""The demo's `report.html`: a page in a single file, readable on a phone."""
 
 import base64
 import io
@@ -18,9 +18,9 @@ from visft.visualization.run_report import WORDS
 NAME = "report.html"
 
 _PREDICTIONS = 4
-"""Images of what the heads see; all are in the run's folder."""
+"""Images of predictions on the page; the run's folder has all."""
 
-# Nothing but what is in the file may be loaded, whatever is written into it.
+# The browser may load nothing from outside the file.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -66,11 +66,11 @@ def page(
     scenes: Sequence[Scene] = (),
     images: Sequence[tuple[str, bytes]] = (),
 ) -> str:
-    """The page, of the template `demo_report.html`; see `write`.
+    """The page, from the template `demo_report.html`; see `write`.
 
     Args:
-        figures: what is in report.json.
-        results: what is in the suite's results.json.
+        figures: the content of report.json.
+        results: the content of the suite's results.json.
         images: a caption and a PNG each.
     """
     before, after = figures["before"], figures["after"]
@@ -99,7 +99,7 @@ def page(
 
 
 def _suite_rows(results: Mapping[str, Any], suite: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Benchmarks in the order of `suite`, the mean last; each with the verdict on its family."""
+    """Benchmarks in the order of `suite`, each with the verdict on its family, and the mean."""
     families = {row["name"]: row for row in results["families"]}
     found = {row["name"]: row for row in results["benchmarks"]}
     rows = [

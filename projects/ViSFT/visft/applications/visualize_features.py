@@ -1,4 +1,4 @@
-"""`tools/visualize_features.py`: a tower's features of the user's own images, before and after tuning."""
+"""`tools/visualize_features.py`: towers' features of the user's own images, before and after tuning."""
 
 import argparse
 import logging
@@ -33,10 +33,10 @@ from visft.visualization import (
 logger = logging.getLogger(__name__)
 
 NATIVE_SIDES = 2
-"""Longer side of an image as the tower sees it, in native sides, where none is given."""
+"""Default longer side of an image for the tower, in native sides."""
 
 MATCHES = 40
-"""Lines between two images: more cover them."""
+"""Lines between two images."""
 
 _PANEL = 320
 """Shorter side of a panel in pixels, at least."""
@@ -48,7 +48,7 @@ class Seen:
 
     Args:
         features: `[h, w, C]`, after the last norm.
-        patches: `[h, w, D]`, in the space of texts, of unit length; None where there are no texts.
+        patches: `[h, w, D]`, unit length, in the space of texts; None if there are no texts.
     """
 
     features: torch.Tensor
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Check, encode, draw; returns the files written.
 
     Raises:
-        ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
+        ConfigError, DataError, CheckpointError: something is wrong; raised before anything is written.
     """
     texts = _texts(args.texts)
     check_prompts("--templates", args.templates)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> list[Path]:
 
 @torch.no_grad()
 def see(tower: CLIPViT, image: np.ndarray, *, patches: bool) -> Seen:
-    """The features of an image `[H, W, 3]` uint8 whose sides are whole patches."""
+    """The features of an image `[H, W, 3]` uint8 whose sides are multiples of the patch."""
     device = next(tower.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (tower.mean, tower.std))
     pixels = (torch.from_numpy(image.copy()).to(device).float() / 255 - mean) / std
@@ -126,7 +126,7 @@ def feature_sheet(image: np.ndarray, seen: dict[str, Seen], components: Componen
 def text_sheet(
     image: np.ndarray, seen: dict[str, Seen], texts: Sequence[str], embeddings: dict[str, torch.Tensor]
 ) -> Image.Image:
-    """A row for each text: the image, and the map of each tower in colours that stand for the same cosines."""
+    """A row for each text: the image, and each tower's map, all on one colour scale."""
     maps = {label: similarity_maps(each.patches, embeddings[label]) for label, each in seen.items()}
     rows = []
     for number, text in enumerate(texts):
@@ -191,7 +191,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:
-    """An image whose longer side is `side`, and its shorter one the nearest number of whole patches."""
+    """An image with the longer side `side` and the shorter one rounded to whole patches."""
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(length * scale / patch)) * patch for length in image.shape[:2])
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

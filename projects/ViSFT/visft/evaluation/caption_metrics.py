@@ -1,7 +1,7 @@
 """Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
 
-Words are cut by `ptb_words`, so that a figure does not depend on a Java being there. METEOR is a Java program that
-comes with pycocoevalcap, and is run where it is asked for; so is SPICE, where Stanford CoreNLP was put beside it.
+`ptb_words` splits captions into words, so figures do not depend on whether Java is installed. METEOR and SPICE are Java
+programs in pycocoevalcap. They run on request; SPICE also needs Stanford CoreNLP.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ KNOWN = tuple(_SCORERS)
 """Values of VISFT.CAPTION_METRICS."""
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-"""What SPICE reads in `pycocoevalcap/spice/lib`. pycocoevalcap would download it, by HTTP and unchecked."""
+"""Files that SPICE reads in `pycocoevalcap/spice/lib`. pycocoevalcap would download them by HTTP, unchecked."""
 
 
 def installed() -> bool:
-    """Whether the scorers are there (`pip install pycocoevalcap`)."""
+    """Whether the scorers are installed (`pip install pycocoevalcap`)."""
     return find_spec("pycocoevalcap") is not None
 
 
@@ -80,11 +80,11 @@ def caption_scores(
 ) -> dict[str, float]:
     """Figures times 100, BLEU as `BLEU1` to `BLEU4`.
 
-    CIDEr counts how rare words are in these references: it is 0 of a single image.
+    CIDEr weighs words by how rare they are in these references, so it is 0 for a single image.
 
     Args:
         references: the captions of each image, a list of texts by image id.
-        candidates: what is scored, a text by image id, of the same images.
+        candidates: the captions to score, one text by image id, for the same images.
         metrics: of `KNOWN`.
     """
     truth, said = _words(references, candidates)
@@ -101,7 +101,7 @@ def caption_scores(
 
 
 def _words(references: Mapping, candidates: Mapping) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """What scorers compare, with numbers 1, 2, ... for ids: SPICE sorts them and sends them through JSON."""
+    """What scorers compare, with ids 1, 2, ...: SPICE sorts ids and sends them through JSON."""
     truth = {n: [ptb_words(text) for text in texts] for n, texts in enumerate(references.values(), 1)}
     return truth, {n: [ptb_words(candidates[key])] for n, key in enumerate(references, 1)}
 
@@ -125,7 +125,7 @@ class CaptionEvaluator(DatasetEvaluator):
             dataset_name: registered.
             heads: names of the caption heads.
             metrics: of `KNOWN`.
-            distributed: gather the captions of all processes; only the main one then returns figures.
+            distributed: gather the captions of all processes; then only the main process returns figures.
 
         Raises:
             DataError: its caption file is broken.
@@ -155,7 +155,7 @@ class CaptionEvaluator(DatasetEvaluator):
                     self._said[name][image["image_id"]] = str(output[name])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures by head, times 100; empty on all but the main process, and where there is nothing to compare."""
+        """Figures by head, times 100. Empty except on the main process, and where there is nothing to compare."""
         parts = gathered(self._said, self.distributed)
         if parts is None:
             return {}

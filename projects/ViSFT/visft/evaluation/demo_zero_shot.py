@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of the demo tower, with the tower's weights as they are in training."""
+"""Zero-shot accuracy of the demo tower during training."""
 
 import torch
 from detectron2.config import CfgNode
@@ -8,10 +8,7 @@ from visft.data.datasets import demo_world
 
 
 def applies(cfg: CfgNode) -> bool:
-    """Whether a config's tower has a zero-shot test of its own: the pretrained demo tower has.
-
-    Where DATASETS.TEST is empty nothing is evaluated, so neither is this.
-    """
+    """Whether a config's tower has this test: the pretrained demo tower has, unless DATASETS.TEST is empty."""
     vit = cfg.MODEL.CLIP_VIT
     return bool(cfg.DATASETS.TEST) and vit.NAME == "visft-tiny" and bool(vit.PRETRAINED)
 
@@ -32,9 +29,9 @@ class _Encoder(nn.Module):
 
 @torch.no_grad()
 def demo_zero_shot(backbone: nn.Module) -> dict[str, float]:
-    """Zero-shot top-1 and top-5, in per cent, over all classes of the demo tower's pretraining, on unseen views.
+    """Zero-shot top-1 and top-5 in per cent on unseen views of all classes of the demo tower's pretraining.
 
-    The text tower is that of the base CLIP, which fine-tuning leaves as it is.
+    The text tower is the base CLIP's, which fine-tuning does not change.
     """
     from demoworld import tower
     from demoworld.views import Views

@@ -1,9 +1,8 @@
 """LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval.
 
-LVIS is annotated in a federated way: of an image it is known which classes are in it, which are not
-(`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
-found of a class that nothing is known of does not count, nor what is found too much of a class not annotated
-everywhere.
+LVIS is annotated in a federated way. Each image lists classes that it shows, classes that it does not show
+(`neg_category_ids`), and classes that are not annotated everywhere in it (`not_exhaustive_category_ids`). Detections of
+unlisted classes do not count, nor do surplus detections of classes that are not annotated everywhere.
 """
 
 from collections import defaultdict
@@ -17,7 +16,7 @@ from visft.errors import DataError
 from visft.evaluation.average_precision import COCOMetric, average_precisions, mean, precision_of
 
 MAX_DETECTIONS = 300
-"""Of an image, over all classes: the rest does not count."""
+"""Detections per image, over all classes, that count: the best ones."""
 
 FREQUENCIES = ("r", "c", "f")
 """Rare, common and frequent classes: in up to 10, up to 100 and more images of the training set."""
@@ -26,8 +25,8 @@ _CHUNK = 64  # classes evaluated at once: the library keeps a place for each of 
 
 
 class LVISMetric(COCOMetric):
-    """As COCOMetric, and AP of rare, common and frequent classes. The figures are those of the lvis package, which does
-    not run on numpy 1.24 and later."""
+    """As COCOMetric, with AP of rare, common and frequent classes. The figures are those of the lvis package, which
+    does not run on numpy 1.24 and later."""
 
     names = (*COCOMetric.names, "APr", "APc", "APf")
     format = "LVIS"
@@ -50,8 +49,10 @@ class LVISMetric(COCOMetric):
             ) from error
 
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of an image's detections can count, as indices: among the best 300 those of classes that something is
-        known of. Of an image's 1,203 classes that is so of some ten, so that most masks need not be kept."""
+        """Indices of the detections that can count: among an image's best 300, those of its listed classes.
+
+        An image lists some ten of the 1,203 classes, so most masks need not be kept.
+        """
         known = self._known.get(self.truth.images.get(image_id), ())
         return [i for i in _best(scores) if self.truth.categories.get(categories[i]) in known]
 
@@ -69,12 +70,12 @@ class LVISMetric(COCOMetric):
     def _precision(self, results: list[dict], task: str) -> np.ndarray:
         """As `precision_of`, of all classes.
 
-        Some classes at a time, with the images that have any of them: 1,203 classes of 20,000 images would take
-        many gigabytes.
+        A chunk of classes is scored at a time, with the images that have any of them: 1,203 classes of 20,000 images
+        would take many gigabytes.
         """
         truth, found = defaultdict(list), defaultdict(list)
         for annotation in self.truth.dataset["annotations"]:
-            # As the lvis package, which knows no crowds, and no objects without area.
+            # The lvis package has no crowds and skips objects without area.
             if annotation["area"] > 0:
                 truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
         for result in results:
@@ -100,7 +101,7 @@ class LVISMetric(COCOMetric):
 
 
 def _known_classes(truth: dict) -> dict[int, set[int]]:
-    """By image id the classes that something is known of: those annotated, and those known to be absent."""
+    """Listed classes by image id: those annotated, and those known to be absent."""
     known = {}
     for image in truth["images"]:
         if "not_exhaustive_category_ids" not in image:
@@ -112,7 +113,7 @@ def _known_classes(truth: dict) -> dict[int, set[int]]:
 
 
 def _best(scores: Sequence[float]) -> list[int]:
-    """Indices of the detections of an image that count, in the order that the lvis package leaves them in."""
+    """Indices of an image's detections that count, in the order that the lvis package gives them."""
     order = list(range(len(scores)))
     if len(order) > MAX_DETECTIONS:
         order = sorted(order, key=lambda index: scores[index], reverse=True)[:MAX_DETECTIONS]

@@ -1,4 +1,4 @@
-"""Panels: images with what is found in them, feature maps, lines of text; and sheets of panels."""
+"""Panels (images with instances, feature maps, lines of text) and sheets of panels."""
 
 import functools
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ Panel = np.ndarray
 """`[H, W, 3]` uint8 RGB."""
 
 COLOUR_MAP = "viridis"
-"""Of even lightness steps, and read alike with and without colour vision."""
+"""Its lightness rises evenly, so it also works without colour vision."""
 
 RIGHT, WRONG = (0, 114, 178), (213, 94, 0)
-"""Blue and vermilion, which people without colour vision tell apart."""
+"""Blue and vermilion, which colour-blind people can tell apart."""
 
 GAP, _TITLE, _ROW_TITLE = 8, 30, 22
 _MAP = 0.65
-"""Opacity of a map that lies on an image."""
+"""Opacity of a map over an image."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _visualizer_class() -> type:
     from detectron2.utils.visualizer import Visualizer  # imports cv2, of the extra `demo`
 
     class AnyNames(Visualizer):
-        """Names in any script, in one line, and as they are: a name with two dollar signs is no formula."""
+        """Draws names in any script on one line. A name with two dollar signs is not a formula."""
 
         def draw_text(self, text, position, **options):
             text = " ".join(text.split())
@@ -46,7 +46,7 @@ def _visualizer_class() -> type:
 
 
 def visualizer(image: np.ndarray, metadata=None, *, smallest: int = 0):
-    """detectron2's Visualizer of an image `[H, W, 3]` uint8, which is enlarged to a shorter side of `smallest`."""
+    """detectron2's Visualizer of an image `[H, W, 3]` uint8, enlarged to a shorter side of at least `smallest`."""
     return _visualizer_class()(image, metadata, scale=max(1.0, smallest / min(image.shape[:2])))
 
 
@@ -56,17 +56,17 @@ def enlarged(image: np.ndarray, height: int, width: int) -> Panel:
 
 
 def colour_panel(colours: torch.Tensor, height: int, width: int) -> Panel:
-    """Colours `[h, w, 3]` in 0..1, one flat square a patch."""
+    """Colours `[h, w, 3]` in 0..1 as one flat square per patch."""
     small = (colours * 255).round().to(torch.uint8).numpy()
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
 
 
 def similarity_panel(image: np.ndarray, cosines: torch.Tensor, limits: tuple[float, float]) -> Panel:
-    """A map of cosines `[h, w]` in colours over its image in grey.
+    """A map of cosines `[h, w]` in colours over the grey image.
 
     Args:
-        image: `[H, W, 3]` uint8, already as large as the panel.
-        limits: what the ends of the colour map stand for.
+        image: `[H, W, 3]` uint8, of the panel's size.
+        limits: cosines at the ends of the colour map.
     """
     wide = F.interpolate(cosines[None, None], image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     heat = _heat((wide.numpy() - limits[0]) / (limits[1] - limits[0]))
@@ -75,7 +75,7 @@ def similarity_panel(image: np.ndarray, cosines: torch.Tensor, limits: tuple[flo
 
 
 def colour_bar(limits: tuple[float, float], width: int) -> Panel:
-    """The colour map with what its ends stand for."""
+    """The colour map with the values at its ends."""
     bar = _heat(np.tile(np.linspace(0, 1, width), (10, 1))).round().astype(np.uint8)
     low, high = (f"{limit:.2f}" for limit in limits)
     return joined([bar, line(low, width, height=22, size=14, right=high)], axis=0, gap=0)
@@ -88,11 +88,11 @@ def _heat(values: np.ndarray) -> np.ndarray:
 def named_masks(
     image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str], right: Sequence[bool]
 ) -> Panel:
-    """Masks with the names that they are given, blue where the name is right and vermilion where it is wrong.
+    """Masks with their predicted names, blue where the name is right and vermilion where it is wrong.
 
     Args:
         image: `[H, W, 3]` uint8.
-        masks: `[h, w]` bool each, of the same scene; they may be smaller.
+        masks: `[h, w]` bool each, of the same scene, at any size.
     """
     size = image.shape[1::-1]
     large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
@@ -111,14 +111,14 @@ def match_panel(
 
     Args:
         first, second: `[H, W, 3]` uint8.
-        pairs: `[K, 2]`: numbers of patches, row by row.
+        pairs: `[K, 2]`, indices of patches in row-major order.
         grids: `(rows, columns)` of patches of each image.
     """
     shift = first.shape[1] + GAP
     sheet = Image.fromarray(joined([first, second], axis=1, gap=GAP))
     pen = ImageDraw.Draw(sheet)
     for number, (a, b) in enumerate(pairs.tolist()):
-        # In turn, so that neighbouring lines are told apart.
+        # Neighbouring lines differ in colour.
         colour = tuple(int(255 * value) for value in colormaps["tab20"].colors[number % 20])
         ends = _centre(a, grids[0], first), _centre(b, grids[1], second)
         ends = ends[0], (ends[1][0] + shift, ends[1][1])
@@ -153,7 +153,7 @@ def joined(panels: Sequence[Panel], *, axis: int, gap: int) -> Panel:
 
 
 def line(text: str, width: int, *, height: int, size: int, right: str = "") -> Panel:
-    """A line of text on white, cut where it does not fit; `right` is written at its other end."""
+    """A line of text on white, cut where it does not fit. `right` is further text at the right end."""
     figure = Figure(figsize=((width + 0.01) / 72, (height + 0.01) / 72), dpi=72)
     for words, place, side in ((text, 2, "left"), (right, width - 2, "right")):
         words = " ".join(words.split())
@@ -165,7 +165,7 @@ def line(text: str, width: int, *, height: int, size: int, right: str = "") -> P
 
 
 def titled(panel: Panel, text: str, *, height: int, size: int) -> Panel:
-    """A panel below a line of text."""
+    """A panel under a line of text."""
     return joined([line(text, panel.shape[1], height=height, size=size), panel], axis=0, gap=0)
 
 
@@ -173,7 +173,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Panel]]], titles: Sequence[str] = (
     """Rows of panels, each row under its own title, columns under theirs.
 
     Args:
-        rows: a title (may be empty) and panels each; the panels of a column are of one width.
+        rows: a title (may be empty) and panels each. The panels of a column have one width.
         titles: of the columns.
     """
     widths = [panel.shape[1] for panel in rows[0][1]]

@@ -1,4 +1,4 @@
-"""Text in any script by matplotlib: its own font, DejaVu Sans, and Noto's where that lacks a character."""
+"""Fonts for text in any script: matplotlib's own DejaVu Sans, and Noto's for characters that it lacks."""
 
 import functools
 import importlib.util
@@ -15,11 +15,11 @@ PACKAGES = {
     "manimgx_fonts": "manimgx-fonts",
     "cvttf_NotoSansCJK_Regular": "cvttf-notosanscjk-regular",
 }
-"""Packages whose files are fonts, by module; the extra `demo` has them."""
+"""Packages of fonts by module; the extra `demo` has them."""
 
 
 def families(text: str) -> list[str]:
-    """The families that matplotlib shall draw a text with: its own, then those that have what is missing there."""
+    """Families for matplotlib to draw a text with: its own, then those with the characters that it lacks."""
     missing = {c for c in text if not _joins(c)} - _characters(font_manager.findfont("DejaVu Sans"))
     found = ["sans-serif"]
     for file in _files() if missing else ():
@@ -32,7 +32,7 @@ def families(text: str) -> list[str]:
 
 
 def _joins(character: str) -> bool:
-    """Whether a character has no shape of its own: joiners, selectors, controls."""
+    """Whether a character has no glyph of its own: joiners, selectors, controls."""
     return unicodedata.category(character) in ("Cf", "Cc") or "\ufe00" <= character <= "\ufe0f"
 
 
@@ -45,7 +45,7 @@ def _warn(characters: str) -> None:
 
 @functools.cache
 def _files() -> tuple[str, ...]:
-    """The files of PACKAGES, upright ones."""
+    """The upright fonts of PACKAGES."""
     specs = [spec for spec in map(importlib.util.find_spec, PACKAGES) if spec]
     folders = [Path(spec.submodule_search_locations[0]) for spec in specs]
     return tuple(
@@ -63,6 +63,6 @@ def _characters(file: str) -> frozenset[str]:
 
 @functools.cache
 def _registered(file: str) -> str:
-    """The family of a font file, known to matplotlib from now on."""
+    """The family of a font file, which is registered with matplotlib."""
     font_manager.fontManager.addfont(file)
     return next(entry.name for entry in font_manager.fontManager.ttflist if entry.fname == file)

@@ -1,4 +1,4 @@
-"""Images of what the heads see, drawn by detectron2's Visualizer."""
+"""Images of what the heads predict, drawn by detectron2's Visualizer."""
 
 import functools
 import logging
@@ -26,7 +26,7 @@ from visft.visualization.word_maps import draw_word_maps
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.3
-_SMALLEST = 384  # sides below are enlarged, or the labels would cover the image
+_SMALLEST = 384  # smaller images are enlarged, or the labels would cover them
 _LINE, _SIZE = 22, 12  # height of a line of text, and of its letters
 
 _visualizer = functools.partial(visualizer, smallest=_SMALLEST)
@@ -35,15 +35,15 @@ _visualizer = functools.partial(visualizer, smallest=_SMALLEST)
 def draw(
     image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
 ) -> list[tuple[str, np.ndarray]]:
-    """One panel for each head: its name, and the image with the instances that score at least `threshold`.
+    """A name and a panel for each head: the image with the instances that score at least `threshold`.
 
-    Where no head gives instances, the image as it is.
+    Without such heads the result is the image alone.
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
-        output: what the model says about it, `{"detection": Instances, ...}` in the image's own coordinates.
-        heads: names of the heads to draw, those that give instances.
-        metadata: of the data set, for the class names.
+        output: the model's, `{"detection": Instances, ...}` in the image's own coordinates.
+        heads: names of heads; those that give instances are drawn.
+        metadata: of the data set, with the class names.
     """
     panels = []
     for head in heads:
@@ -63,7 +63,7 @@ def draw(
 
 
 def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
-    """What the caption heads say, by head."""
+    """The captions by head."""
     return {head: output[head] for head in heads if isinstance(output.get(head), Caption)}
 
 
@@ -73,7 +73,7 @@ def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
 
 
 def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
-    """Panels side by side, each under its name; below them captions, each after whose it is."""
+    """Panels side by side, each under its name, and captions below, each after its name."""
     above = joined([titled(panel, name, height=_LINE, size=_SIZE) for name, panel in panels], axis=1, gap=4)
     width = above.shape[1]
     rows = [row for name, text in captions for row in _lines(f"{name}: {text}", width)]
@@ -88,7 +88,7 @@ def _lines(text: str, width: int) -> list[str]:
 
 
 def save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) -> list[Path]:
-    """Beside `path`, the word maps of each head that says something; returns the files."""
+    """Write the word maps of each caption beside `path`; returns the files."""
     files = []
     for number, caption in enumerate(caption for caption in captions.values() if caption.words):
         file = path.with_name(f"{path.stem}{WORDS}{number or ''}.png")
@@ -111,12 +111,12 @@ def draw_predictions(
     a caption head also `folder/<image>_words.png`. `classes` name what is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = captions_of(data_set)
-    # Those that cannot be read were named by the evaluation before.
+    # The evaluation has already named images that cannot be read.
     records = load_records((data_set,), train=False, rules=ImageRules(mapper.max_pixels, skip_broken=True))
     metadata = MetadataCatalog.get(data_set)
     was_training = model.training
     model.eval()
-    # Evenly over the data set, which may be sorted.
+    # The data set may be sorted, so images are taken at even steps.
     step = max(1, len(records) // count)
     for record in records[::step][:count]:
         try:

@@ -1,4 +1,4 @@
-"""What a run leaves for a person to read: report.md, report.json and the loss curves."""
+"""A run's report: report.md, report.json and the loss curves."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from visft.utils import markdown
 CURVES = "loss_curves.png"
 
 WORDS = "_words"
-"""End of the names of images of where a caption head looked."""
+"""Ending of the names of word maps: images of where a caption head looked."""
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _STEPS = {
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Figures for JSON, which has no NaN: a metric without a single object to measure is null."""
+    """Figures for JSON, which has no NaN: a metric without any object to measure is null."""
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -34,10 +34,10 @@ def finite_only(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def before_and_after(evaluations: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """Which two of the evaluations (`start`, `heads`, `lora`; at least one) a report compares.
+    """The two evaluations (of `start`, `heads`, `lora`; at least one) that a report compares.
 
-    Before: the start, where the run began with trained heads; else the end of stage heads, the first moment that
-    figures of the released tower mean something. After: the last there is.
+    "Before" is the start if the run began with trained heads, else the end of stage heads, where figures of the
+    released tower first mean something. "After" is the last one.
     """
     done = [step for step in _STEPS if step in evaluations]
     return done[0], done[-1]
@@ -49,7 +49,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
     Args:
         folder: OUTPUT_DIR.
         evaluations: figures by step (`start`, `heads`, `lora`), flat: `detection/bbox/AP50`, `zero_shot/top1`, ...;
-            those of single classes (`.../AP-dog`) stay in run.json.
+            figures of single classes (`.../AP-dog`) stay in run.json.
         title: first line of the page.
     """
     if not evaluations:
@@ -95,7 +95,7 @@ def _cell(value: float | None) -> str:
 def read_metrics(file: Path) -> dict[str, dict[int, float]]:
     """Scalars of a `metrics.json` (one JSON object a line): name -> iteration -> value.
 
-    A resumed run writes some iterations twice, with the same values; a line that a kill cut short is left out.
+    A resumed run writes some iterations twice, with the same values. A line that a kill cut short is skipped.
     """
     series: dict[str, dict[int, float]] = {}
     if not file.is_file():
@@ -112,7 +112,7 @@ def read_metrics(file: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
-    """Draw `CURVES`: for each stage its total loss and the losses of each head (last layer's)."""
+    """Draw `CURVES`: each stage's total loss and the losses of each head (of the last layer)."""
     from matplotlib.figure import Figure
 
     found = {stage: read_metrics(folder / stage / "metrics.json") for stage in stages}
@@ -128,7 +128,7 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
             per_head = len(parts) == 2 and parts[1].startswith("loss") and not parts[1][-1].isdigit()
             if name == "total_loss" or per_head:
                 iterations = sorted(values)
-                # A line through one point is nothing to see.
+                # A line through few points is hard to see.
                 marker = "o" if len(iterations) < 5 else None
                 axes.plot(iterations, [values[i] for i in iterations], label=name, marker=marker)
         axes.set(title=f"stage {stage}", xlabel="iteration", ylabel="loss", yscale="log")

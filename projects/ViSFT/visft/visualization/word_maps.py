@@ -13,11 +13,11 @@ _DARKEST = 0.2  # brightness of what was not looked at
 
 
 def draw_word_maps(image: np.ndarray, caption: Caption) -> Image.Image:
-    """A panel for each word, as bright as the head's attention as it said the word; the image itself before them.
+    """The image, and a panel for each word: the image as bright as the head's attention was at that word.
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
-        caption: what a caption head says about it.
+        caption: a caption head's, for this image.
     """
     scale = _SIDE / max(image.shape[:2])
     width, height = (max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
