@@ -1,4 +1,4 @@
-"""The classes of a data set, what they are called and how they are numbered; also of a run whose data are gone."""
+"""Names and numbers of a data set's classes, also for a run whose data are not available."""
 
 import dataclasses
 import hashlib
@@ -14,11 +14,11 @@ from visft.classes.class_names import synonyms
 from visft.errors import DataError
 
 RUN_PREFIX = "visft_run_"
-"""Names of data sets that are known by the classes that a run keeps, and have no images."""
+"""Prefix of data sets without images that are registered from the classes that a run keeps."""
 
 
 def filled_metadata(data_set: str, field: str) -> Metadata:
-    """The metadata of a registered data set, which is loaded to fill them where they lack `field`."""
+    """The metadata of a registered data set. It is loaded to fill them if they lack `field`."""
     if not MetadataCatalog.get(data_set).get(field):
         DatasetCatalog.get(data_set)
     return MetadataCatalog.get(data_set)
@@ -26,19 +26,19 @@ def filled_metadata(data_set: str, field: str) -> Metadata:
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes in the order of their contiguous numbers."""
+    """Classes by their contiguous numbers."""
 
     names: tuple[str, ...] = ()
     dataset_ids: tuple[int, ...] = ()
-    """The data set's own id of each class; (): not known."""
+    """The data set's own id of each class; (): unknown."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """What a text encoder reads of each class."""
+    """Names of each class for a text encoder."""
     image_counts: tuple[int, ...] = ()
-    """How many images have each class; (): not known."""
+    """Number of images with each class; (): unknown."""
 
     @classmethod
     def known(cls, cfg: CfgNode) -> "Classes":
-        """Those of DATASETS.TRAIN[0], which heads learn, as far as its metadata say; nothing is loaded."""
+        """The classes of DATASETS.TRAIN[0], which heads learn, from its metadata; nothing is loaded."""
         data_set = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
         if data_set not in DatasetCatalog.list():
             return cls()
@@ -61,11 +61,11 @@ class Classes:
         return cls(tuple(content["names"]), tuple(content["dataset_ids"]), rows, counts)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As JSON."""
         return dataclasses.asdict(self)
 
     def register(self) -> str:
-        """Register a data set of these classes without images, for DATASETS.TRAIN; returns its name."""
+        """Register a data set with these classes and no images, for DATASETS.TRAIN; returns its name."""
         name = RUN_PREFIX + hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:12]
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, _no_images)
@@ -87,15 +87,15 @@ def _no_images() -> list[dict]:
 
 
 def places_by_name(learnt: Sequence[str], data_set: str, names: Sequence[str]) -> dict[int, int]:
-    """The number that a data set gives to each learnt class that it has.
+    """A data set's number of each learnt class that it has.
 
     Args:
-        learnt: names of the classes that heads predict, in the order of their numbers.
+        learnt: names of the classes that heads predict, by their numbers.
         data_set: for messages.
         names: its classes.
 
     Raises:
-        DataError: it has a class that was not learnt, or the lists differ and one has a name twice.
+        DataError: it has a class that was not learnt, or the lists differ and one contains a name twice.
     """
     if list(learnt) == list(names):
         return {number: number for number in range(len(names))}

@@ -1,4 +1,4 @@
-"""Names that masks and boxes may be given, as a person lists them: words, a file, or a known data set's."""
+"""Names to look for, from a list of words, a file, or a known data set."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from visft.classes.dataset_classes import filled_metadata
 from visft.errors import ConfigError
 
 DATA_SETS = {"coco": "coco_2017_val", "lvis": "lvis_v1_val", "objects365": "objects365_v2_val"}
-"""Registered data sets whose classes a word stands for; their files need not be there."""
+"""Registered data sets by the word for their classes; their files need not exist."""
 
 TEST = "test"
 """Stands for the classes of the data set that is evaluated."""
@@ -20,16 +20,16 @@ TEST = "test"
 
 @dataclass(frozen=True)
 class OpenNames:
-    """What is looked for."""
+    """Names to look for."""
 
     shown: tuple[str, ...]
-    """What each class is called in an image; predicted classes index it."""
+    """Name of each class in drawings; predicted classes index it."""
     synonyms: tuple[tuple[str, ...], ...]
-    """What the text encoder reads of each class."""
+    """Names of each class for the text encoder."""
 
 
 def names_of(data_set: str) -> OpenNames:
-    """The classes of a registered data set, which is loaded to fill its metadata where they lack them.
+    """The classes of a registered data set, which is loaded if its metadata lack them.
 
     Raises:
         ConfigError: it is not registered, or has no classes.
@@ -48,8 +48,8 @@ def read_names(key: str, given: Sequence[str]) -> OpenNames:
     """Names from a config key or an option.
 
     Args:
-        key: for messages, where they come from.
-        given: names, or one entry: a word of `DATA_SETS`, or a .txt file with a name a line.
+        key: their origin, for messages.
+        given: names, or one entry: a key of `DATA_SETS`, or a .txt file with a name per line.
 
     Raises:
         ConfigError: there is no name, or no such file.
@@ -80,7 +80,7 @@ def _lines(key: str, file: str) -> list[str]:
 
 
 def _builtin(word: str) -> OpenNames:
-    """Classes of COCO or LVIS, whose metadata detectron2 fills when the annotations are read."""
+    """Classes of COCO or LVIS, whose metadata detectron2 fills only when it reads the annotations."""
     from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
     from detectron2.data.datasets.lvis import get_lvis_instances_meta
 

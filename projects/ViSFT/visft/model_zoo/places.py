@@ -1,4 +1,4 @@
-"""Where the zoo's files lie on this machine."""
+"""Local paths of the zoo's files."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def folder() -> Path:
 
 
 def present(entry: Entry) -> Path | None:
-    """Where the file lies, in the package or in the cache, unchecked; None when it has not been downloaded."""
+    """Path of a file in the package or in the cache, unchecked; None if it has not been downloaded."""
     if entry.package:
         path = in_package(entry.package)
         return path if path.is_file() else None

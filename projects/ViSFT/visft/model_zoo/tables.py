@@ -1,4 +1,4 @@
-"""The tables of MODEL_ZOO.md, made from `zoo.json`: each stands between two comments that name it."""
+"""The tables of MODEL_ZOO.md, made from `zoo.json`. Each stands between two comments, the first with its name."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _FIGURE = "figures."
 
 
 def render(name: str) -> str:
-    """The Markdown table `name`: its rows in the order of `zoo.json`, its columns as `tables` there says."""
+    """The Markdown table `name`, with rows in the order of `zoo.json` and columns by its `tables`."""
     data = entries.table()
     columns = data["tables"][name]
     rows = [row for row in (*data["files"], *data["configs"]) if row["table"] == name]
@@ -48,7 +48,7 @@ def _config_file(name: str) -> str:
 
 
 def _link(row: dict[str, Any]) -> str:
-    """Where a person can look at a file, or read about it."""
+    """A link to a file, or to a page about it."""
     if "repository" in row:
         return f"[{row['repository']}](https://huggingface.co/{row['repository']}/blob/main/{row['file']})"
     if "open_clip" in row:
@@ -57,10 +57,10 @@ def _link(row: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with every table between its comments made anew.
+    """A document with new tables between its comments.
 
     Raises:
-        ConfigError: a table has no place in the document, or a place no table.
+        ConfigError: the document's places are not those of the tables.
     """
     known, places = list(entries.table()["tables"]), [name for name, _ in _BLOCK.findall(text)]
     if sorted(places) != sorted(known) or text.count("<!-- zoo: ") != len(places):
@@ -72,7 +72,7 @@ def filled(text: str) -> str:
 
 
 def check(document: Path = DOCUMENT) -> None:
-    """Raise ConfigError, naming the tables, unless the document's are those that `zoo.json` gives."""
+    """Raise ConfigError, with the tables' names, if the document's tables differ from `zoo.json`."""
     text = _read(document)
     there = dict(_BLOCK.findall(text))
     stale = [name for name, body in _BLOCK.findall(filled(text)) if there[name] != body]
@@ -84,7 +84,7 @@ def check(document: Path = DOCUMENT) -> None:
 
 
 def write(document: Path = DOCUMENT) -> bool:
-    """Make the document's tables anew; returns whether that changed anything."""
+    """Update the document's tables; returns whether anything changed."""
     from visft.checkpoint import files
 
     text = _read(document)
@@ -95,9 +95,9 @@ def write(document: Path = DOCUMENT) -> bool:
 
 
 def rehash() -> list[str]:
-    """Put size, SHA-256 and figures of the files that come with the package into `zoo.json`; returns what changed.
+    """Put size, SHA-256 and figures of the package's files into `zoo.json`; returns the names of changed entries.
 
-    Figures are those that a file's own metadata holds, of the ones that its table shows.
+    Figures come from a file's metadata, as far as its table shows them.
 
     Raises:
         ConfigError: a file of the package has no row.
@@ -136,9 +136,9 @@ def rehash() -> list[str]:
 
 
 def dumps(data: dict[str, Any]) -> str:
-    """`zoo.json`'s layout: one line a column, and for each file or config one line a value."""
+    """`zoo.json`'s layout: a line per column, and for each file or config a line per value."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    # Short lists of words on one line, as a person would write them.
+    # Pairs of words stay on one line.
     return re.sub(r"\[\s+(\"[^\"]*\",)\s+(\"[^\"]*\")\s+\]", r"[\1 \2]", text) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What every command-line tool does with errors: one sentence, exit status 1, and a traceback only when asked for."""
+"""Errors of command-line tools: one sentence and exit status 1; a traceback only on request."""
 
 import os
 import sys
@@ -15,18 +15,18 @@ _ERRORS = ("visft.errors", "demoworld.errors", "towerbench.errors")
 
 
 def guard(function: Callable[..., object], *args, again: str = "") -> int:
-    """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C,
-    143: SIGTERM that a run has heeded).
+    """Call `function` and return an exit status: 0, 1 after an error that the user can act on, 130 after Ctrl-C, or 143
+    after a SIGTERM at which a run has stopped.
 
     Args:
-        again: how to go on after Ctrl-C; empty: nothing is said of it.
+        again: how to go on after Ctrl-C, for the message.
 
-    The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
-    Errors that are nobody's input but a defect of ours keep their traceback.
+    The error's message goes to standard error as one line. Defects keep their traceback, and with `VISFT_DEBUG=1` all
+    errors do.
     """
     try:
         function(*args)
-    except Stopped as stop:  # the run has said so in its log
+    except Stopped as stop:  # the run has logged it
         return stop.status
     except (Exception, KeyboardInterrupt) as error:
         message = _for_the_user(error, again)
@@ -40,7 +40,7 @@ def guard(function: Callable[..., object], *args, again: str = "") -> int:
 
 
 def _for_the_user(error: BaseException, again: str) -> str:
-    """What an error tells the user; "" of a defect."""
+    """An error's message for the user; "" for a defect."""
     if any(kind.__module__ in _ERRORS for kind in type(error).__mro__):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

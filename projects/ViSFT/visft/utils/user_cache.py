@@ -1,4 +1,4 @@
-"""Where what can be made again is kept between runs."""
+"""The folder for files that can be rebuilt."""
 
 import os
 from pathlib import Path
