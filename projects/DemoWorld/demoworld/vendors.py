@@ -1,7 +1,7 @@
 """Further vendors' drawings of the emoji, from npm packages, as folders of `1f415.svg`.
 
-The demo tower is pretrained on several vendors, so that it knows what a drawing shows and not how one
-vendor draws; Twemoji is left out, for evaluation. Nothing of them is kept in the project.
+The demo tower is pretrained on several vendors, so that it learns things rather than one vendor's style. Twemoji is
+held out for evaluation. The project contains none of these drawings.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ VENDORS: dict[str, Vendor] = {
 def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
     """Write a vendor's drawings to `folder/name/*.svg`, named by code points; returns that folder.
 
-    Does nothing when they are there. The package is fetched by `npm pack`, which asks the registry that npm
-    is set up for, and runs nothing of it.
+    Does nothing if they are there. `npm pack` fetches the package from npm's configured registry and runs none of its
+    scripts.
 
     Raises:
         DemoWorldError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
@@ -97,13 +97,13 @@ def _iconify(tar: tarfile.TarFile, folder: Path) -> int:
         return json.load(tar.extractfile(f"package/{name}"))
 
     icons, characters = member("icons.json"), member("chars.json")
-    if not characters:  # Some packages have names alone: Unicode's, written in one way or another.
+    if not characters:  # Some packages only have Unicode's names, in various spellings.
         points_of = {_letters(emoji.name): emoji.key for emoji in catalogue()}
         characters = {points_of[_letters(n)]: n for n in icons["icons"] if _letters(n) in points_of}
     count = 0
     for points, icon_name in characters.items():
         icon = icons["icons"].get(icon_name)
-        if icon is None:  # An alias is another icon turned or mirrored: not this vendor's drawing.
+        if icon is None:  # an alias: another icon, turned or mirrored
             continue
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
