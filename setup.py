@@ -78,6 +78,7 @@ setup(
             "model_zoo/configs/lazy/*.py",
             "export/pictures/*",  # what exports are compared on
             "data/datasets/*.txt",
+            "applications/*.html",
         ],
         "towerbench": ["real/*.txt"],
         "demoworld": ["*.json", "weights/*"],
@@ -101,6 +102,7 @@ setup(
         # Drawing (detectron2's Visualizer imports cv2; fonts for names in any script), and the demo world.
         "demo": [
             *DEMO_WORLD_NEEDS,
+            "Jinja2>=3.0",  # the demo's page
             "cvttf-notosanscjk-regular>=1.0",
             "manimgx-fonts>=2026.9",
             "opencv-python>=4.6",

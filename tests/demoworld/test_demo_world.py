@@ -275,7 +275,7 @@ def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
     run = pretrain.Pretraining(
         tmp_path / "run",
         pretrain.Settings(**MINIATURE),
-        pictures=[tmp_path / "trained"],
+        images=[tmp_path / "trained"],
         held_out_images=[tmp_path / "held-out"],
     )
     assert run.run() is not None
@@ -345,7 +345,7 @@ def test_open_clip_loads_the_shipped_tower_and_it_knows_its_emoji():
     assert next(model.parameters()).dtype == torch.float32
     views = pretrain.Views()
     index = torch.arange(0, len(views.names), 11)
-    bank = augment.premultiplied(torch.from_numpy(catalogue.pictures()), 64)
+    bank = augment.premultiplied(torch.from_numpy(catalogue.openmoji_images()), 64)
     images = augment.augmented_views(bank, index, views.flippable, torch.Generator().manual_seed(2**40))
     classes = tower.class_embeddings(model, views.names, tower.TEMPLATES[:1])
     score = tower.zero_shot(model, [(images, index)], classes)

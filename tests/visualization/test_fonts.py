@@ -8,9 +8,10 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from fontTools.ttLib import TTFont
-from PIL import Image, ImageDraw
+from matplotlib import font_manager
+from matplotlib.font_manager import FontProperties
 
-from visft.visualization import fonts
+from visft.visualization import drawing, fonts
 from visft.visualization.predictions import draw
 
 NAMES = {
@@ -35,9 +36,9 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_every_character_has_a_glyph(name, caplog) -> None:
     """By fontTools, another reader of fonts than the one that chooses."""
-    for path, part in fonts._runs(name):
-        glyphs = TTFont(path).getBestCmap()
-        assert not [c for c in part if ord(c) not in glyphs and not fonts._joins(c)], (path, part)
+    files = [font_manager.findfont(FontProperties(family=[family])) for family in fonts.families(name)]
+    glyphs = set().union(*(TTFont(file).getBestCmap() for file in files))
+    assert not [c for c in name if ord(c) not in glyphs and not fonts._joins(c)]
     assert not caplog.records
 
 
@@ -63,11 +64,11 @@ def test_latin_names_stay_with_the_default_font() -> None:
 
 
 @pytest.mark.parametrize("name", ["猫 cat बिल्ली", "кошка", "a cat"])
-def test_pillow_writes_what_is_measured(name) -> None:
-    sheet = Image.new("L", (400, 40), 255)
-    fonts.write(ImageDraw.Draw(sheet), (10, 5), name, size=20)
-    columns = np.flatnonzero((np.asarray(sheet) < 200).any(0))
-    assert columns[0] >= 9 and abs(columns[-1] - 10 - fonts.length(name, 20)) <= 4
+def test_a_line_holds_its_words_and_nothing_else(name) -> None:
+    alone, twice = (drawing.line(name, 400, height=40, size=20, right=right) for right in ("", name))
+    assert alone.shape == (40, 400, 3) and (alone[:, 200:] == 255).all()
+    left, right = (np.flatnonzero((half < 200).any((0, 2))) for half in (twice[:, :200], twice[:, 200:]))
+    assert left[0] <= 5 and right[-1] >= 194 and abs(np.ptp(left) - np.ptp(right)) <= 1
 
 
 def test_a_character_of_no_font_is_told(caplog) -> None:

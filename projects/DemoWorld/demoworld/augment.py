@@ -1,4 +1,4 @@
-"""Augmented views of single emoji: the images the demo tower is pretrained and evaluated on."""
+"""Augmented views of single emoji, on which the demo tower is pretrained and evaluated."""
 
 import math
 
@@ -9,14 +9,14 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def premultiplied(pictures: torch.Tensor, size: int) -> torch.Tensor:
+def premultiplied(images: torch.Tensor, size: int) -> torch.Tensor:
     """RGBA `[N, S, S, 4]` uint8 with straight alpha -> `[N, 4, size, size]` uint8 with premultiplied alpha.
 
-    Resampling and warping need premultiplied colours, or transparent black bleeds into the edges.
+    Without premultiplied colours, resampling and warping would blend transparent black into the edges.
     """
-    out = torch.empty(len(pictures), 4, size, size, dtype=torch.uint8)
-    for start in range(0, len(pictures), 256):
-        rgba = pictures[start : start + 256].permute(0, 3, 1, 2).float() / 255
+    out = torch.empty(len(images), 4, size, size, dtype=torch.uint8)
+    for start in range(0, len(images), 256):
+        rgba = images[start : start + 256].permute(0, 3, 1, 2).float() / 255
         rgba[:, :3] *= rgba[:, 3:]
         if rgba.shape[-1] != size:
             rgba = F.interpolate(
@@ -29,7 +29,7 @@ def premultiplied(pictures: torch.Tensor, size: int) -> torch.Tensor:
 def _warp(
     rgba: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor, generator
 ) -> torch.Tensor:
-    """Random rotation, aspect, shear; given scale (share of the frame), shift (frames from its centre)."""
+    """Random rotation, aspect and shear, with given scale (share of the frame) and shift (in frames)."""
     n, size = len(rgba), rgba.shape[-1]
     if n == 0:
         return rgba  # affine_grid refuses an empty batch
@@ -130,7 +130,7 @@ def augmented_views(
     image[cluttered] = behind[:, :3] + image[cluttered] * (1 - behind[:, 3:])
 
     scale = 0.5 + 0.6 * uniform(n)
-    # The centre moves as far as keeps most of the image inside.
+    # The shift keeps most of the image inside the frame.
     shift = (uniform(n, 2) - 0.5) * (1.08 - scale).clamp(min=0.06).unsqueeze(1)
     flip = (uniform(n) < 0.5) & flippable[index]
     front = _warp(bank[index].float() / 255, scale, shift, flip, generator)

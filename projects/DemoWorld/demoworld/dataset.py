@@ -4,7 +4,7 @@
     root/annotations/{instances,captions}_{train,val,unseen}.json
     root/demo_world.json     what the folder was made with; written last
 
-The images are made from OpenMoji's, so the data set is under CC BY-SA 4.0 as they are; its files say so.
+The images contain OpenMoji's, so the data set is under CC BY-SA 4.0 too; its files say so.
 """
 
 import json
@@ -25,13 +25,12 @@ logger = logging.getLogger(__name__)
 
 MARKER = "demo_world.json"
 VERSION = 2
-"""Raised when the same parameters give other files than before, so that old folders are made anew."""
+"""Increased when the same parameters give other files, so that old folders are rebuilt."""
 
 FIRST_FRESH = 5001
 SCENES_OF_HEADS = 69_000
-"""The shipped heads have seen training scenes 1 to this: 1 to 5,000 many times in a first training, the others once.
-What a head sends back from scenes that it knows by rote says little about a tower's features, so the demo begins after
-them."""
+"""The shipped heads have seen training scenes 1 to this number: 1 to 5,000 many times, the others once. Gradients of a
+head on memorised scenes say little about a tower's features, so the demo uses later scenes."""
 
 _QUALITY = 92
 
@@ -63,14 +62,14 @@ def make(
 ) -> DemoData:
     """Make the demo world, unless `root` already holds the one of these parameters.
 
-    The same parameters give the same bytes. Files are made in a folder beside `root`, renamed when complete.
+    The same parameters give the same bytes. The folder gets its name when it is complete.
 
     Args:
         root: the folder.
         num_train, num_val: how many scenes.
-        num_unseen: how many scenes of unseen things; the first of those that the out-of-domain suite shows.
-        seed: of the scenes; a scene depends on it, its split and its number alone.
-        first_train: number of the first training scene; left out: scenes that the shipped heads have not seen.
+        num_unseen: how many scenes of unseen things, the first of the out-of-domain suite's.
+        seed: of the scenes; each depends only on the seed, its split and its number.
+        first_train: number of the first training scene; by default the first that the shipped heads have not seen.
 
     Raises:
         DemoWorldError: if `root` holds files that were not made here, or numbers are out of range.
@@ -108,7 +107,7 @@ def make(
         except OSError:
             if _made_with(root) != parameters:
                 raise
-            # Another process made the same in the meantime.
+            # Another process has just made the same.
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     logger.info("%s: %d train and %d validation scenes", root, num_train, num_val)
@@ -123,7 +122,7 @@ def _made_with(root: Path) -> dict | None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove what killed processes left half-made."""
+    """Remove incomplete folders of killed processes."""
     for path in root.parent.glob(f"{root.name}.partial-*"):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and int(pid) != os.getpid():
@@ -143,7 +142,7 @@ def coco_categories() -> list[dict]:
 
 
 def categories_of(split: str) -> list[dict]:
-    """The entries of a split's categories: COCO's, or of `unseen` its own, numbered from 1."""
+    """The entries of a split's categories: COCO's, or for `unseen` its own, numbered from 1."""
     if split != "unseen":
         return coco_categories()
     names = unseen_things.cast().names
@@ -161,9 +160,9 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     emoji, categories = catalogue.catalogue(), categories_of(split)
     images, instances, captions = [], [], []
     data.images(split).mkdir()
-    # None: a bar on a terminal alone.
+    # None: a bar on a terminal only.
     for image_id in tqdm(numbers, f"{split} scenes", disable=None, leave=False):
-        # A scene depends on seed, split and number alone: a longer data set starts with the shorter one.
+        # A longer data set starts with the shorter one.
         if split == "unseen":
             scene = unseen_things.scene(unseen_things.TEST, image_id - 1)
         else:

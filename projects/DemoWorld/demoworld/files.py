@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Atomic writing of files: written aside, synced, renamed."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 PARTIAL_SUFFIX = ".partial"
-"""End of the names of files that are being written; they begin with a dot."""
+"""Ending of the names of files that are being written; they begin with a dot."""
 
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Give the name of a file beside `path`, which gets that name when the block ends well, and is removed else."""
+    """Give a temporary file beside `path`. It is renamed to `path` when the block ends, and removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
@@ -34,7 +34,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove what a killed writer left half-written in `folder`."""
+    """Remove incomplete files of killed writers in `folder`."""
     for leftover in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
@@ -48,7 +48,7 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors, none of which share memory, as safetensors; equal ones make equal files, to the byte."""
+    """Write tensors that share no memory as safetensors; equal tensors give equal bytes."""
     with write_aside(path) as partial:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata)
@@ -57,7 +57,7 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Order the metadata by name: safetensors writes them in another order each time."""
+    """Sort the metadata by name, since safetensors writes them in a random order."""
     with open(path, "rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

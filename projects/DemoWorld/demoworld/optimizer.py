@@ -9,7 +9,7 @@ from demoworld.schedule import Settings
 
 
 def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """About the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n: Muon's Newton-Schulz."""
+    """Roughly the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n, by Muon's Newton-Schulz."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.transpose(1, 2)
@@ -18,7 +18,7 @@ def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
 
 
 class Optimizer:
-    """Muon for the transformers' matrices, AdamW for all else; its whole state is named tensors.
+    """Muon for the transformers' matrices, AdamW for the rest. Its state is a dictionary of tensors.
 
     float32 throughout (bfloat16, which `torch.optim.Muon` uses, is slow on CPUs), and fused projections are
     orthogonalised one by one.

@@ -1,9 +1,8 @@
 """Contrastive pretraining of the demo tower on captioned, augmented single emoji.
 
-CLIP's loss (Radford et al. 2021, section 2.3) with what makes a small ViT learn fast on few cores: small
-images first (CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of
-the hidden matrices (Muon, Jordan et al. 2024). Every random draw is a function of the seed and the step, so a
-resumed run needs no generator state.
+CLIP's loss (Radford et al. 2021, section 2.3), made fast on few cores by small images at first (CLIPA, Li et al. 2023),
+dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of hidden matrices (Muon, Jordan et al. 2024). Random
+numbers depend only on the seed and the step, so a resumed run needs no generator state.
 """
 
 import hashlib
@@ -32,11 +31,8 @@ CHECKPOINT, RUN_FILE, LOG_FILE = "checkpoint.safetensors", "run.json", "log.json
 FINAL_FILE = tower.WEIGHTS_FILE.name
 
 
-# ---------------------------------------------------------------- model
-
-
 def create_tower(seed: int) -> nn.Module:
-    """A fresh `visft-tiny` CLIP in float32, the same for the same seed."""
+    """A new `visft-tiny` CLIP in float32, determined by the seed."""
     import open_clip
 
     tower.register_open_clip()
@@ -46,7 +42,7 @@ def create_tower(seed: int) -> nn.Module:
 
 
 def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Embeddings `[B, D]` of square images of any size; `keep` `[B, K]`: the patches not dropped."""
+    """Embeddings `[B, D]` of square images of any size; `keep` `[B, K]`: indices of the patches to keep."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)
     grid = images.shape[-1] // visual.patch_size[0]
     position = visual.positional_embedding
@@ -66,24 +62,18 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
-# ---------------------------------------------------------------- optimizer
-
-
-# ---------------------------------------------------------------- training
-
-
 class Pretraining:
-    """A pretraining run in a folder: `run()` starts it or goes on with it.
+    """A pretraining run in a folder, which `run()` starts or continues.
 
     Args:
-        output: folder of the run: settings (`run.json`), log (`log.jsonl`), checkpoint, in the end weights.
+        output: folder of the run: settings (`run.json`), log (`log.jsonl`), checkpoint, finally weights.
         settings: of a new run.
-        resume: go on with the run in `output`, under the settings it was started with.
+        resume: continue the run in `output` with its settings.
         images: folders of further vendors' images to train on as well.
         held_out_images: folders of vendors that are only evaluated.
 
     Raises:
-        DemoWorldError: the folder already holds a run and `resume` is not set, or its checkpoint cannot be read.
+        DemoWorldError: the folder holds a run and `resume` is not set, or its checkpoint cannot be read.
     """
 
     def __init__(
@@ -92,7 +82,7 @@ class Pretraining:
         settings: Settings | None = None,
         *,
         resume: bool = False,
-        pictures: Sequence[str | Path] = (),
+        images: Sequence[str | Path] = (),
         held_out_images: Sequence[str | Path] = (),
         checkpoint_seconds: float = 120.0,
         evaluate_seconds: float = 900.0,
@@ -111,7 +101,7 @@ class Pretraining:
             )
         self.settings = settings
         self.checkpoint_seconds, self.evaluate_seconds = checkpoint_seconds, evaluate_seconds
-        self.views = Views(settings.classes, pictures, held_out_images)
+        self.views = Views(settings.classes, images, held_out_images)
         self.model = create_tower(settings.seed)
         self.optimizer = Optimizer(self.model, settings)
         self.average = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
@@ -130,10 +120,10 @@ class Pretraining:
         return min(1.0, self.samples / s.samples if s.samples else self.seconds / (60 * s.minutes))
 
     def run(self, stop_after: int | None = None) -> Path | None:
-        """Train to the end and write the weights, or stop after so many further steps with a checkpoint.
+        """Train to the end and write the weights, or stop with a checkpoint after `stop_after` further steps.
 
         Returns:
-            The weights' file, or None if stopped before the end.
+            The file of the weights, or None if stopped before the end.
 
         Raises:
             DemoWorldError: the loss is not finite.
@@ -202,7 +192,7 @@ class Pretraining:
         self.optimizer.step(lr, self.step)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
-            # A mean over about 1/(1 - average) steps that forgets its empty start.
+            # A mean over about 1/(1 - average) steps, later divided by its total weight.
             decay = self.settings.average
             names = list(self.average)
             parameters = dict(self.model.named_parameters())
@@ -215,14 +205,14 @@ class Pretraining:
         return value
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The complete CLIP's state with the running mean of the weights, float32."""
+        """The state of the complete CLIP with the running mean of the weights, float32."""
         state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         if self.average_weight:
             state.update({k: v / self.average_weight for k, v in self.average.items()})
         return state
 
     def _evaluate(self, views: int, vendors: int | None = None) -> dict[str, float]:
-        """Zero-shot accuracy on each vendor's drawings (per cent); on the first so many."""
+        """Zero-shot accuracy in per cent on the drawings of the first `vendors` vendors (None: all)."""
         model = create_tower(0)
         model.load_state_dict(self.averaged())
         model.eval()
@@ -241,7 +231,7 @@ class Pretraining:
             file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        """Write the checkpoint, aside and renamed: weights, optimizer, running mean, counters in one file."""
+        """Write the checkpoint atomically: weights, optimizer, running mean and counters."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"optimizer/{k}": v for k, v in self.optimizer.state.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}

@@ -1,4 +1,4 @@
-"""Composes scenes of emoji on backgrounds, with visible masks and captions that count and relate."""
+"""Scenes of emoji on backgrounds, with visible masks and captions of counts and relations."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from PIL import Image
 from demoworld import catalogue
 
 SIZES = ((128, 128), (112, 128), (128, 112))
-"""Heights and widths of scenes; the first is as frequent as the two others together."""
+"""Heights and widths of scenes. The first is as frequent as the others together."""
 
 MIN_VISIBLE = 0.25
-"""An object of which less than this share would be seen is left out of the scene."""
+"""An object with a smaller visible share is left out of the scene."""
 
 TRAIN_BACKGROUNDS = ("plain", "gradient", "clouds", "stripes")
 HELD_OUT_BACKGROUNDS = ("checks", "dots")
-"""Kinds of background that only the validation split shows, on one scene in three."""
+"""Kinds of background of the validation split alone, in one scene of three."""
 
 _COLOURS = {
     "white": (240, 240, 240), "grey": (150, 150, 150), "black": (40, 40, 40), "red": (200, 70, 60),
@@ -36,7 +36,7 @@ _NO_ARTICLE = frozenset({"skis", "scissors", "broccoli"})
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it is seen.
+    """One visible object.
 
     Args:
         category: index into the cast's names; by default into `catalogue.COCO_CATEGORIES`.
@@ -68,25 +68,25 @@ def _plural(name: str) -> str:
 
 @dataclass(frozen=True)
 class Cast:
-    """Who may be in a scene.
+    """The categories of scenes and their drawings.
 
     Args:
         names: of the categories.
-        train, every: each category's places in `pictures`: the drawings of training scenes, and all of them.
-        images: an index into `catalogue.catalogue()` and an image each.
-        flips: whether each is still called so after a flip.
+        train, every: each category's indices into `images`: drawings of training scenes, and all drawings.
+        images: each an index into `catalogue.catalogue()` and an image.
+        flips: whether each image may be flipped.
     """
 
     names: tuple[str, ...]
     train: tuple[tuple[int, ...], ...]
     every: tuple[tuple[int, ...], ...]
-    pictures: tuple[tuple[int, Image.Image], ...]
+    images: tuple[tuple[int, Image.Image], ...]
     flips: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` `[H, W, 3]` uint8 RGB; its objects, front to back; its captions; the kind of its background."""
+    """`image` `[H, W, 3]` uint8 RGB, its objects from front to back, its captions, and its kind of background."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -106,8 +106,8 @@ def count_phrase(name: str, count: int) -> str:
 def cast_of(
     categories: Sequence[tuple[str, Sequence[str]]], held_out: Sequence[Sequence[str]] | None = None
 ) -> Cast:
-    """A cast of categories, given by name and emoji; `held_out` are further emoji that training scenes do not show."""
-    emoji, rendered = catalogue.catalogue(), catalogue.pictures()
+    """A cast of categories by name and emoji; `held_out`: further emoji of each that training scenes do not show."""
+    emoji, rendered = catalogue.catalogue(), catalogue.openmoji_images()
     train, every, images, flips = [], [], [], []
     for place, (_, texts) in enumerate(categories):
         indices = catalogue.drawing_indices((*texts, *(held_out[place] if held_out else ())))
@@ -169,7 +169,7 @@ def _background(kind: str, height: int, width: int, rng: np.random.Generator) ->
 
 
 def _layout(rng: np.random.Generator, categories: int) -> list[int]:
-    """Categories of the objects of a scene: 1 to 8 objects of 1 to 3 categories, few more often than many."""
+    """Categories of a scene's objects: 1 to 8 objects of 1 to 3 categories, preferably few."""
     count = int(rng.choice(np.arange(1, 9), p=(0.2, 0.22, 0.18, 0.14, 0.1, 0.08, 0.05, 0.03)))
     kinds = rng.choice(categories, min(count, int(rng.integers(1, 4))), replace=False)
     more = rng.choice(kinds, count - len(kinds))
@@ -181,8 +181,8 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
 
     Args:
         rng: the only source of randomness.
-        held_out: whether drawings and backgrounds that only the validation split shows may occur.
-        cast: who plays; None: COCO's categories.
+        held_out: whether drawings and backgrounds of the validation split alone may occur.
+        cast: the categories; None: COCO's.
 
     Returns:
         A scene with at least one object.
@@ -196,12 +196,12 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
     categories = _layout(rng, len(cast.names))
     largest = {1: 80, 2: 76, 3: 68, 4: 60}.get(len(categories), 52)
 
-    # Front to back: an object is kept if enough of it shows behind those kept before it.
+    # From front to back, an object is kept if enough of it is visible.
     covered = np.zeros((height, width), bool)
     kept: list[tuple[SceneObject, np.ndarray, slice, slice]] = []
     for category in categories:
         drawing = int(rng.choice(drawings[category]))
-        emoji, image = cast.pictures[drawing]
+        emoji, image = cast.images[drawing]
         if cast.flips[drawing] and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.5:
@@ -239,7 +239,7 @@ def captions_of(
     rng: np.random.Generator,
     categories: Sequence[str] = tuple(category.name for category in catalogue.COCO_CATEGORIES),
 ) -> tuple[str, ...]:
-    """Three captions: what is there, how it lies to each other or in the frame, and on which background."""
+    """Three captions: the objects, their relation or place, and their background."""
     groups: dict[int, list[SceneObject]] = {}
     for item in objects:
         groups.setdefault(item.category, []).append(item)

@@ -1,4 +1,4 @@
-"""What a pretraining is told: its length, its rates, and the sizes of its images over time."""
+"""Settings of a pretraining: length, rates, and image sizes over time."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from demoworld.errors import DemoWorldError
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a schedule: its end (share of the whole), image size (pixels), share of patches dropped."""
+    """Part of a schedule: its end (share of the whole), image size (pixels), and share of dropped patches."""
 
     until: float
     size: int
@@ -21,14 +21,13 @@ class Settings:
 
     Args:
         samples: length of the schedule in images. 0 where `minutes` is given.
-        minutes: length of the schedule in minutes, evaluations included. The schedule then follows the clock (what was
-            spent is saved with the checkpoint), so that it ends in time on a shared machine; a run
-            by samples is instead the same to the bit however often it is interrupted.
+        minutes: length of the schedule in minutes, with evaluations. The schedule then follows the clock, which the
+            checkpoint keeps. A run by samples is instead repeatable to the bit however often it is interrupted.
         batch_size: distinct emoji in a batch.
         lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
         weight_decay: decoupled; matrices of the two transformers only.
         warmup: share of the schedule with a rising learning rate.
-        average: decay per step of the running mean of the weights; the mean is what is shipped.
+        average: decay per step of the running mean of the weights, which is shipped.
         phases: image sizes over the schedule.
         seed: of the initial weights and of all data.
         classes: use only the first so many emoji (0: all). For tests.

@@ -1,4 +1,4 @@
-"""The demo tower `visft-tiny`: a CLIP in miniature that open_clip knows by name, and its zero-shot test."""
+"""The demo tower `visft-tiny`, a small CLIP that is registered with open_clip, and its zero-shot test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensor
 
 
 def register(open_clip: ModuleType) -> None:
-    """Make an imported open_clip know the architecture `visft-tiny` and its tag `demo`, the shipped weights.
+    """Register the architecture `visft-tiny` and its tag `demo`, the shipped weights, with an imported open_clip.
 
-    Afterwards `open_clip.create_model("visft-tiny", pretrained="demo")` works, offline. May be called again.
+    Then `open_clip.create_model("visft-tiny", pretrained="demo")` works offline. May be called again.
     """
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FILE)
@@ -31,7 +31,7 @@ def register(open_clip: ModuleType) -> None:
 
 
 def register_open_clip() -> None:
-    """Import open_clip if need be, and `register` the tower with it."""
+    """Import open_clip and `register` the tower."""
     import open_clip
 
     register(open_clip)

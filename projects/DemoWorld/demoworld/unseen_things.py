@@ -1,4 +1,4 @@
-"""Scenes of things that no fine-tuning scene shows."""
+"""Scenes of things that are in no fine-tuning scene."""
 
 import functools
 
@@ -18,15 +18,15 @@ _THINGS = (
 
 @functools.cache
 def cast() -> scenes.Cast:
-    """Who plays in the scenes: one category an emoji, under its own name."""
+    """The categories: one per emoji, with its name."""
     known = {emoji.text: emoji for emoji in catalogue.unseen_emoji()}
     return scenes.cast_of([(known[text].name, (text,)) for text in _THINGS if text in known])
 
 
 TEST = 2
-"""Number of the part that the test split of the out-of-domain suite shows."""
+"""Number of the part that is the test split of the out-of-domain suite."""
 
 
 def scene(part: int, number: int) -> scenes.Scene:
-    """One scene, which depends on its part and its number alone."""
+    """One scene, which depends only on its part and its number."""
     return scenes.compose(np.random.default_rng([7, part, number]), held_out=True, cast=cast())

@@ -1,7 +1,7 @@
 """Further vendors' drawings of the emoji, from npm packages, as folders of `1f415.svg`.
 
-The demo tower is pretrained on several vendors, so that it knows what a drawing shows and not how one
-vendor draws; Twemoji is left out, for evaluation. Nothing of them is kept in the project.
+The demo tower is pretrained on several vendors, so that it learns things rather than one vendor's style. Twemoji is
+held out for evaluation. The project contains none of these drawings.
 """
 
 import hashlib
@@ -39,47 +39,16 @@ class Vendor:
 
 
 VENDORS: dict[str, Vendor] = {
-    "noto": Vendor(
-        "@iconify-json/noto@1.2.9",
-        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0",
-    ),
-    "noto-v1": Vendor(
-        "@iconify-json/noto-v1@1.2.5",
-        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "Apache-2.0",
-    ),
-    "fluent": Vendor(
-        "@iconify-json/fluent-emoji-flat@1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT",
-    ),
-    "emojione": Vendor(
-        "@iconify-json/emojione@1.2.3",
-        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "CC BY 4.0",
-    ),
-    "fxemoji": Vendor(
-        "@iconify-json/fxemoji@1.2.2",
-        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-        "Apache-2.0",
-    ),
-    "twemoji": Vendor(
-        "@twemoji/svg@15.0.0",
-        "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
-        "CC BY 4.0",
-        iconify=False,
-    ),
+    name: Vendor(**row)
+    for name, row in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
 }
-HELD_OUT = ("twemoji",)
-"""Vendors that the shipped tower never saw."""
 
 
 def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
     """Write a vendor's drawings to `folder/name/*.svg`, named by code points; returns that folder.
 
-    Does nothing when they are there. The package is fetched by `npm pack`, which asks the registry that npm
-    is set up for, and runs nothing of it.
+    Does nothing if they are there. `npm pack` fetches the package from npm's configured registry and runs none of its
+    scripts.
 
     Raises:
         DemoWorldError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
@@ -128,13 +97,13 @@ def _iconify(tar: tarfile.TarFile, folder: Path) -> int:
         return json.load(tar.extractfile(f"package/{name}"))
 
     icons, characters = member("icons.json"), member("chars.json")
-    if not characters:  # Some packages have names alone: Unicode's, written in one way or another.
+    if not characters:  # Some packages only have Unicode's names, in various spellings.
         points_of = {_letters(emoji.name): emoji.key for emoji in catalogue()}
         characters = {points_of[_letters(n)]: n for n in icons["icons"] if _letters(n) in points_of}
     count = 0
     for points, icon_name in characters.items():
         icon = icons["icons"].get(icon_name)
-        if icon is None:  # An alias is another icon turned or mirrored: not this vendor's drawing.
+        if icon is None:  # an alias: another icon, turned or mirrored
             continue
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))

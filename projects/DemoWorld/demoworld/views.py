@@ -1,4 +1,4 @@
-"""Views of single emoji to pretrain on: batches with captions, and what is evaluated."""
+"""Views of single emoji: captioned batches for pretraining, and batches for evaluation."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from demoworld import augment, catalogue, tower
 
 
 def step_generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A generator that depends on all three and on nothing else."""
+    """A generator that depends only on the three arguments."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -20,8 +20,8 @@ class Views:
 
     Args:
         classes: use only the first so many emoji (0: all).
-        folders: further vendors' images (`catalogue.other_images`), drawn from as often as OpenMoji's.
-        held_out: folders of vendors that are in no batch, after the others in `evaluation`.
+        folders: further vendors' images (`catalogue.other_images`), sampled as often as OpenMoji's.
+        held_out: folders of vendors for `evaluation` alone, numbered after the others.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Views:
         coco_names = {c.id: c.name for c in catalogue.COCO_CATEGORIES}
         self.coco_names = [coco_names.get(e.coco_id) for e in emoji]
         self.flippable = torch.tensor([catalogue.may_flip(name) for name in self.names])
-        # One (images, their classes) a vendor.
-        own = torch.from_numpy(catalogue.pictures()[: len(emoji)])
+        # (images, classes) of each vendor
+        own = torch.from_numpy(catalogue.openmoji_images()[: len(emoji)])
         self.vendors = [(own, torch.arange(len(emoji)))]
-        self.trained = 1 + len(folders)  # vendors that batches are drawn from: the first so many
+        self.trained = 1 + len(folders)  # number of vendors in batches
         for folder in (*folders, *held_out):
             rgba, index = catalogue.other_images(folder)
             kept = torch.tensor([i < len(emoji) for i in index])
             self.vendors.append((torch.from_numpy(rgba)[kept], torch.tensor(index)[kept]))
-        # where[v, c]: the place of class c among vendor v's images, or -1.
+        # where[v, c]: index of class c in vendor v's images, or -1
         self.where = torch.full((len(self.vendors), len(emoji)), -1)
         for v, (_, index) in enumerate(self.vendors):
             self.where[v, index] = torch.arange(len(index))
@@ -56,23 +56,20 @@ class Views:
         return self._banks
 
     def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """`(normalised pictures [count, 3, size, size], a caption each)` of distinct emoji."""
+        """`(normalised images [count, 3, size, size], a caption each)` of distinct emoji."""
         classes = torch.randperm(len(self.names), generator=generator)[:count]
         vendor = torch.randint(self.trained, (len(classes),), generator=generator)
         vendor[self.where[vendor, classes] < 0] = 0
         banks = self._banks_of(size)[: self.trained]
-        if len(banks) == 1:
-            bank, index, flippable = banks[0], classes, self.flippable
-        else:
-            bank = torch.cat(banks)
-            starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
-            index = starts[vendor] + self.where[vendor, classes]
-            flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
+        bank = torch.cat(banks) if len(banks) > 1 else banks[0]
+        starts = torch.tensor([0, *(len(b) for b in banks[:-1])]).cumsum(0)
+        index = starts[vendor] + self.where[vendor, classes]
+        flippable = torch.cat([self.flippable[i] for _, i in self.vendors[: self.trained]])
         images = augment.augmented_views(bank, index, flippable, generator)
         draws = torch.rand(len(classes), 2, generator=generator).tolist()
         captions = []
         for c, (a, b) in zip(classes.tolist(), draws, strict=True):
-            # COCO's word now and then, so that the text tower knows both.
+            # Sometimes COCO's word, so that the text tower knows both.
             name = self.coco_names[c] if self.coco_names[c] and a < 0.25 else self.names[c]
             captions.append(tower.TEMPLATES[int(b * len(tower.TEMPLATES))].format(name))
         return images, captions
@@ -80,7 +77,7 @@ class Views:
     def evaluation(
         self, vendor: int = 0, size: int = 64, views: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views from seeds that training never uses: `(pictures, labels)`, every class `views` times."""
+        """`(images, labels)` of every class `views` times, from seeds that training never uses."""
         images, classes = self.vendors[vendor]
         bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(images, size)
         for view in range(views):

@@ -41,7 +41,7 @@ def of_split(split: str) -> list[int]:
 def _bank(folder: Path | None) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A vendor's drawings `[N, 4, SIZE, SIZE]`, premultiplied, and the index into `catalogue()` of each."""
     if folder is None:
-        rendered, indices = catalogue.pictures(), range(len(catalogue.catalogue()))
+        rendered, indices = catalogue.openmoji_images(), range(len(catalogue.catalogue()))
     else:
         rendered, indices = catalogue.other_images(folder)
     return augment.premultiplied(torch.from_numpy(rendered), SIZE), tuple(indices)

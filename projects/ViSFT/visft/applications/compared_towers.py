@@ -1,7 +1,9 @@
-"""Whole CLIPs that are compared: checked and labelled before they are loaded, and loaded for `towerbench`."""
+"""CLIPs to compare: checks and labels before they are loaded, and loading for `towerbench`."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from visft.checkpoint import files
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load(name: str, pretrained: str | None, *, label: str = "base", device: str | None = None) -> "Tower":
-    """A tower of the benchmarks whose maps are a CLIPViT's; None where it is no plain vision transformer.
+    """A tower for the benchmarks. Its maps are CLIPViT's; a tower that is no plain vision transformer has none.
 
     Args:
         name, pretrained: as of `open_clip_models.create_clip`.
@@ -37,30 +39,37 @@ def check(name: str, pretrained: str, compare: Sequence[str]) -> None:
 
     Raises:
         ConfigError: the architecture or tag is unknown.
-        CheckpointError: a file is missing or no weight file, or lacks what the others have.
+        CheckpointError: a file is missing or no weight file, or holds no whole CLIP.
     """
-    open_clip_models.check_name(name)
+    with said_of("--model"):
+        open_clip_models.check_name(name)
     for option, given in (("--pretrained", pretrained), *(("--compare", file) for file in compare)):
-        try:
+        with said_of(option, given):
             open_clip_models.check_pretrained(name, given)
-            if os.path.isfile(given):
-                shapes = files.read_shapes(given)
-                if not any(key.startswith("visual.") for key in shapes):
-                    raise CheckpointError(
-                        f"{given}: holds no whole CLIP (no names beginning with `visual.`); a tower and its text tower "
-                        "were expected, as tools/export_backbone.py --format open_clip writes them."
-                    )
-        except (ConfigError, CheckpointError) as error:
-            message = (
-                str(error)
-                .removeprefix("MODEL.CLIP_VIT.PRETRAINED: ")
-                .replace("MODEL.CLIP_VIT.PRETRAINED", "it")
-            )
-            raise type(error)(f"{option} {given}: {message.removeprefix(f'{given}: ')}") from error
+            if not os.path.isfile(given):
+                continue
+            parts = {key.startswith("visual.") for key in files.read_shapes(given)}
+            if parts != {True, False}:
+                found = "a vision tower without a text encoder" if parts == {True} else "no whole CLIP"
+                raise CheckpointError(
+                    f"{given}: holds {found}; a CLIP with both was expected, as "
+                    "tools/export_backbone.py --format open_clip writes it"
+                )
+
+
+@contextlib.contextmanager
+def said_of(option: str, given: str = "") -> Iterator[None]:
+    """Within it, errors name an option and its value instead of a key of MODEL.CLIP_VIT."""
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        place = rf"^(MODEL\.CLIP_VIT\.\w+(:| is) )?('?{re.escape(given)}'?[:,]? )?"
+        message = re.sub(place, "", str(error))
+        raise type(error)(f"{option} {given}: {message}" if given else f"{option}: {message}") from error
 
 
 def labels(compare: Sequence[str]) -> list[str]:
-    """Short names for files: the stem, with as many folders before it as tell them apart.
+    """Short names of files: the stem, preceded by as many folders as make it unique.
 
     Raises:
         ConfigError: a file is given twice.

@@ -1,9 +1,10 @@
-"""`make demo`: the whole method in miniature; and the training of the heads that it starts from."""
+"""`make demo`: the whole method in miniature, and the training of the heads that it starts from."""
 
 import argparse
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,14 +24,14 @@ from visft.model_zoo import get_config_file
 logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(model_zoo.__file__).with_name("weights")
-"""Where the demo's shipped heads are: `heads_demo_<head>.safetensors`."""
+"""Folder of the shipped heads: `heads_demo_<head>.safetensors`."""
 
 EXPORTED = Path("export") / "visft_backbone.safetensors"
 OUT_OF_DOMAIN = "out_of_domain"
-"""Folder of the suite's short form in a run's."""
+"""Folder of the short suite, in OUTPUT_DIR."""
 
 UNSEEN = "unseen"
-"""Folder of the images of scenes of unseen things in a run's."""
+"""Folder of images of scenes of unseen things, in OUTPUT_DIR."""
 
 _SUITE = {
     "goi zero-shot": "regions named by the text encoder, top-1 and top-5",
@@ -40,13 +41,13 @@ _SUITE = {
     "few-shot digits": "digits by a linear probe, accuracy",
     "robustness emoji": "zero-shot under corruption, top-1",
 }
-"""The benchmarks of the short suite, in the order of the last lines; the whole suite takes several times as long."""
+"""Benchmarks of the short suite in the order of the last lines. The whole suite takes several times as long."""
 
 _UNSEEN = {
     "segmentation/segm/AP50": "masks found and named, AP50",
     "detection/bbox/AP50": "boxes found and named, AP50",
 }
-"""By the heads and the text encoder together, among names never trained on (`MODEL.VISFT.OPEN_VOCABULARY`)."""
+"""Metrics of heads and text encoder together, with names never trained on (`MODEL.VISFT.OPEN_VOCABULARY`)."""
 
 _FIGURES = {
     "detection/bbox/AP50": "boxes, AP50",
@@ -57,18 +58,18 @@ _FIGURES = {
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the demo world, run configs/visft_demo.yaml, evaluate what was never tuned on, and say what happened."""
+    """Make the demo world, run configs/visft_demo.yaml, evaluate on things never tuned on, and report."""
     numbers = {"num_train": args.num_train, "num_val": args.num_val, "num_unseen": args.num_unseen}
     _make_data(demo_world.default_root(), **numbers)
     folder = _train(get_config_file("visft_demo"), args.opts, resume=args.resume)
-    if (folder / EXPORTED).is_file():  # VISFT.EXPORT may say otherwise
+    if (folder / EXPORTED).is_file():  # unless VISFT.EXPORT leaves it out
         complete_report(folder, evaluate_out_of_domain(folder), evaluate_unseen(folder))
     write_page(folder)
     print(summary(folder), flush=True)
 
 
 def evaluate_out_of_domain(folder: str | os.PathLike) -> dict:
-    """The short form of tools/evaluate_backbone.py on the exported tower; returns what is in its results.json.
+    """Run the short suite on the exported tower; returns the content of its results.json.
 
     Args:
         folder: OUTPUT_DIR of a finished run of the demo's tower.
@@ -86,7 +87,7 @@ def evaluate_out_of_domain(folder: str | os.PathLike) -> dict:
 def evaluate_unseen(folder: str | os.PathLike) -> dict[str, dict[str, float]]:
     """Average precision of masks and boxes of things never trained on, under names never trained on.
 
-    The shipped heads propose, the text encoder names (see `visft.modeling.open_vocabulary`); only the tower differs.
+    The shipped heads propose and the text encoder names (see `visft.modeling.open_vocabulary`). Only the towers differ.
 
     Args:
         folder: OUTPUT_DIR of a finished run of the demo's tower.
@@ -95,32 +96,32 @@ def evaluate_unseen(folder: str | os.PathLike) -> dict[str, dict[str, float]]:
         `{"before": {"segmentation/segm/AP50": ..., ...}, "after": {...}}`, per cent.
     """
     heads = ("detection", "segmentation")
-    opts = ["MODEL.VISFT.HEADS", str(heads), "MODEL.VISFT.OBJECTIVES", "()", "OUTPUT_DIR", str(folder)]
-    opts += ["MODEL.VISFT.HEAD_FILES", str(tuple(f"visft://heads_demo_{head}.safetensors" for head in heads))]
-    opts += [
-        "MODEL.VISFT.OPEN_VOCABULARY.NAMES",
-        "('test',)",
-        "DATASETS.TEST",
-        f"('{demo_world.NAMES['unseen']}',)",
-    ]
+    keys = {
+        "MODEL.VISFT.HEADS": heads,
+        "MODEL.VISFT.HEAD_FILES": tuple(f"visft://heads_demo_{head}.safetensors" for head in heads),
+        "MODEL.VISFT.OBJECTIVES": (),
+        "MODEL.VISFT.OPEN_VOCABULARY.NAMES": ("test",),
+        "DATASETS.TEST": (demo_world.NAMES["unseen"],),
+        "OUTPUT_DIR": str(folder),
+    }
     found = {}
     for step, weights in (("before", tower.TAG), ("after", str(Path(folder) / EXPORTED))):
-        cfg = settings.load_config(
-            get_config_file("visft_demo"), [*opts, "MODEL.CLIP_VIT.PRETRAINED", weights]
-        )
+        words = settings.words({**keys, "MODEL.CLIP_VIT.PRETRAINED": weights})
+        cfg = settings.load_config(get_config_file("visft_demo"), words)
         checks.check(cfg, train=False)
-        model = stages.initial_model(cfg, 0).eval()
-        found[step] = {
-            name: value for name, value in evaluate.evaluate(cfg, model).items() if name in _UNSEEN
-        }
+        figures = evaluate.evaluate(cfg, stages.initial_model(cfg, 0).eval())
+        found[step] = {name: value for name, value in figures.items() if name in _UNSEEN}
     return found
 
 
 def complete_report(
     folder: str | os.PathLike, suite_results: dict, unseen: dict[str, dict[str, float]]
 ) -> None:
-    """Add what was never tuned on to a run's report.json: `out_of_domain/BENCHMARK` and `open_vocabulary/METRIC` before
-    and after, and `out_of_domain`, the rows of the suite with intervals."""
+    """Add figures on things never tuned on to a run's report.json.
+
+    `before` and `after` get `out_of_domain/BENCHMARK` and `open_vocabulary/METRIC`. `out_of_domain` gets the suite's
+    rows with intervals.
+    """
     file = Path(folder) / "report.json"
     content = files.read_json(file)
     rows = {row["name"]: row for row in suite_results["benchmarks"]}
@@ -134,7 +135,7 @@ def complete_report(
 
 
 def write_page(folder: str | os.PathLike) -> Path:
-    """Write a run's `report.html` and, where a tower was exported, its images of unseen things in `unseen/`.
+    """Write a run's `report.html` and, if a tower was exported, its images of unseen things in `unseen/`.
 
     Args:
         folder: OUTPUT_DIR of a finished run of the demo's tower.
@@ -147,65 +148,63 @@ def write_page(folder: str | os.PathLike) -> Path:
 
 
 def summary(folder: str | os.PathLike) -> str:
-    """The demo's last lines: what happened, the metrics that matter, where to look.
+    """The demo's last lines: what was done, the main metrics, and where to look.
 
     Args:
         folder: OUTPUT_DIR of a finished run.
     """
     folder = Path(folder)
     found = files.read_json(folder / "report.json")
+    before, after = found["before"], found["after"]
+    suite_rows = {row["name"]: row for row in found.get("out_of_domain", [])}
+    unseen = [
+        (words, row["base"], row["tuned"], f" ({row['low']:+.1f} to {row['high']:+.1f})")
+        for name, words in {**_SUITE, "mean": "mean of their families"}.items()
+        if (row := suite_rows.get(name))
+    ]
+    unseen += _figures(before, after, {f"open_vocabulary/{name}": words for name, words in _UNSEEN.items()})
+    known = _figures(before, after, _FIGURES)
     lines = [
         "",
         "A CLIP tower was tuned through a detector, a mask head, a caption head and its own text encoder. The heads",
         "were left behind, and the tower was exported; open_clip loaded it in a process of its own.",
+        *(_table("Things that no training scene showed", "change (95 %)", unseen) if unseen else []),
+        *_table("Known things, on unseen scenes", "change", known),
     ]
-    fell: list[str] = []
-
-    def row(words: str, before: float, after: float, more: str = "") -> str:
-        if after < before:
-            fell.append(words.split(",")[0])
-        return f"  {words:54}{before:7.1f}{after:7.1f}  {after - before:+6.1f}{more}"
-
-    def rows(names: dict[str, str], prefix: str = "") -> list[str]:
-        pairs = {name: [found[step].get(prefix + name) for step in ("before", "after")] for name in names}
-        return [row(names[name], *pair) for name, pair in pairs.items() if None not in pair]
-
-    own = {entry["name"]: entry for entry in found.get("out_of_domain", [])}
-    if own:
-        lines += [
-            "",
-            f"  {'Things that no training scene showed':54}{'before':>7}{'after':>7}  change (95 %)",
-        ]
-        for name, words in (*_SUITE.items(), ("mean", "mean of their families")):
-            entry = own.get(name)
-            if entry:
-                interval = f" ({entry['low']:+.1f} to {entry['high']:+.1f})"
-                lines.append(row(words, entry["base"], entry["tuned"], interval))
-        lines += rows(_UNSEEN, "open_vocabulary/")
-    lines += [
-        "",
-        f"  {'Known things, on unseen scenes':54}{'before':>7}{'after':>7}  change",
-        *rows(_FIGURES),
-    ]
+    fell = [words.split(",")[0] for words, old, new, _ in (*unseen, *known) if new < old]
     if fell:
         lines += ["", f"What fell: {', '.join(fell)}."]
-    images = folder / UNSEEN
     lines += [
         "",
         f"Report    {folder / demo_report.NAME}",
         f"          {folder / 'report.md'}",
-        f"Pictures  {folder / 'predictions'}",
-        *([f"          {images}"] if images.is_dir() else []),
+        f"Images    {folder / 'predictions'}",
+        *([f"          {folder / UNSEEN}"] if (folder / UNSEEN).is_dir() else []),
         f"Tower     {folder / EXPORTED}",
         f"          open_clip.create_model('local-dir:{folder / EXPORTED.parent}')",
     ]
     return "\n".join(lines)
 
 
+def _figures(
+    before: Mapping[str, float | None], after: Mapping[str, float | None], names: Mapping[str, str]
+) -> list[tuple[str, float, float, str]]:
+    """Words, both values and an empty interval of each metric that both have."""
+    pairs = [(words, before.get(name), after.get(name), "") for name, words in names.items()]
+    return [pair for pair in pairs if None not in pair]
+
+
+def _table(title: str, change: str, rows: Sequence[tuple[str, float, float, str]]) -> list[str]:
+    lines = ["", f"  {title:54}{'before':>7}{'after':>7}  {change}"]
+    return lines + [
+        f"  {words:54}{old:7.1f}{new:7.1f}  {new - old:+6.1f}{more}" for words, old, new, more in rows
+    ]
+
+
 def train_heads(args: argparse.Namespace) -> None:
     """Train the demo's stage-1 heads (configs/visft_demo_heads.yaml) and write the files that ship, one a head.
 
-    By default the scenes are those that no earlier heads have seen, as many as the iterations read: none comes twice.
+    By default the scenes are new to all earlier heads, and as many as the iterations read, so none comes twice.
     """
     first = dataset.FIRST_FRESH if args.first_train is None else args.first_train
     count = dataset.SCENES_OF_HEADS - dataset.FIRST_FRESH + 1 if args.num_train is None else args.num_train
@@ -217,15 +216,15 @@ def train_heads(args: argparse.Namespace) -> None:
 
 
 def ship_heads(folder: str | os.PathLike, output: str | os.PathLike, head: str) -> Path:
-    """Write one of the newest heads of a run as a float16 file, its own metrics in the metadata.
+    """Write one head of a run's newest checkpoint as a float16 file with its metrics in the metadata.
 
     Args:
         folder: OUTPUT_DIR of a run whose stage `heads` has a checkpoint.
-        output: the safetensors file to write, aside first.
+        output: the safetensors file to write.
         head: its name in MODEL.VISFT.HEADS.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint of its heads, or none of this one.
+        CheckpointError: the run has no whole checkpoint of its heads, or none of this head.
     """
     checkpoint = newest_checkpoint(Path(folder) / "heads")
     if checkpoint is None:

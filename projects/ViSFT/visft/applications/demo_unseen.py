@@ -14,11 +14,10 @@ from towerbench.encoder import patch_embeddings
 from towerbench.features import fitted
 from towerbench.region_pooling import coverage, mean_features
 from towerbench.towers import Tower
-from visft.checkpoint import files
 from visft.visualization import colours, drawing, principal_components, similarity_maps, value_range
 
 SCENES, THINGS = 4, 3
-"""The first SCENES scenes of the test part with THINGS different things or more are drawn: results choose none."""
+"""The first SCENES scenes of the test part with at least THINGS different things are drawn, whatever the results."""
 
 SIDE = 384
 """Shorter side of a panel in pixels."""
@@ -31,7 +30,7 @@ class View:
     """One scene as one tower sees it.
 
     Args:
-        names: what the text encoder calls each object, of all names.
+        names: the name that the text encoder gives to each object.
         masks, similarity, features: panels `[H, W, 3]` uint8.
     """
 
@@ -43,13 +42,13 @@ class View:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene before and after.
+    """One scene before and after tuning.
 
     Args:
         number: in the test part.
         truth: the objects' names.
-        text: what `similarity` compares patches with: the name of the object that covers most.
-        limits: the cosines that the ends of its colours stand for.
+        text: the text of `similarity`, the name of the largest object.
+        limits: the cosines at the ends of the colour map.
     """
 
     number: int
@@ -59,6 +58,10 @@ class Scene:
     limits: tuple[float, float]
     before: View
     after: View
+
+    def right(self, side: str) -> int:
+        """How many objects are named right `before` or `after`."""
+        return sum(name == true for name, true in zip(getattr(self, side).names, self.truth, strict=True))
 
 
 def draw(
@@ -81,8 +84,7 @@ def draw(
             _Projected(tower, of[place], text) for tower, of, text in zip(towers, maps, texts, strict=True)
         ]
         found.append(_scene(number, views, components))
-        with files.write_aside(Path(folder) / f"scene_{number}.png") as partial:
-            _sheet(found[-1]).save(partial, format="PNG")
+        drawing.save_image(_sheet(found[-1]), Path(folder) / f"scene_{number}.png")
     return found
 
 
@@ -101,7 +103,7 @@ def class_embeddings(tower: Tower, names: Sequence[str]) -> torch.Tensor:
 
 
 def _map(tower: Tower, image: np.ndarray) -> torch.Tensor:
-    """Features `[h, w, C]` of a scene, squashed as the benchmarks' are."""
+    """Features `[h, w, C]` of a scene, which is resized as in the benchmarks."""
     squashed = fitted(image, *tower.input_size(unseen.DENSE_SCALE))
     _, maps = tower.encode(torch.from_numpy(squashed).permute(2, 0, 1)[None], dense=True)
     return maps[0].permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Exporting the tower of a run, or a base with a LoRA file, without training anything (`tools/export_backbone.py`)."""
+"""`tools/export_backbone.py`: exports the tower of a run, or a base with a LoRA file, without training."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ from visft.modeling.backbone.tower_adapters import adapt
 
 logger = logging.getLogger(__name__)
 
-# The authors' two towers, by width and depth, the one that they used first; the others have other text towers.
+# The authors' two towers by width and depth. The first of each was used; the other has another text tower.
 _AUTHORS_TOWERS = {
     (1408, 40): ("EVA01-g-14", "EVA01-g-14-plus"),
     (1792, 64): ("EVA02-E-14-plus", "EVA02-E-14"),
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
-    """The config file's, or the defaults with what the weights say of themselves; then KEY VALUE."""
+    """The config file's, or else what the weights record; KEY VALUE pairs override both."""
     known: dict[str, Any] = {}
     if not arguments.config_file:
         given = dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=False))
@@ -75,7 +75,7 @@ def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
 
 
 def _said(path: Path, pretrained: str) -> dict[str, Any]:
-    """Config keys and values from a checkpoint's description, or from the shapes of the authors' LoRA and the base."""
+    """Config keys and values from a checkpoint's metadata, or from the shapes of the authors' LoRA and the base."""
     about, known = describe(path), {}
     base = about.get("base") or {}
     adapters = (about.get("settings") or {}).get("lora") or {}
@@ -93,7 +93,7 @@ def _said(path: Path, pretrained: str) -> dict[str, Any]:
 
 
 def _fitting(names: Sequence[str], pretrained: str) -> str:
-    """The first architecture that the base, a tag or file, is of; the first of all where it is of none."""
+    """The first architecture that fits the base (a tag or a file), or the first of all if none does."""
     module = open_clip_models.open_clip()
     tagged = [name for name in names if pretrained and module.get_pretrained_cfg(name, pretrained)]
     if tagged or not os.path.isfile(open_clip_models.local_file(pretrained)):
@@ -104,7 +104,7 @@ def _fitting(names: Sequence[str], pretrained: str) -> str:
 
 
 def _check_shapes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]], weights: str) -> None:
-    """Refuse a config whose tower or rank disagrees with the LoRA's shapes, before weights are built."""
+    """Refuse a config whose tower or rank disagrees with the LoRA's shapes, before the tower is built."""
     found = {name: shape for name, shape in shapes.items() if name.endswith("lora_A") and "blocks." in name}
     if not found:
         return
@@ -158,7 +158,7 @@ def _outputs(arguments: argparse.Namespace) -> list[tuple[float, Path]]:
 
 
 def _seed(weights: str | os.PathLike) -> int | None:
-    """A run's seed, from which its random base can be made again; None where there is none."""
+    """A run's seed, from which its random base can be rebuilt; None if there is none."""
     state = Path(weights) / "run.json"
     return files.read_json(state).get("seed") if state.is_file() else None
 

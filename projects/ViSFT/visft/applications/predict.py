@@ -1,4 +1,4 @@
-"""`tools/predict.py`: draws what the heads of a run see on images of the user's own."""
+"""`tools/predict.py`: draws the predictions of a run's heads on the user's own images."""
 
 import argparse
 import logging
@@ -20,13 +20,13 @@ from visft.engine.run_vocabulary import with_vocabulary
 from visft.errors import ConfigError, DataError
 from visft.utils import mixed_precision
 from visft.utils.output_names import names_beside
+from visft.visualization.drawing import save_image
 from visft.visualization.predictions import (
     THRESHOLD,
     WORDS,
     beside,
     captions_in,
     draw,
-    save_image,
     save_word_maps,
 )
 
@@ -36,10 +36,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
-    """Image files, those of a folder (not of its subfolders) included, in order.
+    """Image files in order, including those directly in a given folder.
 
     Raises:
-        DataError: if a path is not there, or none holds an image.
+        DataError: a path does not exist, or there is no image.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -65,11 +65,13 @@ def predict_files(
     metadata,
     threshold: float = THRESHOLD,
 ) -> list[Path]:
-    """Draw what each head sees on images of the user's own; returns the files written: `folder/<name>.png`, and with
-    a caption head `folder/<name>_words.png`, where it looked at each word. None of them replaces an image of `files`.
+    """Draw each head's predictions on the user's own images; returns the files written.
+
+    They are `folder/<name>.png` and, with a caption head, `folder/<name>_words.png` (where it looked at each word).
+    They never replace an image of `files`.
 
     Args:
-        mapper: turns a record into the model's input, as in evaluation.
+        mapper: the evaluation's, from a record to the model's input.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Check, build the model, draw; returns the files written.
 
     Raises:
-        ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
+        ConfigError, DataError, CheckpointError: something is wrong; raised before anything is written.
     """
     cfg = _config(args)
     weights = cfg.MODEL.WEIGHTS

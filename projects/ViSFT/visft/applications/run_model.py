@@ -22,7 +22,7 @@ from visft.utils import mixed_precision
 
 
 class ClassNames(list):
-    """A list of names that is indexed as the other fields of Instances are, by masks and tensors of numbers too."""
+    """A list of names that masks and tensors of numbers can index, as they do the other fields of Instances."""
 
     def __getitem__(self, item: Any) -> Any:
         if isinstance(item, Tensor | np.ndarray | list):
@@ -33,21 +33,21 @@ class ClassNames(list):
 
 
 class Prediction(Instances):
-    """What a model says of one image: detectron2's Instances, on the CPU, in the image's own coordinates.
+    """A model's prediction for one image: detectron2's Instances on the CPU, in the image's own coordinates.
 
     Fields: `pred_boxes`, `scores`, `pred_classes`, `pred_class_names` (a list of words), and `pred_masks` where a head
-    predicts masks. They are those of the last head that predicts masks, else of the first that predicts boxes. A
-    selection from it, such as `found[found.scores > 0.5]`, is a plain Instances with these fields.
+    predicts masks. They come from the last head that predicts masks, else from the first that predicts boxes. A
+    selection, such as `found[found.scores > 0.5]`, is a plain Instances with these fields.
     """
 
     @property
     def caption(self) -> Caption | None:
-        """What the first caption head says (a str, with its words and where the head looked); None: there is none."""
+        """The first caption head's caption (a str, with its words and where the head looked), or None."""
         return self.outputs.get("caption")
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """What each head says, by its name: Instances, or a Caption."""
+        """Each head's prediction by its name: Instances or a Caption."""
         return self._outputs
 
 
@@ -57,7 +57,7 @@ class RunModel:
     Attributes:
         model: the ViSFT model, in evaluation mode.
         cfg: its config.
-        class_names: what `pred_classes` stand for.
+        class_names: the names of `pred_classes`.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
@@ -76,7 +76,7 @@ class RunModel:
             channels: of an array, and of it alone: `RGB` or `BGR`.
 
         Raises:
-            DataError: it is no image, or the channels of an array are not said.
+            DataError: it is no image, or the channels of an array are not given.
         """
         mapped, _ = self._mapper.resized(as_rgb(image, channels, max_pixels=self.cfg.VISFT.DATA.MAX_PIXELS))
         with mixed_precision.evaluating(self.cfg):
@@ -109,22 +109,22 @@ class RunModel:
 def load(
     run: str | os.PathLike, *, base: str | os.PathLike | None = None, device: str | None = None
 ) -> RunModel:
-    """The model of a run: its newest checkpoints on its base. The random generators are left as they are.
+    """The model of a run: its newest checkpoints on its base. The random generators' states are kept.
 
     Args:
         run: a run's OUTPUT_DIR, a stage's folder, or a file of one.
-        base: the tower's weights, where they are no longer where they were in training.
-        device: `cpu` or `cuda`; the run's own where it is there, if left out.
+        base: the tower's weights, if they have moved since training.
+        device: `cpu` or `cuda`; default: the run's own if available.
 
     Raises:
-        CheckpointError: nothing whole is there, it does not say how it was trained, or its base is not there.
-        ConfigError: it has no heads, or the device is not there.
+        CheckpointError: there is no complete checkpoint, it does not record its config, or its base is missing.
+        ConfigError: it has no heads, or the device is not available.
     """
     given = {"MODEL.CLIP_VIT.PRETRAINED": base, "MODEL.DEVICE": device}
     opts = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
     cfg = run_config(os.fspath(run), opts)
     if not cfg.MODEL.VISFT.HEADS:
-        raise ConfigError(f"{run}: was trained without heads, so there is nothing that it could predict")
+        raise ConfigError(f"{run}: was trained without heads, so it cannot predict anything")
     checks.check(cfg, train=False, test=False)
     cfg.freeze()
     cfg = with_vocabulary(cfg)

@@ -1,6 +1,7 @@
-"""`tools/benchmark.py`: what an iteration costs with one pass of the tower for all heads, and with one for each."""
+"""`tools/benchmark.py`: the cost of an iteration with one pass of the tower for all heads, and with one for each."""
 
 import argparse
+import contextlib
 import functools
 import logging
 import platform
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -31,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 JOINT = "joint"
 PARTS = ("tower", "heads", "other")
-"""Parts of an iteration's time: forward and backward of the tower; of the heads, losses and matching included;
-preparing the images, and the optimizer's step."""
+"""Parts of an iteration's time: forward and backward of the tower; the same of the heads, with matching and losses;
+image preparation and the optimizer's step."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     cfg.VISFT.STAGES = (args.stage,)
     checks.check(cfg, test=False)
     solver = cfg.VISFT.SOLVER[args.stage.upper()]
-    with tempfile.TemporaryDirectory() as folder:  # for a vocabulary that is made of the captions
+    with tempfile.TemporaryDirectory() as folder:  # for a vocabulary that is built from the captions
         cfg = with_vocabulary(cfg, folder)
         model = stages.initial_model(cfg, max(cfg.SEED, 0))
     model.set_stage(args.stage)
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
-    """The first images of DATASETS.TRAIN's stream that carry labels for every head, mapped for training.
+    """The first images of DATASETS.TRAIN with labels for every head, mapped for training.
 
     Raises:
         DataError: there is none.
@@ -97,16 +99,16 @@ def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
 
 
 def measure(trainer: StageTrainer, images: list[dict], *, rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Run whole iterations (optimizer step included) of every kind in turn, round after round.
+    """Run complete iterations of every kind in turn, round after round.
 
     Args:
-        trainer: of a ViSFT model on its stage. Its weights change.
-        images: the one batch, with labels for all heads, that every iteration sees.
-        rounds: to measure, after one to warm up.
+        trainer: of a ViSFT model in its stage. The weights change.
+        images: the batch of every iteration, with labels for all heads.
+        rounds: number of measured rounds, after one to warm up.
 
     Returns:
-        For each round, by `joint` and by each head alone: seconds `total`, and of it `tower`, `heads` and `other` (see
-        PARTS); `memory`: the peak in GiB, of the GPU's, else of the process (0 where the system does not tell).
+        For each round, for `joint` and for each head alone: seconds in `total` and in `tower`, `heads` and `other` (see
+        PARTS); `memory`: the peak in GiB of the GPU, else of the process (0 if unknown).
     """
     kinds = {JOINT: images}
     model = trainer.model
@@ -130,9 +132,9 @@ def summary(rounds: Sequence[dict[str, dict[str, float]]]) -> dict:
     """Medians over the rounds.
 
     Returns:
-        `kinds`: of each kind what `measure` gives, and of `ratio` the sum of one iteration a head (the largest of
-        their memory); `speed`: how many times as fast `joint` is as `ratio`, the median of the rounds' own quotients;
-        `tower`: likewise of the tower's time.
+        `kinds`: for each kind what `measure` gives, and for `ratio` the sum of one iteration per head (of memory, the
+        maximum). `speed`: how many times as fast `joint` is as `ratio`, the median of the rounds' quotients.
+        `tower_speed`: the same for the tower's time.
     """
     rounds = [row | {"ratio": _one_of_each(row)} for row in rounds]
     kinds = {
@@ -153,32 +155,27 @@ def _one_of_each(row: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def table(found: dict) -> str:
-    """The figures of `summary`, with what they were measured on, for people."""
+    """The figures of `summary` and what they were measured on, as text."""
     heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
     height, width = (max(sides) for sides in zip(*found["images"], strict=True))
-    lines = [
-        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
-        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
-        "interleaved rounds",
-        f"{'':28}{'iterations/s':>13}{'total s':>10}"
-        + "".join(f"{part + ' s':>10}" for part in PARTS)
-        + f"{'peak GiB':>10}",
-    ]
     names = {JOINT: "joint, all heads"} | {head: f"ratio, {head}" for head in heads}
     names["ratio"] = f"ratio, {len(heads)} iterations"
+    rows = []
     for kind, name in names.items():
         row = found["kinds"][kind]
-        cells = "".join(f"{row[part]:10.3f}" for part in ("total", *PARTS))
-        lines.append(f"{name:28}{1 / row['total']:13.3f}{cells}{row['memory']:10.2f}")
-    lines.append(
+        rows.append([name, 1 / row["total"], *(row[part] for part in ("total", *PARTS)), row["memory"]])
+    columns = ["", "iterations/s", "total s", *(f"{part} s" for part in PARTS), "peak GiB"]
+    return (
+        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
+        f"interleaved rounds\n{tabulate(rows, columns, tablefmt='plain', floatfmt='.3f')}\n"
         f"One joint iteration is {found['speed']:.2f} times as fast as {len(heads)} of ratio, one a task; its tower "
         f"takes {found['tower_speed']:.2f} times less."
     )
-    return "\n".join(lines)
 
 
 class _Probe:
-    """Takes the times of a trainer's iterations: hooks around the tower, on its features and on what trains."""
+    """Times a trainer's iterations by hooks around the tower, on its features and on trained parameters."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
@@ -195,7 +192,7 @@ class _Probe:
         ]
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -224,7 +221,7 @@ class _Probe:
 
     def _mark(self, name: str) -> None:
         if self.cuda:
-            # Events, for kernels run on while Python goes ahead; waiting at each mark would slow what is measured.
+            # Kernels run asynchronously; waiting at each mark would slow what is measured.
             self._marks[name] = torch.cuda.Event(enable_timing=True)
             self._marks[name].record()
         else:
@@ -250,9 +247,8 @@ class _Probe:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
     return platform.processor() or platform.machine()

@@ -8,7 +8,7 @@ Folders below --output:
     demo_world/             the scenes, where the sweep has them made
     results.json, table.md, sweep.png     rewritten after every job
 
-ID is a hash of all that decides a result (config, weight files, annotations): what is there is not done again.
+ID is a hash of everything that decides a result (config, weight files, annotations). Existing results are kept.
 """
 
 import contextlib
@@ -40,15 +40,13 @@ from visft.evaluation import demo_zero_shot
 from visft.model_zoo import get_config_file
 from visft.modeling.backbone import open_clip_models
 from visft.utils import markdown
-from visft.visualization.run_report import write_atomically
 
 logger = logging.getLogger(__name__)
 
 _OWN_KEYS = ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")  # set by the sweep itself
 
 _TASK_KEYS = ("MODEL.VISFT.HEADS", "MODEL.VISFT.LOSS_WEIGHTS", "VISFT.TASK_MIXING", "VISFT.TASK_RATIOS")
-"""What a run says of tasks, and of the heads it starts from, acts in its stage lora: all heads are trained in stage 1,
-and measured."""
+"""A run's keys of tasks act in its stage lora alone: stage 1 trains all heads, and all heads are measured."""
 
 _LORA_KEYS = (
     "MODEL.LORA.",
@@ -66,7 +64,7 @@ _MEASURES = {
     "segmentation": "segmentation/segm/AP50",
     "captioning": "captioning/CIDEr",
 }
-"""The figure of each head that is reported when a sweep does not say which."""
+"""Each head's figure that is reported by default."""
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of stage lora and the measurement of its tower (`job`), and the jobs that come before it."""
+    """One training of stage lora with its measurement (`job`), and the jobs that it needs."""
 
     name: str
     seed: int
@@ -120,11 +118,11 @@ class Run:
 
 
 def run(config: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
-    """Do what is not done yet, and write the results after each job; returns what is in results.json.
+    """Do what is not done yet, and write the results after each job; returns the content of results.json.
 
     Raises:
         ConfigError, DataError, CheckpointError: something is wrong with the sweep; raised before the first run.
-        TrainingError: another sweep is at work in `output`; or runs have failed, the others being done all the same.
+        TrainingError: another sweep is running in `output`; or runs have failed, while the others are done.
     """
     sweep, folder = read(config), Path(output).resolve()
     with run_lock.locked(folder, "--output"):
@@ -209,7 +207,7 @@ def plan(sweep: Sweep, folder: Path) -> list[Run]:
 
 @contextlib.contextmanager
 def _named(where: str | os.PathLike) -> Iterator[None]:
-    """Errors say where they are."""
+    """Within it, errors say where they occurred."""
     try:
         yield
     except VisftError as error:
@@ -237,7 +235,7 @@ def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> 
     before["VISFT.STAGES"] = ("heads",)
     first = {**before, **quiet}
     if cfg.MODEL.CLIP_VIT.PRETRAINED and from_files and not trains_heads:
-        before["SEED"] = 0  # nothing is drawn, so one measurement serves all seeds
+        before["SEED"] = 0  # nothing is random, so one measurement serves all seeds
 
     stage1 = _identity(sweep, first) if trains_heads else ""
     key, identity = _identity(sweep, before), _identity(sweep, training, stage1)
@@ -258,7 +256,7 @@ def _run(sweep: Sweep, folder: Path, from_files: bool, name: str, seed: int) -> 
 
 
 def _files_of(cfg: CfgNode) -> tuple[str, ...]:
-    """Those of HEAD_FILES that hold a head of the config's: a file of none is an error when it is loaded."""
+    """The HEAD_FILES with a head of the config. Loading another file would be an error."""
     kept = []
     for file in cfg.MODEL.VISFT.HEAD_FILES:
         path = load.check_file(file, key="MODEL.VISFT.HEAD_FILES", heads_only=True)[-1]
@@ -268,9 +266,9 @@ def _files_of(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def _identity(sweep: Sweep, overrides: Mapping[str, Any], *more: str) -> str:
-    """Hash of a config and of what is in the files that it names."""
+    """Hash of a config and of the content of the files that it names."""
     cfg = settings.load_config(sweep.config, settings.words(overrides))
-    cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = "", 0  # of no effect on the result
+    cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = "", 0  # without effect on the result
     register_own_data(cfg)
     named = list(cfg.MODEL.VISFT.HEAD_FILES)
     vit = cfg.MODEL.CLIP_VIT
@@ -316,15 +314,15 @@ def _results(config, sweep: Sweep, runs: Sequence[Run], errors, folder: Path) ->
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, table.md and, as soon as there is a finished run, sweep.png, each atomically."""
+    """Write results.json, table.md and, once a run is finished, sweep.png, each atomically."""
     files.write_json(folder / "results.json", results)
-    write_atomically(folder / "table.md", table(results) + "\n")
+    files.write_text(folder / "table.md", table(results) + "\n")
     if any(run["figures"] and run["untuned"] for run in results["runs"]):
         _draw(results, folder / "sweep.png")
 
 
 def differences(results: dict[str, Any], name: str, amount: str, figure: str) -> list[float]:
-    """By how much a run's figure is above the untuned tower's, one number a seed that has both."""
+    """A run's figure minus the untuned tower's, for each seed that has both."""
     runs = [run for run in results["runs"] if run["name"] == name]
     pairs = [(run["figures"].get(amount, {}).get(figure), (run["untuned"] or {}).get(figure)) for run in runs]
     return [after - before for after, before in pairs if after is not None and before is not None]
@@ -367,7 +365,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:
-    """A panel a figure: the runs' differences from the untuned tower; below, along the interpolation."""
+    """A panel per figure with the runs' differences from the untuned tower; below it, along the interpolation."""
     names, measure = list(dict.fromkeys(run["name"] for run in results["runs"])), results["measure"]
     amounts = [f"{amount:g}" for amount in results["interpolate"]]
     heights = [1.4 + 0.35 * len(names), 3.4][: len(amounts)]

@@ -1,9 +1,9 @@
-"""One job of a sweep, in a process of its own: train what is not trained yet, then measure what is not measured yet.
+"""One job of a sweep in its own process: train, then measure what is not measured yet.
 
     python -m visft.applications.sweep_job FOLDER
 
-FOLDER/job.json says what to do; FOLDER/finished.json is there when the training has ended, FOLDER/measured.json holds
-the figures.
+FOLDER/job.json says what to do. FOLDER/finished.json marks the end of the training, FOLDER/measured.json holds the
+figures.
 """
 
 import logging
@@ -31,14 +31,14 @@ JOB, FINISHED, MEASURED, SECONDS = "job.json", "finished.json", "measured.json",
 
 @dataclass(frozen=True)
 class Job:
-    """What one process trains and measures; what of it is done is in its folder.
+    """What one process trains and measures. Its folder records what is done.
 
     Args:
         folder: its own. config: the base config's file.
         train: config keys of the training; none: nothing is trained.
         measure: config keys of the model that is measured.
-        amounts: how much of the LoRA's update is in the tower that is measured, a measurement each.
-        key: hash of what decides the figures besides the weights.
+        amounts: shares of the LoRA's update in the tower, one measurement each.
+        key: hash of everything but the weights that decides the figures.
         after: folder of the job whose heads it starts from, if any.
     """
 
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def figures(self) -> dict[str, dict[str, float | None]]:
-        """What has been measured, by amount (`0`, `0.5`, `1`); {} when it was with other settings."""
+        """Figures by amount (`0`, `0.5`, `1`); {} if they were measured with other settings."""
         content = _read(self.folder, MEASURED, {})
         return content["figures"] if content.get("key") == self.key else {}
 
@@ -72,11 +72,11 @@ class Job:
 
     @property
     def seconds(self) -> float | None:
-        """What its processes took."""
+        """Duration of its processes."""
         return _read(self.folder, SECONDS, None)
 
     def run(self) -> str:
-        """Do it in a process of its own; returns why that failed: its error message, else its last line."""
+        """Do it in its own process; returns why that failed (the error message or the last line), else ''."""
         folder, start = Path(self.folder), time.monotonic()
         files.write_json(folder / JOB, asdict(self))
         command = [sys.executable, "-m", "visft.applications.sweep_job", self.folder]
@@ -101,10 +101,10 @@ def _read(folder: str, name: str, default: Any) -> Any:
 
 
 def main(folder: str) -> int:
-    """The process's work; returns its exit status."""
+    """Work of the process; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # The sweep holds the other end of standard input. When it dies, however it does, this process must not go on
-    # beside the one that the next sweep starts.
+    # The sweep holds the other end of standard input. When it dies, this process must end too: the next sweep starts
+    # another.
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     job = Job(**files.read_json(Path(folder, JOB)))
     if not job.trained:

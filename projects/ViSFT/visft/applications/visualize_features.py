@@ -1,4 +1,4 @@
-"""`tools/visualize_features.py`: a tower's features of the user's own images, before and after tuning."""
+"""`tools/visualize_features.py`: towers' features of the user's own images, before and after tuning."""
 
 import argparse
 import logging
@@ -13,15 +13,15 @@ from PIL import Image
 
 from visft.applications import compared_towers
 from visft.applications.predict import find_images
-from visft.checkpoint import files
 from visft.data import read_rgb
-from visft.errors import CheckpointError, ConfigError, DataError
+from visft.errors import ConfigError, DataError
 from visft.modeling.backbone import CLIPViT, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
 from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.utils.output_names import output_names
 from visft.visualization import (
+    Components,
     colours,
     drawing,
     mutual_matches,
@@ -33,10 +33,10 @@ from visft.visualization import (
 logger = logging.getLogger(__name__)
 
 NATIVE_SIDES = 2
-"""Longer side of an image as the tower sees it, in native sides, where none is given."""
+"""Default longer side of an image for the tower, in native sides."""
 
 MATCHES = 40
-"""Lines between two images: more cover them."""
+"""Lines between two images."""
 
 _PANEL = 320
 """Shorter side of a panel in pixels, at least."""
@@ -48,7 +48,7 @@ class Seen:
 
     Args:
         features: `[h, w, C]`, after the last norm.
-        patches: `[h, w, D]`, in the space of texts, of unit length; None where there are no texts.
+        patches: `[h, w, D]`, unit length, in the space of texts; None if there are no texts.
     """
 
     features: torch.Tensor
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Check, encode, draw; returns the files written.
 
     Raises:
-        ConfigError, DataError, CheckpointError: at the first thing that is wrong, before anything is written.
+        ConfigError, DataError, CheckpointError: something is wrong; raised before anything is written.
     """
     texts = _texts(args.texts)
     check_prompts("--templates", args.templates)
@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     side = _side(args.side, patch, native)
     paths = list({path.resolve(): path for path in find_images(args.input)}.values())
     output = Path(args.output)
-    names = dict(zip(paths, output_names(paths), strict=True))
-    _check_output(
-        output, paths, [f"{name}_{kind}.png" for name in names.values() for kind in ("features", "texts")]
-    )
+    names = output_names(paths)
+    _check_output(output, paths, [f"{name}_{kind}.png" for name in names for kind in ("features", "texts")])
     images = {path: _sized(_read(path), side, patch) for path in paths}
     labels = ["base", *compared_towers.labels(args.compare)]
     seen, embeddings = {}, {}
@@ -81,33 +79,19 @@ def run(args: argparse.Namespace) -> list[Path]:
         if texts:
             embeddings[label] = text_embeddings(tower, texts, args.templates)
         del tower
-    sheets = {names[path]: number for number, path in enumerate(images)}
-    written = []
     components = principal_components(
         [torch.cat([s.features.flatten(0, 1) for s in of]) for of in seen.values()]
     )
     shown = [_panel(image) for image in images.values()]
-    for name, number in sheets.items():
+    sheets = {}
+    for number, (name, image) in enumerate(zip(names, shown, strict=True)):
         here = {label: of[number] for label, of in seen.items()}
-        panels = [
-            drawing.colour_panel(colours(s.features, components), *shown[number].shape[:2])
-            for s in here.values()
-        ]
-        written.append(
-            _save(
-                drawing.sheet([("", [shown[number], *panels])], ["image", *labels]),
-                output / f"{name}_features.png",
-            )
-        )
+        sheets[f"{name}_features.png"] = feature_sheet(image, here, components)
         if texts:
-            sheet = text_sheet(shown[number], here, texts, embeddings)
-            written.append(_save(sheet, output / f"{name}_texts.png"))
+            sheets[f"{name}_texts.png"] = text_sheet(image, here, texts, embeddings)
     if len(shown) > 1:
-        written.append(
-            _save(
-                match_sheet(shown[:2], {label: of[:2] for label, of in seen.items()}), output / "matches.png"
-            )
-        )
+        sheets["matches.png"] = match_sheet(shown[:2], {label: of[:2] for label, of in seen.items()})
+    written = [drawing.save_image(sheet, output / name) for name, sheet in sheets.items()]
     for path in written:
         logger.info("%s", path)
     return written
@@ -115,7 +99,7 @@ def run(args: argparse.Namespace) -> list[Path]:
 
 @torch.no_grad()
 def see(tower: CLIPViT, image: np.ndarray, *, patches: bool) -> Seen:
-    """The features of an image `[H, W, 3]` uint8 whose sides are whole patches."""
+    """The features of an image `[H, W, 3]` uint8 whose sides are multiples of the patch."""
     device = next(tower.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (tower.mean, tower.std))
     pixels = (torch.from_numpy(image.copy()).to(device).float() / 255 - mean) / std
@@ -131,10 +115,18 @@ def text_embeddings(tower: CLIPViT, texts: Sequence[str], templates: Sequence[st
     return F.normalize(embeddings.view(len(templates), len(texts), -1).mean(0), dim=-1)
 
 
+def feature_sheet(image: np.ndarray, seen: dict[str, Seen], components: Components) -> Image.Image:
+    """The image, and the features of each tower as colours."""
+    panels = [
+        drawing.colour_panel(colours(each.features, components), *image.shape[:2]) for each in seen.values()
+    ]
+    return drawing.sheet([("", [image, *panels])], ["image", *seen])
+
+
 def text_sheet(
     image: np.ndarray, seen: dict[str, Seen], texts: Sequence[str], embeddings: dict[str, torch.Tensor]
 ) -> Image.Image:
-    """A row for each text: the image, and the map of each tower in colours that stand for the same cosines."""
+    """A row for each text: the image, and each tower's map, all on one colour scale."""
     maps = {label: similarity_maps(each.patches, embeddings[label]) for label, each in seen.items()}
     rows = []
     for number, text in enumerate(texts):
@@ -154,9 +146,6 @@ def match_sheet(images: Sequence[np.ndarray], seen: dict[str, Sequence[Seen]]) -
     return drawing.sheet([("", panels)], list(seen))
 
 
-# ---------------------------------------------------------------- checks
-
-
 def _texts(given: str | None) -> list[str]:
     texts = list(dict.fromkeys(text.strip() for text in (given or "").split(",") if text.strip()))
     if given is not None and not texts:
@@ -166,21 +155,9 @@ def _texts(given: str | None) -> list[str]:
 
 def _check_towers(args: argparse.Namespace) -> tuple[int, int]:
     """The patch and the native side of the architecture, in pixels."""
-    try:
-        compared_towers.check(args.model, args.pretrained, args.compare)
+    compared_towers.check(args.model, args.pretrained, args.compare)
+    with compared_towers.said_of("--model"):
         backbone = CLIPViT(open_clip_models.meta_tower(args.model))
-    except ConfigError as error:
-        message = str(error)
-        if "MODEL.CLIP_VIT.NAME" in message:
-            message = message.removeprefix("MODEL.CLIP_VIT.NAME: ").removeprefix("MODEL.CLIP_VIT.NAME is ")
-            raise ConfigError(f"--model: {message}") from error
-        raise
-    for option, given in (("--pretrained", args.pretrained), *(("--compare", file) for file in args.compare)):
-        if Path(given).is_file() and all(name.startswith("visual.") for name in files.read_shapes(given)):
-            raise CheckpointError(
-                f"{option} {given}: holds a vision tower without a text encoder; the whole CLIP was expected, as "
-                "tools/export_backbone.py --format open_clip writes it"
-            )
     return backbone.stride, max(backbone.image_size)
 
 
@@ -214,7 +191,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:
-    """An image whose longer side is `side`, and its shorter one the nearest number of whole patches."""
+    """An image with the longer side `side` and the shorter one rounded to whole patches."""
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(length * scale / patch)) * patch for length in image.shape[:2])
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
@@ -223,9 +200,3 @@ def _sized(image: np.ndarray, side: int, patch: int) -> np.ndarray:
 def _panel(image: np.ndarray) -> np.ndarray:
     scale = max(1.0, _PANEL / min(image.shape[:2]))
     return drawing.enlarged(image, *(round(length * scale) for length in image.shape[:2]))
-
-
-def _save(image: Image.Image, path: Path) -> Path:
-    with files.write_aside(path) as partial:
-        image.save(partial, format="PNG")
-    return path

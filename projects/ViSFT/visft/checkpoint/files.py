@@ -125,10 +125,15 @@ def remove_leftovers(folder: str | os.PathLike) -> list[str]:
     return [leftover.name for leftover in leftovers]
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically."""
+    with write_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, data: Any) -> None:
     """Write JSON (two spaces, a final newline) atomically."""
-    with write_aside(path) as partial:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -3,36 +3,37 @@
 import argparse
 from collections.abc import Sequence
 
-from visft.utils import cli
+from visft.commands.tool import add_opts, tool
 
 FORMATS = ("open_clip", "timm", "hf", "onnx", "safetensors", "lora", "authors", "peft")
 """Keys of `visft.export.FORMATS`, which imports torch."""
 
+parser = argparse.ArgumentParser(
+    description="Write the tuned tower of a run, or a base with a LoRA file merged, for other libraries."
+)
+parser.add_argument(
+    "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
+)
+parser.add_argument("--format", required=True, choices=FORMATS)
+parser.add_argument("--output", required=True, help="the file to write; for hf and peft a folder")
+parser.add_argument(
+    "--interpolate",
+    nargs="+",
+    metavar="A",
+    help="mixtures of the weights, 0: the base's, 1: the tuned; several: the output's name gets each",
+)
+parser.add_argument(
+    "--verify",
+    action="store_true",
+    help="load the file with the format's own library in a fresh process where that is not done anyway: for large "
+    "towers, which are merged from file to file; it needs memory for the whole model",
+)
+parser.add_argument("--config-file", help="the run's; without it, what the weights say of themselves")
+add_opts(parser)
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description="Write the tuned tower of a run, or a base with a LoRA file merged, for other libraries."
-    )
-    parser.add_argument(
-        "--weights", required=True, help="a run's OUTPUT_DIR, or a LoRA checkpoint of ours or the authors'"
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--output", required=True, help="the file to be written; for hf and peft a folder")
-    parser.add_argument(
-        "--interpolate",
-        nargs="+",
-        metavar="A",
-        help="mixtures of the weights, 0: the base's, 1: the tuned; several: the output's name gets each",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="let the format's own library load the file in a fresh process where that is not done anyway: for large "
-        "towers, which are merged from file to file; it needs memory for the whole model",
-    )
-    parser.add_argument("--config-file", help="the run's; without it, what the weights say of themselves")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys and values")
+    """The arguments; `interpolate` is a list of numbers."""
     arguments = parser.parse_args(argv)
     # argparse gives an option with several values all words up to the next option, KEY VALUE pairs too.
     words = arguments.interpolate or []
@@ -49,16 +50,14 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def run(arguments: argparse.Namespace) -> int:
+def work(arguments: argparse.Namespace) -> None:
     """Check everything, build the tower, export."""
     from detectron2.utils.logger import setup_logger
 
     from visft.applications import export_backbone
 
     setup_logger(name="visft")
-    return cli.guard(export_backbone.run, arguments)
+    export_backbone.run(arguments)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return run(parse(argv))
+run, main = tool(parse, work, logs="")

@@ -1,63 +1,20 @@
 """`tools/model_zoo.py`: what the model zoo has, fetching and checking it, and the tables of MODEL_ZOO.md."""
 
 import argparse
-import logging
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from visft import model_zoo
+from visft.commands.tool import tool
 from visft.errors import CheckpointError
 from visft.model_zoo import places, tables
 from visft.model_zoo.entries import entries, find
-from visft.utils.cli import SAME, guard
+from visft.utils.cli import SAME
 
 ALONE = True
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; `work` is the function of the given subcommand."""
-    parser = argparse.ArgumentParser(
-        description="The model zoo: configs and weight files by name.",
-        epilog="Downloads go to $VISFT_CACHE, come from $VISFT_ZOO_MIRROR when it is set, and are refused under "
-        "$VISFT_OFFLINE=1.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    listing = commands.add_parser("list", help="names of configs and weights, and where these are")
-    download = commands.add_parser("download", help="fetch weights into the cache; prints their paths")
-    download.add_argument("names", nargs="+", metavar="NAME")
-    download.add_argument("--again", action="store_true", help="also what is there already")
-    verify = commands.add_parser("verify", help="hash what is here (or NAMEs), and compare")
-    verify.add_argument("names", nargs="*", metavar="NAME")
-    verify.add_argument(
-        "--check", choices=("files", "tables"), default="files", help="or MODEL_ZOO.md's tables"
-    )
-    table = commands.add_parser("table", help="print MODEL_ZOO.md's tables, made from zoo.json")
-    table.add_argument("--write", action="store_true", help="write them into MODEL_ZOO.md instead")
-    table.add_argument(
-        "--rehash",
-        action="store_true",
-        help="first put size, SHA-256 and figures of the package's files into zoo.json",
-    )
-    for command in (verify, table):
-        command.add_argument("--document", type=Path, default=tables.DOCUMENT, help="default: MODEL_ZOO.md")
-    for command, work in ((listing, _list), (download, _download), (verify, _verify), (table, _table)):
-        command.set_defaults(work=work)
-    return parser.parse_args(argv)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the subcommand says."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return guard(arguments.work, arguments, again=SAME if arguments.work is _download else "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return run(parse(argv))
-
-
-def _list(arguments: argparse.Namespace) -> None:
+def listing(arguments: argparse.Namespace) -> None:
+    """Print the names of configs and weights."""
     print("Configs, for visft.model_zoo.get_config(NAME):")
     for name in model_zoo.list():
         print(f"  {name}")
@@ -69,14 +26,16 @@ def _list(arguments: argparse.Namespace) -> None:
         print(f"  {entry.name:{width}}  {state}")
 
 
-def _download(arguments: argparse.Namespace) -> None:
+def download(arguments: argparse.Namespace) -> None:
+    """Fetch weights, and print their paths."""
     from visft.model_zoo import cache
 
     for entry in [find(name) for name in arguments.names]:
         print(cache.fetch(entry, again=arguments.again))
 
 
-def _verify(arguments: argparse.Namespace) -> None:
+def verify(arguments: argparse.Namespace) -> None:
+    """Check files, or the tables of the document."""
     if arguments.check == "tables":
         tables.check(arguments.document)
         print(f"{arguments.document}: its tables are those of zoo.json")
@@ -95,7 +54,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{len(bad)} of the zoo's files are not as published: {', '.join(bad)}")
 
 
-def _table(arguments: argparse.Namespace) -> None:
+def table(arguments: argparse.Namespace) -> None:
+    """Print or write the tables of the document."""
     if arguments.rehash:
         changed = tables.rehash()
         print(f"zoo.json: {', '.join(changed) or 'nothing'} changed")
@@ -104,3 +64,38 @@ def _table(arguments: argparse.Namespace) -> None:
         print(f"{arguments.document}: {done}")
     elif not arguments.rehash:
         print("\n".join(f"{name}\n\n{tables.render(name)}" for name in tables.entries.table()["tables"]))
+
+
+parser = argparse.ArgumentParser(
+    description="The model zoo: configs and weight files by name.",
+    epilog="Downloads go to $VISFT_CACHE, come from $VISFT_ZOO_MIRROR when it is set, and are refused under "
+    "$VISFT_OFFLINE=1.",
+)
+_commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+_list = _commands.add_parser("list", help="names of configs and weights, and where these are")
+_list.set_defaults(work=listing)
+
+_download = _commands.add_parser("download", help="fetch weights into the cache; prints their paths")
+_download.set_defaults(work=download)
+_download.add_argument("names", nargs="+", metavar="NAME")
+_download.add_argument("--again", action="store_true", help="also what is there already")
+
+_verify = _commands.add_parser("verify", help="hash what is here (or NAMEs), and compare")
+_verify.set_defaults(work=verify)
+_verify.add_argument("names", nargs="*", metavar="NAME")
+_verify.add_argument("--check", choices=("files", "tables"), default="files", help="or MODEL_ZOO.md's tables")
+
+_table = _commands.add_parser("table", help="print MODEL_ZOO.md's tables, made from zoo.json")
+_table.set_defaults(work=table)
+_table.add_argument("--write", action="store_true", help="write them into MODEL_ZOO.md instead")
+_table.add_argument(
+    "--rehash",
+    action="store_true",
+    help="first put size, SHA-256 and figures of the package's files into zoo.json",
+)
+for _command in (_verify, _table):
+    _command.add_argument("--document", type=Path, default=tables.DOCUMENT, help="default: MODEL_ZOO.md")
+
+parse = parser.parse_args
+run, main = tool(parse, lambda arguments: arguments.work(arguments), again=SAME)

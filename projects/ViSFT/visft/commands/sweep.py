@@ -1,32 +1,25 @@
 """`tools/sweep.py`: an ablation."""
 
 import argparse
-from collections.abc import Sequence
 
-from visft.commands import console
-from visft.utils import cli
+from visft.commands.tool import tool
+from visft.utils.cli import SAME
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description="Train and measure every run of a sweep; the same command again continues it."
-    )
-    parser.add_argument("--config", required=True, help="the sweep's YAML file, as configs/sweeps/tasks.yaml")
-    parser.add_argument(
-        "--output", required=True, help="folder for the runs, results.json, table.md and sweep.png"
-    )
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(
+    description="Train and measure every run of a sweep; the same command again continues it."
+)
+parser.add_argument("--config", required=True, help="the sweep's YAML file, as configs/sweeps/tasks.yaml")
+parser.add_argument(
+    "--output", required=True, help="folder for the runs, results.json, table.md and sweep.png"
+)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train, measure, compare; status 1 also where a run has failed."""
+def work(arguments: argparse.Namespace) -> None:
+    """Train, measure, compare; a run that has failed is an error in the end."""
     from visft.applications import sweep
 
-    console.plain()
-    return cli.guard(sweep.run, arguments.config, arguments.output, again=cli.SAME)
+    sweep.run(arguments.config, arguments.output)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return run(parse(argv))
+parse = parser.parse_args
+run, main = tool(parse, work, again=SAME)

@@ -1,52 +1,45 @@
-"""`tools/train_net.py`: detectron2's arguments."""
+"""`tools/train_net.py`: names and defaults of the arguments are those of detectron2's `default_argument_parser`."""
 
 import argparse
 import os
-from collections.abc import Sequence
 
-from visft.utils import cli
+from visft.commands.tool import add_opts, add_resume, tool
+from visft.utils.cli import RESUME
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments: names and defaults are those of detectron2's `default_argument_parser`."""
-    parser = argparse.ArgumentParser(
-        description="Supervised fine-tuning of a CLIP vision tower: stages heads and lora, then export.",
-        epilog="On two machines: --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT on the first, and the "
-        "same with --machine-rank 1 on the second.",
-    )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="one of configs/*.yaml")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in OUTPUT_DIR, if there is one"
-    )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate, and train nothing")
-    parser.add_argument(
-        "--weights",
-        default=argparse.SUPPRESS,  # not among detectron2's arguments
-        metavar="RUN",
-        help="MODEL.WEIGHTS: a run's OUTPUT_DIR, a stage's folder or a file; with --eval-only its own config is taken "
-        "where --config-file is left out",
-    )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine")
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="of this machine, from 0")
-    parser.add_argument(
-        "--dist-url",
-        # A port that is the user's own: processes that were left behind then show by its being taken.
-        default=f"tcp://127.0.0.1:{2**15 + 2**14 + hash(os.getuid()) % 2**14}",
-        metavar="URL",
-        help="where the processes of several machines meet (default: %(default)s)",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to change")
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(
+    description="Supervised fine-tuning of a CLIP vision tower: stages heads and lora, then export.",
+    epilog="On two machines: --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT on the first, and the "
+    "same with --machine-rank 1 on the second.",
+)
+parser.add_argument("--config-file", default="", metavar="FILE", help="one of configs/*.yaml")
+add_resume(parser, "OUTPUT_DIR")
+parser.add_argument("--eval-only", action="store_true", help="evaluate, and train nothing")
+parser.add_argument(
+    "--weights",
+    default=argparse.SUPPRESS,  # not among detectron2's arguments
+    metavar="RUN",
+    help="MODEL.WEIGHTS: a run's OUTPUT_DIR, a stage's folder or a file; with --eval-only its own config is taken "
+    "where --config-file is left out",
+)
+parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine")
+parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="of this machine, from 0")
+parser.add_argument(
+    "--dist-url",
+    # A port that is the user's own: processes that were left behind then show by its being taken.
+    default=f"tcp://127.0.0.1:{2**15 + 2**14 + hash(os.getuid()) % 2**14}",
+    metavar="URL",
+    help="where the processes of several machines meet (default: %(default)s)",
+)
+add_opts(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def work(arguments: argparse.Namespace) -> None:
     """Train (or with --eval-only evaluate) what the config file describes."""
     from visft.engine import launch
 
-    return cli.guard(launch.train, arguments, again=cli.RESUME)
+    launch.train(arguments)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return run(parse(argv))
+parse = parser.parse_args
+run, main = tool(parse, work, again=RESUME, logs="")

@@ -79,7 +79,7 @@ def start_or_continue(cfg: CfgNode, *, resume: bool) -> RunState:
         files.remove_leftovers(folder)
         if not resume:
             _set_earlier_run_aside(folder)
-        run_report.write_atomically(folder / "config.yaml", cfg.dump())
+        files.write_text(folder / "config.yaml", cfg.dump())
     comm.synchronize()
     known = None
     if comm.is_main_process() and (folder / FILE).is_file():

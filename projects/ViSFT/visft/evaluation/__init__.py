@@ -1,4 +1,4 @@
-"""Evaluators of what the heads predict on the data sets they were trained for."""
+"""Evaluators of the heads' predictions on the data sets they were trained for."""
 
 from visft.evaluation.caption_metrics import CaptionEvaluator
 from visft.evaluation.evaluator import HeadsEvaluator, InstancesEvaluator, build_evaluator

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks, by faster-coco-eval, whose figures are pycocotools' own."""
+"""COCO's average precision of boxes and masks by faster-coco-eval, which gives the figures of pycocotools."""
 
 import logging
 from collections.abc import Sequence
@@ -12,23 +12,24 @@ from visft.evaluation.ground_truth import read_truth
 logger = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 100
-"""Of an image and a class: the rest does not count."""
+"""Detections per image and class that count: the best ones."""
 
 
 class COCOMetric:
     """AP over IoU 0.50:0.95, at 0.50 and 0.75, and of small, medium and large objects."""
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    format = "COCO"
 
     def __init__(self, file: str | Path) -> None:
         """
         Args:
-            file: annotations in COCO format.
+            file: annotations in the format that the metric is of.
 
         Raises:
             DataError: the file is not there, or not readable as such.
         """
-        self.truth = read_truth(file, "COCO")
+        self.truth = read_truth(file, self.format)
 
     @property
     def annotated(self) -> bool:
@@ -36,7 +37,7 @@ class COCOMetric:
         return self.truth.annotated
 
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of an image's detections can count, as indices: all."""
+        """Which of an image's detections can count, as indices."""
         return list(range(len(scores)))
 
     def __call__(
@@ -44,12 +45,12 @@ class COCOMetric:
     ) -> dict[str, float]:
         """Figures in per cent; nan where there is no ground truth of the kind.
 
-        Without any result, what has ground truth scores 0, as it must: no object was found.
+        Without any result, classes with ground truth score 0, since no object was found.
 
         Args:
             results: in COCO's results format, with the data set's ids.
             task: `bbox` or `segm`.
-            class_names: in the order of the category ids, each once; each is reported as `AP-name` too.
+            class_names: unique, in the order of the category ids. Each class is also reported as `AP-name`.
 
         Raises:
             DataError: a result is of an image or category that the data set does not have.
@@ -65,17 +66,17 @@ class COCOMetric:
 def precision_of(
     truth: dict, results: list[dict], task: str, *, max_detections: int, federated: bool = False
 ) -> np.ndarray:
-    """Precision [10 IoUs, 101 recalls, classes, areas]; -1 where there is no ground truth. Areas are all, small,
+    """Precision [10 IoUs, 101 recalls, classes, areas]; -1 where there is no ground truth. The areas are all, small,
     medium and large.
 
     Args:
         truth: `images`, `annotations` and `categories`, as `GroundTruth` numbers them.
-        results: of the same numbers. The library writes into them.
+        results: with the same numbers. The library writes into them.
         task: `bbox` or `segm`.
-        max_detections: of an image and a class.
-        federated: heed what LVIS's images say of classes.
+        max_detections: per image and class.
+        federated: use what LVIS's images say about classes.
     """
-    # Copies, for the library writes into annotations too.
+    # The library writes into annotations too, so it gets copies.
     annotated = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
     found = annotated.loadRes(results) if results else COCO({**truth, "annotations": []})
     scored = COCOeval_faster(annotated, found, task, lvis_style=federated, print_function=logger.debug)
@@ -86,7 +87,7 @@ def precision_of(
 
 
 def average_precisions(precision: np.ndarray) -> dict[str, float]:
-    """The figures that COCO and LVIS have in common, of what `precision_of` returns."""
+    """The figures that COCO and LVIS have in common, from what `precision_of` returns."""
     figures = {
         "AP": mean(precision[..., 0]),
         "AP50": mean(precision[0, ..., 0]),
@@ -96,6 +97,6 @@ def average_precisions(precision: np.ndarray) -> dict[str, float]:
 
 
 def mean(precision: np.ndarray) -> float:
-    """Mean precision in per cent. Where there is no ground truth precision is -1, which does not count."""
+    """Mean precision in per cent. Entries of -1, where there is no ground truth, do not count."""
     known = precision[precision > -1]
     return 100 * float(np.mean(known)) if known.size else float("nan")

@@ -1,7 +1,7 @@
 """Captions scored as COCO scores them: BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's scorers, which need no Java.
 
-Words are cut by `ptb_words`, so that a figure does not depend on a Java being there. METEOR is a Java program that
-comes with pycocoevalcap, and is run where it is asked for; so is SPICE, where Stanford CoreNLP was put beside it.
+`ptb_words` splits captions into words, so figures do not depend on whether Java is installed. METEOR and SPICE are Java
+programs in pycocoevalcap. They run on request; SPICE also needs Stanford CoreNLP.
 """
 
 import contextlib
@@ -10,31 +10,41 @@ import itertools
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from towerbench.caption_tokens import ptb_words
 from visft.data.datasets.captions import captions_of
 from visft.errors import ConfigError
+from visft.evaluation.gathering import gathered
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("BLEU", "ROUGE_L", "CIDEr")
 """Computed by default."""
 
-KNOWN = (*METRICS, "METEOR", "SPICE")
+_SCORERS = {
+    "BLEU": ("bleu.bleu", "Bleu"),
+    "ROUGE_L": ("rouge.rouge", "Rouge"),
+    "CIDEr": ("cider.cider", "Cider"),
+    "METEOR": ("meteor.meteor", "Meteor"),
+    "SPICE": ("spice.spice", "Spice"),
+}
+"""Module and class of each in pycocoevalcap."""
+
+KNOWN = tuple(_SCORERS)
 """Values of VISFT.CAPTION_METRICS."""
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-"""What SPICE reads in `pycocoevalcap/spice/lib`. pycocoevalcap would download it, by HTTP and unchecked."""
+"""Files that SPICE reads in `pycocoevalcap/spice/lib`. pycocoevalcap would download them by HTTP, unchecked."""
 
 
 def installed() -> bool:
-    """Whether the scorers are there (`pip install pycocoevalcap`)."""
+    """Whether the scorers are installed (`pip install pycocoevalcap`)."""
     return find_spec("pycocoevalcap") is not None
 
 
@@ -70,62 +80,30 @@ def caption_scores(
 ) -> dict[str, float]:
     """Figures times 100, BLEU as `BLEU1` to `BLEU4`.
 
-    CIDEr counts how rare words are in these references: it is 0 of a single image.
+    CIDEr weighs words by how rare they are in these references, so it is 0 for a single image.
 
     Args:
         references: the captions of each image, a list of texts by image id.
-        candidates: what is scored, a text by image id, of the same images.
+        candidates: the captions to score, one text by image id, for the same images.
         metrics: of `KNOWN`.
     """
     truth, said = _words(references, candidates)
     scores: dict[str, float] = {}
     for name in metrics:
+        module, scorer = _SCORERS[name]
+        scorer = getattr(import_module(f"pycocoevalcap.{module}"), scorer)()
         with contextlib.redirect_stdout(io.StringIO()):
-            value = _SCORERS[name](truth, said)
-        if name == "BLEU":
-            scores |= {f"BLEU{order}": 100 * float(part) for order, part in enumerate(value, start=1)}
-        else:
-            scores[name] = 100 * float(value)
+            value, _ = scorer.compute_score(truth, said)
+        # BLEU has a figure for each length of word sequences, 1 to 4.
+        figures = {f"BLEU{n}": part for n, part in enumerate(value, 1)} if name == "BLEU" else {name: value}
+        scores |= {figure: 100 * float(part) for figure, part in figures.items()}
     return scores
 
 
 def _words(references: Mapping, candidates: Mapping) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """What scorers compare, with numbers 1, 2, ... for ids: SPICE sorts them and sends them through JSON."""
+    """What scorers compare, with ids 1, 2, ...: SPICE sorts ids and sends them through JSON."""
     truth = {n: [ptb_words(text) for text in texts] for n, texts in enumerate(references.values(), 1)}
     return truth, {n: [ptb_words(candidates[key])] for n, key in enumerate(references, 1)}
-
-
-def _bleu(truth: dict, said: dict) -> list[float]:
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    return Bleu(4).compute_score(truth, said, verbose=0)[0]
-
-
-def _rouge(truth: dict, said: dict) -> float:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return Rouge().compute_score(truth, said)[0]
-
-
-def _cider(truth: dict, said: dict) -> float:
-    from pycocoevalcap.cider.cider import Cider
-
-    return Cider().compute_score(truth, said)[0]
-
-
-def _meteor(truth: dict, said: dict) -> float:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    return Meteor().compute_score(truth, said)[0]
-
-
-def _spice(truth: dict, said: dict) -> float:
-    from pycocoevalcap.spice.spice import Spice
-
-    return Spice().compute_score(truth, said)[0]
-
-
-_SCORERS = {"BLEU": _bleu, "ROUGE_L": _rouge, "CIDEr": _cider, "METEOR": _meteor, "SPICE": _spice}
 
 
 class CaptionEvaluator(DatasetEvaluator):
@@ -147,7 +125,7 @@ class CaptionEvaluator(DatasetEvaluator):
             dataset_name: registered.
             heads: names of the caption heads.
             metrics: of `KNOWN`.
-            distributed: gather the captions of all processes; only the main one then returns figures.
+            distributed: gather the captions of all processes; then only the main process returns figures.
 
         Raises:
             DataError: its caption file is broken.
@@ -177,16 +155,13 @@ class CaptionEvaluator(DatasetEvaluator):
                     self._said[name][image["image_id"]] = str(output[name])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures by head, times 100; empty on all but the main process, and where there is nothing to compare."""
-        gathered = [self._said]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(self._said)
-            if not comm.is_main_process():
-                return {}
+        """Figures by head, times 100. Empty except on the main process, and where there is nothing to compare."""
+        parts = gathered(self._said, self.distributed)
+        if parts is None:
+            return {}
         figures = {}
         for name in self.heads:
-            said = dict(itertools.chain(*(part[name].items() for part in gathered)))
+            said = dict(itertools.chain(*(part[name].items() for part in parts)))
             if not said:
                 logger.warning(
                     "%s has no captions: the head `%s` is not scored on it", self.dataset_name, name

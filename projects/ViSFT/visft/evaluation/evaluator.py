@@ -1,4 +1,4 @@
-"""The in-domain evaluator: every head's own output, under its name."""
+"""The in-domain evaluator, which scores every head's output under its name."""
 
 import functools
 import itertools
@@ -16,7 +16,6 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from visft.checkpoint import files
@@ -24,6 +23,7 @@ from visft.classes.dataset_classes import places_by_name
 from visft.errors import DataError
 from visft.evaluation.average_precision import COCOMetric
 from visft.evaluation.caption_metrics import CaptionEvaluator
+from visft.evaluation.gathering import gathered
 from visft.evaluation.lvis import LVISMetric
 from visft.evaluation.region_naming import RegionTextEvaluator
 
@@ -34,9 +34,9 @@ class HeadsEvaluator(DatasetEvaluator):
     """Average precision of each head of a ViSFT model: LVIS's on data sets of the kind `lvis`, else COCO's.
 
     `evaluate` returns `{"detection/bbox": {"AP": ..., "AP50": ...}, "segmentation/bbox": ..., ...}`; detectron2's
-    flattening makes `detection/bbox/AP50` of it. Masks are scored where a head predicts some. The figures are those
-    of detectron2's COCOEvaluator and LVISEvaluator, except that a head that finds nothing scores 0, not nan. Heads that
-    say words are passed over.
+    flattening turns it into `detection/bbox/AP50`. Masks are scored where a head predicts some. The figures are those
+    of detectron2's COCOEvaluator and LVISEvaluator, except that a head that finds nothing scores 0, not nan. Caption
+    heads are skipped.
     """
 
     def __init__(
@@ -49,13 +49,12 @@ class HeadsEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: registered; its metadata's `json_file` holds the annotations. Data sets of other kinds are
-                converted to COCO's format.
-            heads: names of the heads to score, of the model's outputs that are Instances.
-            class_names: what the predicted classes are called, in the order of their numbers: they are matched with the
-                data set's by name, and what is found of a class that the data set has not is left out. (): they are
-                numbered as the data set's.
-            distributed: gather the predictions of all processes; only the main one then returns figures.
+            dataset_name: registered; its metadata's `json_file` holds the annotations. A data set without such a file
+                is converted to COCO's format.
+            heads: names of the heads to score, whose outputs are Instances.
+            class_names: names of the predicted classes in the order of their numbers. They are matched by name with the
+                data set's classes; predictions of other classes are left out. (): numbered as in the data set.
+            distributed: gather the predictions of all processes; then only the main process returns figures.
 
         Raises:
             DataError: the annotations are not readable.
@@ -73,14 +72,14 @@ class HeadsEvaluator(DatasetEvaluator):
         self._tasks: dict[str, set[str]] = {name: set() for name in self.heads}
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep what the heads predicted as far as it can count, masks run-length encoded.
+        """Keep the predictions that can count, masks run-length encoded.
 
         Args:
             inputs: with `image_id`.
             outputs: the model's, in coordinates of the original images.
 
         Raises:
-            DataError: a prediction's class is none of the data set's.
+            DataError: the data set does not have a prediction's class.
         """
         for image, output in zip(inputs, outputs, strict=True):
             for name in self.heads:
@@ -91,16 +90,11 @@ class HeadsEvaluator(DatasetEvaluator):
                 self._results[name] += self._encode(instances, image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures in per cent by head and kind; empty on all but the main process."""
-        gathered = [(self._results, self._tasks)]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(gathered[0])
-            if not comm.is_main_process():
-                return {}
-        predicted = {
-            name: list(itertools.chain(*(part[name] for part, _ in gathered))) for name in self.heads
-        }
+        """Figures in per cent by head and kind. Empty except on the main process."""
+        parts = gathered((self._results, self._tasks), self.distributed)
+        if parts is None:
+            return {}
+        predicted = {name: list(itertools.chain(*(part[name] for part, _ in parts))) for name in self.heads}
         self._keep(predicted)
         if not self.metric.annotated:
             logger.warning("%s has no annotations: nothing is evaluated", self.dataset_name)
@@ -108,7 +102,7 @@ class HeadsEvaluator(DatasetEvaluator):
         figures: dict[str, dict[str, float]] = OrderedDict()
         for name in self.heads:
             results = predicted[name]
-            tasks = sorted(set().union(*(kinds[name] for _, kinds in gathered)))
+            tasks = sorted(set().union(*(kinds[name] for _, kinds in parts)))
             if "segm" in tasks and not self.metric.truth.has_masks:
                 tasks.remove("segm")
                 logger.warning(
@@ -128,13 +122,13 @@ class HeadsEvaluator(DatasetEvaluator):
         return figures
 
     def _keep(self, results: dict[str, list[dict]]) -> None:
-        """Write the results by head, where they are wanted."""
+        """Write the results by head, in subclasses that do."""
 
     @property
     def _is_lvis(self) -> bool:
         return self.metadata.get("evaluator_type") == "lvis"
 
-    def _load(self) -> COCOMetric | LVISMetric:
+    def _load(self) -> COCOMetric:
         if hasattr(self.metadata, "json_file"):
             return (LVISMetric if self._is_lvis else COCOMetric)(self.metadata.json_file)
         with tempfile.TemporaryDirectory() as folder:
@@ -144,8 +138,7 @@ class HeadsEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _ids(self) -> dict[int, int]:
-        """The data set's category id of each predicted class. The data set has been loaded, which fills the
-        metadata."""
+        """The data set's category id of each predicted class. Loading the data set has filled the metadata."""
         names = self.metadata.get("thing_classes")
         if not self.class_names or not names:
             return self._own_ids
@@ -163,8 +156,7 @@ class HeadsEvaluator(DatasetEvaluator):
         return {index: index + first for index in range(len(self.metadata.get("thing_classes", ())))}
 
     def _class_names(self) -> list[str]:
-        """Names of the classes in the order of their category ids, which is that of COCO's figures; of several classes
-        of one name, with the ids."""
+        """Names of the classes in the order of their category ids, as in COCO's figures. Equal names get the ids."""
         names, ids = self.metadata.get("thing_classes", ()), self._own_ids
         if set(ids.values()) != set(self.metric.truth.categories):
             return []
@@ -189,7 +181,7 @@ class HeadsEvaluator(DatasetEvaluator):
             classes = instances.pred_classes.tolist()
         categories = [self._ids[c] for c in classes]
         counting = self.metric.counting(image_id, instances.scores.tolist(), categories)
-        if len(counting) < len(instances):  # before masks leave the device, or are copied for nothing
+        if len(counting) < len(instances):  # before masks leave the device
             rows = torch.tensor(counting, dtype=torch.int64, device=instances.pred_classes.device)
             instances = instances[rows]
         found = instances_to_coco_json(instances.to(torch.device("cpu")), image_id)
@@ -220,11 +212,11 @@ class InstancesEvaluator(HeadsEvaluator):
 def build_evaluator(cfg: CfgNode, dataset_name: str, class_names: Sequence[str] = ()) -> DatasetEvaluator:
     """The evaluator of a ViSFT model's heads on a data set of DATASETS.TEST.
 
-    Caption heads are told by their vocabulary, heads that name regions by their HEAD; the others are scored by what
-    they find.
+    Heads with a vocabulary are caption heads. Heads whose HEAD is RegionTextHead name regions. The others find
+    instances.
 
     Args:
-        class_names: what the model's classes are called (see `HeadsEvaluator`).
+        class_names: of the model (see `HeadsEvaluator`).
 
     Raises:
         DataError: the data set's annotations are not readable.

@@ -1,4 +1,4 @@
-"""Annotations as the library that scores takes them, whatever the ids of a file are and whatever it leaves out."""
+"""Annotations in the form that faster-coco-eval takes, for any ids and with optional fields filled in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from visft.errors import DataError
 
 
 class GroundTruth:
-    """A data set's annotations with numbers 1, 2, ... in the place of its ids.
+    """A data set's annotations with numbers 1, 2, ... instead of its ids.
 
-    faster-coco-eval keeps ids as int64, and an annotation of id 0 counts as one that nothing matched. Numbers follow
-    the order in which it and pycocotools sort ids, which decides between equal scores.
+    faster-coco-eval keeps ids as int64 and takes an annotation of id 0 for an unmatched one. The numbers follow the
+    order in which it and pycocotools sort ids, which decides between equal scores.
 
     Attributes:
-        dataset: `images`, `annotations` and `categories` with numbers for ids. Every annotation has `iscrowd` and
-            `area`, of its mask or else of its box.
+        dataset: `images`, `annotations` and `categories` with these numbers. Every annotation has `iscrowd` and `area`
+            (of its mask, or else of its box).
         images, categories: the number of each of the data set's ids.
         annotated: whether the file has annotations; test splits are published without.
         has_masks: whether each annotation has one.
@@ -31,7 +31,7 @@ class GroundTruth:
         Raises:
             DataError: two images or categories have one id, or an annotation is of an image or category that is not
                 there.
-            KeyError, TypeError, ValueError, AttributeError: it is in no such format.
+            KeyError, TypeError, ValueError, AttributeError: the content is in neither format.
         """
         self.file = str(file)
         self.annotated = "annotations" in content
@@ -50,8 +50,9 @@ class GroundTruth:
         }
 
     def results(self, results: Sequence[dict], task: str) -> list[dict]:
-        """Copies of results, with numbers for ids and what a task needs: the library writes into them, and with a
-        box beside a mask it would tell small from large by the box's area.
+        """Copies of results with numbers for ids and only the field that the task needs.
+
+        The library writes into results. Given a box and a mask, it would take an object's size from the box.
 
         Args:
             results: in COCO's results format, with the data set's ids.

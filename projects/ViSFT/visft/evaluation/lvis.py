@@ -1,24 +1,22 @@
 """LVIS's average precision of boxes and masks (arXiv 1908.03195), by faster-coco-eval.
 
-LVIS is annotated in a federated way: of an image it is known which classes are in it, which are not
-(`neg_category_ids`), and which of those in it are not annotated everywhere (`not_exhaustive_category_ids`). What is
-found of a class that nothing is known of does not count, nor what is found too much of a class not annotated
-everywhere.
+LVIS is annotated in a federated way. Each image lists classes that it shows, classes that it does not show
+(`neg_category_ids`), and classes that are not annotated everywhere in it (`not_exhaustive_category_ids`). Detections of
+unlisted classes do not count, nor do surplus detections of classes that are not annotated everywhere.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_api
 
 from visft.errors import DataError
-from visft.evaluation.average_precision import average_precisions, mean, precision_of
-from visft.evaluation.ground_truth import read_truth
+from visft.evaluation.average_precision import COCOMetric, average_precisions, mean, precision_of
 
 MAX_DETECTIONS = 300
-"""Of an image, over all classes: the rest does not count."""
+"""Detections per image, over all classes, that count: the best ones."""
 
 FREQUENCIES = ("r", "c", "f")
 """Rare, common and frequent classes: in up to 10, up to 100 and more images of the training set."""
@@ -26,21 +24,15 @@ FREQUENCIES = ("r", "c", "f")
 _CHUNK = 64  # classes evaluated at once: the library keeps a place for each of these times each image
 
 
-class LVISMetric:
-    """AP over IoU 0.50:0.95, at 0.50 and 0.75, of small, medium and large objects, of rare, common and frequent
-    classes. The figures are those of the lvis package, which does not run on numpy 1.24 and later."""
+class LVISMetric(COCOMetric):
+    """As COCOMetric, with AP of rare, common and frequent classes. The figures are those of the lvis package, which
+    does not run on numpy 1.24 and later."""
 
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+    names = (*COCOMetric.names, "APr", "APc", "APf")
+    format = "LVIS"
 
     def __init__(self, file: str | Path) -> None:
-        """
-        Args:
-            file: annotations in LVIS format.
-
-        Raises:
-            DataError: the file is not there, or not readable as such.
-        """
-        self.truth = read_truth(file, "LVIS")
+        super().__init__(file)
         dataset = self.truth.dataset
         try:
             self._categories = sorted(dataset["categories"], key=lambda category: category["id"])
@@ -56,30 +48,18 @@ class LVISMetric:
                 f"{file}: no annotations in LVIS format ({error}); correct or replace it"
             ) from error
 
-    @property
-    def annotated(self) -> bool:
-        """Whether the file has annotations; test splits are published without."""
-        return self.truth.annotated
-
     def counting(self, image_id: int | str, scores: Sequence[float], categories: Sequence[int]) -> list[int]:
-        """Which of an image's detections can count, as indices: among the best 300 those of classes that something is
-        known of. Of an image's 1,203 classes that is so of some ten, so that most masks need not be kept."""
+        """Indices of the detections that can count: among an image's best 300, those of its listed classes.
+
+        An image lists some ten of the 1,203 classes, so most masks need not be kept.
+        """
         known = self._known.get(self.truth.images.get(image_id), ())
         return [i for i in _best(scores) if self.truth.categories.get(categories[i]) in known]
 
     def __call__(
         self, results: Sequence[dict], task: str, class_names: Sequence[str] = ()
     ) -> dict[str, float]:
-        """Figures in per cent; nan where there is no ground truth of the kind, 0 where nothing was found.
-
-        Args:
-            results: in COCO's results format, with the data set's ids.
-            task: `bbox` or `segm`.
-            class_names: not used: LVIS has more classes than a report has room for.
-
-        Raises:
-            DataError: a result is of an image or category that the data set does not have.
-        """
+        """As COCOMetric's; `class_names` are not used: LVIS has more classes than a report has room for."""
         results = self.truth.results(_limited(results), task)
         precision = self._precision(results, task)
         figures = average_precisions(precision)
@@ -90,12 +70,12 @@ class LVISMetric:
     def _precision(self, results: list[dict], task: str) -> np.ndarray:
         """As `precision_of`, of all classes.
 
-        Some classes at a time, with the images that have any of them: 1,203 classes of 20,000 images would take
-        many gigabytes.
+        A chunk of classes is scored at a time, with the images that have any of them: 1,203 classes of 20,000 images
+        would take many gigabytes.
         """
         truth, found = defaultdict(list), defaultdict(list)
         for annotation in self.truth.dataset["annotations"]:
-            # As the lvis package, which knows no crowds, and no objects without area.
+            # The lvis package has no crowds and skips objects without area.
             if annotation["area"] > 0:
                 truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
         for result in results:
@@ -105,7 +85,8 @@ class LVISMetric:
 
         images = {image["id"]: image for image in self.truth.dataset["images"]}
         precision = -np.ones((10, 101, len(self._categories), 4))
-        for start, categories in _chunks(self._categories):
+        for start in range(0, len(self._categories), _CHUNK):
+            categories = self._categories[start : start + _CHUNK]
             ids = [category["id"] for category in categories]
             annotations = [annotation for c in ids for annotation in truth[c]]
             detections = [result for c in ids for result in found[c]]
@@ -120,7 +101,7 @@ class LVISMetric:
 
 
 def _known_classes(truth: dict) -> dict[int, set[int]]:
-    """By image id the classes that something is known of: those annotated, and those known to be absent."""
+    """Listed classes by image id: those annotated, and those known to be absent."""
     known = {}
     for image in truth["images"]:
         if "not_exhaustive_category_ids" not in image:
@@ -132,7 +113,7 @@ def _known_classes(truth: dict) -> dict[int, set[int]]:
 
 
 def _best(scores: Sequence[float]) -> list[int]:
-    """Indices of the detections of an image that count, in the order that the lvis package leaves them in."""
+    """Indices of an image's detections that count, in the order that the lvis package gives them."""
     order = list(range(len(scores)))
     if len(order) > MAX_DETECTIONS:
         order = sorted(order, key=lambda index: scores[index], reverse=True)[:MAX_DETECTIONS]
@@ -151,8 +132,3 @@ def _area(result: dict, task: str) -> float:
     if task == "segm":
         return float(mask_api.area(result["segmentation"]))
     return result["bbox"][2] * result["bbox"][3]
-
-
-def _chunks(categories: list[dict]) -> Iterator[tuple[int, list[dict]]]:
-    for start in range(0, len(categories), _CHUNK):
-        yield start, categories[start : start + _CHUNK]

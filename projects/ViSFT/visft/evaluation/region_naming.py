@@ -1,4 +1,4 @@
-"""How well the text encoder names the annotated regions of a data set: RegionTextHead in domain."""
+"""RegionTextHead in domain: how well the text encoder names the annotated regions of a data set."""
 
 import functools
 import logging
@@ -11,7 +11,6 @@ import torch
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from visft.data.datasets.coco_json import read_json
 from visft.data.masks import decode as annotated_mask
 from visft.data.masks import usable
 from visft.errors import DataError
+from visft.evaluation.gathering import gathered
 from visft.modeling.backbone.class_embeddings import ClassText
 from visft.modeling.heads import RegionText, RegionTextHead
 
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class RegionTextEvaluator(DatasetEvaluator):
-    """Top-1 and top-5 accuracy of naming annotated regions, crowds left out, among the names of their data set.
+    """Top-1 and top-5 accuracy of naming annotated regions among the names of their data set. Crowds are left out.
 
     `evaluate` returns `{"region_text/mask": {"top1": ..., "top5": ..., "class_mean": ...}, "region_text/box": ...,
-    "region_text/stuff": ...}`: things by mask and by box, stuff by mask. `class_mean` is top-1 of each name that
-    occurs, averaged over names. Classes whose names are the same to the tokenizer count as one name.
+    "region_text/stuff": ...}`: things by mask and by box, stuff by mask. `class_mean` is the mean over names of each
+    occurring name's top-1. Classes whose names are equal to the tokenizer count as one name.
 
-    Stuff is named among the stuff names alone, as things are among things: a head that learns from things moves
-    regions towards their names, and a figure over both would tell that and not whether stuff is told apart.
+    Things are named among things, and stuff among stuff. A head that learns from things moves regions towards the names
+    of things; a figure over both would measure that, not whether stuff is told apart.
     """
 
     def __init__(self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True) -> None:
@@ -46,7 +46,7 @@ class RegionTextEvaluator(DatasetEvaluator):
                 its metadata's `panoptic_json` and `panoptic_root`, or from `panoptic_X.json` and the folder
                 `panoptic_X` near an `instances_X.json`; without them it is not evaluated.
             heads: names of RegionTextHeads in the model's outputs.
-            distributed: sum the counts of all processes; only the main one then returns figures.
+            distributed: sum the counts of all processes; then only the main process returns figures.
 
         Raises:
             DataError: the data set has no class names, or its panoptic file is broken.
@@ -89,18 +89,15 @@ class RegionTextEvaluator(DatasetEvaluator):
                 self._name(name, output[name], annotations, image["image_id"])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Figures in per cent by head and kind of region; empty on all but the main process."""
-        gathered = [self._counts]
-        if self.distributed:
-            comm.synchronize()
-            gathered = comm.gather(self._counts)
-            if not comm.is_main_process():
-                return {}
+        """Figures in per cent by head and kind of region. Empty except on the main process."""
+        found = gathered(self._counts, self.distributed)
+        if found is None:
+            return {}
         figures = {}
         for name in self.heads:
             for kind in ("mask", "box", "stuff"):
                 key = f"{name}/{kind}"
-                parts = [counts[key] for counts in gathered if key in counts]
+                parts = [counts[key] for counts in found if key in counts]
                 if not parts:
                     continue
                 figures[key] = _accuracies(torch.stack(parts).sum(0))
@@ -134,7 +131,7 @@ class RegionTextEvaluator(DatasetEvaluator):
         counts.index_add_(1, target, found)
 
     def _text(self, name: str, head: RegionTextHead, stuff: bool) -> ClassText:
-        """Classifiers of the data set's names, computed once; the head's own where it knows the same names."""
+        """Classifiers of the data set's names, computed once. A head that knows the same names has them already."""
         names = self._stuff.names if stuff else self._things
         key = (name, "stuff" if stuff else "things")
         if key not in self._texts:
@@ -227,9 +224,9 @@ class StuffSegments:
 
 
 def find_stuff(metadata: Metadata) -> StuffSegments | None:
-    """The stuff of a data set with panoptic files; None: it has none.
+    """The stuff of a data set with panoptic files, or None.
 
-    COCO's own archive has the folder beside the JSON file, detectron2 expects it one folder up: both are found.
+    COCO's archive has the folder beside the JSON file, detectron2 expects it one folder up. Both places are searched.
     """
     found = [(metadata.get("panoptic_json"), metadata.get("panoptic_root"))]
     instances = Path(metadata.get("json_file") or "")

@@ -1,7 +1,4 @@
-"""Configs and weights by name, in a checkout and in an installed wheel alike.
-
-Names are told without torch and detectron2.
-"""
+"""Configs and weights by name, in a checkout and in an installed wheel. Listing names needs no torch or detectron2."""
 
 from __future__ import annotations
 
@@ -68,8 +65,8 @@ def get_config(name: str) -> CfgNode | DictConfig:
 def get(name: str, device: str = "cpu") -> nn.Module:
     """The model of the config `name`, in evaluation mode.
 
-    Its tower has the weights that the config names, its heads those of MODEL.VISFT.HEAD_FILES; what the config names
-    no weights for is as before training.
+    The tower has the weights that the config names, the heads those of MODEL.VISFT.HEAD_FILES. Everything else is
+    initialised as before training.
     """
     from detectron2.config import instantiate
     from detectron2.modeling import build_model
@@ -83,11 +80,11 @@ def get(name: str, device: str = "cpu") -> nn.Module:
 
 
 def get_file(name: str) -> str:
-    """Local path of the weights `name` (or of a file's name), downloaded if need be, the SHA-256 checked.
+    """Local path of weights by their name or file name, downloaded if necessary, with the SHA-256 checked.
 
     Raises:
         ConfigError: there are none of that name.
-        CheckpointError: they cannot be had, or are not the ones that were published.
+        CheckpointError: they cannot be downloaded, or are not the published ones.
     """
     from visft.model_zoo import cache
 

@@ -1,15 +1,14 @@
-"""The folder that the zoo's files are downloaded into once, and the record of what each of them was."""
+"""Downloads of the zoo's files into a cache folder, and the record of their hashes."""
 
 import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from detectron2.utils.file_io import PathManager
 
 from visft.checkpoint import files
 from visft.errors import CheckpointError, ConfigError
@@ -19,35 +18,35 @@ from visft.model_zoo.places import folder, present
 logger = logging.getLogger(__name__)
 
 RECORD = "zoo.lock.json"
-"""File name, in the cache: SHA-256, size, time and address of everything that was ever downloaded here."""
+"""File in the cache folder: SHA-256, size, time and address of everything that was ever downloaded."""
 
 MIRROR = "VISFT_ZOO_MIRROR"
-"""Environment variable: an address or folder with the zoo's files under their names, asked instead of all else."""
+"""Environment variable: an address or folder with the zoo's files under their names, the only source if set."""
 
 _YES = ("1", "on", "true", "yes")
 
 
 class NotThere(CheckpointError):
-    """The server says that it has no such file."""
+    """The server has no such file."""
 
 
 def offline() -> bool:
-    """Whether `VISFT_OFFLINE` or `HF_HUB_OFFLINE` forbids to ask the network."""
+    """Whether `VISFT_OFFLINE` or `HF_HUB_OFFLINE` forbids network access."""
     return any(os.environ.get(name, "").lower() in _YES for name in ("VISFT_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 def fetch(entry: Entry, *, again: bool = False) -> Path:
-    """The file, downloaded if it has to be, its SHA-256 checked.
+    """The file, downloaded if necessary, with its SHA-256 checked.
 
-    A downloaded file is hashed once, and again when its size or time has changed since. Where the zoo's table has no
-    SHA-256, the first download is trusted, unless the Hub states another for it, and recorded; all later ones must be
-    equal to it. Processes that want the same file wait for the one that downloads it.
+    A downloaded file is hashed once, and again if its size or time has changed. If the zoo's table has no SHA-256, the
+    first download is recorded and later ones must equal it; the Hub's SHA-256 is checked too if it states one.
+    Processes that want the same file wait for the one that downloads it.
 
     Args:
-        again: download it although it is there.
+        again: download it even if it is there.
 
     Raises:
-        CheckpointError: it cannot be had, or is not the one that it should be.
+        CheckpointError: it cannot be downloaded, or has another SHA-256.
     """
     if entry.package:
         return verify(entry)
@@ -56,16 +55,11 @@ def fetch(entry: Entry, *, again: bool = False) -> Path:
         return path
     for file in entry.files:
         with _locked(folder() / file):
-            path = present(entry)  # another process may have been faster
-            if path and not again:
-                if not _unchanged(entry, path.name, path):
-                    verify(entry)
-                return path
-            known = None if again else _in_hub_cache(entry, file)
-            if known:
-                if not _unchanged(entry, file, known):
-                    _accept(entry, file, known, url="the Hub's cache")
-                return known
+            if not again:
+                if path := present(entry):  # perhaps by another process
+                    return _checked(entry, path.name, path, "found in the cache")
+                if path := _in_hub_cache(entry, file):
+                    return _checked(entry, file, path, "the Hub's cache")
             _refuse_offline(entry)
             try:
                 return _download(entry, file)
@@ -76,7 +70,7 @@ def fetch(entry: Entry, *, again: bool = False) -> Path:
 
 
 def verify(entry: Entry) -> Path:
-    """Hash the file that is there, and compare.
+    """Hash the local file and compare.
 
     Raises:
         CheckpointError: it is not there, or has changed.
@@ -101,7 +95,7 @@ def verify(entry: Entry) -> Path:
 
 
 def _download(entry: Entry, file: str) -> Path:
-    """Download one of `entry.files`; it gets its name when its SHA-256 is right."""
+    """Download one of `entry.files`, which gets its name once its SHA-256 is right."""
     path, mirror = folder() / file, os.environ.get(MIRROR, "").rstrip("/")
     if "://" in mirror or (entry.url and not mirror):
         url = f"{mirror}/{quote(file)}" if mirror else entry.url
@@ -117,12 +111,11 @@ def _download(entry: Entry, file: str) -> Path:
 def _from_address(
     entry: Entry, file: str, url: str, *, headers: dict | None = None, stated: str = "", version: str = ""
 ) -> None:
-    """Over HTTP by the Hub's client, which tries again where a connection breaks.
+    """Download over HTTP by the Hub's client, which retries broken connections.
 
     Args:
         stated: the SHA-256 that the server states.
-        version: what tells one state of the file from another. With it, bytes that an earlier process received are
-            kept and continued.
+        version: identifies the content of the file. If given, a partial download is kept and continued.
     """
     from huggingface_hub.file_download import http_get
 
@@ -135,14 +128,14 @@ def _from_address(
             )
     except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        kept = "What came is kept, and continued" if version and aside.stat().st_size else "Nothing is kept"
-        if not kept.startswith("What"):
+        kept = "What came is kept, and continued"
+        if not version or not aside.stat().st_size:
+            kept = "Nothing is kept"
             aside.unlink(missing_ok=True)
         if status in (404, 410):
             raise NotThere(f"{url}: the server has no such file (status {status}).") from error
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{url}: cannot be downloaded to {folder() / file} ({cause}). {kept}; run the same command again."
+            f"{url}: cannot be downloaded to {folder() / file} ({_cause(error)}). {kept}; run the same command again."
         ) from error
     try:
         _accept(entry, file, aside, url=url, stated=stated, fresh=True)
@@ -152,12 +145,10 @@ def _from_address(
 
 
 def _from_folder(entry: Entry, file: str, source: str) -> None:
-    """From a mirror that is a folder."""
+    """Copy from a mirror that is a folder."""
     try:
-        with PathManager.open(source, "rb") as original, files.write_aside(folder() / file) as partial:
-            with open(partial, "wb") as copy:
-                while chunk := original.read(1 << 22):
-                    copy.write(chunk)
+        with files.write_aside(folder() / file) as partial:
+            shutil.copyfile(source, partial)
             _accept(entry, file, partial, url=source, fresh=True)
     except FileNotFoundError as error:
         raise NotThere(f"{source}: the mirror has no such file.") from error
@@ -181,14 +172,17 @@ def _from_hub(entry: Entry, file: str) -> None:
             "terms accepted); look at it in a browser, and set HF_TOKEN to a token of an account that may read it."
         ) from error
     except Exception as error:  # of whatever HTTP library this version of the Hub's client uses
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{url}: the Hub does not answer ({cause}); run the same command again."
+            f"{url}: the Hub does not answer ({_cause(error)}); run the same command again."
         ) from error
-    # The ETag of a large file is its SHA-256; that of a small one is git's, of another length.
+    # The ETag of a large file is its SHA-256; a small one has git's hash, of another length.
     stated = etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
     headers = hub.utils.build_hf_headers(token=hub.get_token())
     _from_address(entry, file, url, headers=headers, stated=stated, version=etag)
+
+
+def _cause(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def hub_file(entry: Entry, file: str) -> tuple[str, str]:
@@ -210,11 +204,11 @@ def hub_file(entry: Entry, file: str) -> tuple[str, str]:
 
 
 def _accept(entry: Entry, file: str, path: Path, *, url: str, stated: str = "", fresh: bool = False) -> None:
-    """Hash a file, compare it with the first of those who know, and record it.
+    """Hash a file, compare it with the first known SHA-256, and record it.
 
     Args:
         url: where it came from. stated: the SHA-256 that the Hub states.
-        fresh: it was downloaded just now, and has not got its name yet (which changes neither size nor time).
+        fresh: it has just been downloaded and does not have its name yet.
     """
     digest = files.sha256(path)
     known = _records().get(file, {})
@@ -231,7 +225,7 @@ def _accept(entry: Entry, file: str, path: Path, *, url: str, stated: str = "", 
 
 
 def _refuse_page(path: Path, file: str, url: str) -> None:
-    """Sign-in pages and proxies answer with a web page, which must not be trusted as a first download."""
+    """Refuse the web pages of sign-in forms and proxies, which must not be recorded as a first download."""
     with open(path, "rb") as opened:
         start = opened.read(64).lstrip().lower()
     if not start or start.startswith((b"<!doctype", b"<html")):
@@ -253,8 +247,15 @@ def _record(file: str, path: Path, digest: str, url: str) -> None:
         files.write_json(folder() / RECORD, {**_records(), file: row})
 
 
+def _checked(entry: Entry, file: str, path: Path, url: str) -> Path:
+    """`path`, hashed unless it has been before."""
+    if not _unchanged(entry, file, path):
+        _accept(entry, file, path, url=url)
+    return path
+
+
 def _unchanged(entry: Entry, file: str, path: Path) -> bool:
-    """Whether a file is the very one that was hashed before, by size and time."""
+    """Whether a file has the size and time that were recorded when it was hashed."""
     row = _records().get(file)
     if not row or entry.sha256 not in ("", row["sha256"]):
         return False
@@ -263,7 +264,7 @@ def _unchanged(entry: Entry, file: str, path: Path) -> bool:
 
 
 def _in_hub_cache(entry: Entry, file: str) -> Path | None:
-    """The same file where open_clip or another program has downloaded it before."""
+    """The same file in the Hub's own cache, from open_clip or another program."""
     if not (entry.repository or entry.open_clip):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -282,7 +283,7 @@ def _refuse_offline(entry: Entry) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Exclude other processes; the system lets go of the lock of one that dies."""
+    """Exclude other processes. The system releases the lock of a process that dies."""
     from filelock import FileLock
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))

@@ -1,4 +1,4 @@
-"""What the zoo has: `zoo.json`, the one table that MODEL_ZOO.md, downloads and hashes are made from."""
+"""The zoo's content, `zoo.json`: the source of MODEL_ZOO.md's tables, of downloads and of hashes."""
 
 import difflib
 import functools
@@ -12,7 +12,7 @@ from visft.errors import ConfigError
 
 TABLE = Path(__file__).with_name("zoo.json")
 SHIPPED = ("demoworld/weights", "visft/model_zoo/weights")
-"""Folders of the weight files that come with the packages: the tower's is the demo world's, the heads are ours."""
+"""Folders of the weight files in the packages: the demo tower's and the demo heads'."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Entry:
     """A weight file of the zoo. It has exactly one of `package`, `url`, `repository` and `open_clip`.
 
     Attributes:
-        name: what it is asked for by.
-        licence: of the file, as far as it is known.
-        package: its path within a package, whose name comes first, for what comes with one.
-        url: its address, for what lies on a server of its own.
-        repository: its repository on the Hugging Face Hub; there it lies under `file`.
-        open_clip: architecture and tag, for what open_clip knows where to find.
-        file: its name; "" for open_clip's.
-        sha256, bytes: of the file; "" and 0 where nobody has published them.
+        name: unique.
+        licence: of the file, as far as known.
+        package: path of a file in a package, beginning with the package's name.
+        url: address on another server.
+        repository: on the Hugging Face Hub, where the file's name is `file`.
+        open_clip: architecture and tag, which open_clip resolves.
+        file: file name; "" for open_clip's.
+        sha256, bytes: of the file; "" and 0 if not published.
     """
 
     name: str
@@ -42,32 +42,32 @@ class Entry:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names it may have in the cache and on a mirror. Which of its two open_clip files there is, the Hub knows."""
+        """Possible names in the cache and on a mirror. The Hub has one or both of open_clip's two."""
         return (f"{self.name}.safetensors", f"{self.name}.bin") if self.open_clip else (self.file,)
 
     @property
     def source(self) -> str:
-        """Where it comes from, in words."""
+        """Its origin in words."""
         if self.open_clip:
             return "open_clip, {} tag {}".format(*self.open_clip)
         return "the package" if self.package else self.url or f"huggingface.co/{self.repository}"
 
 
 def in_package(path: str) -> Path:
-    """Where a file lies that is named from its package on, as `visft/model_zoo/zoo.json`; nothing is imported."""
+    """Path of a package's file, as `visft/model_zoo/zoo.json`; nothing is imported."""
     package, _, rest = path.partition("/")
     return Path(importlib.util.find_spec(package).origin).parent / rest
 
 
 @functools.lru_cache(maxsize=1)
 def table() -> dict[str, Any]:
-    """`zoo.json` as it stands: `tables` (what columns MODEL_ZOO.md shows), `files` and `configs`."""
+    """The content of `zoo.json`: `tables` (columns of MODEL_ZOO.md's tables), `files` and `configs`."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 @functools.lru_cache(maxsize=1)
 def entries() -> dict[str, Entry]:
-    """All weight files by name, in the table's order."""
+    """All weight files by name, in order."""
     known = Entry.__dataclass_fields__
     found = {}
     for row in table()["files"]:
@@ -77,16 +77,16 @@ def entries() -> dict[str, Entry]:
 
 
 def reload() -> None:
-    """Read `zoo.json` again after it was written."""
+    """Read `zoo.json` anew."""
     table.cache_clear()
     entries.cache_clear()
 
 
 def find(name: str) -> Entry:
-    """The entry of a name, or of a file's name.
+    """An entry by its name or file name.
 
     Raises:
-        ConfigError: there is none; the message says the nearest, or all that come with the package.
+        ConfigError: there is none; the message lists all names and the nearest one.
     """
     known = entries()
     by_file = {file: entry for entry in known.values() for file in entry.files}

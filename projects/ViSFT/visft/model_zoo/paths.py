@@ -1,4 +1,4 @@
-"""`visft://NAME`: the weights of the zoo, wherever detectron2 or ViSFT takes a path."""
+"""`visft://NAME`: the zoo's weights as a path for detectron2 and ViSFT."""
 
 from typing import IO, Any
 
@@ -18,14 +18,14 @@ class VisftHandler(PathHandler):
         return [PREFIX]
 
     def _entry(self, path: str) -> entries.Entry:
-        """Raises CheckpointError where the zoo has no such file."""
+        """Raises CheckpointError: the zoo has no such file."""
         try:
             return entries.find(path.removeprefix(PREFIX))
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}.") from error
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """Raises CheckpointError where it cannot be had, or is not the file that it should be."""
+        """Raises CheckpointError: it cannot be downloaded, or has another SHA-256."""
         from visft.model_zoo import cache
 
         return str(cache.fetch(self._entry(path), again=force))
@@ -51,5 +51,5 @@ class VisftHandler(PathHandler):
 
 
 def register() -> None:
-    """Teach detectron2's PathManager the prefix; may be called again."""
+    """Register the prefix with detectron2's PathManager; may be called again."""
     PathManager.register_handler(VisftHandler(), allow_override=True)

@@ -1,4 +1,4 @@
-"""The tables of MODEL_ZOO.md, made from `zoo.json`: each stands between two comments that name it."""
+"""The tables of MODEL_ZOO.md, made from `zoo.json`. Each stands between two comments, the first with its name."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 from visft.errors import ConfigError
 from visft.model_zoo import entries
+from visft.utils import markdown
 
 DOCUMENT = Path(__file__).parents[4] / "MODEL_ZOO.md"
 
@@ -15,15 +16,13 @@ _FIGURE = "figures."
 
 
 def render(name: str) -> str:
-    """The Markdown table `name`: its rows in the order of `zoo.json`, its columns as `tables` there says."""
+    """The Markdown table `name`, with rows in the order of `zoo.json` and columns by its `tables`."""
     data = entries.table()
     columns = data["tables"][name]
     rows = [row for row in (*data["files"], *data["configs"]) if row["table"] == name]
-    lines = [[title for title, _ in columns], ["---"] * len(columns)]
-    lines += [[_cell(row, key) for _, key in columns] for row in rows]
-    return "".join(
-        f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|\n" for line in lines
-    )
+    head = [markdown.row([title for title, _ in columns]), f"|{'---|' * len(columns)}"]
+    lines = [markdown.row([_cell(row, key) for _, key in columns]) for row in rows]
+    return "".join(f"{line}\n" for line in (*head, *lines))
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -49,7 +48,7 @@ def _config_file(name: str) -> str:
 
 
 def _link(row: dict[str, Any]) -> str:
-    """Where a person can look at a file, or read about it."""
+    """A link to a file, or to a page about it."""
     if "repository" in row:
         return f"[{row['repository']}](https://huggingface.co/{row['repository']}/blob/main/{row['file']})"
     if "open_clip" in row:
@@ -58,10 +57,10 @@ def _link(row: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with every table between its comments made anew.
+    """A document with new tables between its comments.
 
     Raises:
-        ConfigError: a table has no place in the document, or a place no table.
+        ConfigError: the document's places are not those of the tables.
     """
     known, places = list(entries.table()["tables"]), [name for name, _ in _BLOCK.findall(text)]
     if sorted(places) != sorted(known) or text.count("<!-- zoo: ") != len(places):
@@ -73,9 +72,10 @@ def filled(text: str) -> str:
 
 
 def check(document: Path = DOCUMENT) -> None:
-    """Raise ConfigError, naming the tables, unless the document's are those that `zoo.json` gives."""
+    """Raise ConfigError, with the tables' names, if the document's tables differ from `zoo.json`."""
     text = _read(document)
-    stale = [name for name, body in _BLOCK.findall(filled(text)) if (name, body) not in _BLOCK.findall(text)]
+    there = dict(_BLOCK.findall(text))
+    stale = [name for name, body in _BLOCK.findall(filled(text)) if there[name] != body]
     if stale:
         raise ConfigError(
             f"{document}: differs from {entries.TABLE.name} in {', '.join(stale)}; `tools/model_zoo.py table --write` "
@@ -84,21 +84,20 @@ def check(document: Path = DOCUMENT) -> None:
 
 
 def write(document: Path = DOCUMENT) -> bool:
-    """Make the document's tables anew; returns whether that changed anything."""
+    """Update the document's tables; returns whether anything changed."""
     from visft.checkpoint import files
 
     text = _read(document)
     new = filled(text)
     if new != text:
-        with files.write_aside(document) as partial:
-            partial.write_text(new, encoding="utf-8")
+        files.write_text(document, new)
     return new != text
 
 
 def rehash() -> list[str]:
-    """Put size, SHA-256 and figures of the files that come with the package into `zoo.json`; returns what changed.
+    """Put size, SHA-256 and figures of the package's files into `zoo.json`; returns the names of changed entries.
 
-    Figures are those that a file's own metadata holds, of the ones that its table shows.
+    Figures come from a file's metadata, as far as its table shows them.
 
     Raises:
         ConfigError: a file of the package has no row.
@@ -131,16 +130,15 @@ def rehash() -> list[str]:
             row.update(new)
             changed.append(row["name"])
     if changed:
-        with files.write_aside(entries.TABLE) as partial:
-            partial.write_text(dumps(data), encoding="utf-8")
+        files.write_text(entries.TABLE, dumps(data))
         entries.reload()
     return changed
 
 
 def dumps(data: dict[str, Any]) -> str:
-    """`zoo.json`'s layout: one line a column, and for each file or config one line a value."""
+    """`zoo.json`'s layout: a line per column, and for each file or config a line per value."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    # Short lists of words on one line, as a person would write them.
+    # Pairs of words stay on one line.
     return re.sub(r"\[\s+(\"[^\"]*\",)\s+(\"[^\"]*\")\s+\]", r"[\1 \2]", text) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""What any module may use: progress bars, random numbers, precision, the cache folder."""
+"""Helpers for any module: progress bars, random numbers, precision, the cache folder."""

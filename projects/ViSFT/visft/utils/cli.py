@@ -1,56 +1,50 @@
-"""What every command-line tool does with errors: one sentence, exit status 1, and a traceback only when asked for."""
+"""Errors of command-line tools: one sentence and exit status 1; a traceback only on request."""
 
 import os
 import sys
 from collections.abc import Callable
 
-from visft.errors import Stopped, VisftError
+from visft.errors import Stopped
 
 RESUME = "a training goes on with --resume"
 SAME = "the same command continues"
 """How to go on after Ctrl-C, for `guard`."""
 
+_ERRORS = ("visft.errors", "demoworld.errors", "towerbench.errors")
+"""Modules of exceptions whose messages are for the user; named, not imported: `visft.utils` needs none of them."""
 
-def guard(
-    function: Callable[..., object],
-    *args,
-    again: str = "",
-    errors: tuple[type[Exception], ...] = (),
-    **kwargs,
-) -> int:
-    """Call `function` and return an exit status: 0, or 1 after an error that the user can act on (130: Ctrl-C,
-    143: SIGTERM that a run has heeded).
+
+def guard(function: Callable[..., object], *args, again: str = "") -> int:
+    """Call `function` and return an exit status: 0, 1 after an error that the user can act on, 130 after Ctrl-C, or 143
+    after a SIGTERM at which a run has stopped.
 
     Args:
-        again: how to go on after Ctrl-C; empty: nothing is said of it.
-        errors: further ones whose message is for the user, of the packages that `function` uses.
+        again: how to go on after Ctrl-C, for the message.
 
-    The error's message goes to standard error as one line. `VISFT_DEBUG=1` lets the exception through instead.
-    Errors that are nobody's input but a defect of ours keep their traceback.
+    The error's message goes to standard error as one line. Defects keep their traceback, and with `VISFT_DEBUG=1` all
+    errors do.
     """
-    debug = os.environ.get("VISFT_DEBUG", "") not in ("", "0")
     try:
-        function(*args, **kwargs)
-    except Stopped as stop:  # the run has said so in its log
+        function(*args)
+    except Stopped as stop:  # the run has logged it
         return stop.status
-    except (VisftError, *errors) as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        message = _for_the_user(error, again)
+        if not message or os.environ.get("VISFT_DEBUG", "") not in ("", "0"):
             raise
-        return _say(str(error))
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _say(f"stopped from the keyboard{f' ({again})' if again else ''}")
-        return 130
-    except OSError as error:
-        if debug or (error.filename is None and error.errno is None):
-            raise
-        return _say(f"{error.filename or 'the system'}: {error.strerror or error}")
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
-def _say(message: str) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" (process {rank})"
-    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 1
+def _for_the_user(error: BaseException, again: str) -> str:
+    """An error's message for the user; "" for a defect."""
+    if any(kind.__module__ in _ERRORS for kind in type(error).__mro__):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped from the keyboard{f' ({again})' if again else ''}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno is not None):
+        return f"{error.filename or 'the system'}: {error.strerror or error}"
+    return ""

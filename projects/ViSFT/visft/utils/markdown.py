@@ -1,20 +1,20 @@
-"""Names of the user's in Markdown: shown as they are, whatever is in them, in a line, a heading or a table's cell."""
+"""Arbitrary text in Markdown, shown literally in a line, a heading or a table's cell."""
 
 import html
 import re
 from urllib.parse import quote
 
-# An underscore between two letters or digits is no emphasis.
+# An underscore between two letters or digits has no effect.
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: object) -> str:
-    """Text that is shown as it is, in one line."""
+    """Text that is shown literally, in one line."""
     return _SPECIAL.sub(r"\\\g<0>", html.escape(_one_line(text), quote=False))
 
 
 def code(text: object) -> str:
-    """Text as code, between more backticks than are in it."""
+    """Text as code, between more backticks than it contains."""
     text = _one_line(text)
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -22,7 +22,7 @@ def code(text: object) -> str:
 
 
 def image(text: object, file: str) -> str:
-    """An image with what stands in its place; `file` is a path relative to the page."""
+    """An image with its alternative text; `file` is a path relative to the page."""
     return f"![{plain(text)}]({quote(file)})"
 
 

@@ -1,4 +1,4 @@
-"""The most memory that this process has had resident, as Linux counts it."""
+"""Peak resident memory of this process, as Linux counts it."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ _PROCESS = Path("/proc/self")
 
 
 def peak() -> int | None:
-    """Bytes, mapped pages counted (VmHWM, man 5 proc); None: the system does not tell."""
+    """Bytes, including mapped pages (VmHWM, man 5 proc); None if the system does not tell."""
     try:
         lines = (_PROCESS / "status").read_text().splitlines()
     except OSError:
@@ -18,8 +18,8 @@ def peak() -> int | None:
 
 
 def reset_peak() -> None:
-    """Count from what is resident now, where the system allows it."""
+    """Restart from the present memory, if the system allows it."""
     try:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
-        logger.debug("the peak memory cannot be reset here, so it is that of the process so far")
+        logger.debug("the peak memory cannot be reset here, so it counts from the start of the process")

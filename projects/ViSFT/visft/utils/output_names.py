@@ -1,30 +1,31 @@
-"""Names of the files that a tool writes for images of the user's own: none replaces an input or another output."""
+"""Names of a tool's output files for input images: no output replaces an input or another output."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each image, without suffix: its stem; where others have that too, its file name after its folders."""
+    """A name without suffix for each image: its stem, or its folders and file name if the stem is not unique."""
     paths = [path.resolve() for path in paths]
+    # Some file systems ignore case.
+    stems = Counter(path.stem.lower() for path in paths)
     found: list[str] = []
     for path in paths:
-        options = [path.stem]
-        options += ["_".join([*path.parent.parts[-depth:], path.name]) for depth in range(len(path.parts))]
-        options = [option.replace("/", "") for option in options]
-        alike = [other.stem.lower() for other in paths].count(path.stem.lower()) > 1
-        # Files whose names differ in case alone are one file on some systems.
+        folders = path.parent.parts[1:]
+        longer = ["_".join([*folders[-depth:], path.name]) for depth in range(1, len(folders) + 1)]
+        options = longer if stems[path.stem.lower()] > 1 else [path.stem, *longer]
         taken = {name.lower() for name in found}
-        free = [option for option in options[2 if alike else 0 :] if option.lower() not in taken]
-        found.append(free[0] if free else f"{path.stem}_{len(found)}")
+        free = (option for option in options if option.lower() not in taken)
+        found.append(next(free, f"{path.stem}_{len(found)}"))
     return found
 
 
 def names_beside(paths: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[str]:
-    """As `output_names`; a name whose files in `folder` would replace an image or other files ends in `_predicted`.
+    """As `output_names`. A name whose files in `folder` would replace an image or another output ends in `_predicted`.
 
     Args:
-        endings: what a name's files end in, as `.png`.
+        endings: of a name's files, as `.png`.
     """
     taken = {str(path.resolve()).lower() for path in paths}
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""How far long work is: a bar where standard error is a terminal, nothing in a log or a pipe."""
+"""Progress of long work: a bar if standard error is a terminal, nothing in a log or a pipe."""
 
 import contextlib
 import logging
@@ -10,25 +10,25 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LOGGERS = ("", "detectron2", "fvcore", "visft")
-"""What `setup_logger` and `basicConfig` give handlers to. Their lines go above the bar."""
+"""Loggers with handlers by `setup_logger` and `basicConfig`. Their lines go above the bar."""
 
 
 @contextlib.contextmanager
 def bar(title: str, total: int, *, done: int = 0, unit: str = "it") -> Iterator[tqdm]:
-    """A bar of the main process; call its `update(n=1)` as the work goes on. It is wiped at the end, and on an error.
+    """A bar of the main process, with `update(n=1)`. It disappears at the end and on an error.
 
     Args:
-        total: of what there is to do, in `unit`s; `B`: bytes.
-        done: where the work begins.
+        total: amount of work in `unit`s; `B`: bytes.
+        done: amount of work at the start.
     """
     settings = {"total": total, "initial": done, "unit": unit, "unit_scale": unit == "B"}
-    # None: shown on a terminal alone.
+    # None: only shown on a terminal.
     hidden = None if comm.is_main_process() else True
     with tqdm(desc=title, disable=hidden, leave=False, dynamic_ncols=True, **settings) as shown:
         with contextlib.ExitStack() as stack:
             if not shown.disable:
                 loggers = [logging.getLogger(name) for name in _LOGGERS]
-                # tqdm would give one to those that have none, and lines would come twice.
+                # tqdm would add handlers to loggers without one, and lines would appear twice.
                 stack.enter_context(
                     logging_redirect_tqdm([logger for logger in loggers if _on_terminal(logger)])
                 )

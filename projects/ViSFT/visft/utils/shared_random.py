@@ -1,4 +1,4 @@
-"""Draws that are alike in all processes: sampled points, captions, classes. Dropout is each process's own."""
+"""Random numbers that are equal in all processes, for points, captions and classes. Dropout differs per process."""
 
 import contextlib
 import zlib
@@ -11,7 +11,7 @@ _generator: torch.Generator | None = None
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it, `generator` is one of this seed, whatever the processes draw from their global ones."""
+    """Within it, `generator` has this seed, independent of the processes' global generators."""
     global _generator
     before, _generator = _generator, torch.Generator().manual_seed(seed)
     try:
@@ -21,12 +21,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def generator() -> torch.Generator:
-    """A generator on the CPU; the global one outside of `seeded`, as under detectron2's own trainer."""
+    """A generator on the CPU; outside of `seeded` the global one, as under detectron2's own trainer."""
     return _generator or torch.default_generator
 
 
 def number() -> int:
-    """A number below 2^62, to seed other generators with."""
+    """A random number below 2^62, as a seed for other generators."""
     return int(torch.randint(2**62, (1,), generator=generator()))
 
 

@@ -1,4 +1,4 @@
-"""Where what can be made again is kept between runs."""
+"""The folder for files that can be rebuilt."""
 
 import os
 from pathlib import Path
@@ -6,5 +6,4 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """`visft` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "visft"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "visft"

@@ -1,4 +1,4 @@
-"""What features look like: as colours, beside texts, and matched between images."""
+"""Features as colours, compared with texts, and matched between images."""
 
 from visft.visualization.feature_maps import (
     Components,

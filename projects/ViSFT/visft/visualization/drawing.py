@@ -1,26 +1,53 @@
-"""Panels of feature maps, and sheets of panels."""
+"""Panels (images with instances, feature maps, lines of text) and sheets of panels."""
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from visft.visualization.fonts import font, length, shortened, write
+from visft.checkpoint.files import write_aside
+from visft.visualization.fonts import families
 
 Panel = np.ndarray
 """`[H, W, 3]` uint8 RGB."""
 
 COLOUR_MAP = "viridis"
-"""Of even lightness steps, and read alike with and without colour vision."""
+"""Its lightness rises evenly, so it also works without colour vision."""
 
 RIGHT, WRONG = (0, 114, 178), (213, 94, 0)
-"""Blue and vermilion, which people without colour vision tell apart."""
+"""Blue and vermilion, which colour-blind people can tell apart."""
 
 GAP, _TITLE, _ROW_TITLE = 8, 30, 22
-_KEPT = 0.35
-"""Share of the image that shows through a map."""
+_MAP = 0.65
+"""Opacity of a map over an image."""
+
+
+@functools.cache
+def _visualizer_class() -> type:
+    from detectron2.utils.visualizer import Visualizer  # imports cv2, of the extra `demo`
+
+    class AnyNames(Visualizer):
+        """Draws names in any script on one line. A name with two dollar signs is not a formula."""
+
+        def draw_text(self, text, position, **options):
+            text = " ".join(text.split())
+            output = super().draw_text(text, position, **options)
+            output.ax.texts[-1].set(family=families(text), parse_math=False)
+            return output
+
+    return AnyNames
+
+
+def visualizer(image: np.ndarray, metadata=None, *, smallest: int = 0):
+    """detectron2's Visualizer of an image `[H, W, 3]` uint8, enlarged to a shorter side of at least `smallest`."""
+    return _visualizer_class()(image, metadata, scale=max(1.0, smallest / min(image.shape[:2])))
 
 
 def enlarged(image: np.ndarray, height: int, width: int) -> Panel:
@@ -29,97 +56,52 @@ def enlarged(image: np.ndarray, height: int, width: int) -> Panel:
 
 
 def colour_panel(colours: torch.Tensor, height: int, width: int) -> Panel:
-    """Colours `[h, w, 3]` in 0..1, one flat square a patch."""
+    """Colours `[h, w, 3]` in 0..1 as one flat square per patch."""
     small = (colours * 255).round().to(torch.uint8).numpy()
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
 
 
 def similarity_panel(image: np.ndarray, cosines: torch.Tensor, limits: tuple[float, float]) -> Panel:
-    """A map of cosines `[h, w]` in colours over its image in grey.
+    """A map of cosines `[h, w]` in colours over the grey image.
 
     Args:
-        image: `[H, W, 3]` uint8, already as large as the panel.
-        limits: what the ends of the colour map stand for.
+        image: `[H, W, 3]` uint8, of the panel's size.
+        limits: cosines at the ends of the colour map.
     """
     wide = F.interpolate(cosines[None, None], image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     heat = _heat((wide.numpy() - limits[0]) / (limits[1] - limits[0]))
     grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
-    return (_KEPT * grey + (1 - _KEPT) * heat).round().astype(np.uint8)
+    return ((1 - _MAP) * grey + _MAP * heat).round().astype(np.uint8)
 
 
 def colour_bar(limits: tuple[float, float], width: int) -> Panel:
-    """The colour map with what its ends stand for."""
+    """The colour map with the values at its ends."""
     bar = _heat(np.tile(np.linspace(0, 1, width), (10, 1))).round().astype(np.uint8)
-    sheet = Image.new("RGB", (width, 32), "white")
-    sheet.paste(Image.fromarray(bar), (0, 0))
-    pen = ImageDraw.Draw(sheet)
-    pen.text((0, 12), f"{limits[0]:.2f}", font=font(14), fill="black")
-    pen.text((width, 12), f"{limits[1]:.2f}", font=font(14), fill="black", anchor="ra")
-    return np.asarray(sheet)
+    low, high = (f"{limit:.2f}" for limit in limits)
+    return joined([bar, line(low, width, height=22, size=14, right=high)], axis=0, gap=0)
 
 
 def _heat(values: np.ndarray) -> np.ndarray:
-    from matplotlib import colormaps
-
     return colormaps[COLOUR_MAP](np.clip(values, 0, 1))[..., :3].astype(np.float32) * 255
 
 
 def named_masks(
     image: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str], right: Sequence[bool]
 ) -> Panel:
-    """Masks with the names that they are given, blue where the name is right and vermilion where it is wrong.
+    """Masks with their predicted names, blue where the name is right and vermilion where it is wrong.
 
     Args:
         image: `[H, W, 3]` uint8.
-        masks: `[h, w]` bool each, of the same scene; they may be smaller.
+        masks: `[h, w]` bool each, of the same scene, at any size.
     """
-    height, width = image.shape[:2]
-    canvas, labels = image.astype(np.float32), []
-    for mask, name, good in zip(masks, names, right, strict=True):
-        colour = np.array(RIGHT if good else WRONG, np.float32)
-        large = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-        canvas[large] = 0.65 * canvas[large] + 0.35 * colour
-        canvas[_outline(large, max(1, width // 150))] = colour
-        rows, columns = np.nonzero(large)
-        if len(rows):
-            labels.append(((columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2, name, good))
-    sheet = Image.fromarray(canvas.round().astype(np.uint8))
-    _labels(sheet, labels, max(12, width // 19))
-    return np.asarray(sheet)
-
-
-def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
-    """The pixels of a mask that lie within `thickness` of its rim."""
-    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), [thickness] * 4, value=1.0)
-    near = F.max_pool2d(outside, 2 * thickness + 1, 1)[0, 0].numpy() > 0
-    return mask & near
-
-
-def _labels(sheet: Image.Image, labels: Sequence[tuple[float, float, str, bool]], size: int) -> None:
-    """Write each label about its place, shifted into the sheet and below those that it would cover."""
-    pen, taken = ImageDraw.Draw(sheet), []
-    for x, y, name, good in sorted(labels, key=lambda label: label[1]):
-        text = f"{'✓' if good else '✗'} {name}"
-        width, height = length(text, size) + 8, sum(font(size).getmetrics()) + 4
-        x0 = min(max(0, x - width / 2), max(0, sheet.width - width))
-        y0 = min(max(0, y - height / 2), sheet.height - height)
-        # Down past what is in the way; where the sheet ends, up.
-        for step in (1, -1):
-            place = y0
-            while 0 <= place <= sheet.height - height and _hits(
-                taken, (x0, place, x0 + width, place + height)
-            ):
-                place += step * 4
-            if 0 <= place <= sheet.height - height:
-                y0 = place
-                break
-        taken.append((x0, y0, x0 + width, y0 + height))
-        pen.rectangle(taken[-1], fill=RIGHT if good else WRONG)
-        write(pen, (x0 + 4, y0 + 2), text, size=size, fill="white")
-
-
-def _hits(boxes: Sequence[tuple], box: tuple) -> bool:
-    return any(a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in boxes)
+    size = image.shape[1::-1]
+    large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    labels = [f"{'✓' if good else '✗'} {name}" for name, good in zip(names, right, strict=True)]
+    colours = [np.array(RIGHT if good else WRONG) / 255 for good in right]
+    drawn = visualizer(image).overlay_instances(
+        masks=large, labels=labels, assigned_colors=colours, alpha=0.35
+    )
+    return drawn.get_image()
 
 
 def match_panel(
@@ -129,18 +111,14 @@ def match_panel(
 
     Args:
         first, second: `[H, W, 3]` uint8.
-        pairs: `[K, 2]`: numbers of patches, row by row.
+        pairs: `[K, 2]`, indices of patches in row-major order.
         grids: `(rows, columns)` of patches of each image.
     """
-    from matplotlib import colormaps
-
     shift = first.shape[1] + GAP
-    sheet = Image.new("RGB", (shift + second.shape[1], max(first.shape[0], second.shape[0])), "white")
-    sheet.paste(Image.fromarray(first), (0, 0))
-    sheet.paste(Image.fromarray(second), (shift, 0))
+    sheet = Image.fromarray(joined([first, second], axis=1, gap=GAP))
     pen = ImageDraw.Draw(sheet)
     for number, (a, b) in enumerate(pairs.tolist()):
-        # In turn, so that neighbouring lines are told apart.
+        # Neighbouring lines differ in colour.
         colour = tuple(int(255 * value) for value in colormaps["tab20"].colors[number % 20])
         ends = _centre(a, grids[0], first), _centre(b, grids[1], second)
         ends = ends[0], (ends[1][0] + shift, ends[1][1])
@@ -155,29 +133,58 @@ def _centre(patch: int, grid: tuple[int, int], image: np.ndarray) -> tuple[float
     return (column + 0.5) * image.shape[1] / grid[1], (row + 0.5) * image.shape[0] / grid[0]
 
 
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write a PNG aside and rename it; returns its path."""
+    with write_aside(path) as partial:
+        image.save(partial, format="PNG")
+    return path
+
+
+def joined(panels: Sequence[Panel], *, axis: int, gap: int) -> Panel:
+    """Panels on white with `gap` pixels between them: below each other (axis 0), or side by side (axis 1)."""
+    length = max(panel.shape[1 - axis] for panel in panels)
+    parts = []
+    for number, panel in enumerate(panels):
+        space = [(0, 0)] * 3
+        space[axis] = (gap if number else 0, 0)
+        space[1 - axis] = (0, length - panel.shape[1 - axis])
+        parts.append(np.pad(panel, space, constant_values=255))
+    return np.concatenate(parts, axis)
+
+
+def line(text: str, width: int, *, height: int, size: int, right: str = "") -> Panel:
+    """A line of text on white, cut where it does not fit. `right` is further text at the right end."""
+    figure = Figure(figsize=((width + 0.01) / 72, (height + 0.01) / 72), dpi=72)
+    for words, place, side in ((text, 2, "left"), (right, width - 2, "right")):
+        words = " ".join(words.split())
+        style = {"family": families(words), "size": size, "parse_math": False}
+        figure.text(place / width, 0.5, words, ha=side, va="center_baseline", **style)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def titled(panel: Panel, text: str, *, height: int, size: int) -> Panel:
+    """A panel under a line of text."""
+    return joined([line(text, panel.shape[1], height=height, size=size), panel], axis=0, gap=0)
+
+
 def sheet(rows: Sequence[tuple[str, Sequence[Panel]]], titles: Sequence[str] = ()) -> Image.Image:
     """Rows of panels, each row under its own title, columns under theirs.
 
     Args:
-        rows: a title (may be empty) and panels each; the panels of a column may differ in size.
+        rows: a title (may be empty) and panels each. The panels of a column have one width.
         titles: of the columns.
     """
-    columns = max(len(panels) for _, panels in rows)
-    widths = [max(panels[i].shape[1] for _, panels in rows if i < len(panels)) for i in range(columns)]
-    heights = [max(panel.shape[0] for panel in panels) + _ROW_TITLE * bool(title) for title, panels in rows]
-    top = _TITLE if any(titles) else GAP
-    image = Image.new(
-        "RGB", (sum(widths) + GAP * (columns + 1), top + sum(heights) + GAP * len(rows)), "white"
-    )
-    pen = ImageDraw.Draw(image)
-    lefts = [GAP + sum(widths[:i]) + GAP * i for i in range(columns)]
-    for title, x, width in zip(titles, lefts, widths, strict=False):
-        write(pen, (x, 6), shortened(title, width, 16), size=16)
-    y = top
-    for (title, panels), height in zip(rows, heights, strict=True):
+    widths = [panel.shape[1] for panel in rows[0][1]]
+    heads = [line(title, width, height=_TITLE, size=16) for title, width in zip(titles, widths, strict=False)]
+    parts = [joined(heads, axis=1, gap=GAP)] if any(titles) else []
+    for title, panels in rows:
+        together = joined(panels, axis=1, gap=GAP)
         if title:
-            write(pen, (GAP, y), shortened(title, image.width - 2 * GAP, 14), size=14)
-        for panel, x in zip(panels, lefts, strict=False):
-            image.paste(Image.fromarray(panel), (x, y + _ROW_TITLE * bool(title)))
-        y += height + GAP
-    return image
+            together = titled(together, title, height=_ROW_TITLE, size=14)
+        parts.append(np.pad(together, ((0, GAP), (0, 0), (0, 0)), constant_values=255))
+    top = 0 if any(titles) else GAP
+    return Image.fromarray(
+        np.pad(joined(parts, axis=0, gap=0), ((top, 0), (GAP, GAP), (0, 0)), constant_values=255)
+    )

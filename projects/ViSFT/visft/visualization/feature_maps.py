@@ -1,4 +1,4 @@
-"""Feature maps made comparable: principal components, similarity to texts, and matches. Tensors in, tensors out."""
+"""Comparable views of feature maps: principal components, similarity to texts, and matches. Tensors only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 ROBUST = (0.01, 0.99)
-"""Quantiles that a range of values reaches from and to: single patches do not decide the contrast of all."""
+"""Quantiles that bound a range of values, so that single patches do not decide the contrast."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Components:
 
     Args:
         mean: `[C]`.
-        directions: `[K, C]`, orthonormal, of falling variance.
+        directions: `[K, C]`, orthonormal, by decreasing variance.
         low, high: `[K]`, see `ROBUST`.
     """
 
@@ -31,18 +31,17 @@ class Components:
 
 
 def principal_components(groups: Sequence[torch.Tensor], count: int = 3) -> Components:
-    """The basis that several towers' features are shown in.
+    """The basis in which several towers' features are shown.
 
-    It is fitted on all towers together, so that equal features have equal colours in every image. The basis of one
-    tower alone would hide each direction that only another tower uses. Features are first scaled to unit length, and
-    the towers weigh the same, so that none has more say than another.
+    It is fitted on all towers together, so equal features have equal colours in every image. One tower's basis would
+    hide directions that only another tower uses. Features are scaled to unit length and towers weigh the same.
 
     Args:
         groups: features `[N, C]` of each tower, of the same images.
         count: K.
 
     Raises:
-        ValueError: there are fewer than `count` features or channels.
+        ValueError: fewer than `count` features or channels.
     """
     groups = [F.normalize(group.flatten(0, -2).double(), dim=-1) for group in groups]
     rows = torch.cat(groups)
@@ -62,7 +61,7 @@ def principal_components(groups: Sequence[torch.Tensor], count: int = 3) -> Comp
 
 
 def colours(features: torch.Tensor, components: Components) -> torch.Tensor:
-    """Red, green and blue in 0..1 `[..., 3]` of features `[..., C]`: the first three components, cut at their range."""
+    """RGB in 0..1 `[..., 3]` of features `[..., C]`: the first three components, clipped to their range."""
     span = (components.high - components.low).clamp(min=1e-12)
     return ((components.project(features) - components.low) / span).clamp(0, 1)[..., :3]
 
@@ -73,7 +72,7 @@ def similarity_maps(patches: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 
 def value_range(maps: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """The range `(low, high)` that maps of any shapes share, see `ROBUST`; never empty."""
+    """The common range `(low, high)` of maps of any shapes, see `ROBUST`; never empty."""
     values = torch.cat([_some(each.flatten().double()[:, None])[:, 0] for each in maps])
     low, high = torch.quantile(values, torch.tensor(ROBUST).double()).tolist()
     return low, max(high, low + 1e-6)
@@ -82,11 +81,11 @@ def value_range(maps: Sequence[torch.Tensor]) -> tuple[float, float]:
 def mutual_matches(
     first: torch.Tensor, second: torch.Tensor, count: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of features that are each other's nearest, by cosine.
+    """Pairs of features that are each other's nearest neighbour by cosine.
 
     Args:
         first: `[N, C]`. second: `[M, C]`.
-        count: how many pairs at most, the most similar ones; None: all.
+        count: keep only so many of the most similar pairs; None: all.
 
     Returns:
         Indices `[K, 2]` into both and cosines `[K]`, the most similar pair first.
@@ -102,5 +101,5 @@ def mutual_matches(
 
 
 def _some(rows: torch.Tensor, most: int = 1_000_000) -> torch.Tensor:
-    """Rows at even steps where there are more than `most`: torch.quantile refuses 16 million values."""
+    """Rows at even steps if there are more than `most`: torch.quantile refuses 16 million values."""
     return rows[:: -(-len(rows) // most)]

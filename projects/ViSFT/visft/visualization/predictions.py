@@ -1,8 +1,7 @@
-"""Images of what the heads see, drawn by detectron2's Visualizer."""
+"""Images of what the heads predict, drawn by detectron2's Visualizer."""
 
 import functools
 import logging
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
 from visft.data import ImageError
@@ -20,29 +19,31 @@ from visft.data.headers import ImageRules
 from visft.data.loader import load_records
 from visft.modeling.heads import Caption
 from visft.modeling.open_vocabulary import best_of_each
-from visft.visualization.fonts import families, length, write
+from visft.visualization.drawing import joined, line, save_image, titled, visualizer
 from visft.visualization.run_report import WORDS
 from visft.visualization.word_maps import draw_word_maps
 
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.3
-_SMALLEST = 384  # sides below are enlarged, or the labels would cover the image
-_CAPTION_HEIGHT, _SIZE = 22, 12
+_SMALLEST = 384  # smaller images are enlarged, or the labels would cover them
+_LINE, _SIZE = 22, 12  # height of a line of text, and of its letters
+
+_visualizer = functools.partial(visualizer, smallest=_SMALLEST)
 
 
 def draw(
     image: np.ndarray, output: dict, heads: Sequence[str], metadata, *, threshold: float = THRESHOLD
 ) -> list[tuple[str, np.ndarray]]:
-    """One panel for each head: its name, and the image with the instances that score at least `threshold`.
+    """A name and a panel for each head: the image with the instances that score at least `threshold`.
 
-    Where no head gives instances, the image as it is.
+    Without such heads the result is the image alone.
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
-        output: what the model says about it, `{"detection": Instances, ...}` in the image's own coordinates.
-        heads: names of the heads to draw, those that give instances.
-        metadata: of the data set, for the class names.
+        output: the model's, `{"detection": Instances, ...}` in the image's own coordinates.
+        heads: names of heads; those that give instances are drawn.
+        metadata: of the data set, with the class names.
     """
     panels = []
     for head in heads:
@@ -52,12 +53,17 @@ def draw(
             found = found[found.scores >= threshold]
             if found.has("proposals"):
                 found = best_of_each(found)
-            panels.append((head, _visualizer(image, metadata).draw_instance_predictions(found).get_image()))
-    return panels or [("picture", _visualizer(image, metadata).get_output().get_image())]
+            panels.append(
+                (
+                    head,
+                    _visualizer(image, metadata).draw_instance_predictions(found).get_image(),
+                )
+            )
+    return panels or [("image", _visualizer(image, metadata).get_output().get_image())]
 
 
 def captions_in(output: dict, heads: Sequence[str]) -> dict[str, Caption]:
-    """What the caption heads say, by head."""
+    """The captions by head."""
     return {head: output[head] for head in heads if isinstance(output.get(head), Caption)}
 
 
@@ -66,61 +72,27 @@ def draw_ground_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
     return _visualizer(image, metadata).draw_dataset_dict(record).get_image()
 
 
-def _visualizer(image: np.ndarray, metadata):
-    return _visualizer_class()(image, metadata, scale=max(1.0, _SMALLEST / min(image.shape[:2])))
-
-
-@functools.cache
-def _visualizer_class() -> type:
-    from detectron2.utils.visualizer import Visualizer  # imports cv2, of the extra `demo`
-
-    class AnyNames(Visualizer):
-        """Names in any script, in one line, and as they are: a name with two dollar signs is no formula."""
-
-        def draw_text(self, text, position, **options):
-            text = " ".join(text.split())
-            output = super().draw_text(text, position, **options)
-            output.ax.texts[-1].set(family=families(text), parse_math=False)
-            return output
-
-    return AnyNames
-
-
 def beside(panels: Sequence[tuple[str, np.ndarray]], captions: Sequence[tuple[str, str]] = ()) -> Image.Image:
-    """Panels of one height side by side, each under its name; below them captions, each after whose it is."""
-    width = sum(panel.shape[1] for _, panel in panels) + 4 * (len(panels) - 1)
-    height = max(panel.shape[0] for _, panel in panels)
+    """Panels side by side, each under its name, and captions below, each after its name."""
+    above = joined([titled(panel, name, height=_LINE, size=_SIZE) for name, panel in panels], axis=1, gap=4)
+    width = above.shape[1]
     rows = [row for name, text in captions for row in _lines(f"{name}: {text}", width)]
-    sheet = Image.new("RGB", (width, height + _CAPTION_HEIGHT * (1 + len(rows))), "white")
-    pen, x = ImageDraw.Draw(sheet), 0
-    for number, row in enumerate(rows):
-        write(pen, (4, height + _CAPTION_HEIGHT * (1 + number) + 3), row, size=_SIZE)
-    for name, panel in panels:
-        write(pen, (x + 4, 3), name, size=_SIZE)
-        sheet.paste(Image.fromarray(panel), (x, _CAPTION_HEIGHT))
-        x += panel.shape[1] + 4
-    return sheet
+    lines = [line(row, width, height=_LINE, size=_SIZE) for row in rows]
+    return Image.fromarray(joined([above, *lines], axis=0, gap=0))
 
 
 def _lines(text: str, width: int) -> list[str]:
     """A text in lines of about `width` pixels."""
-    letter = length(text, _SIZE) / len(text)
+    letter = _SIZE * (0.55 if text.isascii() else 0.9)
     return textwrap.wrap(text, max(20, int((width - 8) / letter)), subsequent_indent="    ")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG aside and rename it."""
-    aside = path.with_name(f".{path.name}.tmp.png")
-    image.save(aside)
-    os.replace(aside, path)
-
-
 def save_word_maps(image: np.ndarray, captions: dict[str, Caption], path: Path) -> list[Path]:
-    """Beside `path`, the word maps of each head that says something; returns the files."""
+    """Write the word maps of each caption beside `path`; returns the files."""
     files = []
     for number, caption in enumerate(caption for caption in captions.values() if caption.words):
-        files.append(path.with_name(f"{path.stem}{WORDS}{number or ''}.png"))
-        save_image(draw_word_maps(image, caption), files[-1])
+        file = path.with_name(f"{path.stem}{WORDS}{number or ''}.png")
+        files.append(save_image(draw_word_maps(image, caption), file))
     return files
 
 
@@ -135,16 +107,16 @@ def draw_predictions(
     classes: Metadata,
     count: int = 8,
 ) -> None:
-    """Write `folder/<picture>.png` for `count` images of a data set: ground truth beside each head's prediction; with
-    a caption head also `folder/<picture>_words.png`. `classes` name what is predicted."""
+    """Write `folder/<image>.png` for `count` images of a data set: ground truth beside each head's prediction; with
+    a caption head also `folder/<image>_words.png`. `classes` name what is predicted."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = captions_of(data_set)
-    # Those that cannot be read were named by the evaluation before.
+    # The evaluation has already named images that cannot be read.
     records = load_records((data_set,), train=False, rules=ImageRules(mapper.max_pixels, skip_broken=True))
     metadata = MetadataCatalog.get(data_set)
     was_training = model.training
     model.eval()
-    # Evenly over the data set, which may be sorted.
+    # The data set may be sorted, so images are taken at even steps.
     step = max(1, len(records) // count)
     for record in records[::step][:count]:
         try:

@@ -1,16 +1,18 @@
-"""What a run leaves for a person to read: report.md, report.json and the loss curves."""
+"""A run's report: report.md, report.json and the loss curves."""
 
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from visft.checkpoint import files
 from visft.utils import markdown
 
+CURVES = "loss_curves.png"
+
 WORDS = "_words"
-"""End of the names of images of where a caption head looked."""
+"""Ending of the names of word maps: images of where a caption head looked."""
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +23,8 @@ _STEPS = {
 }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file aside, flush it to the disk and rename it: a reader never sees half of it."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Figures for JSON, which has no NaN: a metric without a single object to measure is null."""
+    """Figures for JSON, which has no NaN: a metric without any object to measure is null."""
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -42,10 +34,10 @@ def finite_only(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def before_and_after(evaluations: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """Which two of the evaluations (`start`, `heads`, `lora`; at least one) a report compares.
+    """The two evaluations (of `start`, `heads`, `lora`; at least one) that a report compares.
 
-    Before: the start, where the run began with trained heads; else the end of stage heads, the first moment that
-    figures of the released tower mean something. After: the last there is.
+    "Before" is the start if the run began with trained heads, else the end of stage heads, where figures of the
+    released tower first mean something. "After" is the last one.
     """
     done = [step for step in _STEPS if step in evaluations]
     return done[0], done[-1]
@@ -57,7 +49,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
     Args:
         folder: OUTPUT_DIR.
         evaluations: figures by step (`start`, `heads`, `lora`), flat: `detection/bbox/AP50`, `zero_shot/top1`, ...;
-            those of single classes (`.../AP-dog`) stay in run.json.
+            figures of single classes (`.../AP-dog`) stay in run.json.
         title: first line of the page.
     """
     if not evaluations:
@@ -69,7 +61,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         for step in (first, last)
     )
     figures = {"before": before, "after": after}
-    write_atomically(folder / "report.json", json.dumps(figures, indent=2) + "\n")
+    files.write_json(folder / "report.json", figures)
     lines = [
         f"# {markdown.plain(title)}",
         "",
@@ -82,9 +74,8 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
         change = "" if old is None or new is None else f"{new - old:+.2f}"
         lines.append(markdown.row([markdown.plain(name), _cell(old), _cell(new), change]))
     lines.append("")
-    for image in ("loss_curves.png",):
-        if (folder / image).is_file():
-            lines += [f"![Losses over the iterations of each stage]({image})", ""]
+    if (folder / CURVES).is_file():
+        lines += [markdown.image("Losses over the iterations of each stage", CURVES), ""]
     images = sorted((folder / "predictions").glob("*.png"))
     words = [image for image in images if image.stem.endswith(WORDS)]
     for text, group in (
@@ -93,7 +84,7 @@ def write_report(folder: Path, evaluations: Mapping[str, Mapping[str, float]], *
     ):
         if group:
             lines += [text, "", *(markdown.image(p.stem, f"predictions/{p.name}") for p in group), ""]
-    write_atomically(folder / "report.md", "\n".join(lines))
+    files.write_text(folder / "report.md", "\n".join(lines))
     logger.info("wrote %s", folder / "report.md")
 
 
@@ -104,7 +95,7 @@ def _cell(value: float | None) -> str:
 def read_metrics(file: Path) -> dict[str, dict[int, float]]:
     """Scalars of a `metrics.json` (one JSON object a line): name -> iteration -> value.
 
-    A resumed run writes some iterations twice, with the same values; a line that a kill cut short is left out.
+    A resumed run writes some iterations twice, with the same values. A line that a kill cut short is skipped.
     """
     series: dict[str, dict[int, float]] = {}
     if not file.is_file():
@@ -121,8 +112,7 @@ def read_metrics(file: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
-    """Draw `loss_curves.png`: for each stage its total loss and the losses of each head (last layer's)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw `CURVES`: each stage's total loss and the losses of each head (of the last layer)."""
     from matplotlib.figure import Figure
 
     found = {stage: read_metrics(folder / stage / "metrics.json") for stage in stages}
@@ -130,7 +120,6 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
     if not found:
         return
     figure = Figure(figsize=(6 * len(found), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (stage, series) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
@@ -139,13 +128,12 @@ def draw_loss_curves(folder: Path, stages: tuple[str, ...]) -> None:
             per_head = len(parts) == 2 and parts[1].startswith("loss") and not parts[1][-1].isdigit()
             if name == "total_loss" or per_head:
                 iterations = sorted(values)
-                # A line through one point is nothing to see.
+                # A line through few points is hard to see.
                 marker = "o" if len(iterations) < 5 else None
                 axes.plot(iterations, [values[i] for i in iterations], label=name, marker=marker)
         axes.set(title=f"stage {stage}", xlabel="iteration", ylabel="loss", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    aside = folder / "loss_curves.tmp.png"
-    figure.savefig(aside, dpi=110)
-    os.replace(aside, folder / "loss_curves.png")
+    with files.write_aside(folder / CURVES) as partial:
+        figure.savefig(partial, dpi=110, format="png")
