@@ -105,7 +105,7 @@ def test_what_cannot_be_exported_is_said_first(towers, tmp_path):
     for base, reason in (
         (None, "pass base=: an open_clip model, a weight file or a tag"),
         (clip.visual, "without `visual`"),
-        (open_clip.create_model("small-eva02"), "another architecture than the model's tower"),
+        (open_clip.create_model("small-layerscale"), "another architecture than the model's tower"),
         (open_clip.create_model("small-quickgelu"), "expected|shape"),
         (tmp_path / "absent.pt", "absent.pt"),
     ):

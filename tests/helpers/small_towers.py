@@ -140,5 +140,6 @@ def read_here(reader: str, task: Path) -> Any:
 def informed_reader(folder: Path) -> Path:
     """The reader's script, told of timm's small models first: what a process without us would lack."""
     path = folder / "reader.py"
-    path.write_text(f"{(HERE / 'timm_models.py').read_text()}\n{verification.READER.read_text()}")
+    models = (HERE / "timm_models.py").read_text()  # with names of its own
+    path.write_text(f"exec({models!r}, {{'__name__': '__main__'}})\n{verification.READER.read_text()}")
     return path
