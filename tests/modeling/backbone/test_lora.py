@@ -95,13 +95,10 @@ def test_merge_and_unmerge(name):
     images = torch.randn(2, 3, 70, 56)
     before = copy.deepcopy(backbone.state_dict())
     output = backbone(images)["last_feat"]
-    exported = {key: tensor.clone() for key, tensor in lora.merged_tensors(backbone)}
     lora.merge(backbone)
     assert lora.is_merged(backbone)
     assert relative(backbone(images)["last_feat"], output) < 1e-5
     merged = {n: t for n, t in backbone.tower.state_dict().items() if "lora" not in n}
-    assert exported.keys() == merged.keys() and all(torch.equal(exported[n], merged[n]) for n in merged)
-    assert dict(lora.merged_tensors(backbone)).keys() == merged.keys()
     adapted = {site.weight_name.removeprefix("tower.") for site in lora.sites(backbone)}
     assert adapted == {n for n in merged if not torch.equal(merged[n], before[f"tower.{n}"])}
     with pytest.raises(ConfigError, match="merged already"):

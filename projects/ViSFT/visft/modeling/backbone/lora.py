@@ -140,7 +140,7 @@ def inject(
 
 def has_lora(backbone: nn.Module) -> bool:
     """Whether adapters were injected."""
-    return any(hasattr(block, "lora") for block in backbone.blocks)
+    return bool(backbone.adapters)
 
 
 def sites(backbone: nn.Module) -> Iterator[Site]:
@@ -157,20 +157,14 @@ def sites(backbone: nn.Module) -> Iterator[Site]:
 
 def is_merged(backbone: nn.Module) -> bool:
     """Whether the adapters are merged into the weights."""
-    return any(hasattr(block, "lora") and block.lora.merged for block in backbone.blocks)
-
-
-def _set_merged(backbone: nn.Module, merged: bool) -> None:
-    for block in backbone.blocks:
-        if hasattr(block, "lora"):
-            block.lora.merged = merged
+    return any(adapters.merged for adapters in backbone.adapters)
 
 
 @torch.no_grad()
 def merge(backbone: nn.Module) -> nn.Module:
-    """Add the adapters to the weights, after which they act no more.
+    """Add the adapters to the weights; they no longer act on their own.
 
-    The weights as they were are kept beside the adapters until `unmerge`: subtracting would leave rounding errors.
+    The original weights are kept with the adapters until `unmerge`: subtracting would leave rounding errors.
 
     Raises:
         ConfigError: there are no adapters, or they are merged already.
@@ -180,13 +174,14 @@ def merge(backbone: nn.Module) -> nn.Module:
         rows = site.weight[site.projection.start : site.projection.stop]
         site.adapter.base = rows.clone()
         rows.copy_(rows.float() + site.adapter.delta())
-    _set_merged(backbone, True)
+    for adapters in backbone.adapters:
+        adapters.merged = True
     return backbone
 
 
 @torch.no_grad()
 def unmerge(backbone: nn.Module) -> nn.Module:
-    """Give the weights back what they were before `merge`, to the bit; the adapters act again.
+    """Restore the weights from before `merge`, to the bit; the adapters act on their own again.
 
     Raises:
         ConfigError: there are no adapters, or they are not merged.
@@ -195,51 +190,30 @@ def unmerge(backbone: nn.Module) -> nn.Module:
     for site in sites(backbone):
         site.weight[site.projection.start : site.projection.stop].copy_(site.adapter.base)
         site.adapter.base = None
-    _set_merged(backbone, False)
+    for adapters in backbone.adapters:
+        adapters.merged = False
     return backbone
 
 
 @contextlib.contextmanager
 def switched_off(backbone: nn.Module) -> Iterator[None]:
-    """Within the block the adapters do not act: the backbone computes what it did before `inject`.
+    """A context in which the adapters do not act: the backbone computes what it did before `inject`.
 
-    A graph that was built outside must not recompute activations within (ACTIVATION_CHECKPOINTING), so no backward pass
-    belongs into the block.
+    No backward pass belongs into it: a graph built outside must not recompute activations without the adapters
+    (ACTIVATION_CHECKPOINTING).
 
     Raises:
         ConfigError: there are no adapters, or they are merged.
     """
     _require(backbone, merged=False)
-    adapters = [block.lora for block in backbone.blocks if hasattr(block, "lora")]
-    before = [lora.off for lora in adapters]
-    for lora in adapters:
-        lora.off = True
+    before = [adapters.off for adapters in backbone.adapters]
+    for adapters in backbone.adapters:
+        adapters.off = True
     try:
         yield
     finally:
-        for lora, off in zip(adapters, before, strict=True):
-            lora.off = off
-
-
-def merged_tensors(backbone: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tower's state with LoRA in its weights, one tensor at a time, the backbone untouched.
-
-    Yields:
-        Names as the tower itself has them (below `visual.` in open_clip), without adapters, and detached tensors.
-    """
-    at: dict[str, list[Site]] = {}
-    if has_lora(backbone) and not is_merged(backbone):
-        for site in sites(backbone):
-            at.setdefault(site.weight_name.removeprefix("tower."), []).append(site)
-    for name, tensor in backbone.tower.state_dict().items():
-        if _is_lora(name):
-            continue
-        if name in at:
-            tensor = tensor.clone()
-            for site in at[name]:
-                rows = tensor[site.projection.start : site.projection.stop]
-                rows.copy_(rows.float() + site.adapter.delta())
-        yield name, tensor
+        for adapters, off in zip(backbone.adapters, before, strict=True):
+            adapters.off = off
 
 
 def _is_lora(name: str) -> bool:

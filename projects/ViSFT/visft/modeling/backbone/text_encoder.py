@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from visft.checkpoint import open_clip_models
 from visft.errors import ConfigError
-from visft.modeling.backbone import open_clip_models
 from visft.modeling.backbone.clip_vit import CLIPViT
 
 
