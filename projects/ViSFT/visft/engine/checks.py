@@ -17,8 +17,9 @@ from visft.engine.settings import unknown
 from visft.engine.task_checks import RECIPES, check_tasks
 from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
-from visft.modeling.backbone import open_clip_models
+from visft.modeling.backbone import lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
+from visft.modeling.backbone.fpn import wants_lora
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.modeling.heads.common.classification import CLASS_LOSSES
@@ -26,7 +27,6 @@ from visft.modeling.heads.common.federated import class_image_counts
 from visft.modeling.heads.region_text_head import LOSSES, REGIONS
 from visft.utils import mixed_precision
 
-LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -92,8 +92,7 @@ def _names(cfg: CfgNode) -> None:
     backbones = [name for name, _ in BACKBONE_REGISTRY]
     _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
-        _tower(cfg)
-        _lora(cfg)
+        _lora(cfg, depth=_tower(cfg))
     elif cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         raise ConfigError(
             f"MODEL.BACKBONE.NAME is `{cfg.MODEL.BACKBONE.NAME}`; ViSFT needs `build_clip_vit_backbone`"
@@ -104,12 +103,13 @@ def _is_file(pretrained: str) -> bool:
     return os.path.sep in pretrained or os.path.splitext(pretrained)[1] in _WEIGHT_SUFFIXES
 
 
-def _tower(cfg: CfgNode) -> None:
+def _tower(cfg: CfgNode) -> int:
+    """Returns the number of its blocks."""
     vit = cfg.MODEL.CLIP_VIT
     open_clip_models.check_name(vit.NAME)
     if not _is_file(vit.PRETRAINED):
         open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
-    adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
+    parts = adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
     _one_of("MODEL.CLIP_VIT.CLASS_TOKEN", vit.CLASS_TOKEN, ("keep", "drop"))
     _one_of("MODEL.CLIP_VIT.TRAIN", vit.TRAIN, ("none", "lora", "full"))
     _one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, mixed_precision.FROZEN_TYPES)
@@ -120,22 +120,14 @@ def _tower(cfg: CfgNode) -> None:
             )
     if not 0 < vit.LAYER_DECAY <= 1:
         raise ConfigError(f"MODEL.CLIP_VIT.LAYER_DECAY is {vit.LAYER_DECAY}; expected above 0 and at most 1")
+    return len(parts.blocks)
 
 
-def _lora(cfg: CfgNode) -> None:
-    lora = cfg.MODEL.LORA
-    for target in lora.TARGETS:
-        _one_of("MODEL.LORA.TARGETS", target, LORA_TARGETS)
-    if not lora.TARGETS:
-        raise ConfigError("MODEL.LORA.TARGETS is empty; expected some of " + ", ".join(LORA_TARGETS))
-    if lora.RANK < 1:
-        raise ConfigError(f"MODEL.LORA.RANK is {lora.RANK}; expected at least 1")
-    if lora.LAST_BLOCKS < 0:
-        raise ConfigError(
-            f"MODEL.LORA.LAST_BLOCKS is {lora.LAST_BLOCKS}; expected 0 (all) or a number of blocks"
-        )
-    if not 0 <= lora.DROPOUT < 1:
-        raise ConfigError(f"MODEL.LORA.DROPOUT is {lora.DROPOUT}; expected at least 0 and below 1")
+def _lora(cfg: CfgNode, depth: int) -> None:
+    node = cfg.MODEL.LORA
+    depth = depth if wants_lora(cfg) else max(depth, node.LAST_BLOCKS)  # which is not read then
+    config = lora.LoraConfig(node.RANK, node.ALPHA, node.DROPOUT, tuple(node.TARGETS), node.LAST_BLOCKS)
+    lora.check(config, depth)
 
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:

@@ -262,6 +262,24 @@ class CLIPViT(Backbone):
         dense = self._parts.dense_norm()(x[:, prefix:]).transpose(1, 2).unflatten(2, grid)
         return dense.contiguous(), self._parts.embedding(x)
 
+    def patch_embeddings(self, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, 3.2).
+
+        An image whose patches are all alike has their embedding.
+
+        Args:
+            features: of `last_feat`, or means of them, `[..., C]`.
+
+        Returns:
+            `[..., D]` of unit length on the tower's device, computed in float32 whatever the weights are stored in and
+            under any autocast.
+        """
+        device = self._parts.patch_layer().weight.device
+        with torch.autocast(device.type, enabled=False):
+            rows = features.to(device).float().reshape(-1, features.shape[-1])
+            found = F.normalize(self._parts.project_patches(rows).float(), dim=-1)
+        return found.view(*features.shape[:-1], -1)
+
     def _first_trained(self) -> int:
         """Index of the first block that something trains in or before; the number of blocks when nothing does."""
         if any(p.requires_grad for p in self.stem_parameters()):
@@ -299,7 +317,7 @@ class CLIPViT(Backbone):
                     x = run(*arguments)
         return (windows.join(x) if inside else x), grid, count
 
-    # What detectron2 asks a backbone
+    # The interface of detectron2's backbones
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of `last_feat`."""

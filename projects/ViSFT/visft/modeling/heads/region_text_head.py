@@ -19,7 +19,6 @@ from visft.classes.class_names import synonyms
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS, ClassText, check_prompts, class_text
-from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.modeling.heads.base import HeadInputs, VisftHead, bit_masks, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
@@ -144,8 +143,7 @@ class RegionTextHead(VisftHead):
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of regions. With a federated loss [1 + classes + 1]: then whether each class is there."""
-        for image in images:
-            self.labels.check(image)
+        self.labels.check(images)
         count = torch.tensor([float(sum(num_targets(image) for image in images))])
         if self.federated is None:
             return count
@@ -158,7 +156,7 @@ class RegionTextHead(VisftHead):
         for map_, image in zip(features, images, strict=True):
             coverage = self._coverage(image, inputs.padded_size, tuple(features.shape[-2:]))
             means.append(region_pooling.pool(map_, coverage.to(device)))
-        logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
+        logits = self.logits(self.backbone.patch_embeddings(torch.cat(means)))
         classes = torch.cat([image["instances"].gt_classes for image in images]).to(device)
         if chosen is not None:
             logits = Federated.leave_out(logits, self._rows_of(chosen))
@@ -253,7 +251,7 @@ class RegionText:
         boxes, grid = boxes * boxes.new_tensor(scale).repeat(2), tuple(self.features.shape[-2:])
         coverage = region_pooling.region_coverage(boxes, masks, self.padded_size, grid)
         means = region_pooling.pool(self.features, coverage.to(self.features.device))
-        return patch_embeddings(self.head.backbone.tower, means)
+        return self.head.backbone.patch_embeddings(means)
 
     def logits(self, regions: Tensor | Boxes, embeddings: Tensor | None = None) -> Tensor:
         """Scaled cosines `[R, K]` with names: the training classes' rows, or those of `embeddings` `[K, D]`."""
