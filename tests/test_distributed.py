@@ -15,9 +15,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from visft.checkpoint.open_clip_models import BaseTower
 from visft.engine.optimizer import average_gradients
 from visft.engine.stage import share_weights
-from visft.modeling.backbone.open_clip_models import BaseTower
 from visft.modeling.meta_arch import UNLABELLED
 
 WORLD = 2

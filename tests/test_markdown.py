@@ -9,10 +9,10 @@ from PIL import Image
 
 from towerbench import report
 from visft.applications import demo_report, sweep
+from visft.checkpoint.open_clip_models import BaseTower
 from visft.export import card
 from visft.export.source import untouched
 from visft.modeling.backbone import CLIPViT
-from visft.modeling.backbone.open_clip_models import BaseTower
 from visft.utils import markdown
 from visft.visualization import run_report
 

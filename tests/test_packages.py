@@ -23,7 +23,7 @@ COMMANDS = {
 SHARED = {"evaluation/caption_metrics.py"}
 WHEN_CALLED = {
     "backbone.py",
-    "modeling/backbone/open_clip_import.py",
+    "checkpoint/open_clip_import.py",
     "commands/demo.py",
     "commands/train_demo_heads.py",
     "data/datasets/demo_world.py",

@@ -211,7 +211,9 @@ def test_our_lora_over_a_large_base_goes_the_same_way(tmp_path, monkeypatch, nam
         torch.nn.init.normal_(site.adapter.lora_B)
     export.lora(backbone, tmp_path / "ours.safetensors")
     export.lora(backbone, tmp_path / "theirs.pt", layout="authors")
-    built = {f"visual.{n}": tensor for n, tensor in lora.merged_tensors(backbone)}
+    lora.merge(backbone)
+    built = {f"visual.trunk.{n}": t for n, t in backbone.tower.state_dict().items() if "lora" not in n}
+    built = {n.replace("visual.trunk.trunk.", "visual.trunk."): t for n, t in built.items()}
     no_model(monkeypatch)
     monkeypatch.setattr(streamed, "LARGE", 0)
     assert tool(tmp_path, None, path, weights="ours.safetensors", output="ours/f.safetensors", rank=None) == 0

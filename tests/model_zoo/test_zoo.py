@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from visft import model_zoo
+from visft.checkpoint.open_clip_models import open_clip
 from visft.commands import model_zoo as command
 from visft.errors import ConfigError
 from visft.model_zoo import entries, places, tables
-from visft.modeling.backbone.open_clip_models import open_clip
 
 
 @pytest.fixture

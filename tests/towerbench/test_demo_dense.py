@@ -14,7 +14,7 @@ from demoworld import unseen_things
 from towerbench import Context, Tower, encoder
 from towerbench.demo import dense, goi, regions, unseen
 from towerbench.segmentation import overlaps
-from visft.modeling.backbone import patch_projection
+from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.tower_adapters import TimmTower, adapt
 
 EVERY = (goi.GoiZeroShot, goi.GoiProbe, dense.DenseProbe, dense.DenseText, dense.DenseCorrespondence)
@@ -129,7 +129,11 @@ def poolers():
         yield visual, TimmTower(visual, visual.trunk)
 
 
-@pytest.mark.parametrize("patch_embeddings", [encoder.patch_embeddings, patch_projection.patch_embeddings])
+def ours(visual: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+    return CLIPViT(visual).patch_embeddings(features)
+
+
+@pytest.mark.parametrize("patch_embeddings", [encoder.patch_embeddings, ours])
 def test_an_image_of_patches_that_are_alike_has_their_embedding(patch_embeddings):
     torch.manual_seed(0)
     for visual, parts in poolers():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from visft.checkpoint import base_file, open_clip_models
 from visft.errors import CheckpointError
-from visft.modeling.backbone import base_file, open_clip_models
 
 SMALL = {
     "embed_dim": 24,
@@ -48,10 +48,10 @@ def equal(clip, tensors) -> bool:
 def test_prefixes_are_found_by_the_names(tensors, prefix, tmp_path, caplog):
     path = tmp_path / "base.safetensors"
     save_file({prefix + name: t for name, t in tensors.items()} | {"loss.scale": torch.ones(1)}, path)
-    with caplog.at_level("INFO", logger="visft.modeling.backbone.base_file"):
+    with caplog.at_level("INFO", logger="visft.checkpoint.base_file"):
         clip, _ = open_clip_models.create_clip("base-small", str(path))
     assert equal(clip, tensors)
-    said = [r.getMessage() for r in caplog.records if r.name == "visft.modeling.backbone.base_file"]
+    said = [r.getMessage() for r in caplog.records if r.name == "visft.checkpoint.base_file"]
     assert said == [
         f"{path}: its names begin with `{prefix}`; 1 tensors that do not are ignored (loss.scale, ...)"
     ]

@@ -95,13 +95,10 @@ def test_merge_and_unmerge(name):
     images = torch.randn(2, 3, 70, 56)
     before = copy.deepcopy(backbone.state_dict())
     output = backbone(images)["last_feat"]
-    exported = {key: tensor.clone() for key, tensor in lora.merged_tensors(backbone)}
     lora.merge(backbone)
     assert lora.is_merged(backbone)
     assert relative(backbone(images)["last_feat"], output) < 1e-5
     merged = {n: t for n, t in backbone.tower.state_dict().items() if "lora" not in n}
-    assert exported.keys() == merged.keys() and all(torch.equal(exported[n], merged[n]) for n in merged)
-    assert dict(lora.merged_tensors(backbone)).keys() == merged.keys()
     adapted = {site.weight_name.removeprefix("tower.") for site in lora.sites(backbone)}
     assert adapted == {n for n in merged if not torch.equal(merged[n], before[f"tower.{n}"])}
     with pytest.raises(ConfigError, match="merged already"):
@@ -217,9 +214,9 @@ def test_state_dict_round_trip_and_what_does_not_fit():
     before = copy.deepcopy(lora.state_dict(first))
     some = next(iter(tensors))
     for broken, message in (
-        ({n: t for n, t in tensors.items() if n != some}, "missing"),
-        (tensors | {"tower.blocks.99.lora.q.lora_A": tensors[some]}, "unknown"),
-        (tensors | {some: torch.zeros(5, 64)}, r"shape \(5, 64\), expected \(4, 64\)"),
+        ({n: t for n, t in tensors.items() if n != some}, "lacks 1 of"),
+        (tensors | {"tower.blocks.99.lora.q.lora_A": tensors[some]}, "no place for"),
+        (tensors | {some: torch.zeros(5, 64)}, r"\[5, 64\], expected \[4, 64\]"),
     ):
         with pytest.raises(CheckpointError, match=message):
             lora.load_state_dict(first, broken)
@@ -229,8 +226,8 @@ def test_state_dict_round_trip_and_what_does_not_fit():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"targets": ("q", "w")}, "TARGETS: 'w'"),
-        ({"targets": ()}, "TARGETS: empty"),
+        ({"targets": ("q", "w")}, "TARGETS: `w`"),
+        ({"targets": ()}, "TARGETS is empty"),
         ({"rank": 0}, "RANK is 0"),
         ({"last_blocks": 4}, "the tower has 3 blocks"),
         ({"dropout": 1.0}, "DROPOUT is 1.0"),

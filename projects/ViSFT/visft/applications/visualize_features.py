@@ -17,7 +17,6 @@ from visft.data import read_rgb
 from visft.errors import ConfigError, DataError
 from visft.modeling.backbone import CLIPViT, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
-from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.utils.output_names import output_names
 from visft.visualization import (
@@ -105,7 +104,7 @@ def see(tower: CLIPViT, image: np.ndarray, *, patches: bool) -> Seen:
     pixels = (torch.from_numpy(image.copy()).to(device).float() / 255 - mean) / std
     maps, _ = tower.map_and_embedding(pixels.permute(2, 0, 1)[None])
     features = maps[0].permute(1, 2, 0).float().cpu()
-    return Seen(features, patch_embeddings(tower.tower, features).cpu() if patches else None)
+    return Seen(features, tower.patch_embeddings(features).cpu() if patches else None)
 
 
 def text_embeddings(tower: CLIPViT, texts: Sequence[str], templates: Sequence[str]) -> torch.Tensor:

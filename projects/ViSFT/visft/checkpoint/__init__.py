@@ -1,1 +1,1 @@
-"""Safe reading and atomic writing of weights, checkpoints of a run, and the authors' files."""
+"""Safe reading and atomic writing of weights, checkpoints of a run, the authors' files, and pretrained CLIPs."""

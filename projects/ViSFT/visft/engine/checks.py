@@ -17,8 +17,9 @@ from visft.engine.settings import unknown
 from visft.engine.task_checks import check_tasks
 from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
 from visft.errors import CheckpointError, ConfigError, DataError
-from visft.modeling.backbone import open_clip_models
+from visft.modeling.backbone import lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
+from visft.modeling.backbone.fpn import wants_lora
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.modeling.heads.common.federated import class_image_counts
@@ -89,7 +90,7 @@ def _names(cfg: CfgNode) -> None:
     backbones = [name for name, _ in BACKBONE_REGISTRY]
     _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
-        _tower(cfg)
+        _lora(cfg, depth=_tower(cfg))
     elif cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         raise ConfigError(
             f"MODEL.BACKBONE.NAME is `{cfg.MODEL.BACKBONE.NAME}`; ViSFT needs `build_clip_vit_backbone`"
@@ -100,13 +101,22 @@ def _is_file(pretrained: str) -> bool:
     return os.path.sep in pretrained or os.path.splitext(pretrained)[1] in _WEIGHT_SUFFIXES
 
 
-def _tower(cfg: CfgNode) -> None:
+def _tower(cfg: CfgNode) -> int:
+    """Returns the number of its blocks."""
     vit = cfg.MODEL.CLIP_VIT
     open_clip_models.check_name(vit.NAME)
     if not _is_file(vit.PRETRAINED):
         open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
-    adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
+    parts = adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
     key_rules.check_keys(cfg, key_rules.TOWER)
+    return len(parts.blocks)
+
+
+def _lora(cfg: CfgNode, depth: int) -> None:
+    node = cfg.MODEL.LORA
+    depth = depth if wants_lora(cfg) else max(depth, node.LAST_BLOCKS)  # which is not read then
+    config = lora.LoraConfig(node.RANK, node.ALPHA, node.DROPOUT, tuple(node.TARGETS), node.LAST_BLOCKS)
+    lora.check(config, depth)
 
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:

@@ -48,7 +48,6 @@ def _at_least(least: int, words: str = "") -> Rule:
 
 _NOT_NEGATIVE = Rule(lambda value: value >= 0, "a number not below 0")
 _AUGMENTATIONS = ("detection", "lsj", "fixed", "square")
-_LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
 TOWER = {
     "MODEL.CLIP_VIT.CLASS_TOKEN": _one_of("keep", "drop"),
@@ -57,10 +56,6 @@ TOWER = {
     "MODEL.CLIP_VIT.PATCH_SIZE": _at_least(0, "0 or a number of pixels"),
     "MODEL.CLIP_VIT.WINDOW_SIZE": _at_least(0, "0 or a number of patches"),
     "MODEL.CLIP_VIT.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "MODEL.LORA.TARGETS": _some_of(*_LORA_TARGETS),
-    "MODEL.LORA.RANK": _at_least(1),
-    "MODEL.LORA.LAST_BLOCKS": _at_least(0, "0 (all) or a number of blocks"),
-    "MODEL.LORA.DROPOUT": Rule(lambda value: 0 <= value < 1, "at least 0 and below 1"),
 }
 """Of a CLIP tower, also under a stock detector."""
 

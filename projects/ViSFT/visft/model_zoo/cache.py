@@ -189,7 +189,7 @@ def hub_file(entry: Entry, file: str) -> tuple[str, str]:
     """Repository on the Hugging Face Hub, and the name there of `file`, one of `entry.files`."""
     if not entry.open_clip:
         return entry.repository, entry.file
-    from visft.modeling.backbone.open_clip_models import open_clip
+    from visft.checkpoint.open_clip_models import open_clip
 
     name, tag = entry.open_clip
     address = (open_clip().get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")

@@ -41,9 +41,9 @@ class ViSFT(nn.Module):
     Attributes:
         backbone: the tower.
         heads: the heads by name; a ModuleDict.
-        objectives: the objectives of the tower itself, which act in stage `lora`; no module.
-        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the tower trains, as
-            `tune` says; the heads are frozen (evaluation mode, so without dropout) unless `freeze_heads` is False.
+        objectives: the losses on the tower itself, which act in stage `lora`; no module.
+        stage: what trains. `heads`: the tower is frozen and no graph is built through it. `lora`: the tower trains (see
+            `tune`); the heads are frozen (evaluation mode, so without dropout) unless `freeze_heads` is False.
     """
 
     @configurable
@@ -282,10 +282,10 @@ class ViSFT(nn.Module):
         """What each head predicts, in coordinates of the original images, under its name.
 
         `instances`, which detectron2's COCOEvaluator scores, is the output of the last head that predicts masks,
-        else of the first that predicts boxes. `caption` is what the first caption head says.
+        else of the first that predicts boxes. `caption` is that of the first caption head.
 
-        With an open vocabulary, heads that propose masks or boxes give these under its names. What others find under
-        the classes they learnt is left out.
+        With an open vocabulary, the proposals of heads that make some are named by it. Detections of other heads, under
+        the classes they learnt, are left out.
         """
         inputs = self.extract(batched_inputs)
         results: list[dict] = [{} for _ in batched_inputs]

@@ -2,14 +2,12 @@
 
     score = objectness^a * probability^b
 
-of a proposal and a name: a weighted product, as F-VLM (arXiv 2209.15639) and FC-CLIP (arXiv 2308.02487) take it of what
-a detector and a CLIP say of a class. Here the detector's part is the objectness, which knows no class, so one pair of
-exponents serves all names. A product, as either alone is wrong: text is sure of parts and of background too, and
-objectness tells no names apart.
+of a proposal and a name. F-VLM (arXiv 2209.15639) and FC-CLIP (arXiv 2308.02487) weigh the scores that a detector and
+a CLIP give a class in the same way. Here the detector's part is the objectness, which depends on no class, so one pair
+of exponents serves all names. The text alone is also sure of parts and background, and objectness alone cannot name.
 
-The defaults, 1 and 0.8, are FC-CLIP's for classes not trained on (beta is 0.8 in its published configs): the
-probability of an object counts whole, that of CLIP to the power 0.8. F-VLM's 0.35 and 0.65 are for region proposals,
-most of which are of an object; most queries are of none.
+The defaults, 1 and 0.8, are FC-CLIP's for classes not trained on (beta is 0.8 in its published configs). F-VLM's 0.35
+and 0.65 are for region proposals, most of which contain an object; most queries contain none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +34,7 @@ DUPLICATE_IOU = 0.5
 boxes is 22.9 with 0.5 and 21.9 with 0.7, of masks 29.0 and 28.9."""
 
 _PIXELS = 1 << 18
-"""Of a mask that are compared at a time: a hundred float masks of a large image take gigabytes."""
+"""Of masks, compared at a time: a hundred float masks of a large image take gigabytes."""
 
 
 class OpenVocabulary(nn.Module):
@@ -104,15 +102,15 @@ class OpenVocabulary(nn.Module):
             self.text.bind(backbone)
 
     def inference(self, head: nn.Module, inputs: HeadInputs) -> list[Instances]:
-        """What a head proposes, named: the best pairs of a proposal and a name, without duplicates.
+        """A head's proposals with names: the best pairs of a proposal and a name, without duplicates.
 
         Args:
             head: with a method `proposals`.
             inputs: what the head reads.
 
         Returns:
-            For each image the proposals' fields, `scores`, `pred_classes`, and `proposals`: which proposal it was
-            (one may get several names).
+            For each image the proposals' fields, `scores`, `pred_classes`, and `proposals`: the proposal's index (one
+            may get several names).
         """
         pairs = zip(head.proposals(inputs), self.text.inference(inputs), strict=True)
         return [self._name(found, region) for found, region in pairs]
@@ -186,7 +184,7 @@ def distinct(scores: Tensor, classes: Tensor, overlap: Tensor, threshold: float 
 
 
 def best_of_each(found: Instances) -> Instances:
-    """Each proposal under its best name alone, for images to look at."""
+    """Each proposal under its best name alone, for drawing."""
     seen: set[int] = set()
     rows = []
     for row in found.scores.argsort(descending=True, stable=True).tolist():

@@ -1,6 +1,7 @@
 """CLIP vision towers as detectron2 backbones."""
 
-from visft.modeling.backbone import lora, open_clip_models
+from visft.checkpoint import open_clip_models
+from visft.modeling.backbone import lora
 from visft.modeling.backbone.clip_vit import CLIPViT
 from visft.modeling.backbone.fpn import (
     ClipFeaturePyramid,

@@ -32,7 +32,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class ClassText:
-    """Classifiers made of text.
+    """Classifiers from text.
 
     Classes whose names are the same to the tokenizer share a row.
     """
@@ -42,7 +42,7 @@ class ClassText:
     rows: Tensor
     """`[number of classes]` int64: the row of each class."""
     names: tuple[str, ...]
-    """`[K]`: what each row is called."""
+    """`[K]`: the name of each row."""
 
 
 def check_prompts(key: str, prompts: Sequence[str]) -> None:

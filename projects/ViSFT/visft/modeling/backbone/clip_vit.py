@@ -11,14 +11,8 @@ from detectron2.modeling import Backbone
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from visft.checkpoint.open_clip_models import OPENAI_MEAN, OPENAI_STD, BaseTower, StoredClip, create_clip
 from visft.errors import ConfigError
-from visft.modeling.backbone.open_clip_models import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    BaseTower,
-    StoredClip,
-    create_clip,
-)
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.backbone.windows import Windows
 
@@ -133,6 +127,11 @@ class CLIPViT(Backbone):
         return self._parts.blocks
 
     @property
+    def adapters(self) -> list[nn.Module]:
+        """The LoRA of each block that has some (`lora.BlockLora`)."""
+        return [block.lora for block in self.blocks if hasattr(block, "lora")]
+
+    @property
     def embed_dim(self) -> int:
         """Channels of the feature map."""
         return self._parts.embed_dim
@@ -172,8 +171,7 @@ class CLIPViT(Backbone):
         """
         if mode not in ("none", "lora", "full"):
             raise ConfigError(f"MODEL.CLIP_VIT.TRAIN is '{mode}'; it must be 'none', 'lora' or 'full'.")
-        adapters = [block.lora for block in self.blocks if hasattr(block, "lora")]
-        if mode == "lora" and not adapters:
+        if mode == "lora" and not self.adapters:
             raise ConfigError(
                 "MODEL.CLIP_VIT.TRAIN is 'lora', but the tower has no LoRA; call lora.inject first."
             )
@@ -189,8 +187,8 @@ class CLIPViT(Backbone):
                 parameter.requires_grad_(True)
             for module in (*self.blocks, self._parts.dense_norm()):
                 module.requires_grad_(True)
-        for lora in adapters:
-            lora.requires_grad_(mode == "lora")
+        for adapters in self.adapters:
+            adapters.requires_grad_(mode == "lora")
         if self.frozen_dtype:
             self._store_frozen(FROZEN_DTYPES[self.frozen_dtype])
         self.train(self.training)
@@ -207,9 +205,8 @@ class CLIPViT(Backbone):
         super().train(mode)
         if self.train_mode != "full":
             self.tower.eval()
-            for block in self.blocks:
-                if hasattr(block, "lora"):
-                    block.lora.train(mode and self.train_mode == "lora")
+            for adapters in self.adapters:
+                adapters.train(mode and self.train_mode == "lora")
         return self
 
     # Forward
@@ -265,6 +262,24 @@ class CLIPViT(Backbone):
         dense = self._parts.dense_norm()(x[:, prefix:]).transpose(1, 2).unflatten(2, grid)
         return dense.contiguous(), self._parts.embedding(x)
 
+    def patch_embeddings(self, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, 3.2).
+
+        An image whose patches are all alike has their embedding.
+
+        Args:
+            features: of `last_feat`, or means of them, `[..., C]`.
+
+        Returns:
+            `[..., D]` of unit length on the tower's device, computed in float32 whatever the weights are stored in and
+            under any autocast.
+        """
+        device = self._parts.patch_layer().weight.device
+        with torch.autocast(device.type, enabled=False):
+            rows = features.to(device).float().reshape(-1, features.shape[-1])
+            found = F.normalize(self._parts.project_patches(rows).float(), dim=-1)
+        return found.view(*features.shape[:-1], -1)
+
     def _first_trained(self) -> int:
         """Index of the first block that something trains in or before; the number of blocks when nothing does."""
         if any(p.requires_grad for p in self.stem_parameters()):
@@ -286,24 +301,23 @@ class CLIPViT(Backbone):
             x, grid = self._parts.embed(images, patch_size=patch_size, prefix=prefix, antialias=antialias)
             count = self._parts.num_prefix_tokens if prefix else 0
             rope = self._parts.rope(grid, x.device)
-        windows = Windows(grid, window_size, count) if window_size else None
-        inside = False
-        windowed = None
-        if windows is not None:
-            windowed = (windows.split_rope(rope, len(x)), windows.mask(len(x), x.device))
+        windows, inside = Windows(grid, window_size, count), False
+        rope_and_mask = {False: (rope, None)}
+        if window_size:
+            rope_and_mask[True] = (windows.split_rope(rope, len(x)), windows.mask(len(x), x.device))
         for i, (block, run) in enumerate(zip(self.blocks, self._parts.run, strict=True)):
             with nullcontext() if i >= first else torch.no_grad():
-                wanted = windows is not None and i not in self.global_blocks
-                if wanted != inside:  # neighbours with the same kind of attention share one permutation
-                    x, inside = (windows.split(x) if wanted else windows.join(x)), wanted
-                arguments = (block, x, *(windowed if inside else (rope, None)), count)
+                windowed = bool(window_size) and i not in self.global_blocks
+                if windowed != inside:  # neighbours with the same kind of attention share one permutation
+                    x, inside = (windows.split(x) if windowed else windows.join(x)), windowed
+                arguments = (block, x, *rope_and_mask[inside], count)
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(run, *arguments, use_reentrant=False)
                 else:
                     x = run(*arguments)
         return (windows.join(x) if inside else x), grid, count
 
-    # What detectron2 asks a backbone
+    # The interface of detectron2's backbones
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of `last_feat`."""

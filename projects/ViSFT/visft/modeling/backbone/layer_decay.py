@@ -10,7 +10,7 @@ from visft.modeling.backbone.clip_vit import CLIPViT
 def lr_factor(model: nn.Module, decay: float) -> Callable[[str], float]:
     """Learning-rate factors by parameter name (BEiT, arXiv:2106.08254, appendix; ViTDet, arXiv:2203.16527, A.1).
 
-    Block i of n gets decay^(n - i), what comes before the blocks decay^(n + 1), everything else 1.
+    Block i of n has decay^(n - i), what comes before the blocks decay^(n + 1), everything else 1.
 
     Args:
         model: the whole model, with one CLIPViT or several somewhere within.

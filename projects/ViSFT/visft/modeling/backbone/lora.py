@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visft.errors import CheckpointError, ConfigError
+from visft.checkpoint.copying import load_into
+from visft.errors import CheckpointError, ConfigError, check_one_of
 from visft.modeling.backbone.blocks import TARGETS, Projection, projections
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,25 @@ class Site:
     weight: nn.Parameter
 
 
-def check_targets(targets: tuple[str, ...]) -> None:
-    """Raise ConfigError unless all targets exist and there is at least one."""
-    unknown = [t for t in targets if t not in TARGETS]
-    if unknown or not targets:
+def check(config: LoraConfig, depth: int) -> None:
+    """Check what is to be injected into a tower of `depth` blocks.
+
+    Raises:
+        ConfigError: the first value that is out of range.
+    """
+    for target in config.targets:
+        check_one_of("MODEL.LORA.TARGETS", target, TARGETS)
+    if not config.targets:
+        raise ConfigError(f"MODEL.LORA.TARGETS is empty; expected some of {', '.join(TARGETS)}")
+    if config.rank < 1:
+        raise ConfigError(f"MODEL.LORA.RANK is {config.rank}; expected at least 1")
+    if not 0 <= config.last_blocks <= depth:
         raise ConfigError(
-            f"MODEL.LORA.TARGETS: {', '.join(map(repr, unknown)) or 'empty'}; choose among {', '.join(TARGETS)}."
+            f"MODEL.LORA.LAST_BLOCKS is {config.last_blocks}; the tower has {depth} blocks, expected at most so many "
+            "(0: all)"
         )
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"MODEL.LORA.DROPOUT is {config.dropout}; expected at least 0 and below 1")
 
 
 def inject(
@@ -112,18 +125,11 @@ def inject(
     Raises:
         ConfigError: an argument is out of range, or there are adapters already.
     """
-    targets = tuple(targets)
-    check_targets(targets)
-    depth, last = len(backbone.blocks), last_blocks or 0
     if has_lora(backbone):
         raise ConfigError("LoRA is in this backbone already; build a new one to change its rank or targets.")
-    if rank < 1:
-        raise ConfigError(f"MODEL.LORA.RANK is {rank}; it must be 1 or more.")
-    if not 0 <= last <= depth:
-        raise ConfigError(f"MODEL.LORA.LAST_BLOCKS is {last}; the tower has {depth} blocks (0: all).")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"MODEL.LORA.DROPOUT is {dropout}; it must be at least 0 and below 1.")
+    targets, depth, last = tuple(targets), len(backbone.blocks), last_blocks or 0
     config = LoraConfig(rank, float(alpha), float(dropout), targets, last)
+    check(config, depth)
     for block in backbone.blocks[depth - last if last else 0 :]:
         block.lora = BlockLora()
         for p in projections(block):
@@ -140,7 +146,7 @@ def inject(
 
 def has_lora(backbone: nn.Module) -> bool:
     """Whether adapters were injected."""
-    return any(hasattr(block, "lora") for block in backbone.blocks)
+    return bool(backbone.adapters)
 
 
 def sites(backbone: nn.Module) -> Iterator[Site]:
@@ -157,20 +163,14 @@ def sites(backbone: nn.Module) -> Iterator[Site]:
 
 def is_merged(backbone: nn.Module) -> bool:
     """Whether the adapters are merged into the weights."""
-    return any(hasattr(block, "lora") and block.lora.merged for block in backbone.blocks)
-
-
-def _set_merged(backbone: nn.Module, merged: bool) -> None:
-    for block in backbone.blocks:
-        if hasattr(block, "lora"):
-            block.lora.merged = merged
+    return any(adapters.merged for adapters in backbone.adapters)
 
 
 @torch.no_grad()
 def merge(backbone: nn.Module) -> nn.Module:
-    """Add the adapters to the weights, after which they act no more.
+    """Add the adapters to the weights; they no longer act on their own.
 
-    The weights as they were are kept beside the adapters until `unmerge`: subtracting would leave rounding errors.
+    The original weights are kept with the adapters until `unmerge`: subtracting would leave rounding errors.
 
     Raises:
         ConfigError: there are no adapters, or they are merged already.
@@ -180,13 +180,14 @@ def merge(backbone: nn.Module) -> nn.Module:
         rows = site.weight[site.projection.start : site.projection.stop]
         site.adapter.base = rows.clone()
         rows.copy_(rows.float() + site.adapter.delta())
-    _set_merged(backbone, True)
+    for adapters in backbone.adapters:
+        adapters.merged = True
     return backbone
 
 
 @torch.no_grad()
 def unmerge(backbone: nn.Module) -> nn.Module:
-    """Give the weights back what they were before `merge`, to the bit; the adapters act again.
+    """Restore the weights from before `merge`, to the bit; the adapters act on their own again.
 
     Raises:
         ConfigError: there are no adapters, or they are not merged.
@@ -195,51 +196,30 @@ def unmerge(backbone: nn.Module) -> nn.Module:
     for site in sites(backbone):
         site.weight[site.projection.start : site.projection.stop].copy_(site.adapter.base)
         site.adapter.base = None
-    _set_merged(backbone, False)
+    for adapters in backbone.adapters:
+        adapters.merged = False
     return backbone
 
 
 @contextlib.contextmanager
 def switched_off(backbone: nn.Module) -> Iterator[None]:
-    """Within the block the adapters do not act: the backbone computes what it did before `inject`.
+    """A context in which the adapters do not act: the backbone computes what it did before `inject`.
 
-    A graph that was built outside must not recompute activations within (ACTIVATION_CHECKPOINTING), so no backward pass
-    belongs into the block.
+    No backward pass belongs into it: a graph built outside must not recompute activations without the adapters
+    (ACTIVATION_CHECKPOINTING).
 
     Raises:
         ConfigError: there are no adapters, or they are merged.
     """
     _require(backbone, merged=False)
-    adapters = [block.lora for block in backbone.blocks if hasattr(block, "lora")]
-    before = [lora.off for lora in adapters]
-    for lora in adapters:
-        lora.off = True
+    before = [adapters.off for adapters in backbone.adapters]
+    for adapters in backbone.adapters:
+        adapters.off = True
     try:
         yield
     finally:
-        for lora, off in zip(adapters, before, strict=True):
-            lora.off = off
-
-
-def merged_tensors(backbone: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tower's state with LoRA in its weights, one tensor at a time, the backbone untouched.
-
-    Yields:
-        Names as the tower itself has them (below `visual.` in open_clip), without adapters, and detached tensors.
-    """
-    at: dict[str, list[Site]] = {}
-    if has_lora(backbone) and not is_merged(backbone):
-        for site in sites(backbone):
-            at.setdefault(site.weight_name.removeprefix("tower."), []).append(site)
-    for name, tensor in backbone.tower.state_dict().items():
-        if _is_lora(name):
-            continue
-        if name in at:
-            tensor = tensor.clone()
-            for site in at[name]:
-                rows = tensor[site.projection.start : site.projection.stop]
-                rows.copy_(rows.float() + site.adapter.delta())
-        yield name, tensor
+        for adapters, off in zip(backbone.adapters, before, strict=True):
+            adapters.off = off
 
 
 def _is_lora(name: str) -> bool:
@@ -251,7 +231,6 @@ def state_dict(backbone: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in backbone.state_dict().items() if _is_lora(name)}
 
 
-@torch.no_grad()
 def load_state_dict(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Load what `state_dict` gave.
 
@@ -260,23 +239,11 @@ def load_state_dict(backbone: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         ConfigError: there are no adapters, or they are merged.
     """
     _require(backbone, merged=False)
-    own = state_dict(backbone)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unknown:
-        what = (
-            f"{missing[0]} and {len(missing) - 1} more are missing" if missing else f"{unknown[0]} is unknown"
-        )
-        raise CheckpointError(
-            f"LoRA weights: {what}; these weights are of another tower, or of other MODEL.LORA.TARGETS or LAST_BLOCKS."
-        )
-    for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"LoRA weights: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}; "
-                "set MODEL.LORA.RANK and MODEL.CLIP_VIT.NAME to what the weights were trained with."
-            )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    foreign = [name for name in tensors if not _is_lora(name)]
+    if foreign:
+        raise CheckpointError(f"LoRA weights: {foreign[0]} is no LoRA; give what lora.state_dict returns.")
+    hint = "Set MODEL.CLIP_VIT.NAME and MODEL.LORA to what the weights were trained with."
+    load_into(backbone, tensors, what="LoRA weights", names=state_dict(backbone), hint=hint)
 
 
 def _require(backbone: nn.Module, merged: bool) -> None:

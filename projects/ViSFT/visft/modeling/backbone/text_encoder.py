@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from visft.checkpoint import open_clip_models
 from visft.errors import ConfigError
-from visft.modeling.backbone import open_clip_models
 from visft.modeling.backbone.clip_vit import CLIPViT
 
 
@@ -17,12 +17,12 @@ class TextTower:
         backbone: made by `CLIPViT.from_open_clip`.
 
     Attributes:
-        logit_scale: what CLIP multiplies cosines by, of the base (about 100).
-        logit_bias: what SigLIP adds to them then; None where the base has none.
+        logit_scale: the base's factor on cosines (about 100).
+        logit_bias: what a SigLIP adds to them then; None where the base has none.
         sha256: of the base's weights, which the embeddings follow from; "" where they are random.
 
     Raises:
-        ConfigError: the backbone was made of a bare tower, or the tokenizer cannot be had.
+        ConfigError: the backbone was made of a bare tower, or the tokenizer cannot be downloaded.
     """
 
     def __init__(self, backbone: CLIPViT) -> None:
@@ -45,7 +45,7 @@ class TextTower:
         self.sha256 = backbone.base.sha256 if backbone.base.pretrained else ""
 
     def tokens(self, lines: Sequence[str], device: torch.device | str = "cpu") -> torch.Tensor:
-        """What the tower sees of lines, `[N, L]`: equal rows have equal embeddings."""
+        """Tokens of lines `[N, L]`; equal rows have equal embeddings."""
         return self._tokenizer(list(lines)).to(device)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ An adapter holds the tower by reference and names its parts; parameters stay whe
 import copy
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ SUPPORTED = (
 
 
 def adapt(tower: nn.Module) -> "Tower":
-    """The adapter of a vision tower, chosen by what the tower is made of.
+    """The adapter of a vision tower, chosen by its modules.
 
     Raises:
         ConfigError: the tower is no plain vision transformer.
@@ -50,7 +51,7 @@ def adapt(tower: nn.Module) -> "Tower":
 
 
 class Tower:
-    """What CLIPViT needs to know of a vision tower. Subclasses fill in the attributes.
+    """What CLIPViT needs of a vision tower. Subclasses fill in the attributes.
 
     Attributes:
         embed_dim: width C of the tokens.
@@ -99,8 +100,15 @@ class Tower:
         """The CLIP embedding `[N, D]` from the last block's tokens `[N, prefix + h * w, C]`."""
         raise NotImplementedError
 
+    def project_patches(self, rows: torch.Tensor) -> torch.Tensor:
+        """What follows the last norm, applied to each patch alone, in float32: `[R, C]` -> `[R, D]`.
+
+        An attention pooler gets one patch to pool and then returns its value.
+        """
+        raise NotImplementedError
+
     def stem_parameters(self, prefix: bool) -> Iterator[nn.Parameter]:
-        """Parameters that act before the first block; those of the prefix tokens only when asked for."""
+        """Parameters that act before the first block; those of the prefix tokens only with `prefix`."""
         raise NotImplementedError
 
     def embed(
@@ -172,6 +180,17 @@ class OpenClipTower(Tower):
     def embedding(self, x):
         pooled, _ = self.tower._pool(x)
         return pooled if self.tower.proj is None else pooled @ self.tower.proj
+
+    def project_patches(self, rows):
+        pool = self.tower.attn_pool
+        if pool is not None:
+            query = _in_float32(pool.ln_q, pool.query.float())[:1].expand(len(rows), 1, -1)
+            keys = rows[:, None]
+            if not pool.attn.batch_first:
+                query, keys = query.transpose(0, 1), keys.transpose(0, 1)
+            values, _ = _in_float32(pool.attn, query, keys, keys, need_weights=False)
+            rows = _in_float32(self.tower.ln_post, values.flatten(0, 1))
+        return rows if self.tower.proj is None else rows @ self.tower.proj.float()
 
     def stem_parameters(self, prefix):
         yield from self.tower.conv1.parameters()
@@ -261,6 +280,16 @@ class TimmTower(Tower):
         pooled = self.trunk.forward_head(self.trunk.norm(x))
         return pooled if self.tower is self.trunk else self.tower.head(pooled)
 
+    def project_patches(self, rows):
+        trunk = self.trunk
+        if getattr(trunk, "attn_pool", None) is not None:
+            rows = _in_float32(trunk.attn_pool, rows[:, None])
+        # With average pooling `fc_norm` is the last norm, which the features have passed.
+        if not isinstance(trunk.norm, nn.Identity):
+            rows = _in_float32(trunk.fc_norm, rows)
+        rows = _in_float32(trunk.head, rows)
+        return rows if self.tower is trunk else _in_float32(self.tower.head, rows)
+
     def stem_parameters(self, prefix):
         yield from self.trunk.patch_embed.parameters()
         yield from self.trunk.norm_pre.parameters()
@@ -268,6 +297,15 @@ class TimmTower(Tower):
             yield self.trunk.pos_embed
         if prefix:
             yield from self._prefix_parameters()
+
+
+def _in_float32(module: nn.Module, *args: torch.Tensor, **kwargs: Any) -> Any:
+    """A frozen module's output as if its weights were stored in float32."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    if all(tensor.dtype == torch.float32 for tensor in tensors.values() if tensor.is_floating_point()):
+        return module(*args, **kwargs)
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    return torch.func.functional_call(module, wide, args, kwargs)
 
 
 def _square(patch_size: int | tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""What the meta-architecture asks of a head."""
+"""The interface of a head, and what it reads of a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,33 +48,32 @@ class HeadInputs:
 class VisftHead(nn.Module):
     """A task head on one feature map.
 
-    It sees features, the padding mask and the batch; not which tower made the features, nor which stage it is.
+    It reads features, the padding mask and the batch; it does not depend on the tower or the stage.
     """
 
     label_fields: tuple[str, ...] = ()
-    """Fields of `instances` that it learns from: an image without one of them has no labels for this head."""
+    """Fields of `instances` that it learns from. An image that lacks one has no labels for this head."""
 
     class_layers: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules and parameters whose shape follows the number of classes (or words)."""
 
     @property
     def reads_masks(self) -> bool:
-        """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+        """Whether it reads `gt_masks`. If nothing in a training does, none are rendered."""
         return "gt_masks" in self.label_fields
 
     @property
     def trainable(self) -> bool:
-        """Whether it has weights of its own. One that has none is passed over in stage `heads`."""
+        """Whether it has weights of its own. Stage `heads` skips a head without any."""
         return any(True for _ in self.parameters())
 
     def bind(self, backbone: Backbone) -> None:
-        """Take what the head uses of the tower besides its features; called once, when the model is built.
+        """Take what the head needs of the tower besides its features; called once, when the model is built.
 
-        Nothing by default: a head sees features alone. One that does take something holds it by reference, not as a
-        submodule.
+        By default nothing. A head holds what it takes by reference, not as a submodule.
 
         Raises:
-            ConfigError: the tower does not have it.
+            ConfigError: the tower lacks it.
         """
 
     @classmethod
@@ -83,11 +82,11 @@ class VisftHead(nn.Module):
         return "gt_masks" in cls.label_fields
 
     def has_labels(self, image: dict) -> bool:
-        """Whether this image is annotated for this task (perhaps with nothing to find)."""
+        """Whether this image is annotated for this task, possibly with no objects."""
         return "instances" in image and all(has_targets(image, field) for field in self.label_fields)
 
     def draw(self) -> None:
-        """Draw what a training pass needs at random, alike in all processes; called once, before `normalizers`."""
+        """Draw what a training pass needs at random, the same in all processes; called once, before `normalizers`."""
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[k] counts that the losses are divided by, known before the forward pass.
@@ -133,8 +132,8 @@ def bit_masks(masks: BitMasks | PolygonMasks | Tensor, size: tuple[int, int]) ->
 
 
 def nonzero_count(count: Tensor) -> Tensor:
-    """A count to divide by: zero becomes one. Means of counts over processes, smaller than one, stay.
+    """A count to divide by: zero becomes one. Means over processes between zero and one stay.
 
-    (The authors raise such means to one as well; then two processes would not give the joined batch's gradient.)
+    The authors raise such means to one as well; then two processes would not give the joined batch's gradient.
     """
     return torch.where(count > 0, count, torch.ones_like(count))

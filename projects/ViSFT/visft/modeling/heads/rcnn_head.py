@@ -28,7 +28,7 @@ FEATURE = "map"
 class RCNNHead(VisftHead):
     """Faster, Mask or Cascade R-CNN on the tower's map, made of detectron2's own parts and keys.
 
-    `MODEL.PROPOSAL_GENERATOR`, `RPN`, `ANCHOR_GENERATOR` (one level), `ROI_HEADS` and `ROI_*_HEAD` say which, as for
+    `MODEL.PROPOSAL_GENERATOR`, `RPN`, `ANCHOR_GENERATOR` (one level), `ROI_HEADS` and `ROI_*_HEAD` choose them, as for
     `GeneralizedRCNN`; `MASK_ON` and `KEYPOINT_ON` add their branches. The number of classes is the head's own. For LVIS
     there are `ROI_BOX_HEAD.USE_SIGMOID_CE` and `USE_FED_LOSS`.
     """
@@ -106,8 +106,7 @@ class RCNNHead(VisftHead):
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of images. detectron2 divides by numbers of samples, which are as many for each image."""
-        for image in images:
-            self.labels.check(image)
+        self.labels.check(images)
         return torch.tensor([float(len(images))])
 
     def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
@@ -124,7 +123,7 @@ class RCNNHead(VisftHead):
         return {name: factor * loss for name, loss in {**losses, **roi_losses}.items()}
 
     def inference(self, inputs: HeadInputs) -> list[Instances]:
-        """Detections in the original images, with `pred_masks` where `MASK_ON` says so."""
+        """Detections in the original images, with `pred_masks` if `MASK_ON` is set."""
         maps, batch = self._maps(inputs)
         proposals, _ = self._proposals(maps, batch, inputs.images, None)
         results, _ = self.roi_heads(batch, maps, proposals, None)
@@ -168,9 +167,9 @@ def _targets(image: dict, device: torch.device) -> Instances:
 
 @contextlib.contextmanager
 def _computing_losses(head: nn.Module) -> Iterator[None]:
-    """Let detectron2's parts compute losses though the head is frozen, in evaluation mode.
+    """A context in which detectron2's parts compute losses although the head is frozen, in evaluation mode.
 
-    They do so in training mode only. Dropout and batch statistics stay as they are.
+    They compute losses in training mode only. Dropout and batch statistics stay as they are.
     """
     behaves = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     changed = [m for m in head.modules() if not m.training and not isinstance(m, behaves)]

@@ -1,9 +1,8 @@
-"""The frozen text encoder as a head: a region's mean feature shall be near the text that names it.
+"""The frozen text encoder as a head: a region's mean feature learns to be near the text that names it.
 
-A CLIP compares the embedding of a whole image with texts. What its last norm, pooler and projection do to that
-embedding can be done to the mean feature of a region as well (as MaskCLIP does to patches, arXiv 2112.01071), but the
-result of a pretrained tower has little to do with the text that names the region. As a frozen head, this comparison
-teaches it through the tower.
+A CLIP compares the embedding of a whole image with texts. Its last norm, pooler and projection can be applied to the
+mean feature of a region as well (as MaskCLIP does to patches, arXiv 2112.01071), but the result of a pretrained tower
+has little to do with the text that names the region. As a frozen head, this comparison trains the tower to make it so.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from visft.classes.class_names import synonyms
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS, ClassText, check_prompts, class_text
-from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.modeling.heads.base import HeadInputs, VisftHead, bit_masks, nonzero_count, num_targets
 from visft.modeling.heads.build import VISFT_HEADS_REGISTRY
@@ -145,8 +143,7 @@ class RegionTextHead(VisftHead):
 
     def normalizers(self, images: list[dict]) -> Tensor:
         """[1]: number of regions. With a federated loss [1 + classes + 1]: then whether each class is there."""
-        for image in images:
-            self.labels.check(image)
+        self.labels.check(images)
         count = torch.tensor([float(sum(num_targets(image) for image in images))])
         if self.federated is None:
             return count
@@ -155,13 +152,11 @@ class RegionTextHead(VisftHead):
     def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
         features, images = inputs.features, inputs.images
         chosen = None if self.federated is None else self.federated.draw(normalizers[1:])[:-1]
-        device = features.device
-        grid = tuple(features.shape[-2:])
-        means = [
-            region_pooling.pool(map_, self._coverage(image, inputs.padded_size, grid).to(device))
-            for map_, image in zip(features, images, strict=True)
-        ]
-        logits = self.logits(patch_embeddings(self.backbone.tower, torch.cat(means)))
+        device, means = features.device, []
+        for map_, image in zip(features, images, strict=True):
+            coverage = self._coverage(image, inputs.padded_size, tuple(features.shape[-2:]))
+            means.append(region_pooling.pool(map_, coverage.to(device)))
+        logits = self.logits(self.backbone.patch_embeddings(torch.cat(means)))
         classes = torch.cat([image["instances"].gt_classes for image in images]).to(device)
         if chosen is not None:
             logits = Federated.leave_out(logits, self._rows_of(chosen))
@@ -214,18 +209,14 @@ class RegionTextHead(VisftHead):
 
     def _coverage(self, image: dict, padded_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         """The share of each cell that the annotated regions of an image cover `[R, h, w]`."""
-        instances = image["instances"]
-        boxes = region_pooling.box_coverage(instances.gt_boxes.tensor, padded_size, grid)
-        if self.regions == "boxes" or not instances.has("gt_masks"):
-            return boxes
-        masks = bit_masks(instances.gt_masks, instances.image_size)
-        return region_pooling.or_nearest_cell(
-            region_pooling.mask_coverage(masks, padded_size, grid), boxes.to(masks.device)
-        )
+        instances, masks = image["instances"], None
+        if self.regions == "masks" and instances.has("gt_masks"):
+            masks = bit_masks(instances.gt_masks, instances.image_size)
+        return region_pooling.region_coverage(instances.gt_boxes.tensor, masks, padded_size, grid)
 
 
 class RegionText:
-    """What the head makes of one image: it names whatever regions it is asked about.
+    """The head's view of one image, which can name any regions of it.
 
     Attributes:
         features: `[C, h, w]`.
@@ -250,30 +241,18 @@ class RegionText:
         Args:
             regions: masks `[R, H, W]` bool of the original image's size, or boxes `[R, 4]` in its pixels.
         """
-        grid = tuple(self.features.shape[-2:])
-        if isinstance(regions, Boxes) or regions.ndim == 2:
-            boxes = regions.tensor if isinstance(regions, Boxes) else regions
-            coverage = self._box_coverage(boxes, grid)
-        else:
-            height, width = self.image_size
-            masks = [
-                F.interpolate(part[None].float(), (height, width), mode="area")[0]
-                for part in regions.split(32)
-                if len(part)
-            ]
-            masks = torch.cat(masks) if masks else torch.zeros(0, height, width)
-            coverage = region_pooling.mask_coverage(masks, self.padded_size, grid)
-            nearest = self._box_coverage(BitMasks(regions.cpu()).get_bounding_boxes().tensor, grid)
-            coverage = region_pooling.or_nearest_cell(coverage, nearest.to(coverage.device))
+        boxes, masks = regions.tensor if isinstance(regions, Boxes) else regions, None
+        if boxes.ndim == 3:
+            parts = [part for part in regions.split(32) if len(part)]
+            masks = [F.interpolate(part[None].float(), self.image_size, mode="area")[0] for part in parts]
+            masks = torch.cat(masks) if masks else torch.zeros(0, *self.image_size)
+            boxes = BitMasks(regions.cpu()).get_bounding_boxes().tensor
+        scale = [seen / own for seen, own in zip(self.image_size[::-1], self.size[::-1], strict=True)]
+        boxes, grid = boxes * boxes.new_tensor(scale).repeat(2), tuple(self.features.shape[-2:])
+        coverage = region_pooling.region_coverage(boxes, masks, self.padded_size, grid)
         means = region_pooling.pool(self.features, coverage.to(self.features.device))
-        return patch_embeddings(self.head.backbone.tower, means)
+        return self.head.backbone.patch_embeddings(means)
 
     def logits(self, regions: Tensor | Boxes, embeddings: Tensor | None = None) -> Tensor:
         """Scaled cosines `[R, K]` with names: the training classes' rows, or those of `embeddings` `[K, D]`."""
         return self.head.logits(self.embeddings(regions), embeddings)
-
-    def _box_coverage(self, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-        scale = boxes.new_tensor(
-            [self.image_size[1] / self.size[1], self.image_size[0] / self.size[0]]
-        ).repeat(2)
-        return region_pooling.box_coverage(boxes * scale, self.padded_size, grid)

@@ -1,4 +1,4 @@
-"""Objectives of the tower itself, beside or instead of heads in stage `lora`, and their registry."""
+"""Losses on the tower itself, with or instead of heads in stage `lora`, and their registry."""
 
 from visft.modeling.tower_losses.anchor import Anchor
 from visft.modeling.tower_losses.base import Objective

@@ -22,8 +22,8 @@ class Anchor(Objective):
     """1 - cosine of the two CLIP embeddings of an image, whole and, with CROPS, in parts: the mean over all of them,
     with or without labels.
 
-    Parts show single things, large: images of another kind than the training's, where the embedding shall stay, too.
-    With RECOLOR every second part, at random, is changed: grey, of more or less contrast, half of them negatives.
+    Parts show single things, large. They are another kind of image than the training's, whose embedding is held, too.
+    With RECOLOR a random half of the parts becomes grey, with more or less contrast, and half of these negatives.
     """
 
     needs_original = True

@@ -1,4 +1,4 @@
-"""What the meta-architecture asks of an objective of the tower."""
+"""The interface of an objective: a loss on the tower itself, without a head."""
 
 import math
 from typing import ClassVar
@@ -23,13 +23,13 @@ class Objective:
     """Whether it reads `Batch.original`, the tower before tuning."""
 
     reads_masks: ClassVar[bool] = True
-    """Whether it reads `gt_masks`. Where nothing in a training does, none are drawn."""
+    """Whether it reads `gt_masks`. If nothing in a training does, none are rendered."""
 
     reads_captions: ClassVar[bool] = False
     """Whether it learns from captions, so that DATASETS.TRAIN must have some."""
 
     collective: ClassVar[bool] = False
-    """Whether `loss` speaks with the other processes, so that every one has to call it, also without images."""
+    """Whether `loss` communicates, so that every process has to call it, also without images."""
 
     def __init__(self, cfg: CfgNode, name: str, backbone: CLIPViT) -> None:
         self.check(cfg, name)

@@ -9,7 +9,7 @@ from torch import Tensor
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.text_encoder import TextTower
 from visft.modeling.distributed import gather_rows, row_counts, zero_for
-from visft.modeling.heads.captioning.vocabulary import split_words
+from visft.modeling.heads.captioning.vocabulary import worded_captions
 from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.tower_losses.base import Objective, check_size
 from visft.modeling.tower_losses.batch import Batch
@@ -40,7 +40,7 @@ class Contrastive(Objective):
         check_size(cfg, f"MODEL.VISFT.{name.upper()}.SIZE", cfg.MODEL.VISFT[name.upper()].SIZE)
 
     def has_labels(self, image: dict) -> bool:
-        return any(split_words(caption) for caption in image.get("captions", ()))
+        return bool(worded_captions(image))
 
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         tokens = self.text.tokens([self.caption(batch, row) for row in rows] or [""], batch.device)
@@ -57,7 +57,7 @@ class Contrastive(Objective):
 
     def caption(self, batch: Batch, row: int) -> str:
         """The caption of an image that this pass learns."""
-        captions = [caption for caption in batch.images[row]["captions"] if split_words(caption)]
+        captions = worded_captions(batch.images[row])
         return captions[int(torch.randint(len(captions), (1,), generator=batch.generator(row)))]
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from visft.errors import ConfigError, check_one_of
 from visft.modeling.backbone import CLIPViT
-from visft.modeling.backbone.patch_projection import patch_embeddings
 from visft.modeling.heads.base import has_targets, num_targets
 from visft.modeling.heads.common import region_pooling
 from visft.modeling.tower_losses.base import Objective, cosine_distance
@@ -61,7 +60,7 @@ class SelfDistillation(Objective):
             coverage = region_pooling.box_coverage(own.to(features.device), inputs.padded_size, grid)
             means.append(region_pooling.pool(features, coverage))
             crops += [crop(batch.images[row]["image"], box) for box in own.tolist()]
-        found = patch_embeddings(batch.backbone.tower, torch.cat(means))
+        found = batch.backbone.patch_embeddings(torch.cat(means))
         expected = batch.original.image_embedding(batch.prepared(crops))
         return cosine_distance(found, expected).sum() / normalizer
 

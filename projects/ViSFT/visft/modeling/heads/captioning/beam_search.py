@@ -1,15 +1,14 @@
-"""Saying a caption word by word: greedy and beam search over any caption decoder."""
+"""Greedy and beam search over any caption decoder."""
 
 import torch
 from torch import Tensor, nn
 
 
 class CaptionDecoder(nn.Module):
-    """What says words about an image's cells. Two ways in, which agree: whole captions in training, one word at a
-    time in search.
+    """Predicts the words of a caption from an image's cells: of whole captions in training, one by one in search.
 
-    `cells` are an image's pooled features `[N, P, C]`, `tokens` numbers of words, `hidden` what the next word is
-    read from.
+    `cells` are an image's pooled features `[N, P, C]`, `tokens` numbers of words, `hidden` the states that the next
+    words are predicted from.
     """
 
     def forward(self, cells: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +46,7 @@ def beam_search(
 
     Args:
         cells: `[N, P, C]`.
-        start, end, forbidden: numbers of words; the last are never said. No caption is empty.
+        start, end, forbidden: numbers of words; the last are never predicted. No caption is empty.
         beam_size: how many unfinished captions are followed.
         max_length: most words of a caption, its end not counted.
 
@@ -58,7 +57,7 @@ def beam_search(
     count, width = len(cells), beam_size
     state = tuple(part.repeat_interleave(width, dim=0) for part in decoder.start(cells))
     tokens = torch.full((count * width,), start, device=cells.device)
-    # All beams are alike at first: but one of them would find every word several times.
+    # All beams are alike at first; only one may go on, or every word would be found several times.
     total = torch.full((count, width), -torch.inf, device=cells.device)
     total[:, 0] = 0
     done = torch.zeros(count, width, dtype=torch.bool, device=cells.device)
@@ -72,7 +71,7 @@ def beam_search(
         if length == 0:
             step[..., end] = -torch.inf
         if length == max_length:
-            # Out of room: what has not ended ends here, at no cost.
+            # What has not ended ends here, at no cost.
             step[...] = -torch.inf
             step[..., end] = 0
         step[done] = -torch.inf
@@ -88,7 +87,7 @@ def beam_search(
             break
     best = []
     for row in range(0, count * width, width):
-        said = words[row].tolist()
-        said = said[: said.index(end)]
-        best.append((said, maps[row, : len(said)], float(total[row // width, 0])))
+        caption = words[row].tolist()
+        caption = caption[: caption.index(end)]
+        best.append((caption, maps[row, : len(caption)], float(total[row // width, 0])))
     return best

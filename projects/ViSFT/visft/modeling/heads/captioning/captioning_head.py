@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from visft.errors import ConfigError
 from visft.modeling.heads.base import HeadInputs, VisftHead, nonzero_count
 from visft.modeling.heads.captioning.beam_search import CaptionDecoder, beam_search
-from visft.modeling.heads.captioning.vocabulary import Vocabulary, configured_vocabulary, split_words
+from visft.modeling.heads.captioning.vocabulary import Vocabulary, configured_vocabulary, worded_captions
 from visft.utils import shared_random
 
 
@@ -104,12 +104,12 @@ class CaptioningHead(VisftHead):
         }
 
     def cells(self, features: Tensor) -> Tensor:
-        """Features `[N, C, h, w]` -> averages over cells `[N, P, C]`, row by row. Padding is seen as it is."""
+        """Features `[N, C, h, w]` -> averages over cells `[N, P, C]`, row by row, padding included."""
         features = features.to(next(self.decoder.parameters()).dtype)
         return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2)
 
     def has_labels(self, image: dict) -> bool:
-        return any(split_words(caption) for caption in image.get("captions", ()))
+        return bool(worded_captions(image))
 
     def draw(self) -> None:
         """Draw the number that decides, with an image's id, which of its captions this pass learns."""
@@ -174,7 +174,7 @@ class CaptioningHead(VisftHead):
         """The numbers of one caption of each image, start and end included."""
         chosen = []
         for index, image in enumerate(images):
-            captions = [caption for caption in image["captions"] if split_words(caption)]
+            captions = worded_captions(image)
             generator = shared_random.image_generator(self._draw, image, index)
             caption = captions[int(torch.randint(len(captions), (1,), generator=generator))]
             chosen.append(torch.tensor(self.vocabulary.encode(caption, self.max_length)))

@@ -97,8 +97,8 @@ class SoftAttentionDecoder(CaptionDecoder):
 
     @without_autocast
     def forward(self, cells: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        # What does not wait for the word before is done for all words at once, and what is linear in the state by one
-        # product: a recurrence is many small operations, each of which costs more to start than to compute.
+        # Fewer, larger operations: what does not depend on the state is computed for all words at once, and what is
+        # linear in it by one product.
         layers = (self.attention.decoder_att, self.f_beta)
         weight = torch.cat((*(layer.weight for layer in layers), self.decode_step.weight_hh))
         bias = torch.cat((*(layer.bias for layer in layers), self.decode_step.bias_hh))
@@ -108,7 +108,7 @@ class SoftAttentionDecoder(CaptionDecoder):
         hidden, attention = [], []
         for word in words.unbind(1):
             read = F.linear(h, weight, bias).split(sizes, dim=1)
-            h, c, alpha = self._say(cells, compared, c, read, word, seen_weight)
+            h, c, alpha = self._advance(cells, compared, c, read, word, seen_weight)
             hidden.append(h)
             attention.append(alpha)
         return torch.stack(hidden, dim=1), torch.stack(attention, dim=1)
@@ -127,17 +127,17 @@ class SoftAttentionDecoder(CaptionDecoder):
         cells, compared, h, c = state
         lstm = self.decode_step
         read = self.attention.decoder_att(h), self.f_beta(h), F.linear(h, lstm.weight_hh, lstm.bias_hh)
-        h, c, alpha = self._say(cells, compared, c, read, *self._words(tokens))
+        h, c, alpha = self._advance(cells, compared, c, read, *self._words(tokens))
         return h, alpha, (cells, compared, h, c)
 
     def _words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The words' part of the LSTM's gates `[..., 4 H]`, and the weight `[4 H, C]` of the part of what is seen."""
+        """The words' part of the LSTM's gates `[..., 4 H]`, and the weight `[4 H, C]` of the attended cells' part."""
         weight = self.decode_step.weight_ih.split(
             (self.embedding.embedding_dim, self.f_beta.out_features), dim=1
         )
         return F.linear(self.embedding(tokens), weight[0], self.decode_step.bias_ih), weight[1]
 
-    def _say(
+    def _advance(
         self,
         cells: Tensor,
         compared: Tensor,
@@ -146,11 +146,10 @@ class SoftAttentionDecoder(CaptionDecoder):
         word: Tensor,
         seen_weight: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One word on: the new h and c, and the attention.
+        """Advance by one word: the new h and c, and the attention.
 
         Args:
-            read: what is linear in h: of the attention `[N, A]`, of the gate beta `[N, C]`, of the LSTM's gates
-                `[N, 4 H]`.
+            read: linear in h: for the attention `[N, A]`, the gate beta `[N, C]` and the LSTM's gates `[N, 4 H]`.
             word, seen_weight: as `_words` gives them, of one word.
         """
         attended, beta, recurrent = read

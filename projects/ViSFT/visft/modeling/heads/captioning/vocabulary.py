@@ -22,6 +22,11 @@ def split_words(text: str) -> list[str]:
     return _NO_WORD.sub(" ", text.lower().replace("'", "").replace("\u2019", "")).split()
 
 
+def worded_captions(image: dict) -> list[str]:
+    """The captions of an image that have words: one without any cannot be learned."""
+    return [caption for caption in image.get("captions", ()) if split_words(caption)]
+
+
 class Vocabulary:
     """Words by number: padding is 0, then the words, then unknown, start and end, the authors' order.
 

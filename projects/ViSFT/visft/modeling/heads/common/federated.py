@@ -1,10 +1,10 @@
 """Federated loss: of many classes, only some take part in an iteration's class loss (LVIS, arXiv 1908.03195).
 
 Where images are annotated with some classes only, an unannotated object of another class would be learnt as
-background. So an iteration leaves most classes out: those annotated in its images take part, and others are drawn
-until there are as many as wanted, frequent ones more often (as detectron2's MODEL.ROI_BOX_HEAD.USE_FED_LOSS, after
-Zhou et al., arXiv 2103.07461). A class left out is as if its score were minus infinity: the softmax runs over the
-classes that take part, a sigmoid has neither loss nor gradient.
+background. So each iteration uses the classes annotated in its images and others sampled up to a given number, frequent
+ones more often (as detectron2's MODEL.ROI_BOX_HEAD.USE_FED_LOSS, after Zhou et al., arXiv 2103.07461). A class left out
+acts as if its score were minus infinity: the softmax runs over the classes that take part, a sigmoid has neither loss
+nor gradient.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class Federated:
     """Which classes take part."""
 
     num_classes: int
-    """How many, at least: all that are annotated do."""
+    """How many, at least: all annotated classes do."""
     weights: Tensor
-    """[outputs + 1] how likely each is to be drawn; 0 for no-object, and for outputs that are no class."""
+    """[outputs + 1] sampling weights; 0 for no-object, and for outputs that are no class."""
 
     def present(self, images: list[dict], labels: LabelSpace) -> Tensor:
         """[outputs + 1]: 1 for each class annotated in the images, else 0."""
@@ -76,7 +76,7 @@ def build_federated(cfg: CfgNode, name: str, labels: LabelSpace) -> Federated | 
     if len(counts) != len(known):
         raise ConfigError(
             f"MODEL.VISFT.{name.upper()} has {len(known)} classes, {cfg.DATASETS.TRAIN[0]} says of {len(counts)} how "
-            "frequent they are, which its federated loss needs: set NUM_CLASSES to 0, or FED_LOSS_CLASSES to 0"
+            "frequent they are, and the federated loss needs all: set NUM_CLASSES to 0, or FED_LOSS_CLASSES to 0"
         )
     weights = torch.zeros(labels.num_classes + 1)
     weights[torch.as_tensor(known)] = torch.tensor(counts).float() ** node.FED_LOSS_POWER

@@ -20,19 +20,21 @@ class LabelSpace:
     dataset_ids: tuple[int, ...] = ()
     """The output of each contiguous class, where outputs are the data set's own ids; (): they are contiguous."""
 
-    def check(self, image: dict) -> None:
-        """Refuse an image with an annotation of a class that the head does not have.
+    def check(self, images: list[dict]) -> None:
+        """Refuse images with an annotation of a class that the head does not have.
 
         Raises:
             DataError: names image and class.
         """
         known = len(self.dataset_ids) or self.num_classes
-        if num_targets(image) and not 0 <= int(image["instances"].gt_classes.max()) < known:
-            raise DataError(
-                f"{image.get('file_name', 'a picture')}: annotated with class "
-                f"{int(image['instances'].gt_classes.max())}, but the head has the classes 0 to {known - 1}: set its "
-                "NUM_CLASSES to 0 (as the data set says) or to the data set's number"
-            )
+        for image in images:
+            largest = int(image["instances"].gt_classes.max()) if num_targets(image) else 0
+            if not 0 <= largest < known:
+                raise DataError(
+                    f"{image.get('file_name', 'an image')}: annotated with class {largest}, but the head has the "
+                    f"classes 0 to {known - 1}: set its NUM_CLASSES to 0 (as the data set says) or to the data set's "
+                    "number"
+                )
 
     def encode(self, classes: Tensor) -> Tensor:
         """Outputs of contiguous classes [T], as detectron2's `gt_classes` are."""
@@ -53,7 +55,7 @@ def label_space(cfg: CfgNode, name: str) -> LabelSpace:
     Models are built before loaders: a data set whose metadata is not filled yet is loaded to fill it.
 
     Raises:
-        ConfigError: if the keys contradict each other, or nothing says how many classes there are.
+        ConfigError: if the keys contradict each other, or the number of classes is not known.
     """
     node, key = cfg.MODEL.VISFT[name.upper()], f"MODEL.VISFT.{name.upper()}"
     if node.LABEL_SPACE not in ("contiguous", "dataset_id"):

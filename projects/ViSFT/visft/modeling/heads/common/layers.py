@@ -1,4 +1,4 @@
-"""Parts that both transformers are made of."""
+"""Layers of the DETR and Mask2Former transformers."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ class Attention(nn.MultiheadAttention):
         """[N, Lq, D], [N, Lk, D], [N, Lk, D] -> [N, Lq, D].
 
         Args:
-            allowed: bool, broadcastable to [N, 1, Lq, Lk], True where a query may look at a key.
+            allowed: bool, broadcastable to [N, 1, Lq, Lk], True where a query may attend to a key.
         """
         dim = self.embed_dim
         if query is key:

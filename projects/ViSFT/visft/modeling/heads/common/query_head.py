@@ -55,7 +55,7 @@ class QueryHead(VisftHead):
         """The constructor's arguments that both heads read alike from their node `MODEL.VISFT.<NAME>`.
 
         Raises:
-            ConfigError: the classes, or how frequent they are, cannot be told (see `label_space`, `build_federated`).
+            ConfigError: the classes or their frequencies are not known (see `label_space`, `build_federated`).
         """
         node, labels = cfg.MODEL.VISFT[name.upper()], label_space(cfg, name)
         return {
@@ -74,10 +74,9 @@ class QueryHead(VisftHead):
         }
 
     def normalizers(self, images: list[dict]) -> Tensor:
-        """[2]: number of objects; sum of the class weights of all queries. With a federated loss [2 + outputs + 1]:
-        then whether each class is there."""
-        for image in images:
-            self.labels.check(image)
+        """[2]: number of objects; sum of the class weights of all queries. A federated loss adds [outputs + 1]: whether
+        each class is annotated."""
+        self.labels.check(images)
         counts = [num_targets(image) for image in images]
         sums = torch.tensor([sum(counts), class_weight_sum(counts, self.num_queries, self.no_object_weight)])
         if self.federated is None:
@@ -85,8 +84,10 @@ class QueryHead(VisftHead):
         return torch.cat((sums, self.federated.present(images, self.labels)))
 
     def drawn_classes(self, normalizers: Tensor) -> Tensor | None:
-        """The classes that take part in this pass's class loss; None: all. Drawn before anything else is, since
-        dropout draws from the same generator as often as this process has images."""
+        """The classes that take part in this pass's class loss; None: all.
+
+        To be drawn first: dropout draws from the same generator as often as this process has images.
+        """
         return None if self.federated is None else self.federated.draw(normalizers[2:])
 
     @staticmethod

@@ -49,6 +49,21 @@ def _line_coverage(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor
     return torch.where(shared.sum(1, keepdim=True) > 0, shared, F.one_hot(nearest, cells).to(shared))
 
 
+def region_coverage(
+    boxes: Tensor, masks: Tensor | None, padded_size: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """The share of each cell that regions cover, `[R, h, w]` float32.
+
+    Args:
+        boxes: `[R, 4]` around the regions.
+        masks: `[R, H, W]`; None: the regions are the boxes. A mask too small to cover anything counts as its box.
+    """
+    found = box_coverage(boxes, padded_size, grid)
+    if masks is None:
+        return found
+    return or_nearest_cell(mask_coverage(masks, padded_size, grid), found.to(masks.device))
+
+
 def or_nearest_cell(coverage: Tensor, fallback: Tensor) -> Tensor:
     """Coverage `[R, h, w]`, with that of `fallback` `[R, h, w]` where a region covers nothing at all."""
     nothing = coverage.flatten(1).sum(1) == 0

@@ -227,7 +227,7 @@ class Mask2FormerHead(QueryHead):
         """`mask_loss` and `dice_loss` of an image's masks [L, m, h, w], each at the points that count for it -> [L, m].
 
         Args:
-            sampled: [T, P] all targets at all points. target: [L, m] which of them a mask shall be.
+            sampled: [T, P] all targets at all points. target: [L, m] the target of each mask.
             points: [C + R, 2], the last of the P: candidates, then random points.
         """
         first, parts = sampled.shape[1] - len(points), []
@@ -245,7 +245,7 @@ class Mask2FormerHead(QueryHead):
 
             if len(chunks[0]) == 1:
                 parts.append(compute(rows, which, chosen))
-            else:  # what the backward pass needs would be gigabytes: it is computed again there
+            else:  # computed again in the backward pass, whose inputs would take gigabytes
                 parts.append(
                     checkpoint(compute, rows, which, chosen, use_reentrant=False, preserve_rng_state=False)
                 )
@@ -264,9 +264,10 @@ class Mask2FormerHead(QueryHead):
         return torch.cat((torch.cat(important), others.expand(len(masks), -1)), dim=1).int()
 
     def _random_points(self, images: list[dict], device: torch.device) -> list[Tensor]:
-        """An image's points [P, 2], 0..1 over the padded image: for matching, candidates, random ones.
+        """Each image's points [P, 2], 0..1 over the padded image: for matching, candidates, random ones.
 
-        All masks and layers share them, so that an annotated mask is sampled once. Which candidates count differs.
+        All masks and layers share them, so that an annotated mask is sampled once; they differ in which candidates
+        count.
         """
         count = self.num_points + self.num_candidates + self.num_points - self.num_important
         draw, points = shared_random.number(), []

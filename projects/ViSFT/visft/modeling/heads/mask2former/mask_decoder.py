@@ -60,7 +60,7 @@ class FeedForwardLayer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Queries that look, layer by layer, at the cells inside the mask that they predicted so far."""
+    """Queries that attend, layer by layer, to the cells inside the mask that they last predicted."""
 
     def __init__(
         self,
@@ -116,9 +116,9 @@ class MaskDecoder(nn.Module):
 
     @staticmethod
     def _allowed(masks: Tensor) -> Tensor:
-        """[N, Q, h, w] logits -> [N, 1, Q, h * w]: a query may look inside its mask, or everywhere if that is empty.
+        """[N, Q, h, w] logits -> [N, 1, Q, h * w]: a query attends inside its mask, or everywhere if that is empty.
 
-        The maps have the memory's size, so the paper's resizing falls away.
+        The maps have the memory's size, so the paper's resizing is not needed.
         """
         inside = masks.detach().flatten(2) >= 0
         return (inside | ~inside.any(-1, keepdim=True))[:, None]

@@ -16,7 +16,7 @@ _GROUPS = 32
 class DeformableAttention(nn.Module):
     """Deformable attention on one map (arXiv 2010.04159, eq. 2), by `grid_sample`: no compiled extension.
 
-    Each cell looks, with each head, at a few points beside itself that it chooses.
+    With each head, a cell attends to a few points around it, at offsets that it predicts.
     """
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4):
@@ -30,7 +30,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each head starts looking in its own direction, its points at distances 1, 2, ... cells, weighted alike."""
+        """Each head starts with its own direction, its points at distances of 1, 2, ... cells, with equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)

@@ -14,10 +14,9 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from visft.checkpoint import files, stream
+from visft.checkpoint import base_file, files, hugging_face_base, stream
+from visft.checkpoint.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
 from visft.errors import CheckpointError, ConfigError
-from visft.modeling.backbone import base_file, hugging_face_base
-from visft.modeling.backbone.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from visft.checkpoint import hugging_face_base
 from visft.errors import CheckpointError
-from visft.modeling.backbone import hugging_face_base
-from visft.modeling.backbone.resample import resize_position
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +111,10 @@ def prefix_tokens(old: Sequence[int], new: Sequence[int]) -> int | None:
 
 def _resized_positions(embedding: Tensor, shape: Sequence[int], extra: int) -> Tensor:
     """Position embeddings for another number of patches, by open_clip's and timm's resampling, in float32."""
-    flat = embedding.reshape(embedding.shape[-2:]).float()
-    old, new = math.isqrt(len(flat) - extra), math.isqrt(shape[-2] - extra)
-    grid = resize_position(flat[extra:].reshape(old, old, -1), (new, new))
-    return torch.cat([flat[:extra], grid.reshape(new * new, -1)]).reshape(tuple(shape))
+    from timm.layers import resample_abs_pos_embed
+
+    side, table = math.isqrt(shape[-2] - extra), embedding.float().reshape(1, *embedding.shape[-2:])
+    return resample_abs_pos_embed(table, [side, side], num_prefix_tokens=extra).reshape(tuple(shape))
 
 
 def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
