@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft.checkpoint import hugging_face_base
 from visft.checkpoint.files import write_json, write_safetensors
 from visft.errors import ExportError
 from visft.export import card, hugging_face_text, place, verification, writing
@@ -16,7 +17,7 @@ from visft.export.hugging_face_text import ACTIVATIONS
 from visft.export.source import Source, resolve
 from visft.export.timm_file import activation
 from visft.export.writing import Export
-from visft.modeling.backbone import CLIPViT, hugging_face_base
+from visft.modeling.backbone import CLIPViT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _SIGLIP = {

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visft.checkpoint import hugging_face_base, open_clip_models
 from visft.checkpoint.files import write_json
 from visft.export.source import Source
 from visft.export.timm_file import activation
-from visft.modeling.backbone import hugging_face_base, open_clip_models
 
 _SENTENCES = ("a photo of a cat", "Two dogs, left of a banana!")
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
