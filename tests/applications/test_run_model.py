@@ -186,7 +186,7 @@ def test_it_is_evaluated_on_a_test_set_whose_classes_are_matched_by_name(trained
     content["categories"][1]["name"] = "moon"
     renumbered.write_text(json.dumps(content))
     assert train_net.main(["--eval-only", "--weights", str(run), *keys]) == 1
-    assert "the 3 that the heads learnt (square, disc, bar): it has moon" in capsys.readouterr().err
+    assert "the 3 that the heads learned (square, disc, bar): it has moon" in capsys.readouterr().err
 
 
 def test_heads_that_a_run_does_not_train_are_kept_with_it(shapes_train, tmp_path):

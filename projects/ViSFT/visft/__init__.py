@@ -1,4 +1,4 @@
-"""ViSFT for detectron2: importing this package registers its backbones, heads, meta-architecture and data sets."""
+"""ViSFT for detectron2. Importing this package registers its backbones, heads, meta-architecture and data sets."""
 
 import importlib.util
 import logging
@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-# Messages that old code in detectron2 and its dependencies causes and that no user can act on. These only.
+# Warnings from old code in detectron2 and its dependencies that no user can act on.
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
 warnings.filterwarnings("ignore", message=r"torch\.meshgrid: in an upcoming release")  # detectron2's anchors
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # detectron2's masks
@@ -17,15 +17,15 @@ logging.getLogger("torch.fx._symbolic_trace").addFilter(
 if importlib.util.find_spec("detectron2") is None:
     raise ModuleNotFoundError(
         "visft needs detectron2, which PyPI does not have under that name. Either `pip install --no-build-isolation "
-        "git+https://github.com/facebookresearch/detectron2.git` (after torch; needs a compiler), or `make setup` in a "
-        "checkout of visft, which installs a prebuilt one.",
+        "git+https://github.com/facebookresearch/detectron2.git` (after torch; needs a compiler), or run `make setup` "
+        "in a checkout of visft, which installs a prebuilt one.",
         name="detectron2",
     )
 
 if TYPE_CHECKING:
     from visft.applications.run_model import RunModel
 
-# Imported for their effect: each adds to detectron2's registries.
+# Imported for their side effect: each adds to detectron2's registries.
 from visft import data  # noqa: E402, F401
 from visft.config import add_visft_config  # noqa: E402
 from visft.model_zoo import paths  # noqa: E402
@@ -38,12 +38,12 @@ __version__ = "0.1.0"
 def load(
     run: "str | os.PathLike", *, base: "str | os.PathLike | None" = None, device: str | None = None
 ) -> "RunModel":
-    """The model of a run, with a method `predict(image)`; see `visft.applications.run_model.load`.
+    """Load a run as a model with a method `predict(image)`. See `visft.applications.run_model.load`.
 
     Args:
-        run: a run's OUTPUT_DIR, a stage's folder, or a file of one.
-        base: the tower's weights, where they are no longer where they were in training.
-        device: `cpu` or `cuda`; the run's own where it is there, if left out.
+        run: a run's OUTPUT_DIR, a stage's folder, or a file in one.
+        base: the base's weights, if they have moved since training.
+        device: `cpu` or `cuda`. The default is the run's own device, if it exists here.
     """
     from visft.applications.run_model import load as load_run
 

@@ -1,4 +1,4 @@
-"""The backbone's earlier place: `visft.backbone` is `visft.modeling.backbone`."""
+"""The old name of the backbone: `visft.backbone` is `visft.modeling.backbone`."""
 
 import sys
 from types import ModuleType

@@ -2,7 +2,7 @@
 
 
 class VisftError(Exception):
-    """Base of every error that ViSFT raises on bad input; command-line tools print its message and exit with 1."""
+    """Base of all errors that ViSFT raises on bad input. Command-line tools print the message and exit with 1."""
 
 
 class ConfigError(VisftError, ValueError):
@@ -10,7 +10,7 @@ class ConfigError(VisftError, ValueError):
 
 
 class DataError(VisftError, ValueError):
-    """A data set is missing, or an annotation or image in it is broken."""
+    """A data set is missing, or one of its annotations or images is broken."""
 
 
 class CheckpointError(VisftError, RuntimeError):
@@ -18,20 +18,20 @@ class CheckpointError(VisftError, RuntimeError):
 
 
 class ExportError(VisftError, RuntimeError):
-    """An export cannot be written in the asked format, or its reader disagrees with the model."""
+    """An export cannot be written in the requested format, or its reader disagrees with the model."""
 
 
 class TrainingError(VisftError, RuntimeError):
-    """Training cannot go on, as when a loss is not finite."""
+    """Training cannot continue, for example because a loss is not finite."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end; its message says how far it has come.
+    """A signal stopped the run. The message says how far the run got.
 
-    No `Exception`, as Ctrl-C is none: whoever survives errors must not survive this.
+    Like Ctrl-C, this is not an `Exception`, so that code that survives errors does not survive a signal.
 
     Attributes:
-        status: exit status of a process that a signal ends, 143 for SIGTERM.
+        status: exit status of a process that a signal ends, such as 143 for SIGTERM.
     """
 
     def __init__(self, signal: int, message: str = "") -> None:

@@ -1,1 +1,1 @@
-"""The classes of a data set: their names, their numbers, and the words that a text encoder reads for them."""
+"""The classes of a data set: their names, their indices, and the phrases that a text encoder reads for them."""

@@ -1,4 +1,4 @@
-"""Class names of data sets as words that a text encoder understands."""
+"""Class names of data sets as phrases for a text encoder."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _PANOPTIC_SUFFIX = re.compile(r"-(?:merged|other|stuff)\b")
 
 
 def words(name: str) -> tuple[str, ...]:
-    """What a class is called in plain words; several where the name lists alternatives.
+    """Return a class name in plain words, or several if the name lists alternatives.
 
     `wine_glass` -> `wine glass`; LVIS's `bow_(weapon)` -> `bow weapon`; Objects365's `Cabinet/shelf` -> `Cabinet`,
     `shelf`; COCO's panoptic `wall-other-merged` -> `wall`.
@@ -24,15 +24,15 @@ def words(name: str) -> tuple[str, ...]:
 
 
 def stuff_words(name: str) -> tuple[str, ...]:
-    """As `words`, of COCO's stuff classes, whose names join words by hyphens: `floor-wood` -> `floor wood`."""
+    """Like `words`, for COCO's stuff classes, which join words with hyphens: `floor-wood` -> `floor wood`."""
     return words(_PANOPTIC_SUFFIX.sub("", name).replace("-", " "))
 
 
 def synonyms(metadata: Metadata) -> list[tuple[str, ...]]:
-    """Every class's names in words, in the order of `thing_classes`.
+    """Return the names of each class in plain words, in the order of `thing_classes`.
 
-    Taken from the metadata's own `class_synonyms` (a list of names for each class) where there is one; of LVIS v1 from
-    detectron2's table of its synonyms; else from `thing_classes` alone.
+    They come from the metadata's `class_synonyms` (a list of names for each class) if present, for LVIS v1 from
+    detectron2's table of synonyms, and otherwise from `thing_classes`.
     """
     classes: Sequence[str] = metadata.get("thing_classes") or ()
     names = metadata.get("class_synonyms")

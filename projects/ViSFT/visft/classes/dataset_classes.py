@@ -1,4 +1,4 @@
-"""The classes of a data set, what they are called and how they are numbered; also of a run whose data are gone."""
+"""The names and indices of the classes of a data set, or of a run whose data no longer exist."""
 
 import dataclasses
 import hashlib
@@ -14,11 +14,11 @@ from visft.classes.class_names import synonyms
 from visft.errors import DataError
 
 RUN_PREFIX = "visft_run_"
-"""Names of data sets that are known by the classes that a run keeps, and have no images."""
+"""Prefix of data sets that have no images, only the classes that a run recorded."""
 
 
 def filled_metadata(data_set: str, field: str) -> Metadata:
-    """The metadata of a registered data set, which is loaded to fill them where they lack `field`."""
+    """Return the metadata of a registered data set. Loads the data set if they lack `field`."""
     if not MetadataCatalog.get(data_set).get(field):
         DatasetCatalog.get(data_set)
     return MetadataCatalog.get(data_set)
@@ -26,19 +26,19 @@ def filled_metadata(data_set: str, field: str) -> Metadata:
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes in the order of their contiguous numbers."""
+    """Classes in the order of their contiguous indices."""
 
     names: tuple[str, ...] = ()
     dataset_ids: tuple[int, ...] = ()
-    """The data set's own id of each class; (): not known."""
+    """The data set's own id of each class; (): unknown."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """What a text encoder reads of each class."""
+    """The phrases that a text encoder reads for each class."""
     image_counts: tuple[int, ...] = ()
-    """How many images have each class; (): not known."""
+    """The number of images with each class; (): unknown."""
 
     @classmethod
     def known(cls, cfg: CfgNode) -> "Classes":
-        """Those of DATASETS.TRAIN[0], which heads learn, as far as its metadata say; nothing is loaded."""
+        """The classes of DATASETS.TRAIN[0], which the heads learn, from its metadata alone. Loads nothing."""
         data_set = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
         if data_set not in DatasetCatalog.list():
             return cls()
@@ -61,11 +61,11 @@ class Classes:
         return cls(tuple(content["names"]), tuple(content["dataset_ids"]), rows, counts)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """A dictionary for JSON."""
         return dataclasses.asdict(self)
 
     def register(self) -> str:
-        """Register a data set of these classes without images, for DATASETS.TRAIN; returns its name."""
+        """Register a data set of these classes without images, for DATASETS.TRAIN, and return its name."""
         name = RUN_PREFIX + hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:12]
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, _no_images)
@@ -87,26 +87,26 @@ def _no_images() -> list[dict]:
 
 
 def places_by_name(learnt: Sequence[str], data_set: str, names: Sequence[str]) -> dict[int, int]:
-    """The number that a data set gives to each learnt class that it has.
+    """Map the index of each learned class to its index in a data set. Classes that the data set lacks are left out.
 
     Args:
-        learnt: names of the classes that heads predict, in the order of their numbers.
-        data_set: for messages.
+        learnt: names of the classes that heads predict, in the order of their indices.
+        data_set: its name, for messages.
         names: its classes.
 
     Raises:
-        DataError: it has a class that was not learnt, or the lists differ and one has a name twice.
+        DataError: the data set has a class that was not learned, or the lists differ and one has a name twice.
     """
     if list(learnt) == list(names):
         return {number: number for number in range(len(names))}
     unknown = [name for name in names if name not in set(learnt)]
     twice = next((name for part in (learnt, names) for name in part if part.count(name) > 1), None)
     if unknown or twice is not None:
-        reason = f"it has {_some(unknown)}" if unknown else f"{twice} is there twice"
+        reason = f"it has {_some(unknown)}" if unknown else f"{twice} occurs twice"
         raise DataError(
             f"{data_set}: its {len(names)} classes cannot be matched by name with the {len(learnt)} that the heads "
-            f"learnt ({_some(learnt)}): {reason}; rename or leave out classes in its annotations, or evaluate under "
-            "its names with MODEL.VISFT.OPEN_VOCABULARY.NAMES \"('test',)\""
+            f"learned ({_some(learnt)}): {reason}; rename or remove classes in its annotations, or evaluate with "
+            "its names: MODEL.VISFT.OPEN_VOCABULARY.NAMES \"('test',)\""
         )
     return {learnt.index(name): number for number, name in enumerate(names)}
 

@@ -1,4 +1,4 @@
-"""Names that masks and boxes may be given, as a person lists them: words, a file, or a known data set's."""
+"""Names for open-vocabulary predictions: a list, a file, or the classes of a known data set."""
 
 import os
 from collections.abc import Sequence
@@ -12,47 +12,47 @@ from visft.classes.dataset_classes import filled_metadata
 from visft.errors import ConfigError
 
 DATA_SETS = {"coco": "coco_2017_val", "lvis": "lvis_v1_val", "objects365": "objects365_v2_val"}
-"""Registered data sets whose classes a word stands for; their files need not be there."""
+"""Words that stand for the classes of a registered data set, whose files need not exist."""
 
 TEST = "test"
-"""Stands for the classes of the data set that is evaluated."""
+"""Stands for the classes of the evaluated data set."""
 
 
 @dataclass(frozen=True)
 class OpenNames:
-    """What is looked for."""
+    """Classes to predict."""
 
     shown: tuple[str, ...]
-    """What each class is called in an image; predicted classes index it."""
+    """The name of each class to show, by the index of the class."""
     synonyms: tuple[tuple[str, ...], ...]
-    """What the text encoder reads of each class."""
+    """The phrases that the text encoder reads for each class."""
 
 
 def names_of(data_set: str) -> OpenNames:
-    """The classes of a registered data set, which is loaded to fill its metadata where they lack them.
+    """Return the classes of a registered data set. Loads the data set if its metadata lack them.
 
     Raises:
-        ConfigError: it is not registered, or has no classes.
+        ConfigError: the data set is not registered, or has no classes.
     """
     if data_set not in DatasetCatalog.list():
         raise ConfigError(f"`{data_set}` is not a registered data set, so it has no names to look for")
     metadata = filled_metadata(data_set, "thing_classes")
     if not metadata.get("thing_classes"):
         raise ConfigError(
-            f"the metadata of {data_set} has no thing_classes to look for: fill it when registering"
+            f"the metadata of {data_set} has no thing_classes to look for; set it when you register the data set"
         )
     return OpenNames(tuple(metadata.thing_classes), tuple(synonyms(metadata)))
 
 
 def read_names(key: str, given: Sequence[str]) -> OpenNames:
-    """Names from a config key or an option.
+    """Read names from a config key or an option.
 
     Args:
-        key: for messages, where they come from.
-        given: names, or one entry: a word of `DATA_SETS`, or a .txt file with a name a line.
+        key: the key or option, for messages.
+        given: names, or one entry: a word in `DATA_SETS`, or a .txt file with one name per line.
 
     Raises:
-        ConfigError: there is no name, or no such file.
+        ConfigError: there is no name, or the file cannot be read.
     """
     if len(given) == 1 and given[0] in DATA_SETS:
         data_set = DATA_SETS[given[0]]
@@ -65,7 +65,7 @@ def read_names(key: str, given: Sequence[str]) -> OpenNames:
     if not names:
         raise ConfigError(
             f"{key} has no name; expected names such as `red panda`, one of {', '.join(DATA_SETS)}, or a .txt file "
-            "with a name a line"
+            "with one name per line"
         )
     return OpenNames(names, tuple(words(name) for name in names))
 
@@ -76,11 +76,11 @@ def _lines(key: str, file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ConfigError(f"{key} names the file {file}, which cannot be read ({reason}); give a .txt file with "
-                          "a name a line") from error  # fmt: skip
+                          "one name per line") from error  # fmt: skip
 
 
 def _builtin(word: str) -> OpenNames:
-    """Classes of COCO or LVIS, whose metadata detectron2 fills when the annotations are read."""
+    """Return the classes of COCO or LVIS. detectron2 fills their metadata only when it reads the annotations."""
     from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
     from detectron2.data.datasets.lvis import get_lvis_instances_meta
 
