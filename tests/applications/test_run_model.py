@@ -143,7 +143,7 @@ def test_predict_py_needs_neither_config_nor_data(trained, tmp_path, monkeypatch
         (["MODEL.PIXEL_MEAN", "(1.0, 2.0, 3.0)"], "MODEL.PIXEL_MEAN and PIXEL_STD are"),
         (
             ["VISFT.DATA.TRAIN_JSON", "OTHER"],
-            "the run learnt 3 classes (square, disc, bar), and DATASETS.TRAIN",
+            "the run learned 3 classes (square, disc, bar), but DATASETS.TRAIN",
         ),
         (["VISFT.DATA.TRAIN_JSON", "/no/where.json"], "/no/where.json is not there"),
     ],
