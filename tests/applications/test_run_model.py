@@ -114,7 +114,7 @@ def test_images_are_files_pillows_or_arrays_that_say_their_channels(trained):
     turned.getexif()[0x0112] = 6  # to be turned clockwise before it is shown
     same(model.predict(turned), expected["instances"])
     for wrong, channels, words in (
-        (array, None, "say of an array whether its channels are RGB or BGR"),
+        (array, None, "say whether the channels of the array are RGB or BGR"),
         (array / 255, "RGB", r"the array is float64 \[50, 90, 3\]"),
         (str(image), "BGR", "which is for arrays"),
         (3, None, "the image is a int"),
