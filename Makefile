@@ -1,7 +1,7 @@
-# `make demo` and `make test` do all set-up themselves, in .venv. Once that is done, it costs them a fraction of a second.
-# VENV=dir       another environment than .venv
-# PYTHON=python  the interpreter that makes it (3.10 or later, with pip)
-# DETECTRON2=upstream  detectron2 built from its own repository (needs GitHub and a compiler)
+# `make demo` and `make test` set everything up in .venv. Later calls check this in a fraction of a second.
+# VENV=dir             use another environment than .venv
+# PYTHON=python        the interpreter that creates it (3.10 or later, with pip)
+# DETECTRON2=upstream  build detectron2 from its own repository (needs GitHub and a compiler)
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -16,7 +16,7 @@ test: setup
 	$(RUN) -m pytest
 
 test-slow: setup
-	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: there are none
+	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow tests
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What the authors' towers cost, tried with drawn weights: the export of a LoRA file, the start of a run in several
-processes, and a stage-2 step on the CPU.
+"""Measures time and memory of the authors' towers with random weights: the export of a LoRA file, the start of a run
+in several processes, and a stage-2 step on the CPU.
 
     scripts/big_tower.py export --name EVA01-g-14 --folder DIR      5 GB in, 5 GB out (EVA02-E-14-plus: 20 and 20)
     scripts/big_tower.py start --name EVA01-g-14 --folder DIR       5 GB of disk, 10 GB of memory for 2 processes
     scripts/big_tower.py step --name EVA01-g-14 --folder DIR        6 GB of memory
 
-Each prints one line of JSON. Files are drawn into DIR, which must be new or empty, and removed at the end.
+Each prints one line of JSON. DIR must be new or empty. The files written there are removed at the end.
 """
 
 import argparse
@@ -72,9 +72,9 @@ print(json.dumps({{key: round(value, 3) for key, value in found.items()}}), flus
 
 
 def draw_base(name: str, path: Path, eva_clip: bool) -> None:
-    """A whole CLIP in float32, under open_clip's or EVA-CLIP's names: 0.02 times normal numbers.
+    """Write a whole CLIP in float32 with open_clip's or EVA-CLIP's names, filled with normal numbers times 0.02.
 
-    There are some millions of them, over and over, of which every tensor begins elsewhere.
+    A few million numbers repeat. Every tensor starts at a different one.
     """
     numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     tensors = {}
@@ -92,7 +92,7 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
 
 
 def draw_lora(name: str, path: Path) -> None:
-    """LoRA of rank 64 in the authors' layout."""
+    """Write a random LoRA of rank 64 in the authors' layout."""
     trunk, generator = open_clip_models.meta_tower(name).trunk, torch.Generator().manual_seed(1)
     tensors = {}
     for i in range(len(trunk.blocks)):
@@ -103,7 +103,7 @@ def draw_lora(name: str, path: Path) -> None:
 
 
 def measured(statement: str) -> tuple[int, float, str]:
-    """Run a statement that sets `status` in a fresh process: peak resident bytes (VmHWM), seconds, what it printed."""
+    """Run a statement that sets `status` in a new process. Returns peak resident bytes (VmHWM), seconds and output."""
     command = [sys.executable, "-c", MEASURED.format(statement=statement)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.search(r"^measured (\S+) (\d+) (\S+)$", result.stdout, re.MULTILINE)
@@ -113,7 +113,7 @@ def measured(statement: str) -> tuple[int, float, str]:
 
 
 def largest_difference(base: Path, lora: Path, output: Path, eva_clip: bool) -> tuple[float, int]:
-    """Of the file from base + (1 / 64) B A in double precision, over all its tensors; and how many there are."""
+    """Return the largest difference of the file from base + (1 / 64) B A in float64, and the number of tensors."""
     factors, worst, count = torch.load(lora, weights_only=True), 0.0, 0
     with safetensors.safe_open(output, "pt") as new, safetensors.safe_open(base, "pt") as old:
         for key in new.keys():
@@ -132,7 +132,7 @@ def largest_difference(base: Path, lora: Path, output: Path, eva_clip: bool) -> 
 
 
 def export(arguments: argparse.Namespace) -> dict:
-    """Draw a base and a LoRA file, merge them as tools/export_backbone.py does, and compare; then load the base."""
+    """Write a random base and LoRA file, merge them like tools/export_backbone.py, compare, and load the base."""
     folder = arguments.folder
     drawn, lora, output = (
         folder / "drawn.safetensors",
@@ -167,7 +167,7 @@ def export(arguments: argparse.Namespace) -> dict:
 
 
 def load(arguments: argparse.Namespace, base: Path) -> dict:
-    """The whole CLIP built on `meta`, the base's weights streamed in; nothing where memory does not allow it."""
+    """Build the whole CLIP on `meta` and stream in the base's weights, if there is enough memory."""
     dtype = getattr(torch, arguments.load)
     need = base.stat().st_size * dtype.itemsize / 4
     about = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -181,7 +181,7 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
 
 
 def start(arguments: argparse.Namespace) -> dict:
-    """Stage `lora` with the anchor, in gloo processes: from nothing to the first iteration's model."""
+    """Start stage `lora` with the anchor in gloo processes, up to the model of the first iteration."""
     base = arguments.folder / "base.safetensors"
     draw_base(arguments.name, base, eva_clip=False)
     keys = {
@@ -224,7 +224,7 @@ def start(arguments: argparse.Namespace) -> dict:
 
 
 def resident(process: int) -> dict[str, int]:
-    """Resident bytes of a process: its own memory, and pages of mapped files; none when it has ended."""
+    """Return the resident bytes of a process: its own memory and mapped files. Empty if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -238,8 +238,10 @@ def resident(process: int) -> dict[str, int]:
 
 
 def step(arguments: argparse.Namespace) -> dict:
-    """Stage `lora` of the authors' recipe on the CPU in float32: a few iterations on one rendered scene each, in
-    mode `joint`: the detector and the mask head learn from one pass."""
+    """Run a few iterations of stage `lora` of the authors' recipe on the CPU in float32, on one rendered scene each.
+
+    The mode is `joint`: the detection and segmentation heads share one pass.
+    """
     data = demo_world.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
     keys = {
         "OUTPUT_DIR": arguments.folder / "run",
@@ -291,35 +293,39 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("export", "start", "step"))
     parser.add_argument(
-        "--name", default="EVA01-g-14", help="an architecture of open_clip with a tower like the authors'"
+        "--name", default="EVA01-g-14", help="an open_clip architecture with a tower like the authors'"
     )
     parser.add_argument("--folder", type=Path, required=True, help="new or empty, on a disk with space")
     parser.add_argument(
-        "--pt", action="store_true", help="export: the base as PyTorch's file (needs the space again)"
+        "--pt",
+        action="store_true",
+        help="export: write the base as a PyTorch file, too (needs twice the disk space)",
     )
-    parser.add_argument("--eva-clip", action="store_true", help="export: the base under EVA-CLIP's names")
+    parser.add_argument("--eva-clip", action="store_true", help="export: use EVA-CLIP's names for the base")
     parser.add_argument(
-        "--verify", action="store_true", help="export: reopened in open_clip, which needs the memory"
+        "--verify",
+        action="store_true",
+        help="export: reopen the file in open_clip, which needs memory for the model",
     )
-    parser.add_argument(
-        "--load", default="bfloat16", help="export: type of the parameters of the loaded model"
-    )
+    parser.add_argument("--load", default="bfloat16", help="export: parameter type of the loaded model")
     parser.add_argument(
         "--iterations",
         type=int,
         default=3,
-        help="step: how many, at least 3: times are of those after the second",
+        help="step: number of iterations, at least 3, because the first two are not timed",
     )
-    parser.add_argument("--processes", type=int, default=2, help="start: how many")
+    parser.add_argument("--processes", type=int, default=2, help="start: number of processes")
     parser.add_argument("--size", type=int, default=224, help="step: side of the images in pixels")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.iterations < 3:
-        raise SystemExit("--iterations: at least 3, for the first two are not timed")
+        raise SystemExit(
+            f"--iterations {arguments.iterations}: expected at least 3, because the first two are not timed"
+        )
     arguments.folder = arguments.folder.absolute()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if any(arguments.folder.iterdir()):
-        raise SystemExit(f"{arguments.folder} is not empty")
+        raise SystemExit(f"--folder {arguments.folder} is not empty; give a new or empty folder")
     begun = time.perf_counter()
     try:
         found = {"export": export, "start": start, "step": step}[arguments.what](arguments)

@@ -1,6 +1,6 @@
-"""Make the environment that `make demo` and `make test` run in. Uses the standard library alone.
+"""Make the environment for `make demo` and `make test`, using only the standard library.
 
-Says what it does. Nothing is done when all is in place; what a killed run left half done is found and mended.
+Does nothing if the environment is complete, and repairs what a killed run left incomplete.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = "demo,dev,docs,eval,export"
 
-# PyPI has no package named detectron2. This one is a third party's build of upstream's sources of 2024; except for one
-# compiled file, which ViSFT does not use, it is Python, so that it fits every Python 3 although its tag says 3.10.
+# PyPI has no package named detectron2. This one is a third-party build of upstream's sources of 2024. It is tagged for
+# Python 3.10 but fits every Python 3, because it is pure Python except for one compiled file, which ViSFT does not use.
 WHEEL = "sal-detectron2==0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 WHEEL_PYTHON = ["--python-version", "3.10", "--only-binary=:all:", "--no-deps"]
@@ -39,7 +39,7 @@ print("torch", torch.__version__, "and detectron2", detectron2.__version__)
 
 
 class InstallError(Exception):
-    """The environment cannot be made; the message says why and what to do."""
+    """The environment cannot be made. The message says why and what to do."""
 
 
 def say(text: str) -> None:
@@ -55,7 +55,7 @@ def stop_old_python() -> None:
 
 
 class Environment:
-    """A virtual environment and what is known about it."""
+    """A virtual environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Environment:
     # -- state
 
     def wanted(self) -> dict:
-        """What a finished environment was made from; another answer means that it is made again."""
+        """What a finished environment was made from. If this changes, the environment is made again."""
         digest = hashlib.sha256()
         for source in ("setup.py", "scripts/install.py"):
             digest.update((ROOT / source).read_bytes())
@@ -108,8 +108,8 @@ class Environment:
         if done.returncode:
             shown = " ".join(arguments)
             raise InstallError(
-                f"`pip {shown}` failed (status {done.returncode}); its message stands above. "
-                "Run the same make again: what is done already is kept."
+                f"`pip {shown}` failed (status {done.returncode}); see its message above. "
+                "Run the same make again: finished steps are kept."
             )
 
     def create(self) -> None:
@@ -117,7 +117,7 @@ class Environment:
         base = [sys.executable, "-m", "venv", "--clear", str(self.folder)]
         if subprocess.run(base, capture_output=True).returncode == 0:
             return
-        # Debian splits ensurepip off Python: the interpreter's own pip then installs pip into the environment.
+        # Debian ships Python without ensurepip. The interpreter's own pip then installs pip into the environment.
         bare = subprocess.run([*base, "--without-pip"], capture_output=True, text=True)
         if bare.returncode:
             raise InstallError(f"`{' '.join(base)}` failed: {bare.stderr.strip() or bare.stdout.strip()}")
@@ -128,9 +128,9 @@ class Environment:
             )
 
     def mend(self) -> None:
-        """Make pip install again what a killed pip left half installed.
+        """Remove incomplete packages of a killed pip, so that pip installs them again.
 
-        pip takes a package for installed when its METADATA is there, however few of its files are.
+        pip considers a package installed if its METADATA exists, even if other files are missing.
         """
         for path in broken_distributions(self.site()):
             name = path.name.removesuffix(".dist-info")
@@ -139,7 +139,7 @@ class Environment:
             if name.startswith("pip-") and not self.works("-m", "ensurepip", "--default-pip"):
                 self.create()
                 return
-        for leftover in self.site().glob("~*"):  # pip's name for what it was about to remove
+        for leftover in self.site().glob("~*"):  # pip's name for files that it was about to remove
             shutil.rmtree(leftover, ignore_errors=True)
 
     def detectron2(self) -> None:
@@ -152,8 +152,8 @@ class Environment:
             self.pip("install", "--no-build-isolation", "--no-deps", UPSTREAM)
             return
         if choice != "wheel":
-            raise InstallError(f"DETECTRON2 is `{choice}`; `wheel` (the default) and `upstream` are known")
-        say(f"installing detectron2 from PyPI's {WHEEL}, its wheel checked by SHA-256")
+            raise InstallError(f"DETECTRON2 is `{choice}`; expected `wheel` (the default) or `upstream`")
+        say(f"installing detectron2 from PyPI's {WHEEL}, after checking the wheel's SHA-256")
         with tempfile.TemporaryDirectory() as folder:
             self.pip("download", *WHEEL_PYTHON, "--dest", folder, WHEEL)
             (wheel,) = Path(folder).glob("*.whl")
@@ -162,8 +162,8 @@ class Environment:
                 "install", *WHEEL_PYTHON, "--no-index", "--upgrade", "--target", str(self.site()), str(wheel)
             )
         say(
-            "detectron2's metadata asks for numpy < 2, though it runs with later ones: if a later pip prints "
-            "`dependency conflicts ... sal-detectron2`, nothing is wrong"
+            "detectron2's metadata asks for numpy < 2, but it works with later versions: if pip prints "
+            "`dependency conflicts ... sal-detectron2` later, ignore it"
         )
 
     def make(self) -> None:
@@ -176,16 +176,16 @@ class Environment:
         else:
             self.create()
         self.mend()
-        say("installing requirements (torch is some GB the first time; minutes)")
+        say("installing requirements (several GB for torch the first time; takes minutes)")
         self.pip("install", "-e", f".[{EXTRAS}]")
         self.detectron2()
         try:
             versions = self.output("-c", PROBE)
         except subprocess.CalledProcessError as error:
             raise InstallError(
-                f"the environment is incomplete:\n{error.stderr}\nRemove {self.folder}, make again"
+                f"the environment is incomplete:\n{error.stderr}\nRemove {self.folder} and run make again"
             ) from None
-        # Last, and by renaming: no stamp, no finished environment.
+        # Write the stamp last and by renaming, so that it exists only for a finished environment.
         aside = self.stamp.with_suffix(".tmp")
         aside.write_text(json.dumps({**self.wanted(), "site": str(self.site())}))
         os.replace(aside, self.stamp)
@@ -197,7 +197,7 @@ def distribution(site: Path, name: str) -> Path | None:
 
 
 def broken_distributions(site: Path) -> list[Path]:
-    """Metadata folders whose RECORD is missing, unfinished, or names files that are missing or of another size."""
+    """Return metadata folders whose RECORD is missing or incomplete, or lists files that are missing or differ."""
     return [info for info in sorted(site.glob("*.dist-info")) if not is_whole(info)]
 
 
@@ -207,7 +207,7 @@ def is_whole(info: Path) -> bool:
             rows = [row for row in csv.reader(file) if len(row) == 3]
     except OSError:
         return False
-    # A wheel brings a RECORD; installers complete it at the very end, by what they made themselves.
+    # A wheel has a RECORD, to which installers add their own files at the very end.
     if f"{info.name}/INSTALLER" not in {row[0] for row in rows} or not (info / "METADATA").exists():
         return False
     for name, _, size in rows:
@@ -222,8 +222,8 @@ def check_sha256(path: Path, expected: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
-            f"{path.name} has SHA-256 {found}, expected {expected}: it is not the file that was checked, and is not "
-            "installed. `DETECTRON2=upstream` builds detectron2 from its own repository instead."
+            f"{path.name} has SHA-256 {found}, expected {expected}: it is not the file that was checked, so it is not "
+            "installed. Use `DETECTRON2=upstream` to build detectron2 from its own repository instead."
         )
 
 
@@ -233,7 +233,7 @@ def main() -> int:
     folder = parser.parse_args().venv.absolute()
     try:
         stop_old_python()
-        # One at a time: `make demo` and `make test` may be started together.
+        # A lock, because `make demo` and `make test` may be started together.
         lock = os.open(ROOT, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         environment = Environment(folder)

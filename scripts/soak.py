@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A long run of small iterations, with the memory and open files of its process and of its loader's workers.
+"""Runs many small iterations and records memory and open files of the training process and its loader's workers.
 
     scripts/soak.py --folder DIR [--iterations 10000]
 
-Half of the iterations are stage heads, half stage lora, on 12 images of 64 x 64; a checkpoint and an evaluation come
-every 500. DIR, which must be new or empty, gets the run, and `soak.jsonl` with a row every five seconds. What is
-printed: by iteration, MiB of resident memory and open files of the training process, and of the largest of its
-children. Exit status 1: a process grew by more than 20 MiB or 5 files from iteration 1,000 of a stage to its end.
+Half of the iterations are stage heads, half stage lora, on 12 images of 64 x 64, with a checkpoint and an evaluation
+every 500. DIR must be new or empty. It gets the run, and `soak.jsonl` with a row every five seconds. The script prints,
+by iteration, MiB of resident memory and open files of the training process and of its largest child. The exit status
+is 1 if a process grew by more than 20 MiB or 5 files from iteration 1,000 of a stage to the stage's end.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STAGES = ("heads", "lora")
 
 
 def usage(pid: int) -> tuple[float, int] | None:
-    """MiB resident and open files of a process; None: it has ended."""
+    """Return resident MiB and open files of a process, or None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         resident = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
@@ -37,7 +37,7 @@ def usage(pid: int) -> tuple[float, int] | None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The process ids of the children of a process, and of theirs."""
+    """Return the ids of all descendants of a process."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in file.read_text().split():
@@ -46,20 +46,20 @@ def descendants(pid: int) -> list[int]:
 
 
 def reached(run: Path) -> tuple[str, int]:
-    """Stage and iteration of the last row of metrics."""
+    """Return stage and iteration of the last row of metrics."""
     for stage in reversed(STAGES):
         file = run / stage / "metrics.json"
         rows = file.read_text().splitlines() if file.is_file() else []
         for row in reversed(rows[-3:]):
             try:
                 return stage, json.loads(row)["iteration"]
-            except (ValueError, KeyError):  # half a line
+            except (ValueError, KeyError):  # an incomplete line
                 continue
     return "", 0
 
 
 def sample(pid: int, run: Path) -> dict | None:
-    """One row; None: the process has ended."""
+    """Return one row, or None if the process has ended."""
     stage, iteration = reached(run)
     main = usage(pid)
     if main is None:
@@ -70,7 +70,10 @@ def sample(pid: int, run: Path) -> dict | None:
 
 
 def growth(rows: list[dict], role: str, settled: int) -> tuple[float, int]:
-    """MiB and files that a role gained in a stage from `settled` iterations on: medians of the first and last tenth."""
+    """Return the growth of a role in a stage after `settled` iterations, in MiB and files.
+
+    This is the difference between the medians of the last and the first tenth of the rows.
+    """
     kept = [row[role] for row in rows if role in row and row["iteration"] >= settled]
     part = max(1, len(kept) // 10)
     if not kept:

@@ -274,12 +274,12 @@ def test_the_table_of_the_model_zoo_is_that_of_the_results():
     (row,) = [row for row in found["families"]["recipe"] if row["name"] == "goi"]
     assert f"{row['difference']:+.2f}" in script.overview(found)
     # Every pair is in the row of its second arm, below the first one's name.
-    head, _, *table = script.overview(found).split("of an arm less another:\n\n")[1].splitlines()
+    head, _, *table = script.overview(found).split("one arm minus another:\n\n")[1].splitlines()
     columns = [cell.strip() for cell in head.split("|")]
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in table}
     assert found["pairs"]
     for pair in found["pairs"]:
-        place = columns.index(f"{pair['first']} less it")
+        place = columns.index(f"{pair['first']} minus this arm")
         assert cells[pair["second"]][place] == f"{pair['mean']['difference']:+.2f}"
         assert cells[pair["second"]][place + 2] == (pair["mean"]["verdict"] or "")
 
@@ -382,8 +382,8 @@ def test_fewer_categories_are_part_of_more():
     [
         ({"arms": {"a": {"label": "a", "seeds": 1, "names": "swapped"}}}, "known is `shuffled`"),
         ({"arms": {"a": {"label": "a", "seeds": 1, "sett": {}}}}, "arm `a` has an entry `sett`"),
-        ({"arms": {"a": {"label": "a", "seeds": 1, "of": "b"}}}, "arm `a` is of `b`, which no arm before it"),
-        ({"arms": {"a": {"seeds": 1}}}, "is no readable list of arms"),
+        ({"arms": {"a": {"label": "a", "seeds": 1, "of": "b"}}}, "arm `a` is of `b`, but no arm before it"),
+        ({"arms": {"a": {"seeds": 1}}}, "is not a valid list of arms"),
         ({"against": ["nobody"]}, "nobody"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Starts a command of `visft.commands` that reads its arguments before torch and detectron2 are imported.
+"""Starts a command of `visft.commands`, which reads its arguments before torch and detectron2 are imported.
 
-`import visft` registers in detectron2's registries and so imports both, for seconds. Here the package is only found at
-first, so that its light modules can be imported; its own code runs once the arguments are read.
+`import visft` imports both, which takes seconds. So this module first finds the package without running it, which
+allows importing its light modules. The package itself runs after the arguments are read.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import sys
 
 
 def main(name: str) -> int:
-    """Run the command `name` on this process's arguments; returns the exit status."""
+    """Run the command `name` with this process's arguments and return the exit status."""
     waiting = None
     if "visft" not in sys.modules:
         waiting = importlib.util.find_spec("visft")

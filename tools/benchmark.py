@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Speed and memory of training: one pass of the tower for all heads against one iteration a task.
+"""Compare speed and memory of one tower pass for all heads with one iteration per task.
 
 tools/benchmark.py --config-file F [--stage heads|lora] [--images N] [--rounds N] [--output FILE.json] [KEY VALUE ...]
 """

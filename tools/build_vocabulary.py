@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the vocabulary of a caption head from captions: the most frequent words first, then by alphabet.
+"""Build the vocabulary of a caption head from captions, by decreasing frequency, then alphabetically.
 
 tools/build_vocabulary.py --captions captions_train2017.json [MORE_FILES_OR_DATA_SETS ...] --output vocabulary.json
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""ViSFT in miniature, as `make demo` runs it."""
+"""Run ViSFT in miniature, as `make demo` does."""
 
 import sys
 

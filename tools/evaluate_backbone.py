@@ -3,7 +3,7 @@
 
 tools/evaluate_backbone.py --model NAME --pretrained TAG_OR_FILE [--compare FILE ...]
     --suite demo|real|demo/FAMILY|real/FAMILY|NAME[,NAME] [--pictures DIR] [--data DIR] [--seeds N]
-    --output DIR     (again: continues)
+    --output DIR     (the same command continues an interrupted run)
 """
 
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tuned tower of a run, or a base with a LoRA file merged, for open_clip and others.
+"""Write the tuned tower of a run, or a base merged with a LoRA file, for open_clip and other libraries.
 
 tools/export_backbone.py --weights RUN_FOLDER_OR_FILE --format open_clip --output PATH [--interpolate A ...]
     [--config-file F] [KEY VALUE ...]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fetch further vendors' drawings of the emoji by npm, for `pretrain_demo_tower.py --pictures`."""
+"""Fetch other vendors' drawings of the emoji with npm, for `pretrain_demo_tower.py --pictures`."""
 
 import sys
 

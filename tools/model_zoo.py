@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The model zoo: what there is, downloading it, checking it, and the tables of MODEL_ZOO.md.
+"""List, download and verify the model zoo, and write the tables of MODEL_ZOO.md.
 
 tools/model_zoo.py list
 tools/model_zoo.py download eva_e_lora_50000

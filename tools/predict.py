@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw what the heads see on images.
+"""Draw the heads' predictions on images.
 
-tools/predict.py --weights RUN --input PICTURES... --output DIR [--config-file F]
+tools/predict.py --weights RUN --input IMAGES... --output DIR [--config-file F]
                  [--names "red panda, wok" | FILE.txt | coco | lvis | objects365] [KEY VALUE ...]
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain the demo tower `visft-tiny` on captioned emoji; may be interrupted and resumed."""
+"""Pretrain the demo tower `visft-tiny` on captioned emoji. You can interrupt and resume it."""
 
 import sys
 

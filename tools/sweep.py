@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""An ablation: train and measure every run of a sweep, and draw what helps what.
+"""Train and evaluate every run of a sweep, and plot which task helps which.
 
-tools/sweep.py --config configs/sweeps/tasks.yaml --output DIR     (again: continues)
+tools/sweep.py --config configs/sweeps/tasks.yaml --output DIR     (the same command continues an interrupted sweep)
 """
 
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train the stage-1 heads that the demo starts from, and write the file that ships with the package."""
+"""Train the stage-1 heads that the demo starts from, and write the files that ship with the package."""
 
 import sys
 

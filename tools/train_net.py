@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""ViSFT of a CLIP tower (stages heads and lora, then export), or a stock detector over one, from a config file.
+"""Train from a config file: ViSFT of a CLIP tower (stages heads and lora, then export) or a stock detector on one.
 
 tools/train_net.py --config-file configs/visft_vit_b16.yaml --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
 tools/train_net.py --eval-only --weights RUN [KEY VALUE ...]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Do captions of the demo's own scenes fall, or does a small validation set make it seem so?
+"""Do captions of the demo's own scenes really get worse, or is the validation set too small to tell?
 
     captions.py RUN [RUN ...] [--scenes N] [--output DIR]
 
-Compares the shipped caption head on the tower as it is with the same head on the tower of each run, an OUTPUT_DIR such
-as run.py's runs/ARM-SEED-ID, on N validation scenes: CIDEr-D with a paired interval over scenes, and the loss of a word
-after the right ones before it, which no search for a caption comes into.
+Compares the shipped caption head on the untuned tower with the same head on the tower of each run on N validation
+scenes. A run is an OUTPUT_DIR, such as run.py's runs/ARM-SEED-ID. Reports CIDEr-D with a paired interval over scenes,
+and the loss per word given the correct words before it, which does not depend on the search for a caption.
 """
 
 import argparse
@@ -38,14 +38,14 @@ HEAD, DATA = "captioning", "visft_demo_val"
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What a head says of each scene, and its loss a word of each scene's captions, by image id."""
+    """A head's caption of each scene, and its loss per word of each scene's captions, by image id."""
 
     captions: dict[int, str]
     losses: dict[int, float]
 
 
 def build(run: str | None) -> tuple[nn.Module, Callable[[dict], dict]]:
-    """The shipped head on the demo tower with what a run has trained of it (None: nothing), and its mapper."""
+    """Return the shipped head on the demo tower tuned by a run (None: untuned), and its mapper."""
     words = ["MODEL.VISFT.HEADS", f"('{HEAD}',)", "MODEL.VISFT.HEAD_FILES", f"('visft://heads_demo_{HEAD}',)"]
     config = get_config_file("visft_demo")
     if run:
@@ -62,7 +62,7 @@ def build(run: str | None) -> tuple[nn.Module, Callable[[dict], dict]]:
 def said(
     model: nn.Module, mapper: Callable[[dict], dict], records: list[dict], truth: dict[int, list[str]]
 ) -> Said:
-    """As evaluation does it: scene by scene, without padding."""
+    """Caption scenes as in evaluation: one by one, without padding."""
     head, captions, losses = model.heads[HEAD], {}, {}
     for record in records:
         image, key = mapper(dict(record)), record["image_id"]
@@ -80,11 +80,13 @@ def said(
 
 
 def run(args: argparse.Namespace) -> list[str]:
-    """One line for the tower as it is, and one for each run."""
+    """Return one line for the untuned tower and one for each run."""
     demo_world.make(args.output, num_train=20, num_val=args.scenes)
     demo_world.register(Path(args.output))
     records, truth = DatasetCatalog.get(DATA), captions_of(DATA)
-    built = {name: build(name) for name in (None, *args.runs)}  # all first: a wrong one is told at once
+    built = {
+        name: build(name) for name in (None, *args.runs)
+    }  # build all first, so that a wrong run fails at once
     base, lines = None, []
     for name, (model, mapper) in built.items():
         found = said(model, mapper, records, truth)
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> list[str]:
         scores = np.array([[by_scene[key], found.losses[key]] for key in sorted(by_scene)])
         base = scores if base is None else base
         means = f"CIDEr-D {100 * scores[:, 0].mean():.1f}, loss {scores[:, 1].mean():.3f}"
-        line = f"{name or 'the tower as it is'}: {means}"
+        line = f"{name or 'the untuned tower'}: {means}"
         if name:
             cider, loss = (
                 statistics.compare(DATA, base[None, :, [k]], scores[None, :, [k]], _mean) for k in (0, 1)
@@ -110,11 +112,11 @@ def _mean(means: np.ndarray) -> np.ndarray:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="OUTPUT_DIR of a run on the demo tower")
     parser.add_argument(
-        "--scenes", type=int, default=1000, help="validation scenes, of which make demo has 300"
+        "--scenes", type=int, default=1000, help="number of validation scenes (make demo has 300)"
     )
     parser.add_argument("--output", default="output/demo_captions", help="folder of the scenes")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

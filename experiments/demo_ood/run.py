@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Does stage 2 help where the tower was never tuned? The recipe, and the controls without which a gain means nothing.
+"""Does stage 2 help on tasks that the tower was not tuned on? Compares the recipe with controls.
 
-    run.py [--arms NAME ...] [--split development] [--output DIR] [--workers N]    train and evaluate what is not
-    run.py --arms NAME ... --weights                                               train it again, for its weights
-    run.py --report [--split development] [--results DIR]                          table and plot of what is finished
+    run.py [--arms NAME ...] [--split development] [--output DIR] [--workers N]    train and evaluate unfinished runs
+    run.py --arms NAME ... --weights                                               train again to get the weights
+    run.py --report [--split development] [--results DIR]                          table and plot of finished runs
 
-arms.yaml says what is compared. The same command continues where it broke off: a training goes on from its last
-checkpoint, an evaluation from its last benchmark. Folders below --output: `demo_world_FIRST-SCENE` and
-`runs/ARM-SEED-ID`, where ID is a hash of the settings. The scores of a finished run go to `results/scores/` beside this
-file and its losses to `results/logs/`, so that they outlive --output; such a run is not repeated unless its weights are
-asked for, and the report needs nothing else. `--redraw` makes the report again from its results.json alone.
+arms.yaml lists the arms. The same command continues an interrupted one: a training from its last checkpoint, an
+evaluation from its last benchmark. Folders in --output are `demo_world_FIRST-SCENE` and `runs/ARM-SEED-ID`, where ID is
+a hash of the settings. The scores of a finished run go to `results/scores/` beside this file and its losses to
+`results/logs/`, so that they outlive --output. The report needs only these. A finished run is repeated only if
+--weights asks for its weights. `--redraw` makes the report from its results.json.
 """
 
 import argparse
@@ -54,9 +54,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS, DOCUMENTS = HERE / "results", (ROOT / "docs" / "experiments.md", ROOT / "MODEL_ZOO.md")
 PLACES = {RESULTS: "experiment", RESULTS / "region_text": "region-text"}
-"""Folders of reports whose table is also in DOCUMENTS, between comments of this name."""
+"""Report folders whose table is also in DOCUMENTS, between comments with this name."""
 MAIN_ROWS = 5
-"""How many arms, the first ones of the plan, are in the short table between comments `<name>-rows`."""
+"""Number of arms, from the start of the plan, in the short table between the comments `<name>-rows`."""
 TOWER, TAG, BASE = "visft-tiny", "demo", "base"
 RECORD, TRAINED = "record", "trained.json"
 EXPORT = "export/visft_backbone.safetensors"
@@ -76,7 +76,7 @@ _ENTRIES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to tune the tower; see arms.yaml."""
+    """One way to tune the tower. See arms.yaml."""
 
     name: str
     label: str
@@ -93,7 +93,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """What arms.yaml says."""
+    """The content of arms.yaml."""
 
     config: str
     suite: str
@@ -103,13 +103,13 @@ class Plan:
 
     @property
     def seeds(self) -> int:
-        """The most that an arm has."""
+        """The largest number of seeds of an arm."""
         return max(arm.seeds for arm in self.arms.values())
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Arms that are compared with each other, each pair once; none that is evaluated on some families alone, whose
-        means over families are of other things."""
+        """Pairs of arms to compare, each once. Arms evaluated on only some families are left out, because their means
+        are not comparable."""
         whole = [arm.name for arm in self.arms.values() if not arm.suite]
         return [
             (first, second)
@@ -123,7 +123,7 @@ def read(path: Path) -> Plan:
     """Read arms.yaml.
 
     Raises:
-        ConfigError: it is broken, or names an entry or arm that there is not.
+        ConfigError: the file is broken, or names an unknown entry or arm.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def read(path: Path) -> Plan:
             parent = arms.get(own.get("of", ""))
             if own.get("of") and parent is None:
                 raise ConfigError(
-                    f"{path}: arm `{name}` is of `{own['of']}`, which no arm before it is called"
+                    f"{path}: arm `{name}` is of `{own['of']}`, but no arm before it has this name"
                 )
             if parent is None:
                 opts = {**common, **own.pop("set", {})}
@@ -149,10 +149,10 @@ def read(path: Path) -> Plan:
             if arms[name].names not in ("", "shuffled"):
                 raise ConfigError(f"{path}: arm `{name}` has names `{arms[name].names}`; known is `shuffled`")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: is no readable list of arms ({error!r}); see its comment") from error
+        raise ConfigError(f"{path}: is not a valid list of arms ({error!r}); see its comment") from error
     against = content.get("against", [])
     if not set(against) <= set(arms):
-        raise ConfigError(f"{path}: against: {against} are not all arms; there are {', '.join(arms)}")
+        raise ConfigError(f"{path}: against is {against}; expected some of the arms {', '.join(arms)}")
     # A file beside the plan, or a config of the model zoo.
     own = path.parent / content["config"]
     config = str(own) if own.is_file() else get_config_file(content["config"])
@@ -160,11 +160,11 @@ def read(path: Path) -> Plan:
 
 
 def changed(content: dict[str, Any], classes: int, names: str, seed: int) -> dict[str, Any]:
-    """COCO's annotations for a control.
+    """Return COCO annotations for a control.
 
     Args:
-        classes: how many of the categories stay annotated, fewer being part of more; 0: all.
-        names: `shuffled`: each category is called by the name of another, drawn anew for each seed; "": as it is.
+        classes: the number of categories that stay annotated; smaller sets are parts of larger ones. 0: all.
+        names: `shuffled`: each category gets the name of another one, sampled again for each seed. "": unchanged.
         seed: of the run.
     """
     categories = list(content["categories"])
@@ -174,7 +174,7 @@ def changed(content: dict[str, Any], classes: int, names: str, seed: int) -> dic
     if names == "shuffled":
         called = [row["name"] for row in categories]
         shift = np.random.default_rng(seed).permutation(len(called))
-        # One cycle through all of them in a random order: none keeps its own.
+        # One cycle through all categories in random order, so none keeps its own name.
         other = {shift[i]: called[shift[(i + 1) % len(called)]] for i in range(len(called))}
         categories = [{**row, "name": other[i]} for i, row in enumerate(categories)]
     kept = {row["id"] for row in categories}
@@ -183,7 +183,7 @@ def changed(content: dict[str, Any], classes: int, names: str, seed: int) -> dic
 
 
 def image_counts(scenes: Path) -> list[dict[str, int]]:
-    """In how many training images each category is, as LVIS's metadata say it; for federated losses."""
+    """Return the number of training images with each category, in the form of LVIS's metadata, for federated losses."""
     content = files.read_json(DemoData(scenes).instances("train"))
     seen = {(row["category_id"], row["image_id"]) for row in content["annotations"]}
     counts = Counter(category for category, _ in seen)
@@ -192,18 +192,18 @@ def image_counts(scenes: Path) -> list[dict[str, int]]:
 
 
 class Runs:
-    """Where the runs of a plan are, what each has to do, and what is kept of those that are finished."""
+    """The runs of a plan: their folders, their jobs, and the saved results of finished runs."""
 
     def __init__(self, plan: Plan, output: Path, results: Path, split: str) -> None:
         self.plan, self.output, self.results, self.split = plan, output, results, split
         self.context = Context(split=split)
 
     def name(self, arm: Arm | None, seed: int) -> str:
-        """Of an arm's run with a seed, with a hash of all that decides it; None: the tower as it is."""
+        """Return the name of an arm's run with a seed, with a hash of its settings. None: the untuned tower."""
         if arm is None:
             return f"{BASE}-{seed}-{self.tower_sha256[:10]}"
         identity = [arm.opts, arm.interpolate, arm.iteration, self.tower_sha256]
-        if arm.first_scene != 1:  # runs of before there was this entry keep their names
+        if arm.first_scene != 1:  # runs from before this entry existed keep their names
             identity.append(arm.first_scene)
         if arm.classes or arm.names:
             identity.append([arm.classes, arm.names])
@@ -211,11 +211,11 @@ class Runs:
         return f"{arm.name.replace(' ', '-')}-{seed}-{digest}"
 
     def folder(self, arm: Arm | None, seed: int) -> Path:
-        """Of a run. Arms of another arm's weights have one of their own for the evaluation."""
+        """Return the folder of a run. Arms that use another arm's weights have their own folder for the evaluation."""
         return self.output / "runs" / self.name(arm, seed)
 
     def tasks(self, arm: Arm | None, seed: int) -> list[suite.Task]:
-        """The benchmarks that can be run here; of the tower as it is those where the seed makes a difference."""
+        """Return the benchmarks that can run here. For the untuned tower, only those that depend on the seed."""
         names = arm.suite if arm and arm.suite else self.plan.suite
         classes = [cls for cls in resolve(names) if cls.missing(self.context) is None]
         if arm is None:
@@ -223,8 +223,10 @@ class Runs:
         return [suite.Task(cls(self.context), [seed], every_seed=True) for cls in classes]
 
     def job(self, arm: Arm | None, seed: int) -> None:
-        """Train and evaluate one run, as far as it is not done. One whose scores are kept is trained again where its
-        weights are gone: other arms are of them."""
+        """Train and evaluate one run if it is not finished.
+
+        A run with saved scores but without weights is trained again, because other arms need the weights.
+        """
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"arm": arm.name if arm else BASE, "seed": seed, "tower": self.tower_sha256}
@@ -251,8 +253,10 @@ class Runs:
             np.savez_compressed(stream, **{RECORD: np.array(json.dumps(record))}, **arrays)
 
     def kept(self, arm: Arm | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """Scores `[items, k]` by benchmark, and the record, of a finished run; None: it is not, or benchmarks have
-        changed since."""
+        """Return scores `[items, k]` by benchmark and the record of a finished run.
+
+        None if the run is not finished, or if benchmarks have changed since.
+        """
         file = self._kept_file(arm, seed)
         if not file.is_file():
             return None
@@ -266,8 +270,8 @@ class Runs:
         return scores, record
 
     def all_kept(self, arm: Arm | None, seeds: int) -> tuple[dict[str, np.ndarray], list[dict]] | None:
-        """Scores `[seeds, items, k]` by benchmark, and the records, of the first of an arm's seeds as far as they are
-        finished; None: the first is not."""
+        """Return scores `[seeds, items, k]` by benchmark and the records of an arm's finished seeds, up to the first
+        unfinished one. None if the first is not finished."""
         every = (self.kept(arm, seed) for seed in range(seeds))
         runs = list(itertools.takewhile(lambda run: run is not None, every))
         if not runs:
@@ -281,11 +285,11 @@ class Runs:
     def phases(
         self, arms: Sequence[Arm], *, weights: bool = False
     ) -> tuple[list[tuple[Arm | None, int]], list[tuple[Arm | None, int]]]:
-        """What is left to do for arms: first runs that train and the tower as it is, then those that are of other runs'
-        weights. The first seeds of all arms come before the second ones.
+        """Return the unfinished jobs of arms: first the untuned tower and runs that train, then runs that use other
+        runs' weights. The first seeds of all arms come before the second ones.
 
         Args:
-            weights: runs whose scores are kept and whose weights are gone count as left.
+            weights: also include runs with saved scores but without weights.
         """
         left = [(arm, seed) for seed in range(self.plan.seeds) for arm in arms if seed < arm.seeds]
         left = [job for job in left if self.kept(*job) is None or (weights and not self.is_trained(*job))]
@@ -310,11 +314,11 @@ class Runs:
         return files.read_json(file)
 
     def is_trained(self, arm: Arm, seed: int) -> bool:
-        """Whether the weights of a run are here."""
+        """Whether the weights of a run exist."""
         return (self.folder(arm, seed) / TRAINED).is_file()
 
     def scenes(self, arm: Arm) -> Path:
-        """The demo world that an arm trains on, made if need be."""
+        """Return the demo world that an arm trains on, making it if needed."""
         numbers = self.plan.demo_world
         folder = self.output / f"demo_world_{arm.first_scene}"
         demo_world.make(
@@ -327,7 +331,7 @@ class Runs:
         demo_world.register(scenes)
         os.environ["VISFT_DEMO_DATA"] = str(scenes)
         MetadataCatalog.get(demo_world.NAMES["train"]).class_image_count = image_counts(scenes)
-        # Every checkpoint stays, for arms that are of one on the way.
+        # Keep every checkpoint, for arms that use an intermediate one.
         words = [*settings.words(arm.opts), "VISFT.SOLVER.LORA.KEEP_CHECKPOINTS", "0"]
         if arm.classes or arm.names:
             data = DemoData(scenes)
@@ -343,9 +347,9 @@ class Runs:
             )
 
     def _keep_log(self, arm: Arm, seed: int, folder: Path) -> None:
-        """Write results/logs/NAME.csv: medians of 20 iterations, losses added up by head."""
+        """Write results/logs/NAME.csv: medians of 20 iterations, with losses summed by head."""
         lines = (folder / "lora" / "metrics.json").read_text(encoding="utf-8").splitlines()
-        # By iteration: where a training was continued, some come twice.
+        # Index by iteration, because a resumed training has some rows twice.
         rows = {row["iteration"]: row for row in map(json.loads, lines) if "total_loss" in row}
         file = self.results / "logs" / f"{self.name(arm, seed)}.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -361,7 +365,7 @@ class Runs:
                 table.writerow([iteration + 1, *(f"{figure:.5g}" for figure in figures)])
 
     def _derive(self, arm: Arm, seed: int, folder: Path) -> None:
-        """Export weights that another arm's run has kept."""
+        """Export weights from another arm's run."""
         source = self.folder(self.plan.arms[arm.of], seed)
         if not self.is_trained(self.plan.arms[arm.of], seed):
             raise ConfigError(
@@ -384,7 +388,7 @@ class Runs:
 
     @functools.cached_property
     def tower_sha256(self) -> str:
-        """Of the shipped tower: what was tuned from another one is another run."""
+        """Hash of the shipped tower. Runs from another tower are different runs."""
         return files.sha256(WEIGHTS_FILE)
 
 
@@ -393,19 +397,20 @@ def _of_tower(opts: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(runs: Runs) -> dict[str, Any]:
-    """Every arm, with the seeds that are finished, against the tower as it is, in the schema of evaluate_backbone's
-    results.json, and the plan's `pairs` of arms against each other; seeds are those of the training, drawn anew in the
-    bootstrap as items are.
+    """Compare every arm with the untuned tower, and the plan's `pairs` with each other, on their finished seeds.
+
+    The result has the schema of evaluate_backbone's results.json. Seeds are those of the training; the bootstrap
+    samples them like items.
 
     Raises:
-        ConfigError: no arm is finished, or the tower as it is was not evaluated.
+        ConfigError: no arm is finished, or the untuned tower was not evaluated.
     """
     finished = {name: runs.all_kept(arm, arm.seeds) for name, arm in runs.plan.arms.items()}
     finished = {name: kept for name, kept in finished.items() if kept is not None}
     base = runs.all_kept(None, runs.plan.seeds)
     if base is None or not finished:
         raise ConfigError(
-            f"{runs.results}/scores: no arm is finished, or the tower as it is was not evaluated; run.py does both"
+            f"{runs.results}/scores: no arm is finished, or the untuned tower was not evaluated; run run.py first"
         )
     benchmarks = {task.benchmark.name: task.benchmark for task in runs.tasks(None, 0)}
 
@@ -470,8 +475,8 @@ def results(runs: Runs) -> dict[str, Any]:
 
 
 def overview(found: dict[str, Any]) -> str:
-    """One row an arm: its difference from the tower as it is in every family, their mean with its interval, and what it
-    took; then the first arms against the others."""
+    """Return a table with one row per arm: its difference from the untuned tower in every family, their mean with its
+    interval, time and memory. A second table compares the arms in `against` with the others."""
     rows, towers = report.comparisons(found), {tower["label"]: tower for tower in found["towers"]}
     names = [row["name"] for row in rows[0][1]["families"]]
     lines = [
@@ -497,20 +502,20 @@ def overview(found: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     base = ", ".join(f"{row['name']} {row['base']:.1f}" for row in rows[0][1]["families"])
-    lines += ["", f"The tower as it is: {base}."]
+    lines += ["", f"The untuned tower: {base}."]
     if found.get("pairs"):
         lines += ["", *_pairs(found["pairs"])]
     return "\n".join(lines) + "\n"
 
 
 def _pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """One row an arm: the means of those in `against` less its own."""
+    """Return a table with one row per arm: the means of the arms in `against` minus its own."""
     means = {(pair["first"], pair["second"]): pair["mean"] for pair in pairs}
     firsts = dict.fromkeys(pair["first"] for pair in pairs)
     lines = [
-        "Means over families, of an arm less another:",
+        "Means over families, one arm minus another:",
         "",
-        f"| | {' | '.join(f'{markdown.plain(first)} less it | 95 % interval | ' for first in firsts)} |",
+        f"| | {' | '.join(f'{markdown.plain(first)} minus this arm | 95 % interval | ' for first in firsts)} |",
         f"|---|{'---:|---|---|' * len(firsts)}",
     ]
     for second in dict.fromkeys(pair["second"] for pair in pairs):
@@ -536,7 +541,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """results.json, report.md, report.html, forest.png, overview.md, and, of PLACES, the tables in DOCUMENTS."""
+    """Write results.json, report.md, report.html, forest.png, overview.md, and for PLACES the tables in DOCUMENTS."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(found, folder)
     with files.write_aside(folder / "overview.md") as partial:
@@ -550,7 +555,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
 
 
 def filled(document: str, found: dict[str, Any], place: str) -> str:
-    """A document with the overview between the comments `<!-- place -->` and `<!-- /place -->` made anew.
+    """Return a document with a new overview between the comments `<!-- place -->` and `<!-- /place -->`.
 
     Between `<!-- place-rows -->` and its end are only the rows of the first arms.
     """
@@ -571,7 +576,7 @@ def _run(args: argparse.Namespace) -> None:
     runs = Runs(plan, output, Path(args.results), args.split)
     for name in args.arms:
         if name not in plan.arms:
-            raise ConfigError(f"--arms: there is no arm `{name}`; there are {', '.join(plan.arms)}")
+            raise ConfigError(f"--arms: there is no arm `{name}`; expected some of {', '.join(plan.arms)}")
     if args.report:
         found = results(runs)
         write(found, Path(args.results))
@@ -584,7 +589,7 @@ def _run(args: argparse.Namespace) -> None:
     failed = []
     for jobs in runs.phases([plan.arms[name] for name in args.arms or plan.arms], weights=args.weights):
         for arm in {arm.first_scene: arm for arm, _ in jobs if arm and not arm.of}.values():
-            runs.scenes(arm)  # here, so that no two jobs make the same
+            runs.scenes(arm)  # here, so that two jobs do not make the same scenes
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             statuses = pool.map(lambda job: _process(args, *job), jobs)
             for (arm, seed), status in zip(jobs, statuses, strict=True):
@@ -595,7 +600,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _process(args: argparse.Namespace, arm: Arm | None, seed: int) -> int:
-    """A job in a process of its own, with one thread: two of them beside each other do more than one with two."""
+    """Run a job in its own process with one thread. Two such jobs are faster than one with two threads."""
     name = arm.name if arm else BASE
     command = [sys.executable, __file__, "--job", name, str(seed), "--plan", args.plan, "--split", args.split]
     command += ["--output", args.output, "--results", args.results]
@@ -611,19 +616,21 @@ def _process(args: argparse.Namespace, arm: Arm | None, seed: int) -> int:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", default=str(HERE / "arms.yaml"), help="what is compared")
-    parser.add_argument("--arms", nargs="+", default=[], help="some of them; left out: all")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="development: to choose a recipe by")
-    parser.add_argument("--output", default="output/demo_ood", help="folder of the runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs beside each other, of one thread each")
+    parser.add_argument("--arms", nargs="+", default=[], help="some of the arms (default: all)")
     parser.add_argument(
-        "--weights", action="store_true", help="train again where scores are kept and weights are gone"
+        "--split", choices=SPLITS, default="test", help="use development for choosing a recipe"
     )
-    parser.add_argument("--report", action="store_true", help="write the report of what is finished")
+    parser.add_argument("--output", default="output/demo_ood", help="folder of the runs")
+    parser.add_argument("--workers", type=int, default=2, help="parallel runs, with one thread each")
+    parser.add_argument(
+        "--weights", action="store_true", help="train again if scores exist but weights do not"
+    )
+    parser.add_argument("--report", action="store_true", help="write the report of finished runs")
     parser.add_argument("--results", default=str(RESULTS), help="folder of the report")
-    parser.add_argument("--redraw", action="store_true", help="write the report again from its results.json")
+    parser.add_argument("--redraw", action="store_true", help="write the report from its results.json")
     parser.add_argument("--job", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -114,7 +114,7 @@ def test_images_are_files_pillows_or_arrays_that_say_their_channels(trained):
     turned.getexif()[0x0112] = 6  # to be turned clockwise before it is shown
     same(model.predict(turned), expected["instances"])
     for wrong, channels, words in (
-        (array, None, "say of an array whether its channels are RGB or BGR"),
+        (array, None, "say whether the channels of the array are RGB or BGR"),
         (array / 255, "RGB", r"the array is float64 \[50, 90, 3\]"),
         (str(image), "BGR", "which is for arrays"),
         (3, None, "the image is a int"),
@@ -143,7 +143,7 @@ def test_predict_py_needs_neither_config_nor_data(trained, tmp_path, monkeypatch
         (["MODEL.PIXEL_MEAN", "(1.0, 2.0, 3.0)"], "MODEL.PIXEL_MEAN and PIXEL_STD are"),
         (
             ["VISFT.DATA.TRAIN_JSON", "OTHER"],
-            "the run learnt 3 classes (square, disc, bar), and DATASETS.TRAIN",
+            "the run learned 3 classes (square, disc, bar), but DATASETS.TRAIN",
         ),
         (["VISFT.DATA.TRAIN_JSON", "/no/where.json"], "/no/where.json is not there"),
     ],
@@ -186,7 +186,7 @@ def test_it_is_evaluated_on_a_test_set_whose_classes_are_matched_by_name(trained
     content["categories"][1]["name"] = "moon"
     renumbered.write_text(json.dumps(content))
     assert train_net.main(["--eval-only", "--weights", str(run), *keys]) == 1
-    assert "the 3 that the heads learnt (square, disc, bar): it has moon" in capsys.readouterr().err
+    assert "the 3 that the heads learned (square, disc, bar): it has moon" in capsys.readouterr().err
 
 
 def test_heads_that_a_run_does_not_train_are_kept_with_it(shapes_train, tmp_path):

@@ -177,9 +177,9 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
     [
         ({"run": {}}, "entry: `run` is unknown; the nearest is `runs`"),
         ({"config": "nowhere.yaml"}, "no config `nowhere.yaml`; it has"),
-        ({"config": None}, "`config` has not the form .*'None'"),
+        ({"config": None}, "`config` does not have the form .*'None'"),
         ({"runs": {}}, "names no runs"),
-        ({"runs": ["boxes"]}, "`runs` has not the form"),
+        ({"runs": ["boxes"]}, "`runs` does not have the form"),
         (
             {"runs": {"a": {"MODEL.LORA.RNK": 4}}},
             "run `a`: key: `MODEL.LORA.RNK` is unknown.*MODEL.LORA.RANK",
@@ -190,14 +190,14 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
         ({"runs": {"a": {"VISFT.STAGES": ["heads"]}}}, "a sweep is of stage lora"),
         ({"runs": {"a": {}, "b": {"MODEL.LORA.RANK": 2}}}, "run `b`: its settings are those of run `a`"),
         ({"runs": {"a": {"MODEL.VISFT.HEADS": ["detection", "detections"]}}}, "detections"),
-        ({"grid": {"MODEL.LORA.RANK": 4}}, "`grid.MODEL.LORA.RANK` has not the form .*Value 4"),
+        ({"grid": {"MODEL.LORA.RANK": 4}}, "`grid.MODEL.LORA.RANK` does not have the form .*Value 4"),
         (
             {"seeds": ["x"]},
-            "`seeds.0.` has not the form .*Value 'x' of type 'str' could not be converted to Integer",
+            "`seeds.0.` does not have the form .*Value 'x' of type 'str' could not be converted to Integer",
         ),
         ({"interpolate": [0]}, r"`interpolate` is \[0.0\]"),
         ({"measure": ["detection/bbox/AP50", "caption/CIDEr"]}, "`measure`: `caption/CIDEr` is unknown"),
-        ({"demo_world": {"test": 4}}, "`demo_world.test` has not the form"),
+        ({"demo_world": {"test": 4}}, "`demo_world.test` does not have the form"),
     ],
 )
 def test_bad_file_is_one_sentence_before_any_work(content, tmp_path, change, message):

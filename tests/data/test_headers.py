@@ -16,7 +16,7 @@ from visft.errors import DataError
 
 FAULTS = {
     "missing": (lambda f: f.unlink(), "the image is not there"),
-    "broken": (lambda f: f.write_bytes(b"broken"), "it is no image"),
+    "broken": (lambda f: f.write_bytes(b"broken"), "the file is not an image"),
     "empty": (lambda f: f.write_bytes(b""), "the file is empty"),
     "of another size": (
         lambda f: Image.new("RGB", (50, 40)).save(f),

@@ -175,7 +175,7 @@ def test_numbers_without_a_range_are_refused(tmp_path, kind) -> None:
     ("kind", "reason"),
     [
         ("empty", "the file is empty"),
-        ("text", "it is no image"),
+        ("text", "the file is not an image"),
         ("cut.jpg", "the image is cut off or broken"),
         ("cut.png", "the image is cut off or broken"),
         ("missing", "the image is not there"),

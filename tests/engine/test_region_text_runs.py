@@ -23,7 +23,7 @@ def test_alone_stage_heads_is_skipped_and_lora_trains(shapes_train, tmp_path):
     arguments += ["MODEL.VISFT.HEADS", "('region_text',)", "MODEL.CLIP_VIT.PRETRAINED", "demo"]
     status, log = processes.run("train_net.py", arguments, tmp_path / "log")
     assert status == 0, log
-    assert "stage heads is skipped: region_text is without weights, there is nothing to train" in log
+    assert "stage heads is skipped: region_text has no weights to train" in log
     assert "fresh heads" not in log and not (tmp_path / "run" / "heads").exists()
     trained = load_file(tmp_path / "run" / "lora" / "model_0000004.safetensors")
     assert trained and all("lora_" in name for name in trained)

@@ -119,7 +119,7 @@ def test_finished_stage_is_not_repeated_and_lora_starts_from_its_heads(shapes_tr
     assert heads.stat().st_mtime_ns == before
     # Stage lora, run alone from the heads on the disk, ends as it did in one go.
     assert _different(_end(tmp_path / "run"), uninterrupted[0]) == []
-    assert "threads a process" not in log
+    assert "threads per process" not in log
 
 
 def test_resuming_with_other_threads_says_what_it_costs(shapes_train, tmp_path):
@@ -133,7 +133,7 @@ def test_resuming_with_other_threads_says_what_it_costs(shapes_train, tmp_path):
     arguments = [*arguments[:2], "--resume", *arguments[2:]]
     status, text = processes.run("train_net.py", arguments, tmp_path / "again")
     assert status == 0, text
-    assert "started with 3 threads a process and goes on with 1" in text
+    assert "started with 3 threads per process and continues with 1" in text
 
 
 def test_without_resume_an_earlier_run_is_kept_aside(shapes_train, tmp_path):

@@ -1,4 +1,4 @@
-"""Data: COCO files checked before training, mappers, deterministic loaders, the demo world."""
+"""Data: checks of COCO files before training, mappers, deterministic loaders, the demo world."""
 
 from visft.data.datasets.captions import register_coco_captions
 from visft.data.datasets.catalog import check_data_set, check_registered, register_own_data
@@ -26,8 +26,7 @@ __all__ = [
 
 
 def register_all() -> None:
-    """Register the demo world, Objects365, and where COCO's captions are, in detectron2's catalogs. Reads no
-    annotations."""
+    """Register the demo world, Objects365 and COCO's caption files in detectron2's catalogs. Reads no annotations."""
     from visft.data.datasets import demo_world
     from visft.data.datasets.objects365 import register_objects365
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a caption head, from the captions that it trains on."""
+"""Builds the vocabulary of a caption head from its training captions."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_vocabulary(sources: Iterable[str], min_count: int = 5) -> Vocabulary:
-    """The words of captions that occur at least `min_count` times in all, the most frequent first, then by alphabet.
+    """Return the words that occur at least `min_count` times, by decreasing frequency, then alphabetically.
 
     Args:
         sources: caption files (COCO's format), or names of registered data sets.
@@ -29,7 +29,7 @@ def build_vocabulary(sources: Iterable[str], min_count: int = 5) -> Vocabulary:
     if not captions:
         raise DataError(
             f"{names}: no captions there, so no vocabulary can be built; put COCO's captions_*.json beside its "
-            "instances_*.json, or give own captions by VISFT.DATA.TRAIN_CAPTIONS"
+            "instances_*.json, or set VISFT.DATA.TRAIN_CAPTIONS for your own data"
         )
     vocabulary = Vocabulary.build(captions, min_count)
     if len(vocabulary) == len(Vocabulary([])):
@@ -51,7 +51,7 @@ def _captions(source: str) -> list[str]:
 
 
 def write_vocabulary(args: argparse.Namespace) -> Path:
-    """`tools/build_vocabulary.py`: build from `captions`, write to `output`, aside and renamed; returns it."""
+    """Run `tools/build_vocabulary.py`: build from `captions` and write to `output`, which is returned."""
     if args.min_count < 1:
         raise DataError(f"--min-count {args.min_count}: expected at least 1")
     build_vocabulary(args.captions, args.min_count).write(args.output)

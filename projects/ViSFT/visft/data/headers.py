@@ -1,7 +1,7 @@
-"""Headers of a data set's images, read before anything is computed: a bad image is known at the start.
+"""Reads the headers of a data set's images before training, so that bad images are found at the start.
 
-They are read once and kept beside the annotation file (`FILE.image-headers`), or in the cache folder where that may not
-be written. A file that has changed since is read again.
+Headers are read once and kept beside the annotation file (`FILE.image-headers`), or in the cache folder if that place
+is not writable. A changed image file is read again.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".image-headers"
 THREADS = 16
-"""Reading waits for the disk or the network most of the time."""
+"""Many, because reading mostly waits for the disk or the network."""
 _LINE_SECONDS = 10.0
 
 _Known = dict[str, list[int]]
-"""By file name: size in bytes and time of change of the file, then width, height and orientation."""
+"""For each file name: the file's size in bytes and modification time, then width, height and orientation."""
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Which images a run takes (VISFT.DATA.MAX_PIXELS), and whether it goes on without the others
+    """The maximum number of pixels (VISFT.DATA.MAX_PIXELS), and whether to leave out bad images
     (DATALOADER.SKIP_BROKEN)."""
 
     max_pixels: int = MAX_PIXELS
@@ -51,18 +51,19 @@ class ImageRules:
 
 
 def check_images(images: Sequence[dict], rules: ImageRules, *, name: str, json_file: str = "") -> bool:
-    """Check that images are there, have a header that can be read, and the size that their annotations say.
+    """Check that images exist, have a readable header, and have their annotated size.
 
     Args:
-        images: dicts with `file_name` and, if they are known, `width` and `height` as annotated.
+        images: dicts with `file_name` and, if known, the annotated `width` and `height`.
         name: of the data set, for messages.
-        json_file: beside which the headers are kept; "": they are not.
+        json_file: the file beside which the headers are kept; "": they are not kept.
 
     Returns:
-        `as_stored` of `visft.data.images.annotated_as_stored`: what most of the turned images say whose size does tell.
+        `as_stored` for `visft.data.images.annotated_as_stored`, by a majority of the rotated images whose size is not
+        ambiguous.
 
     Raises:
-        DataError: an image is bad and `skip_broken` does not allow it (or all are).
+        DataError: an image is bad and `skip_broken` does not allow it, or all images are bad.
     """
     if not images:
         return False
@@ -89,7 +90,7 @@ def _report(faults: list[ImageError], total: int, rules: ImageRules, source: str
         raise DataError(f"{count}, the first: {faults[0]}")
     first = ", ".join(str(fault).partition(": ")[0] for fault in faults[:3])
     logger.warning(
-        "%s and are left out, as DATALOADER.SKIP_BROKEN says: %s%s", count, first, ", ..." * (len(faults) > 3)
+        "%s and are left out (DATALOADER.SKIP_BROKEN): %s%s", count, first, ", ..." * (len(faults) > 3)
     )
 
 
@@ -99,7 +100,7 @@ def _read(images: Sequence[dict], rules: ImageRules, name: str, json_file: str) 
     known = next(filter(None, (_load(place, digest) for place in places)), {})
     paths = [os.fspath(image["file_name"]) for image in images]
     read = functools.partial(_header, known=known, max_pixels=rules.max_pixels)
-    Image.init()  # its plugins, which threads would each load
+    Image.init()  # loads plugins, which otherwise each thread would load
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(_progress(pool.map(read, paths), len(paths), f"{name}: reading image headers"))
     now = {
@@ -113,9 +114,9 @@ def _read(images: Sequence[dict], rules: ImageRules, name: str, json_file: str) 
 
 
 def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | ImageError, tuple[int, int]]:
-    """The header, or what is wrong with it; size and time of the file."""
+    """Return the header or its error, and the size and modification time of the file."""
     state = (0, 0)
-    with contextlib.suppress(OSError):  # reading it says why
+    with contextlib.suppress(OSError):  # read_header reports the error
         stat = os.stat(path)
         state = (stat.st_size, stat.st_mtime_ns)
     size, changed, width, height, orientation = known.get(path, (0, 0, 0, 0, 0))
@@ -128,12 +129,12 @@ def _header(path: str, *, known: _Known, max_pixels: int) -> tuple[Header | Imag
 
 
 def _places(json_file: str, digest: str) -> list[Path]:
-    """Where the headers of an annotation file's images are kept, in order of preference."""
+    """Return the places for the headers of an annotation file's images, in order of preference."""
     return [Path(f"{json_file}{SUFFIX}"), cache_folder() / "image-headers" / f"{digest}.json"]
 
 
 def _load(place: Path, digest: str) -> _Known:
-    """What is kept there of these annotations; nothing where it is not whole."""
+    """Return the headers kept for these annotations, or nothing if the file is not valid."""
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
         images = content["images"] if content["annotations"] == digest else {}
@@ -147,16 +148,16 @@ def _is_entry(entry: object) -> bool:
 
 
 def _keep(places: list[Path], content: dict) -> None:
-    """Write to the first place that may be written."""
+    """Write to the first writable place."""
     for place in places:
         with contextlib.suppress(OSError), files.write_aside(place) as partial:
             partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
             return
-    logger.info("image headers are read again at the next start: neither %s nor %s can be written", *places)
+    logger.info("the next start reads image headers again: neither %s nor %s is writable", *places)
 
 
 def _progress(results: Iterable, total: int, what: str) -> Iterator:
-    """The results, with a bar on a terminal, else with a line now and then; nothing of what is quickly done."""
+    """Yield the results. Slow work shows a progress bar on a terminal, and otherwise a line every few seconds."""
     if not comm.is_main_process():
         yield from results
     elif sys.stderr.isatty():

@@ -1,7 +1,7 @@
-"""Reading images: always RGB, in the frame of their annotations, and one kind of error for whatever forbids it.
+"""Reads images as RGB in the frame of their annotations, with one type of error for all failures.
 
-A camera may store an image turned, with an Exif orientation that says how to turn it upright. Annotations are of the
-upright image or of the stored pixels; their width and height tell which.
+A camera may store an image rotated, with an Exif orientation that says how to turn it upright. Annotations refer to
+the upright image or to the stored pixels. Their width and height show which.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from visft.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Default of VISFT.DATA.MAX_PIXELS: where Pillow refuses an image on its own."""
+"""Default of VISFT.DATA.MAX_PIXELS: the size at which Pillow itself refuses an image."""
 
 _T = Image.Transpose
 _TURNS = {
@@ -28,24 +28,24 @@ _TURNS = {
     7: (_T.TRANSVERSE, _T.TRANSVERSE),
     8: (_T.ROTATE_90, _T.ROTATE_270),
 }
-"""By Exif orientation: what makes the stored pixels upright, and what undoes it."""
+"""For each Exif orientation: the operation that turns the stored pixels upright, and its inverse."""
 
 _IDAT, _TEXTS = b"IDAT", {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}
-_IN_DATA = ", take it out of the annotations, or set DATALOADER.SKIP_BROKEN True to go on without such images"
-"""What can also be done about an image of a data set."""
+_IN_DATA = ", remove it from the annotations, or set DATALOADER.SKIP_BROKEN True to leave out such images"
+"""Further remedies for an image of a data set."""
 
 
 class ImageError(DataError):
-    """An image file is missing, cannot be decoded whole, or is not the image that its annotations are of."""
+    """An image file is missing, cannot be decoded completely, or does not match its annotations."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the start of an image file says.
+    """The header of an image file.
 
     Attributes:
         width, height: of the upright image, in pixels.
-        orientation: Exif's, 1 (stored upright) to 8.
+        orientation: Exif orientation, 1 (stored upright) to 8.
     """
 
     width: int
@@ -54,7 +54,7 @@ class Header:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """(width, height) once turned."""
+        """(width, height) of the upright image."""
         return self.width, self.height
 
     @property
@@ -64,30 +64,30 @@ class Header:
 
 
 def read_header(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Header:
-    """Size and orientation of an image of a data set, without decoding its pixels.
+    """Return the size and orientation of an image of a data set, without decoding its pixels.
 
     Raises:
-        ImageError: the file is not there, or its header is not that of an image that can be read.
+        ImageError: the file does not exist, or its header is not that of a readable image.
     """
     with _opened(os.fspath(path), max_pixels, _IN_DATA) as (_, header):
         return header
 
 
 def read_rgb(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file, turned upright as its Exif orientation says.
+    """Decode an image file and turn it upright by its Exif orientation.
 
     Args:
-        max_pixels: an image with more is refused; 0: none is.
+        max_pixels: an image with more pixels is refused; 0: no limit.
 
     Returns:
-        uint8 [H, W, 3], RGB; a transparent pixel has the colour that it hides. Grey values of 16 bits are scaled.
+        uint8 [H, W, 3], RGB. A transparent pixel keeps its hidden colour. 16-bit grey values are scaled.
 
     Raises:
-        ImageError: the file is not there, empty, cut off, too large, in a format that cannot be read, or of numbers
-            whose range the format does not tell (32-bit integers, floats).
+        ImageError: the file is missing, empty, truncated, too large, in a format that cannot be read, or has numbers of
+            unknown range (32-bit integers, floats).
     """
     with _opened(os.fspath(path), max_pixels) as (image, header):
-        return np.array(_upright_rgb(image, header, os.fspath(path)))  # a copy, which may be written to
+        return np.array(_upright_rgb(image, header, os.fspath(path)))  # a writable copy
 
 
 def as_rgb(
@@ -96,21 +96,21 @@ def as_rgb(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """What a caller has of an image, as `read_rgb` gives it.
+    """Convert a file, Pillow image or array to an array like that of `read_rgb`.
 
     Args:
-        image: a file, an image of Pillow's (turned upright as its Exif orientation says), or uint8 [H, W, 3].
-        channels: of an array, `RGB` or `BGR` (as OpenCV and detectron2 read); must be given with an array alone.
-        max_pixels: a file with more is refused; 0: none is.
+        image: a file, a Pillow image (which is turned upright by its Exif orientation), or uint8 [H, W, 3].
+        channels: `RGB`, or `BGR` (as from OpenCV and detectron2). Required for an array, and only allowed there.
+        max_pixels: a file with more pixels is refused; 0: no limit.
 
     Raises:
-        ImageError: it is no image that can be decoded, or its numbers have a range that is not told.
-        DataError: an array is of another shape or type, or it is not said which its channels are.
+        ImageError: the image cannot be decoded, or its numbers have an unknown range.
+        DataError: an array has another shape or type, or its channels are not given.
     """
     if isinstance(image, np.ndarray):
         if channels not in ("RGB", "BGR"):
             raise DataError(
-                f'channels is {channels!r}: say of an array whether its channels are RGB or BGR (channels="RGB", '
+                f'channels is {channels!r}: say whether the channels of the array are RGB or BGR (channels="RGB", '
                 'channels="BGR")'
             )
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -120,7 +120,7 @@ def as_rgb(
         return np.ascontiguousarray(image[..., ::-1] if channels == "BGR" else image)
     if channels is not None:
         raise DataError(
-            f"channels is {channels!r}, which is for arrays: files and Pillow's images say it themselves"
+            f"channels is {channels!r}, which is for arrays only: leave it out for files and Pillow images"
         )
     if isinstance(image, Image.Image):
         try:
@@ -139,14 +139,14 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode the image of a detectron2 dataset dict in the frame of its annotations.
 
     Args:
-        record: `file_name`, and as `annotated_as_stored` reads them `width`, `height` and `as_stored`; without a size,
-            the image is upright.
+        record: `file_name`, and optionally `width`, `height` and `as_stored` (see `annotated_as_stored`). Without a
+            size, the image is upright.
 
     Returns:
         uint8 [H, W, 3], RGB.
 
     Raises:
-        ImageError: as `read_rgb`; or the image has another size than the annotations say.
+        ImageError: as in `read_rgb`, or the image does not have the annotated size.
     """
     path = os.fspath(record["file_name"])
     with _opened(path, max_pixels, _IN_DATA) as (image, header):
@@ -158,10 +158,10 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def annotated_as_stored(record: dict, header: Header) -> bool:
-    """Whether an image's annotations are of its stored pixels, not of the upright image.
+    """Whether an image's annotations refer to its stored pixels, not to the upright image.
 
     Args:
-        record: `file_name`; `width` and `height` of the annotated image, if known; `as_stored` is the answer where both
+        record: `file_name`; `width` and `height` of the annotated image, if known; `as_stored`, the result if both
             frames have this size (default: False).
 
     Raises:
@@ -174,17 +174,17 @@ def annotated_as_stored(record: dict, header: Header) -> bool:
         turned = f" ({header.height} x {header.width} as stored)" if header.stored != header.upright else ""
         raise ImageError(
             f"{record['file_name']}: the image is {width} x {height}{turned}, its annotations say {size[0]} x "
-            f"{size[1]}; correct them, put the image there that they were made on{_IN_DATA}"
+            f"{size[1]}; correct them, replace the image by the annotated one{_IN_DATA}"
         )
     return bool(record.get("as_stored", False)) if upright and stored else stored
 
 
 @contextlib.contextmanager
 def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.Image, Header]]:
-    """An image, its pixels not decoded yet, and its header. Whatever goes wrong inside is a ImageError.
+    """Yield an image whose pixels are not decoded yet, and its header. All errors inside become an ImageError.
 
     Args:
-        also: what else can be done about it, for messages.
+        also: further remedies, for messages.
     """
     _let_pillow_open(max_pixels)
     try:
@@ -199,15 +199,15 @@ def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.
     except FileNotFoundError:
         raise ImageError(f"{path}: the image is not there; put it there{also}") from None
     except PermissionError:
-        raise ImageError(f"{path}: the file may not be read; change its permissions{also}") from None
+        raise ImageError(f"{path}: the file is not readable; change its permissions{also}") from None
     except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path, int(re.search(r"\d+", str(error))[0]), max_pixels) from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path}: it is no image, or of a format that Pillow does not read; expected JPEG, PNG, TIFF, WebP or the "
-            f"like: copy it again{also}"
+            f"{path}: the file is not an image, or has a format that Pillow does not read; expected JPEG, PNG, TIFF, "
+            f"WebP or similar: copy it again{also}"
         ) from None
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on broken files.
@@ -216,7 +216,7 @@ def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.
 
 
 def _let_pillow_open(max_pixels: int) -> None:
-    """Raise Pillow's own limit, a global above which it warns, to ours; it is never lowered."""
+    """Raise Pillow's global limit, above which it warns, to ours. Never lower it."""
     if not max_pixels:
         Image.MAX_IMAGE_PIXELS = None
     elif Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < max_pixels:
@@ -226,7 +226,8 @@ def _let_pillow_open(max_pixels: int) -> None:
 def _too_large(path: str, pixels: int, max_pixels: int) -> ImageError:
     return ImageError(
         f"{path}: the image has {pixels:,} pixels, more than the {max_pixels:,} of VISFT.DATA.MAX_PIXELS, which guards "
-        f"against small files that fill the memory; set it to {pixels} or more (0: no limit) if the image is meant"
+        f"against small files that fill the memory; if you want the image, set the key to {pixels} or more (0: no "
+        "limit)"
     )
 
 
@@ -234,7 +235,7 @@ def _header(image: Image.Image) -> Header:
     orientation = _orientation(image)
     width, height = image.size
     if image.format == "TIFF":
-        # Pillow gives one or the other size, depending on its version; the tags are the stored one.
+        # Pillow's size is the upright or the stored one, depending on its version. The tags have the stored size.
         width, height = (
             int(image.tag_v2[tag]) for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
         )
@@ -243,19 +244,17 @@ def _header(image: Image.Image) -> Header:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        # Of a PNG, Pillow's own getexif decodes the pixels, for what may follow them; mostly nothing does.
+        # For a PNG, Pillow's getexif decodes the pixels, because Exif data may follow them. Usually none does.
         early = image.format == "PNG" and not _texts_follow_pixels(image)
         exif = Image.Image.getexif(image) if early else image.getexif()
         found = exif.get(ExifTags.Base.Orientation)
-    except (
-        Exception
-    ):  # broken Exif data do not make an image unreadable: as detectron2, it is taken as stored
+    except Exception:  # like detectron2, use an image with broken Exif data as it is stored
         return 1
     return found if found in _TURNS else 1
 
 
 def _texts_follow_pixels(image: Image.Image) -> bool:
-    """Whether a PNG has Exif data or texts, which may hold an orientation, behind its pixels."""
+    """Whether a PNG has Exif data or texts, which may contain an orientation, after its pixels."""
     seen = False
     with open(image.filename, "rb") as file:
         file.seek(8)
@@ -269,7 +268,7 @@ def _texts_follow_pixels(image: Image.Image) -> bool:
 
 
 def _upright_rgb(image: Image.Image, header: Header, path: str) -> Image.Image:
-    image.load()  # a TIFF is upright then
+    image.load()  # this already turns a TIFF upright
     if image.format != "TIFF" and header.orientation in _TURNS:
         turned = image.transpose(_TURNS[header.orientation][0])
     else:
@@ -280,15 +279,15 @@ def _upright_rgb(image: Image.Image, header: Header, path: str) -> Image.Image:
     if image.mode in ("F", "I"):
         numbers = "floats" if image.mode == "F" else "integers of 32 bits or with a sign"
         raise ImageError(
-            f"{path}: its pixels are {numbers}, and the file does not tell which is black and which white; save it "
-            "with 8 or 16 bits a channel"
+            f"{path}: its pixels are {numbers}, and the file does not tell which value is white; save it with 8 or "
+            "16 bits per channel"
         )
     if image.mode == "P":
-        turned = turned.convert("RGBA")  # Pillow warns of the shorter way where there is transparency
+        turned = turned.convert("RGBA")  # with transparency, Pillow warns about converting directly to RGB
     return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
 def _scaled(image: Image.Image, bits: int) -> Image.Image:
-    """A grey image of up to 16 bits. Pillow's own conversion clips: everything above 255 would be white."""
+    """Convert a grey image of up to 16 bits. Pillow's own conversion clips values above 255 to white."""
     values = np.asarray(image).astype(np.float32)
     return Image.fromarray(np.rint(values / ((2**bits - 1) / 255)).astype(np.uint8)).convert("RGB")

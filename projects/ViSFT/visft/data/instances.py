@@ -1,4 +1,4 @@
-"""An image's annotations, moved as the image was: boxes, classes and masks in the frame that the model sees."""
+"""Transforms an image's annotations like the image: boxes, classes and masks in the frame that the model sees."""
 
 import numpy as np
 import torch
@@ -9,23 +9,23 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from visft.data.masks import all_masked, decode, usable
 
 _Window = tuple[int, int, np.ndarray]
-"""Left and top of a part of an image, and bool [h, w] of that part: the mask of an object, which is empty elsewhere."""
+"""Left and top of a window in an image, and bool [h, w]: the mask of an object, which is empty outside the window."""
 
 
 def annotated_instances(
     record: dict, transforms: T.TransformList, size: tuple[int, int], *, with_masks: bool = True
 ) -> Instances:
-    """`gt_boxes`, `gt_classes` and `gt_masks` (if the data set has masks) of an augmented image.
+    """Return `gt_boxes`, `gt_classes` and `gt_masks` (if the data set has masks) of an augmented image.
 
-    Crowds and objects of which nothing is left are not in it. After a crop, boxes are those of what is left of the
-    masks, which is often smaller than what is left of the boxes.
+    Crowds and objects that are completely cropped are left out. After a crop, boxes are tight around the cropped masks,
+    which are often smaller than the cropped boxes.
 
     Args:
-        record: a detectron2 dataset dict, not changed; `has_masks` says whether its data set has masks (default:
-            whether its own annotations have), each annotation one.
-        transforms: what was done to the image.
-        size: (height, width) after that.
-        with_masks: False leaves `gt_masks` out; masks are then drawn only for boxes after a crop.
+        record: a detectron2 dataset dict, not changed; `has_masks` says whether every annotation of its data set has a
+            mask (default: whether its own annotations do).
+        transforms: those of the image.
+        size: (height, width) after them.
+        with_masks: False leaves `gt_masks` out; masks are then drawn only to get boxes after a crop.
     """
     annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
     has_masks = record.get("has_masks", all_masked(annotations))
@@ -43,7 +43,7 @@ def annotated_instances(
 
 
 def _boxes(annotations: list[dict], transforms: T.TransformList, size: tuple[int, int]) -> torch.Tensor:
-    """[n, 4] xyxy, cut at the image's border."""
+    """Return [n, 4] xyxy, clipped at the image's border."""
     if not annotations:
         return torch.zeros(0, 4)
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
@@ -54,18 +54,18 @@ def _boxes(annotations: list[dict], transforms: T.TransformList, size: tuple[int
 def _drawn(
     segmentation: list | dict | np.ndarray, transforms: T.TransformList, size: tuple[int, int]
 ) -> _Window:
-    """The mask in the augmented image.
+    """Return the mask in the augmented image.
 
-    Polygons are moved and drawn once, at the final size: sharper than moving a drawn mask, and without the shapely that
-    cutting polygons takes (drawing cuts them at the border). They are drawn in the part of the image that they reach:
-    an object covers a small part of most images.
+    Polygons are transformed and drawn once at the final size. This is sharper than transforming a drawn mask, and needs
+    no shapely for cropping, because drawing clips at the border. They are drawn only in the window that they cover,
+    which is a small part of most images.
     """
     if not isinstance(segmentation, list):
         return 0, 0, transforms.apply_segmentation(decode(segmentation, size).astype(np.uint8)).astype(bool)
     moved = [transforms.apply_coords(np.asarray(p, dtype=np.float64).reshape(-1, 2)) for p in segmentation]
     every = np.concatenate(moved or [np.zeros((1, 2))])
-    # One pixel more on each side, for pycocotools rounds to fifths of a pixel. That is done before shifting: afterwards
-    # it would round otherwise, here and there. What is left of the image or above it comes with no shift.
+    # One more pixel on each side, because pycocotools rounds to fifths of a pixel. Round before shifting, because the
+    # result can differ afterwards. Coordinates left of the image or above it are not rounded.
     left, top = np.clip(np.floor(every.min(0)) - 1, 0, size[::-1]).astype(int)
     right, bottom = np.clip(np.ceil(every.max(0)) + 1, 0, size[::-1]).astype(int)
     if left >= right or top >= bottom:
@@ -75,7 +75,7 @@ def _drawn(
 
 
 def _pasted(windows: list[_Window], size: tuple[int, int]) -> torch.Tensor:
-    """bool [n, height, width]."""
+    """Return bool [n, height, width]."""
     masks = np.zeros((len(windows), *size), dtype=bool)
     for mask, (left, top, part) in zip(masks, windows, strict=True):
         mask[top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -83,7 +83,7 @@ def _pasted(windows: list[_Window], size: tuple[int, int]) -> torch.Tensor:
 
 
 def _box(window: _Window) -> tuple[float, float, float, float]:
-    """The tight box of a mask; zeros if it is empty."""
+    """Return the tight box of a mask, or zeros if it is empty."""
     left, top, part = window
     columns, rows = np.flatnonzero(part.any(0)), np.flatnonzero(part.any(1))
     if not len(columns):

@@ -1,4 +1,4 @@
-"""Which training images carry labels for which head."""
+"""Training images and the heads that they have labels for."""
 
 import functools
 import logging
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Training records, and which of them carry labels for which head.
+    """Training records, and the heads that they have labels for.
 
     Attributes:
         records: detectron2 dataset dicts.
-        rows: by head, the ascending indices of the records that it can learn from.
-        repeats: of each record, how often it comes in an epoch (see `visft.data.repeat_factor`); None: once.
-        mask_readers: the heads and objectives that read masks; None: all.
+        rows: for each head, the ascending indices of the records that it can learn from.
+        repeats: how often each record occurs in an epoch (see `visft.data.repeat_factor`); None: once.
+        mask_readers: the heads and tower losses that read masks; None: all.
     """
 
     records: Dataset
@@ -37,16 +37,16 @@ class LabelledImages:
     mask_readers: frozenset[str] | None = None
 
     def of(self, *heads: str) -> Dataset:
-        """The images that carry labels for at least one of the heads, in their order."""
+        """Return the images with labels for at least one of the heads, in their order."""
         rows = self._rows_of(heads)
         return self.records if len(rows) == len(self.records) else Subset(self.records, rows)
 
     def repeats_of(self, *heads: str) -> np.ndarray | None:
-        """`repeats` of the images that `of` gives."""
+        """Return `repeats` of the images that `of` returns."""
         return None if self.repeats is None else self.repeats[self._rows_of(heads)]
 
     def masks_for(self, *names: str) -> bool:
-        """Whether one of these heads and objectives reads masks."""
+        """Whether one of these heads and tower losses reads masks."""
         return self.mask_readers is None or not self.mask_readers.isdisjoint(names)
 
     def _rows_of(self, heads: Sequence[str]) -> np.ndarray:
@@ -58,17 +58,17 @@ def load_labelled(
     has_labels: Mapping[str, Callable[[dict], bool]],
     mask_readers: Iterable[str] | None = None,
 ) -> LabelledImages:
-    """Load `DATASETS.TRAIN` (data sets with different labels may stand beside each other) and sort it by labels.
+    """Load `DATASETS.TRAIN`, whose data sets may have different labels, and find the images for each head.
 
     Args:
         cfg: reads DATASETS.TRAIN, DATALOADER.{FILTER_EMPTY_ANNOTATIONS, SAMPLER_TRAIN, REPEAT_THRESHOLD,
             REPEAT_SQRT} and VISFT.TASK_MIXING.
-        has_labels: the `has_labels` of each head, and of each objective of the tower, by its name.
-        mask_readers: those of them that read masks; None: all.
+        has_labels: the `has_labels` of each head and tower loss, by its name.
+        mask_readers: the heads and tower losses that read masks; None: all.
 
     Raises:
-        DataError: a data set is broken, or there is no image for any head (mixing by ratio: for one of them), or none
-            for an objective among those that the heads are given.
+        DataError: a data set is broken, no head has an image (with mixing by ratio: some head has none), or a tower
+            loss can learn from none of the heads' images.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     records = load_records(
@@ -88,7 +88,7 @@ def load_labelled(
     if missing and (len(missing) == len(heads) or cfg.VISFT.TASK_MIXING == "ratio"):
         raise DataError(
             f"DATASETS.TRAIN ({', '.join(names)}): none of its {len(records)} images has labels for the head "
-            f"`{missing[0]}`; add a data set that has, or leave the head out of MODEL.VISFT.HEADS"
+            f"`{missing[0]}`; add a data set with labels, or leave the head out of MODEL.VISFT.HEADS"
         )
     for head in missing:
         logger.warning("no image of %s has labels for the head %s: it learns nothing", names, head)
@@ -97,12 +97,12 @@ def load_labelled(
         if not len(np.intersect1d(rows[name], drawn)):
             raise DataError(
                 f"DATASETS.TRAIN ({', '.join(names)}): the objective `{name}` can learn from none of its {len(drawn)} "
-                "images that are shown; add a data set that it can, or leave it out of MODEL.VISFT.OBJECTIVES"
+                "training images; add a data set for it, or leave it out of MODEL.VISFT.OBJECTIVES"
             )
     useful = len(drawn)
     if useful < len(records):
         logger.info(
-            "%d of %d images have no labels that are learned, and are left out",
+            "%d of %d images have no labels to learn from and are left out",
             len(records) - useful,
             len(records),
         )
@@ -115,7 +115,7 @@ def load_labelled(
 
 
 def _outline(record: dict) -> dict:
-    """What the mapper will make of a record, as far as a head asks whether there are labels. Reads no image."""
+    """Return an outline of the mapped record, enough for `has_labels` of a head. Reads no image."""
     image = {key: record[key] for key in ("file_name", "image_id", "captions") if record.get(key)}
     if "annotations" in record:
         count = sum(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
@@ -123,7 +123,7 @@ def _outline(record: dict) -> dict:
     return image
 
 
-@functools.lru_cache(maxsize=1024)  # of a hundred thousand images most have one of a few counts
+@functools.lru_cache(maxsize=1024)  # most images share a few counts
 def _empty_instances(count: int, has_masks: bool) -> Instances:
     instances = Instances((1, 1))
     instances.gt_boxes = Boxes(torch.zeros(count, 4))

@@ -1,7 +1,7 @@
-"""Loaders whose every batch follows from (seed, iteration): not from the number of workers, processes or restarts.
+"""Loaders whose batches depend only on (seed, iteration), not on the number of workers, processes or restarts.
 
-See `visft.data.samplers` for the order of images. The augmentation of the sample at a position of the stream is drawn
-from (seed, position).
+See `visft.data.samplers` for the order of images. The augmentation at a position of the stream depends only on
+(seed, position).
 """
 
 import logging
@@ -39,21 +39,21 @@ def build_train_loader(
     start_iteration: int = 0,
     seed: int,
 ) -> "TrainLoader":
-    """The endless training stream of `DATASETS.TRAIN`, from one iteration on.
+    """Build the endless training stream of `DATASETS.TRAIN`, starting at an iteration.
 
     Args:
         cfg: reads DATASETS.TRAIN, DATALOADER.{NUM_WORKERS, FILTER_EMPTY_ANNOTATIONS, SKIP_BROKEN, SAMPLER_TRAIN,
             REPEAT_THRESHOLD, REPEAT_SQRT}, INPUT and VISFT.INPUT.
         records: dataset dicts as `load_records` makes them; None: all of `DATASETS.TRAIN`.
-        repeats: of given records, how often each comes in an epoch (see `visft.data.repeat_factor`); None: once.
-        reads_masks: whether `gt_masks` are wanted.
-        batch_size: images an iteration over all processes, as `IMS_PER_BATCH`.
-        start_iteration: the first batch to deliver; the batches are those of a run that started at 0.
-        seed: must be the same in all processes, and the same after a restart.
+        repeats: how often each given record occurs in an epoch (see `visft.data.repeat_factor`); None: once.
+        reads_masks: whether `gt_masks` are needed.
+        batch_size: images per iteration over all processes, like `IMS_PER_BATCH`.
+        start_iteration: the first batch. Batches are the same as in a run that started at 0.
+        seed: must be the same in all processes and after a restart.
 
     Raises:
         ConfigError: the processes cannot share `batch_size` evenly.
-        DataError: a data set is broken (see `check_registered`), or nothing is left of it.
+        DataError: a data set is broken (see `check_registered`), or no image is left.
     """
     if records is None:
         records = load_records(
@@ -77,7 +77,7 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
-    """One pass over a data set in its order, an image a batch, each process its share (detectron2's InferenceSampler).
+    """Build one pass over a data set in order, one image per batch, split over processes (InferenceSampler).
 
     Raises:
         DataError: the data set is broken.
@@ -92,10 +92,10 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
 
 
 def share_of(batch_size: int, world_size: int, key: str) -> int:
-    """Images a process of a batch.
+    """Return the number of images per process in a batch.
 
     Raises:
-        ConfigError: the processes cannot share it evenly; names the config key.
+        ConfigError: the processes cannot share the batch evenly. The message names the config key.
     """
     if batch_size < 1 or batch_size % world_size:
         raise ConfigError(
@@ -107,26 +107,26 @@ def share_of(batch_size: int, world_size: int, key: str) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What one head learns from when its task is drawn."""
+    """The data of one head in the iterations that sample its task."""
 
     name: str
-    """Of the head; "": all heads learn from it."""
+    """Name of the head; "": all heads learn from this data."""
     records: Dataset
-    """Dataset dicts that carry its labels."""
+    """Dataset dicts with its labels."""
     mapper: Callable[[dict], dict]
     batch_size: int
     """Over all processes."""
     seed: int
-    """Of its order and augmentations."""
+    """For its order and augmentations."""
     repeats: np.ndarray | None = None
-    """Of each record, how often it comes in an epoch; None: once."""
+    """How often each record occurs in an epoch; None: once."""
 
 
 class MixedLoader:
-    """Iterator over batches, each of one task: lists of mapped dicts whose `task` is the head's name, if it has one.
+    """Iterator over batches of one task each: lists of mapped dicts whose `task` is the head's name, if it has one.
 
-    All `accumulate` batches of an iteration are of the task that it draws. A task's batches are those of a stream of
-    its own (as `TrainLoader`'s), whose position is the number of batches that earlier draws of the task have taken.
+    All `accumulate` batches of an iteration belong to the sampled task. Each task has its own stream of batches, like
+    `TrainLoader`. Its position is the number of batches that earlier iterations of the task have taken.
     """
 
     def __init__(
@@ -145,12 +145,12 @@ class MixedLoader:
         """
         Args:
             tasks: at least one.
-            draws: which of them each iteration trains.
-            start_iteration: the first to deliver; the batches are those of a run that started at 0.
-            accumulate: batches an iteration.
+            draws: selects the task of each iteration.
+            start_iteration: the first iteration. Batches are the same as in a run that started at 0.
+            accumulate: batches per iteration.
             num_workers, pin_memory: see `loader_options`.
-            skip_broken: put the next image that decodes in the place of one that does not, instead of stopping.
-            rank, world_size: default: those of the process group.
+            skip_broken: replace an image that does not decode by the next one that does, instead of stopping.
+            rank, world_size: the default is those of the process group.
 
         Raises:
             ConfigError: the processes cannot share a task's batch evenly.
@@ -180,7 +180,7 @@ class MixedLoader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """The images that did not decode, with how often they were replaced so far in this process."""
+        """The images that did not decode, with the number of times that this process replaced them."""
         found: dict[str, int] = {}
         for counts in self._counts.values():
             for file_name, number in counts.skipped.items():
@@ -199,7 +199,7 @@ class MixedLoader:
 
 
 class TrainLoader(MixedLoader):
-    """Iterator over batches of one stream, each a list of mapped dicts that all heads learn from."""
+    """Iterator over batches of one stream: lists of mapped dicts that all heads learn from."""
 
     def __init__(
         self,
@@ -213,28 +213,28 @@ class TrainLoader(MixedLoader):
     ):
         """
         Args:
-            records: detectron2 dataset dicts; as a list they are packed, so that workers share their memory.
-            mapper: makes a sample of a record; may draw from `random`, `numpy.random` and torch's CPU generator.
+            records: detectron2 dataset dicts. A list is packed so that workers share its memory.
+            mapper: maps a record to a sample; may use `random`, `numpy.random` and torch's CPU generator.
             batch_size: over all processes.
-            seed: of order and augmentations.
-            repeats: [number of records] how often each comes in an epoch; None: once.
-            options: as for MixedLoader.
+            seed: for order and augmentations.
+            repeats: [number of records] how often each record occurs in an epoch; None: once.
+            options: those of MixedLoader.
         """
         task = Task("", as_dataset(records), mapper, batch_size, seed, repeats)
         super().__init__([task], TaskDraws((1.0,), seed), **options)
 
 
 class _ImageCounts:
-    """What a loader's stream has seen: epochs, and images that were replaced because they do not decode.
+    """Counts the epochs of a stream, and the images that were replaced because they do not decode.
 
     Args:
-        num_records: images an epoch, on average.
+        num_records: images per epoch, on average.
         batch_size: over all processes.
-        batches: that were delivered before.
-        task: named in messages, where there are several streams.
+        batches: number of batches delivered before.
+        task: its name for messages, if there are several streams.
 
     Attributes:
-        skipped: the images that did not decode, with how often they were replaced.
+        skipped: the images that did not decode, with the number of times that they were replaced.
     """
 
     def __init__(self, num_records: int, batch_size: int, batches: int, task: str = ""):
@@ -244,10 +244,10 @@ class _ImageCounts:
         self._skipped_in_epoch = 0
 
     def see(self, batch: list) -> None:
-        """Count a batch; what `Samples` left in it for the loader is taken out.
+        """Count a batch, and remove the entries that `Samples` added for the loader.
 
         Raises:
-            VisftError: the one that stands in the place of a sample.
+            VisftError: an error that `Samples` returned instead of a sample.
         """
         for sample in batch:
             if isinstance(sample, VisftError):
@@ -261,7 +261,7 @@ class _ImageCounts:
         )
         if epochs_now > epochs_before and self._skipped_in_epoch:
             logger.warning(
-                "%sEpoch %d: %d times an image that does not decode was replaced by another, the first is %s",
+                "%sEpoch %d: %d times an image that does not decode was replaced by another; the first is %s",
                 self._task,
                 epochs_now,
                 self._skipped_in_epoch,
@@ -271,8 +271,10 @@ class _ImageCounts:
 
 
 class TestLoader:
-    """Batches of one mapped dict. With `skip_broken`, images that do not decode are left out, with a count at the
-    end; COCO's evaluation then counts their objects as missed."""
+    """Batches of one mapped dict. With `skip_broken`, images that do not decode are left out and counted at the end.
+
+    COCO's evaluation then counts their objects as missed.
+    """
 
     def __init__(
         self,
@@ -307,7 +309,7 @@ class TestLoader:
                 yield batch
         if skipped:
             logger.warning(
-                "%d of %d images do not decode and were left out, the first: %s",
+                "%d of %d images do not decode and were left out; the first: %s",
                 len(skipped),
                 len(self),
                 skipped[0],
@@ -315,4 +317,4 @@ class TestLoader:
 
 
 def _as_it_is(batch: tuple[str, list]) -> tuple[str, list]:
-    return batch  # torch's default would make tensors of it
+    return batch  # torch's default would convert it to tensors

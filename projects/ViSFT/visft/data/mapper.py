@@ -1,4 +1,4 @@
-"""From one image and its annotations to what the model reads: one decode, boxes and masks in the same frame."""
+"""Maps an image and its annotations to the model's input. Decodes once, with boxes and masks in the same frame."""
 
 import re
 
@@ -16,7 +16,7 @@ _SIDES = re.compile(rf"\b(?:{'|'.join(_OTHER_SIDE)})\b", re.IGNORECASE)
 
 
 class _OnePixelAtLeast:
-    """In front of a resizing augmentation: no side becomes 0, as that of a thin image would."""
+    """A mixin for resizing augmentations: keeps sides of thin images from becoming 0."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -34,11 +34,12 @@ class _ResizeScale(_OnePixelAtLeast, T.ResizeScale):
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """The training recipe that `VISFT.INPUT.AUGMENTATION` names.
+    """Build the training augmentations that `VISFT.INPUT.AUGMENTATION` names.
 
     `detection`: DETR's (Carion et al. 2020, section A.4): flip; half the time a first resize and a random crop; resize
     to a random short side. `lsj`: large-scale jitter (Ghiasi et al. 2021, section 3), without its padding, which the
-    model does after normalising. `fixed`: the long side to one size, nothing cut. `square`: both sides to it.
+    model does after normalising. `fixed`: resize the long side to SIZE, without cropping. `square`: resize both sides
+    to SIZE.
 
     Raises:
         ConfigError: the recipe or INPUT.RANDOM_FLIP is unknown.
@@ -88,11 +89,11 @@ class ViSFTMapper:
     - `image`: uint8 [3, H, W], RGB, resized, neither normalised nor padded;
     - `height`, `width`: of the annotated image; `file_name`, `image_id`;
     - in training `instances`: `gt_boxes` (xyxy in the resized image), `gt_classes` (contiguous), and `gt_masks`
-      (BitMasks, from polygons and run lengths alike) if the data set has masks and they are read. Crowds and objects
-      that a crop leaves nothing of are not in it. It is there, if need be empty, for every image of a data set with
-      annotations;
-    - in training `captions`: the list of texts, if the image has any. Of a mirrored image, left and right have
-      changed places in them.
+      (BitMasks, from both polygons and run lengths) if the data set has masks and they are read. Crowds and objects
+      that are completely cropped are left out. Every image of a data set with annotations has `instances`, even if
+      empty;
+    - in training `captions`: a list of strings, if the image has any. For a mirrored image, left and right are
+      swapped in them.
     """
 
     @configurable
@@ -106,8 +107,8 @@ class ViSFTMapper:
     ):
         """
         Args:
-            reads_masks: whether `gt_masks` are wanted; drawing them takes longer than decoding an image.
-            max_pixels: an image with more is refused; 0: none is.
+            reads_masks: whether `gt_masks` are needed. Drawing them takes longer than decoding an image.
+            max_pixels: an image with more pixels is refused; 0: no limit.
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.is_train, self.reads_masks, self.max_pixels = is_train, reads_masks, max_pixels
@@ -126,21 +127,21 @@ class ViSFTMapper:
         }
 
     def read(self, record: dict) -> np.ndarray:
-        """The image of a record in the frame of its annotations, uint8 [H, W, 3] RGB, as the mapper sees it.
+        """Read the image of a record in the frame of its annotations, uint8 [H, W, 3] RGB.
 
         Raises:
-            ImageError: as `visft.data.images.read_annotated`.
+            ImageError: as in `visft.data.images.read_annotated`.
         """
         return read_annotated(record, max_pixels=self.max_pixels)
 
     def __call__(self, record: dict) -> dict:
         """
         Args:
-            record: a dataset dict; it is not changed. Its key `has_masks` says whether its data set has masks
-                (default: whether its own annotations have), each annotation one.
+            record: a dataset dict, not changed. Its key `has_masks` says whether every annotation of its data set has
+                a mask (default: whether its own annotations do).
 
         Raises:
-            ImageError: the image does not decode, or its size is not what the annotations say.
+            ImageError: the image does not decode, or does not have the annotated size.
         """
         mapped, transforms = self.resized(self.read(record))
         mapped["file_name"] = record["file_name"]
@@ -158,7 +159,7 @@ class ViSFTMapper:
         return mapped
 
     def resized(self, image: np.ndarray) -> tuple[dict, T.TransformList]:
-        """What the model reads of an image uint8 [H, W, 3] (RGB), `image`, `height` and `width`; how it was made."""
+        """Return the model's input (`image`, `height`, `width`) for a uint8 [H, W, 3] RGB image, and the transforms."""
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         pixels = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
@@ -166,10 +167,10 @@ class ViSFTMapper:
 
 
 def mirror(caption: str) -> str:
-    """A caption of the mirrored image: English left and right change places."""
+    """Return the caption of the mirrored image, with English left and right swapped."""
     return _SIDES.sub(lambda found: _OTHER_SIDE[found[0].lower()], caption)
 
 
 def build_test_mapper(cfg: CfgNode) -> ViSFTMapper:
-    """Turns a record (`file_name` is enough) into the model's input, as in evaluation."""
+    """Build the mapper from a record (`file_name` is enough) to the model's input in evaluation."""
     return ViSFTMapper(cfg, is_train=False)

@@ -1,4 +1,4 @@
-"""Masks as annotations have them: polygons, run lengths (compressed or not), or bitmaps."""
+"""Masks of annotations: polygons, run lengths (compressed or not), or bitmaps."""
 
 from collections.abc import Iterable
 
@@ -12,9 +12,9 @@ NO_POLYGON = "no polygon has three points"
 
 
 def usable(segmentation: object) -> list | dict | np.ndarray | None:
-    """A mask without what is none: a polygon of one or two points is left out; None where nothing is left.
+    """Return a mask without polygons of one or two points, or None if nothing is left.
 
-    COCO's own tools take a list that begins with four numbers for boxes.
+    COCO's own tools would take a list that begins with four numbers for boxes.
     """
     if isinstance(segmentation, list):
         segmentation = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
@@ -22,13 +22,13 @@ def usable(segmentation: object) -> list | dict | np.ndarray | None:
 
 
 def all_masked(annotations: Iterable[dict]) -> bool:
-    """Whether there are annotations of objects, and each has a mask. What is annotated as a crowd needs none."""
+    """Whether there are annotations other than crowds and each of them has a mask."""
     masked = [usable(a.get("segmentation")) is not None for a in annotations if not a.get("iscrowd", 0)]
     return len(masked) > 0 and all(masked)
 
 
 def decode(segmentation: list | dict | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask `[H, W]` bool from polygons, run lengths (compressed or not) or a bitmap, as records may have them.
+    """Decode polygons, run lengths (compressed or not) or a bitmap to a bool mask `[H, W]`.
 
     Args:
         size: (height, width) of the image.
@@ -41,7 +41,7 @@ def decode(segmentation: list | dict | np.ndarray, size: tuple[int, int]) -> np.
 
 
 def compressed(run_lengths: dict) -> dict:
-    """Run lengths `{size, counts}` with compressed counts, from these or from a list of counts, which become a text."""
+    """Return run lengths `{size, counts}` with compressed counts, which are a string. A list is converted."""
     if not isinstance(run_lengths["counts"], list | tuple | np.ndarray):
         return run_lengths
     counts = list(run_lengths["counts"])
@@ -50,14 +50,14 @@ def compressed(run_lengths: dict) -> dict:
 
 
 def area(segmentation: list | dict, size: tuple[int, int]) -> float:
-    """Pixels of polygons or run lengths, as COCO's tools count them. `size` as for `decode`."""
+    """Return the number of pixels of polygons or run lengths, as COCO's tools count them. `size` as in `decode`."""
     if isinstance(segmentation, list):
         return float(mask_api.area(mask_api.merge(mask_api.frPyObjects(segmentation, *size))))
     return float(mask_api.area(compressed(segmentation)))
 
 
 def fault(segmentation: object, size: tuple[int, int]) -> str:
-    """What is wrong with a mask from a file; "" where nothing is.
+    """Return the fault of a mask from a file, or "".
 
     Args:
         size: (width, height) of the image.
@@ -68,7 +68,7 @@ def fault(segmentation: object, size: tuple[int, int]) -> str:
             return "a polygon is not a list of finite numbers"
         if any(len(p) % 2 for p in segmentation):
             return "a polygon has an odd count of coordinates"
-        # A sliver of one or two points beside a whole polygon is dropped by detectron2, as by COCO's own tools.
+        # detectron2 and COCO's own tools drop a polygon of one or two points beside a complete one.
         return "" if any(len(p) >= 6 for p in segmentation) else NO_POLYGON
     if not isinstance(segmentation, dict):
         return f"it is of type {type(segmentation).__name__}"
@@ -78,18 +78,19 @@ def fault(segmentation: object, size: tuple[int, int]) -> str:
     if isinstance(counts, str):
         counts = run_lengths_of(counts)
     if not isinstance(counts, list) or not {int}.issuperset(map(type, counts)) or min(counts, default=0) < 0:
-        return "its counts are no run lengths"
+        return "its counts are not run lengths"
     if sum(counts) != width * height:
         return f"its run lengths cover {sum(counts)} of {width * height} pixels"
     return ""
 
 
 def run_lengths_of(text: str) -> list[int] | None:
-    """Run lengths from COCO's compressed string; None if it is none. pycocotools trusts the string: a broken one makes
-    it write past its buffers, so it must not see one.
+    """Decode COCO's compressed string to run lengths, or None if it is not valid.
 
-    Five bits a character from '0' on, lowest first, bit 5 set when more follow, sign extended; from the third run
-    on, the difference to the run before the previous is stored (pycocotools, `rleFrString`).
+    pycocotools trusts the string: a broken one makes it write past its buffers, so check it here first.
+
+    Each character from '0' on holds five bits, lowest first, with bit 5 set if more follow, sign extended. From the
+    third run on, the difference from the run before the previous one is stored (pycocotools, `rleFrString`).
     """
     runs: list[int] = []
     value = shift = 0

@@ -1,7 +1,7 @@
-"""Repeat-factor sampling (LVIS, arXiv 1908.03195, appendix B.2): images of rare classes come several times an epoch.
+"""Repeat-factor sampling (LVIS, arXiv 1908.03195, appendix B.2): images of rare classes repeat within an epoch.
 
-The factors are those of detectron2's RepeatFactorTrainingSampler. The order is a function of (seed, epoch), as that of
-the plain stream (see `visft.data.loader`), which it equals where no image is repeated.
+The factors are those of detectron2's RepeatFactorTrainingSampler. The order depends only on (seed, epoch), like that
+of the plain stream (see `visft.data.loader`). Both are equal if no image is repeated.
 """
 
 import bisect
@@ -24,9 +24,10 @@ SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """
+    """Check the keys of the training sampler.
+
     Raises:
-        ConfigError: DATALOADER.SAMPLER_TRAIN is another than ours, or REPEAT_THRESHOLD would repeat nothing.
+        ConfigError: DATALOADER.SAMPLER_TRAIN is not one of `SAMPLERS`, or REPEAT_THRESHOLD would repeat nothing.
     """
     loader = cfg.DATALOADER
     if loader.SAMPLER_TRAIN not in SAMPLERS:
@@ -41,7 +42,7 @@ def check_sampler(cfg: CfgNode) -> None:
 
 
 def build_repeats(cfg: CfgNode, records: list[dict]) -> np.ndarray | None:
-    """The repeat factors [len(records)] that a config asks for; None: every image comes once an epoch.
+    """Return the repeat factors [len(records)] of a config, or None if every image occurs once per epoch.
 
     Args:
         cfg: reads DATALOADER.{SAMPLER_TRAIN, REPEAT_THRESHOLD, REPEAT_SQRT}.
@@ -64,13 +65,14 @@ def build_repeats(cfg: CfgNode, records: list[dict]) -> np.ndarray | None:
 
 
 def repeat_factors(records: Iterable[dict], threshold: float, sqrt: bool = True) -> np.ndarray:
-    """[number of records] how often each comes in an epoch, on average; at least 1.
+    """Return [number of records] how often each occurs in an epoch, on average; at least 1.
 
-    A class in a part f of the images has the factor max(1, sqrt(threshold / f)), an image that of its rarest class.
+    A class in a fraction f of the images has the factor max(1, sqrt(threshold / f)). An image has that of its rarest
+    class.
 
     Args:
-        threshold: the part of the images below which classes are repeated.
-        sqrt: without, the factor of a class is max(1, threshold / f).
+        threshold: the fraction of images below which classes are repeated.
+        sqrt: False: the factor of a class is max(1, threshold / f).
     """
     classes = [{a["category_id"] for a in record.get("annotations", ())} for record in outlines_of(records)]
     counts = Counter(itertools.chain.from_iterable(classes))
@@ -79,30 +81,30 @@ def repeat_factors(records: Iterable[dict], threshold: float, sqrt: bool = True)
 
 
 def epoch_length(factors: np.ndarray) -> int:
-    """Images of an epoch, on average."""
+    """Return the average number of images per epoch."""
     return round(float(factors.sum()))
 
 
 class RepeatedOrder:
-    """The record at each position of the endless stream.
+    """Maps positions of the endless stream to records.
 
-    In an epoch an image comes as often as the whole part of its factor says, and once more with the probability of the
-    rest, drawn anew each epoch; so epochs differ a little in length.
+    In an epoch, an image occurs as often as the integer part of its factor, and once more with the probability of its
+    fractional part, sampled again for each epoch. So epochs differ slightly in length.
 
     Args:
         factors: [number of records].
-        seed: the same in all processes, and after a restart.
+        seed: the same in all processes and after a restart.
     """
 
     def __init__(self, factors: np.ndarray, seed: int):
         self._whole = np.floor(factors).astype(np.int64)
         self._rest = factors - self._whole
         self._seed = seed
-        self._starts = [0]  # of epochs, as far as positions were asked for
+        self._starts = [0]  # of epochs, extended on demand
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)  # a batch may span the end of an epoch
 
     def __call__(self, position: int) -> int:
-        """Index of the record at a position."""
+        """Return the index of the record at a position."""
         while position >= self._starts[-1]:
             self._starts.append(self._starts[-1] + int(self._copies(len(self._starts) - 1).sum()))
         epoch = bisect.bisect_right(self._starts, position) - 1

@@ -1,8 +1,8 @@
-"""The order of training images and tasks: functions of (seed, iteration), and of nothing else.
+"""The order of training images and tasks, which depends only on (seed, iteration).
 
-The training stream of a task is a sequence of positions 0, 1, 2, ...: epoch after epoch, each a permutation of its
-images drawn from (seed, epoch). A batch takes `batch_size` positions, of which each process takes its share in the
-order of ranks.
+The training stream of a task is a sequence of positions 0, 1, 2, ... Each epoch is a permutation of the task's images,
+which depends on (seed, epoch). A batch takes `batch_size` positions, and each process takes its share in the order of
+ranks.
 """
 
 import functools
@@ -15,11 +15,11 @@ import numpy as np
 from visft.data.repeat_factor import RepeatedOrder
 
 _BLOCK = 4096
-"""Draws made at once: a resumed run counts a hundred thousand earlier ones in a millisecond."""
+"""Number of tasks sampled at once. A resumed run counts a hundred thousand earlier ones in a millisecond."""
 
 
 def derived_seed(seed: int, word: str) -> int:
-    """A seed for one use of a seed, such as a stage: streams of different uses are independent."""
+    """Derive a seed for one use, such as a stage. Different uses have independent streams."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {word}".encode(), digest_size=6).digest(), "little")
 
 
@@ -27,10 +27,10 @@ class Positions:
     """Batch sampler: lists of (position in the stream, index of the record).
 
     Args:
-        num_records: images an epoch. seed: of the order.
+        num_records: images per epoch. seed: of the order.
         start: position of this process's first image.
-        share: images a batch in this process. stride: in all processes.
-        repeats: [num_records] how often each comes in an epoch, on average; None: once.
+        share: images per batch in this process. stride: in all processes.
+        repeats: [num_records] how often each occurs in an epoch, on average; None: once.
     """
 
     def __init__(
@@ -59,34 +59,34 @@ class Positions:
         return int(_permutation(self.num_records, self.seed, epoch)[offset])
 
 
-@functools.lru_cache(maxsize=16)  # several streams; and a batch may span the end of an epoch
+@functools.lru_cache(maxsize=16)  # for several streams, whose batches may span two epochs
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(length)
 
 
 class TaskDraws:
-    """Which task each iteration trains: independent draws with given ratios, a function of (seed, iteration).
+    """Samples the task of each iteration with given ratios, independently, as a function of (seed, iteration).
 
     Args:
-        ratios: above 0, in any unit.
+        ratios: relative frequencies above 0.
         seed: the same in all processes.
     """
 
     def __init__(self, ratios: Sequence[float], seed: int):
         bounds = np.cumsum(np.asarray(ratios, dtype=np.float64))
-        self._bounds = bounds / bounds[-1]  # the last is exactly 1, and draws are below
+        self._bounds = bounds / bounds[-1]  # the last is exactly 1, above all samples
         self._seed = seed
         self._latest: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def __call__(self, iteration: int) -> int:
-        """Index of the task that an iteration (from 0) trains."""
+        """Return the index of the task of an iteration (from 0)."""
         block, offset = divmod(iteration, _BLOCK)
         if self._latest[0] != block:
             self._latest = (block, self._block(block))
         return int(self._latest[1][offset])
 
     def counts(self, iterations: int) -> list[int]:
-        """How often each task is drawn in the first `iterations` iterations."""
+        """Return how often each task occurs in the first `iterations` iterations."""
         counts = np.zeros(len(self._bounds), dtype=np.int64)
         for block in range(-(-iterations // _BLOCK)):
             drawn = self._block(block)[: iterations - block * _BLOCK]

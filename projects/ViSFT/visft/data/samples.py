@@ -1,4 +1,4 @@
-"""One sample of a stream: its record mapped, with random draws that follow from seed and position alone."""
+"""Maps the records of a stream to samples, with random numbers that depend only on seed and position."""
 
 import contextlib
 import random
@@ -13,8 +13,10 @@ from visft.errors import DataError, VisftError
 
 
 class Samples(Dataset):
-    """Maps records by (position, index), as `Positions` gives them. What is wrong with the data is returned, not
-    raised: a worker process would bury the sentence in its own traceback."""
+    """Maps records by (position, index) from `Positions`.
+
+    Errors of the data are returned, not raised, because a worker process would bury the message in its traceback.
+    """
 
     def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int, skip_broken: bool):
         self.records, self.mapper = records, mapper
@@ -37,12 +39,12 @@ class Samples(Dataset):
             else:
                 return sample | {"skipped": skipped} if skipped else sample
         return DataError(
-            f"none of the {len(self.records)} images to train on decodes, the first is {skipped[0]}; copy them again"
+            f"none of the {len(self.records)} training images decodes, the first is {skipped[0]}; copy them again"
         )
 
 
 class TaskSamples(Dataset):
-    """Whole batches by (index of the task, places of its images), as `TaskPositions` gives them."""
+    """Maps whole batches by (index of the task, positions and indices of its images) from `TaskPositions`."""
 
     def __init__(self, names: list[str], samples: list[Samples]):
         self.names, self.samples = names, samples
@@ -63,7 +65,7 @@ class TestSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict | VisftError:
         try:
-            # detectron2's transforms draw from numpy also where there is but one size to draw.
+            # detectron2's transforms use numpy's generator even with only one size to choose from.
             with _seeded(0, index):
                 return self.mapper(self.records[index])
         except VisftError as error:
@@ -72,10 +74,9 @@ class TestSamples(Dataset):
 
 @contextlib.contextmanager
 def _seeded(seed: int, position: int) -> Iterator[None]:
-    """Inside, the global generators of Python, numpy and torch (CPU) follow from the arguments; then they are as
-    before.
+    """Within the block, seed the global generators of Python, numpy and torch (CPU). Restores them afterwards.
 
-    torch's is set on its own: `torch.manual_seed` would change CUDA's too.
+    `torch.manual_seed` would also change CUDA's generators.
     """
     words = np.random.SeedSequence([seed, position]).generate_state(4)
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()

@@ -1,4 +1,4 @@
-"""Data of stock detectors: detectron2's mapper and samplers over records and images as ViSFT reads them."""
+"""Data of stock detectors: detectron2's mapper and samplers, with ViSFT's records and image reader."""
 
 import copy
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from visft.data.workers import num_workers, pins_memory
 
 
 class StockMapper(DatasetMapper):
-    """Detectron2's mapper. Images are in the frame of their annotations, and VISFT.DATA.MAX_PIXELS is their limit.
+    """detectron2's mapper, with images in the frame of their annotations and at most VISFT.DATA.MAX_PIXELS pixels.
 
-    Masks may be run lengths whatever INPUT.MASK_FORMAT is.
+    Masks can be run lengths with any INPUT.MASK_FORMAT.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool):
@@ -33,10 +33,12 @@ class StockMapper(DatasetMapper):
         self._skip_broken = is_train and cfg.DATALOADER.SKIP_BROKEN
 
     def __call__(self, record: dict) -> dict | None:
-        """As DatasetMapper; None, for which detectron2's loader takes another image, with DATALOADER.SKIP_BROKEN.
+        """Map a record like DatasetMapper.
+
+        With DATALOADER.SKIP_BROKEN, returns None for a bad image, and detectron2's loader takes another image.
 
         Raises:
-            ImageError: the image does not decode, or its size is not what the annotations say.
+            ImageError: the image does not decode, or does not have the annotated size.
         """
         try:
             pixels = read_annotated(record, max_pixels=self._max_pixels)
@@ -78,10 +80,10 @@ class StockMapper(DatasetMapper):
 
 
 def stock_records(cfg: CfgNode, names: Sequence[str], *, train: bool) -> Sequence[dict]:
-    """Dataset dicts as detectron2's `get_detection_dataset_dicts` makes them, of checked data sets.
+    """Return dataset dicts like detectron2's `get_detection_dataset_dicts`, from checked data sets.
 
     Raises:
-        DataError: a data set is broken (see `check_registered`), or nothing is left of it.
+        DataError: a data set is broken (see `check_registered`), or no image is left.
     """
     records = load_records(
         tuple(names),
@@ -95,7 +97,7 @@ def stock_records(cfg: CfgNode, names: Sequence[str], *, train: bool) -> Sequenc
 
 
 def build_stock_train_loader(cfg: CfgNode) -> DataLoader:
-    """Detectron2's loader of `DATASETS.TRAIN`, with its samplers, over `stock_records`."""
+    """Build detectron2's loader of `DATASETS.TRAIN`, with its samplers, from `stock_records`."""
     records = stock_records(cfg, cfg.DATASETS.TRAIN, train=True)
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
     if classes and "annotations" in records[0]:
@@ -104,7 +106,7 @@ def build_stock_train_loader(cfg: CfgNode) -> DataLoader:
 
 
 def build_stock_test_loader(cfg: CfgNode, name: str) -> TestLoader:
-    """One pass over a data set, an image a batch."""
+    """Build one pass over a data set with one image per batch."""
     return TestLoader(
         stock_records(cfg, (name,), train=False),
         StockMapper(cfg, False),

@@ -1,9 +1,9 @@
-"""How the tasks share the training.
+"""Mixing of tasks in training.
 
-`joint`: every iteration shows images to all heads at once; each learns from those that carry its labels. One pass of
-the tower serves all. `ratio`, the authors': an iteration draws one task, and its images feed that task's head alone,
-in the task's own number and size. Both are functions of (seed, iteration): a killed run goes on to the bit, with any
-number of workers and processes.
+`joint`: in every iteration, all heads share one pass of the tower, and each learns from the images with its labels.
+`ratio`, the authors' mode: an iteration samples one task, whose images feed only that task's head, with the task's own
+batch size and image size. Both depend only on (seed, iteration), so a killed run resumes to the bit with any number of
+workers and processes.
 """
 
 import logging
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 def build_stage_loader(
     cfg: CfgNode, stage: str, images: LabelledImages, *, start_iteration: int = 0, seed: int
 ) -> MixedLoader:
-    """The endless batches of a stage, mixed as `VISFT.TASK_MIXING` says, from an iteration of the trainer on.
+    """Build the endless batches of a stage, mixed by `VISFT.TASK_MIXING`, starting at an iteration of the trainer.
 
     Args:
         cfg: reads VISFT.{TASK_MIXING, TASK_RATIOS, TASKS, INPUT, SOLVER}, MODEL.VISFT.{HEADS, OBJECTIVES}, INPUT and
             DATALOADER.
         stage: `heads` or `lora`; each has its own order of images and tasks.
-        start_iteration: the trainer's iteration to go on from; each takes ACCUMULATE batches.
-        seed: of the run; the same in all processes, and after a restart.
+        start_iteration: the trainer's iteration to start from; each takes ACCUMULATE batches.
+        seed: of the run, the same in all processes and after a restart.
 
     Raises:
         ConfigError: the processes cannot share a batch evenly.
@@ -66,7 +66,7 @@ def build_stage_loader(
     for task, ratio in zip(tasks, ratios, strict=True):
         share = 100 * ratio / sum(ratios)
         logger.info(
-            "task %s: %.1f %% of the iterations, %d of %d images a batch",
+            "task %s: %.1f %% of the iterations, %d of %d images per batch",
             task.name,
             share,
             task.batch_size,
@@ -84,13 +84,13 @@ def build_stage_loader(
 
 
 def task_value(cfg: CfgNode, head: str, key: str) -> int | str | tuple[int, ...] | None:
-    """A key of `VISFT.TASKS.<HEAD>`; None for a head without such a node, which has the common values."""
+    """Return a key of `VISFT.TASKS.<HEAD>`, or None for a head without this node, which uses the common values."""
     node = cfg.VISFT.TASKS.get(head.upper())
     return None if node is None else node[key]
 
 
 def task_config(cfg: CfgNode, head: str) -> CfgNode:
-    """The config with a task's own recipe and sizes (`VISFT.TASKS.<HEAD>`) in the place of the common ones."""
+    """Return the config with a task's own augmentation and sizes (`VISFT.TASKS.<HEAD>`) instead of the common ones."""
     own = cfg.clone()
     own.defrost()
     for key, node in (

@@ -1,4 +1,4 @@
-"""The records of the data sets that a run names: checked, with captions, and those with something to learn from."""
+"""Checked records of a run's data sets, with captions, and without images that have nothing to learn from."""
 
 import itertools
 import logging
@@ -23,14 +23,15 @@ def load_records(
     rules: ImageRules | None = None,
     captions: bool = True,
 ) -> Sequence[dict]:
-    """Dataset dicts of registered data sets, checked, with `captions` and (for training) `has_masks`.
+    """Return checked dataset dicts of registered data sets. For training, they have `captions` and `has_masks`.
 
     Args:
         names: names in detectron2's DatasetCatalog.
-        train: whether to check for what training needs; else for what evaluation needs.
+        train: whether to check what training needs, instead of what evaluation needs.
         rules: which images may be bad (default: none).
-        filter_empty: drop images without an annotation that is no crowd; of one with captions, only the annotations.
-        captions: whether captions are wanted.
+        filter_empty: drop images whose annotations are all crowds. If such an image has captions, drop only its
+            annotations.
+        captions: whether captions are needed.
     """
     parts: list[Sequence[dict]] = []
     for name in names:
@@ -68,22 +69,22 @@ def load_records(
 
 
 def _have_masks(records: list[dict], name: str) -> bool:
-    """Whether the annotations have masks; a mask here and there is as good as none."""
+    """Whether all annotations have masks. Otherwise, masks are not used."""
     annotations = [a for record in records for a in record.get("annotations", ())]
     if all_masked(annotations):
         return True
     masks = sum(usable(a.get("segmentation")) is not None for a in annotations)
     if masks:
         logger.warning(
-            "%s: %d of %d annotations have masks: boxes alone are used", name, masks, len(annotations)
+            "%s: only %d of %d annotations have masks, so only boxes are used", name, masks, len(annotations)
         )
     return False
 
 
 def _are_masked(summary: CocoSummary, name: str) -> bool:
-    """As `_have_masks`."""
+    """Like `_have_masks`."""
     if summary.masked and summary.unmasked:
-        logger.warning("%s: not all annotations have masks: boxes alone are used", name)
+        logger.warning("%s: not all annotations have masks, so only boxes are used", name)
     return bool(summary.learnable) and not summary.unmasked
 
 
@@ -96,7 +97,7 @@ def _without_empty(records: list[dict], name: str) -> list[dict]:
 
 
 def _not_empty(records: Iterable[dict], name: str) -> tuple[list[int], set[int]]:
-    """Indices of the records that have something to learn from, and of those among them that have captions alone."""
+    """Return the indices of records with something to learn from, and of those among them with only captions."""
     kept, bare, dropped = [], set(), 0
     for index, record in enumerate(records):
         if "annotations" in record and all(a.get("iscrowd", 0) for a in record["annotations"]):

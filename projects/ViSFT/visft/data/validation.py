@@ -1,4 +1,4 @@
-"""Annotation files in COCO's format and formats near it, checked whole before training."""
+"""Complete checks of annotation files in COCO's and similar formats, before training."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -22,17 +22,17 @@ from visft.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A box may reach this many pixels over the image's edge: annotation tools round, COCO's own included.
+# A box may reach this many pixels beyond the image's edge, because annotation tools round, including COCO's own.
 _BOX_TOLERANCE = 1.0
 
-# Images of COCO's train sets with one box each that has no height (github.com/cocodataset/cocoapi, issue 355). All
-# the world trains on these files, so they pass; the mapper drops the two as it drops what a crop leaves empty.
+# Images of COCO's train sets with one box of height 0 each (github.com/cocodataset/cocoapi, issue 355). They pass,
+# because these files are in common use. The mapper drops the two boxes.
 _KNOWN_FLAT = {200365, 550395}
 
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What a checked annotation file holds."""
+    """A summary of a checked annotation file."""
 
     classes: tuple[str, ...]
     """Names in the order of their category ids."""
@@ -41,20 +41,20 @@ class CocoSummary:
     annotated: bool
     """Whether it has `annotations`."""
     learnable: int
-    """Annotations that are no crowds."""
+    """Number of annotations that are not crowds."""
     masked: str
-    """The first annotation with a mask; "": none has."""
+    """The first annotation with a mask, or ""."""
     unmasked: str
-    """The first annotation of an object without a mask, and what is wrong."""
+    """The first annotation without a mask that is not a crowd, and the reason."""
     unmasked_crowd: str
     no_area: str
-    """The first annotation whose `area` is no number, which evaluation reads."""
+    """The first annotation whose `area`, which evaluation reads, is not a number."""
     not_federated: str = ""
-    """Where LVIS's evaluation needs it: the first entry that does not say what is known of which class."""
+    """For LVIS's evaluation: the first entry that does not say which classes are annotated exhaustively."""
 
 
 def summary_of(values: Mapping) -> CocoSummary:
-    """A summary from its values as JSON keeps them."""
+    """Return a summary from its JSON values."""
     lists = {key: tuple(values[key]) for key in ("classes", "category_ids")}
     return CocoSummary(**{**values, **lists})
 
@@ -62,15 +62,14 @@ def summary_of(values: Mapping) -> CocoSummary:
 def check_content(
     path: str, content: dict, annotations: Iterable | None = None, layout: Layout = COCO
 ) -> CocoSummary:
-    """Check what an annotation file holds, all but whether its images are there.
+    """Check the content of an annotation file, but not whether its images exist.
 
     Args:
-        annotations: those of the file, where they are not in its content; each is checked before the next is asked for.
+        annotations: those of the file, if they are not in its content. Each is checked before the next one is read.
         layout: of the file.
 
     Raises:
-        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and what was
-            expected.
+        DataError: names the file, the first wrong entry (annotations by their id), what is wrong and what was expected.
     """
     categories = _check_categories(path, entries_of(path, content, "categories"))
     images = entries_of(path, content, "images")
@@ -102,8 +101,8 @@ def _not_federated(categories: list[dict], images: list[dict]) -> str:
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):
             if not isinstance(entry.get(key), list) or not ids.issuperset(entry[key]):
                 return (
-                    f"image {entry['id']} has {key} {entry.get(key)!r}; expected a list of ids of `categories`, as "
-                    "LVIS's evaluation reads it"
+                    f"image {entry['id']} has {key} {entry.get(key)!r}; expected a list of ids of `categories`, for "
+                    "LVIS's evaluation"
                 )
     return ""
 
@@ -122,7 +121,7 @@ def _check_categories(path: str, entries: list) -> dict[int, str]:
 
 
 def _check_images(path: str, entries: list, layout: Layout) -> dict[int | str, tuple[int, int]]:
-    """Returns (width, height) by image id."""
+    """Check images and return (width, height) by image id."""
     sizes: dict[int | str, tuple[int, int]] = {}
     for number, entry in enumerate(entries):
         where = name_of(entry, number, "image", "images")
@@ -145,14 +144,14 @@ def _check_annotations(
     categories: dict[int, str],
     layout: Layout,
 ) -> dict:
-    """What a summary says of annotations."""
+    """Check annotations and return their part of the summary."""
     seen, learnable = set(), 0
     masked = unmasked = unmasked_crowd = no_area = ""
     keys = {"id": is_id, "image_id": is_id, "category_id": is_int, "bbox": is_box}
     for number, entry in enumerate(entries):
         where = name_of(entry, number)
         require_keys(path, where, entry, keys)
-        # detectron2 lets COCO 2014's minival repeat ids, which it is known to do.
+        # COCO 2014's minival is known to repeat ids, which detectron2 also allows.
         if entry["id"] in seen and "minival" not in path:
             raise DataError(f"{path}: annotation id {entry['id']} occurs twice; ids must be unique")
         seen.add(entry["id"])
@@ -188,7 +187,7 @@ def _check_annotations(
             unmasked_crowd = unmasked_crowd or missing
         else:
             unmasked = unmasked or missing
-    logger.info("%s: %d images, %d annotations, nothing wrong", path, len(sizes), len(seen))
+    logger.info("%s: %d images, %d annotations, no errors", path, len(sizes), len(seen))
     return {
         "learnable": learnable,
         "masked": masked,
@@ -206,18 +205,18 @@ def _check_box(path: str, where: str, entry: dict, size: tuple[int, int]) -> Non
             return
         raise DataError(
             f"{path}: {where} has a box without area, bbox {entry['bbox']}; expected [x, y, width, height] with "
-            "width and height above 0: correct it or take it out"
+            "width and height above 0: correct it or remove it"
         )
     over = max(-x, -y, x + w - width, y + h - height)
     if over > _BOX_TOLERANCE:
         raise DataError(
             f"{path}: {where} has a box that reaches {over:g} px out of its image, bbox {entry['bbox']} in "
-            f"{width} x {height}; expected [x, y, width, height] in pixels inside the image"
+            f"{width} x {height}; expected [x, y, width, height] in pixels inside the image: correct it"
         )
 
 
 def _check_mask(path: str, where: str, segmentation: object, size: tuple[int, int]) -> str:
-    """Why a mask is as good as none; "" where it is one."""
+    """Return why an annotation has no usable mask, or ""."""
     reason = mask_formats.fault(segmentation, size)
     sentence = (
         f"{where} has a mask that does not decode: {reason}; expected polygons [[x1, y1, x2, y2, ...], ...] or run "

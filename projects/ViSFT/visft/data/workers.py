@@ -1,4 +1,4 @@
-"""Worker processes of loaders, and what every loader asks of PyTorch's DataLoader."""
+"""Worker processes of loaders, and common options of PyTorch's DataLoader."""
 
 import os
 import signal
@@ -10,25 +10,25 @@ from detectron2.config import CfgNode
 
 
 def num_workers(cfg: CfgNode) -> int:
-    """Worker processes of a loader: DATALOADER.NUM_WORKERS, or as many as there are processors."""
-    # More than there are processors only wait for one another, and torch warns of them; the batches are the same.
+    """Return the number of a loader's worker processes: DATALOADER.NUM_WORKERS, at most the number of CPUs."""
+    # More workers would only wait for one another, and torch warns about them. The batches are the same.
     return min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether images lie in memory that a GPU copies from while it computes: where MODEL.DEVICE is one, and there."""
+    """Whether to pin memory, from which a GPU copies while it computes: if MODEL.DEVICE is a GPU that exists."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
 
 
 def loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
-    """Arguments of a DataLoader.
+    """Return the arguments of a DataLoader.
 
     Args:
-        workers: processes that load; 0: the caller itself.
+        workers: number of worker processes; 0: load in the calling process.
         pin_memory: see `pins_memory`.
     """
-    # Without one of its own, a DataLoader draws from the global generator whenever it starts, and a resumed run, which
-    # starts loaders at other moments, would go another way.
+    # Without its own generator, a DataLoader uses the global one whenever it starts. A resumed run starts loaders at
+    # other times and would get other random numbers.
     generator = torch.Generator().manual_seed(0)
     return {
         "num_workers": workers,
@@ -39,15 +39,15 @@ def loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
 
 
 def outlive_signals(worker: int) -> None:
-    """Make a loader's worker leave it to its parent when to end, for one that was asked to stop finishes its iteration.
+    """Make a loader's worker ignore signals that are not from its parent, which first finishes its iteration.
 
-    Slurm and others send their signals to all processes of a run. SIGTERM from the parent itself ends the worker.
+    Slurm and others send signals to all processes of a run. SIGTERM from the parent ends the worker.
 
     Args:
-        worker: its number, as DataLoader's `worker_init_fn` gets it.
+        worker: its index, from DataLoader's `worker_init_fn`.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Who sent a signal is told to those alone that wait for it.
+    # Only `sigwaitinfo` tells who sent a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What is checked before any weight is built: device, names, data sets, weight files, in this order (keys before)."""
+"""Checks of a config before any weight is built: device, names, data sets and weight files, in this order."""
 
 import os
 
@@ -31,16 +31,16 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 def check(
     cfg: CfgNode, *, processes: int = 1, local_processes: int = 1, train: bool = True, test: bool = True
 ) -> None:
-    """Raise the first thing that is wrong with a config, before anything is built or written.
+    """Raise an error for the first fault of a config, before anything is built or written.
 
     Args:
-        cfg: as `settings.load_config` returns it (which has checked the keys). Own data (`VISFT.DATA`) is
-            registered and becomes DATASETS.TRAIN / TEST here.
-        processes: over all machines. local_processes: on this one.
+        cfg: from `settings.load_config`, which has checked the keys. Registers own data (`VISFT.DATA`) and makes it
+            DATASETS.TRAIN / TEST.
+        processes: number of processes on all machines. local_processes: on this machine.
         train, test: whether the images of DATASETS.TRAIN, DATASETS.TEST will be read.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one sentence each.
+        ConfigError, DataError, CheckpointError: the first fault.
     """
     _device(cfg, local_processes)
     _names(cfg)
@@ -66,12 +66,12 @@ def _device(cfg: CfgNode, local_processes: int) -> None:
         return
     if not torch.cuda.is_available():
         raise ConfigError(
-            "MODEL.DEVICE is `cuda`, but torch finds no GPU here; to run without one, append `MODEL.DEVICE cpu` "
+            "MODEL.DEVICE is `cuda`, but torch finds no GPU; to run without one, append `MODEL.DEVICE cpu` "
             "to the command"
         )
     if local_processes > torch.cuda.device_count():
         raise ConfigError(
-            f"--num-gpus {local_processes}: this machine has {torch.cuda.device_count()} GPU; give at most so many"
+            f"--num-gpus {local_processes}: this machine has {torch.cuda.device_count()} GPUs; use at most this number"
         )
 
 
@@ -107,7 +107,7 @@ def _tower(cfg: CfgNode) -> int:
     open_clip_models.check_name(vit.NAME)
     if not _is_file(vit.PRETRAINED):
         open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
-    parts = adapt(open_clip_models.meta_tower(vit.NAME))  # refuses what is no plain vision transformer
+    parts = adapt(open_clip_models.meta_tower(vit.NAME))  # refuses anything but a plain vision transformer
     key_rules.check_keys(cfg, key_rules.TOWER)
     return len(parts.blocks)
 
@@ -129,11 +129,11 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
         _one_of("MODEL.VISFT.HEADS", head, known)
         _one_of(f"MODEL.VISFT.{head.upper()}.HEAD", node[head.upper()].HEAD, classes)
     if len(set(node.HEADS)) != len(node.HEADS):
-        raise ConfigError(f"MODEL.VISFT.HEADS names a head twice: {', '.join(node.HEADS)}")
+        raise ConfigError(f"MODEL.VISFT.HEADS is {', '.join(node.HEADS)}; expected each head once")
     if node.LOSS_WEIGHTS and len(node.LOSS_WEIGHTS) != len(node.HEADS):
         raise ConfigError(
             f"MODEL.VISFT.LOSS_WEIGHTS has {len(node.LOSS_WEIGHTS)} numbers for {len(node.HEADS)} heads; expected "
-            "one for each of MODEL.VISFT.HEADS, or ()"
+            "one number per head in MODEL.VISFT.HEADS, or ()"
         )
     key_rules.check_keys(cfg, key_rules.RUN)
     for stage in cfg.VISFT.STAGES:
@@ -147,7 +147,7 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_sampler(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(
-            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, as CLIP does: set it to RGB, with "
+            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, like CLIP: set it to RGB, with "
             "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
         )
 
@@ -156,11 +156,13 @@ def _exports(cfg: CfgNode) -> None:
     for name in cfg.VISFT.EXPORT:
         if export.FORMATS[name].needs_lora and "lora" not in cfg.VISFT.STAGES:
             raise ConfigError(
-                f"VISFT.EXPORT has {name}, which is LoRA alone, and VISFT.STAGES has no stage lora"
+                f"VISFT.EXPORT has {name}, which only writes LoRA, but VISFT.STAGES has no stage lora; remove {name} "
+                "or add the stage"
             )
         if export.FORMATS[name].needs_lora and cfg.MODEL.VISFT.TUNE == "full":
             raise ConfigError(
-                f"VISFT.EXPORT has {name}, which is LoRA alone, and MODEL.VISFT.TUNE is full, without LoRA"
+                f"VISFT.EXPORT has {name}, which only writes LoRA, but MODEL.VISFT.TUNE is full, without LoRA; "
+                f"remove {name} or set TUNE to lora"
             )
         if name != "open_clip":
             export.check(name, open_clip_models.meta_tower(cfg.MODEL.CLIP_VIT.NAME))
@@ -172,7 +174,8 @@ def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
         raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
     if solver.IMS_PER_BATCH % processes:
         raise ConfigError(
-            f"{key}.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {processes} processes cannot share evenly"
+            f"{key}.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {processes} processes cannot share evenly; set a "
+            f"multiple of {processes}"
         )
 
 
@@ -180,7 +183,7 @@ def _data_sets(cfg: CfgNode, train: bool, test: bool) -> None:
     register_own_data(cfg)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError(
-            "DATASETS.TRAIN is empty, and its first data set says which classes there are: name one, or set "
+            "DATASETS.TRAIN is empty, but its first data set defines the classes: name one, or set "
             "VISFT.DATA.TRAIN_JSON and VISFT.DATA.TRAIN_IMAGES"
         )
     for key, name in [("TRAIN", n) for n in cfg.DATASETS.TRAIN] + [("TEST", n) for n in cfg.DATASETS.TEST]:
@@ -191,7 +194,7 @@ def _data_sets(cfg: CfgNode, train: bool, test: bool) -> None:
 
 
 def _class_losses(cfg: CfgNode) -> None:
-    """After the data sets: the federated loss asks how frequent their classes are."""
+    """Run after the checks of data sets, because the federated loss needs the frequencies of their classes."""
     for head in cfg.MODEL.VISFT.HEADS:
         key, node = f"MODEL.VISFT.{head.upper()}", cfg.MODEL.VISFT[head.upper()]
         if "PROMPTS" in node:

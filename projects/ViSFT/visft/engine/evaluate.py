@@ -1,4 +1,4 @@
-"""Evaluation of every head on DATASETS.TEST, and images of it."""
+"""Evaluation of every head on DATASETS.TEST, and drawings of predictions."""
 
 import logging
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Flat figures, `detection/bbox/AP50` and so on, in per cent; empty on all but the main process, and without heads.
+    """Return flat metrics in per cent, such as `detection/bbox/AP50`.
 
-    With several data sets in DATASETS.TEST each figure's name begins with its data set's. With an open vocabulary,
-    heads are scored on the names of each data set.
+    With several data sets in DATASETS.TEST, each name begins with the data set's. With an open vocabulary, heads are
+    scored on the names of each data set. The result is empty without heads and in all but the main process.
 
     Raises:
         ConfigError: the names of the open vocabulary are not those of a data set.
@@ -46,7 +46,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def evaluate_with_zero_shot(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """As `evaluate`, and over the demo world also how the tower classifies emoji without training."""
+    """Like `evaluate`, with zero-shot metrics of emoji if the data is the demo world."""
     metrics = evaluate(cfg, model)
     if comm.is_main_process() and demo_zero_shot.applies(cfg):
         with mixed_precision.evaluating(cfg):
@@ -64,7 +64,7 @@ def log_metrics(step: str, metrics: Mapping[str, float]) -> None:
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
-    """Draw images of the first of DATASETS.TEST: ground truth beside each head's prediction; none without heads."""
+    """Draw ground truth beside each head's predictions for images of DATASETS.TEST[0]. Without heads, draw nothing."""
     if not cfg.MODEL.VISFT.HEADS:
         return
     _set_names(cfg, model, cfg.DATASETS.TEST[0])
@@ -75,18 +75,18 @@ def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
 
 
 def named_classes(model: nn.Module) -> Metadata:
-    """What the classes of a model's predictions are called, for detectron2's Visualizer."""
+    """The class names of a model's predictions, for detectron2's Visualizer."""
     return Metadata(name="predicted", thing_classes=list(model.class_names))
 
 
 def _set_names(cfg: CfgNode, model: nn.Module, data_set: str) -> None:
-    """Make a model with an open vocabulary look for the classes of a data set."""
+    """Set the classes of a data set as the names of a model with an open vocabulary."""
     if getattr(model, "open_vocabulary", None) is None:
         return
     names, classes = configured_names(cfg, data_set), names_of(data_set)
     if names.shown != classes.shown:
         raise ConfigError(
             f"{KEY}.NAMES has {len(names.shown)} names, which are not the {len(classes.shown)} classes of {data_set}: "
-            "set it to ('test',) to evaluate, or to () for the classes that the heads learnt"
+            "set it to ('test',) to evaluate these classes, or to () for the classes that the heads learned"
         )
     model.open_vocabulary.set_names(names)

@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def export(cfg: CfgNode, backbone: CLIPViT, folder: Path) -> list[Path]:
-    """Write the tuned tower in every format of `VISFT.EXPORT`; each is reopened and compared before it is there.
+    """Write the tuned tower in every format of `VISFT.EXPORT`. Each export is reopened and compared before it appears.
 
     Args:
         folder: OUTPUT_DIR/export. Gets `visft_backbone.safetensors` with its configuration (open_clip), and a folder
             for each other format (`timm/model.safetensors`, `hf`, ...).
 
     Returns:
-        The files and folders.
+        The written files and folders.
 
     Raises:
         ExportError: a format does not fit the tower, or its reader disagrees.
@@ -39,11 +39,11 @@ def export(cfg: CfgNode, backbone: CLIPViT, folder: Path) -> list[Path]:
 
 
 def facts(cfg: CfgNode, weights: str | os.PathLike) -> formats.Facts:
-    """What the model cards say of how the weights came to be.
+    """Return what model cards say about the origin of the weights.
 
     Args:
-        cfg: names the data sets where the run's own `config.yaml` is not there.
-        weights: a run's OUTPUT_DIR, whose evaluations are the card's figures, or a LoRA file, of which none are known.
+        cfg: names the data sets if the run has no `config.yaml`.
+        weights: a run's OUTPUT_DIR, whose evaluations become the card's metrics, or a LoRA file, without metrics.
     """
     folder, data, evaluations = Path(weights), (), {}
     if (folder / "run.json").is_file():

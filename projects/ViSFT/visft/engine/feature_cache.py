@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once for each image and kept: most of stage `heads` on small towers."""
+"""A cache of a frozen tower's features. Computing them is most of the time of stage `heads` on small towers."""
 
 import contextlib
 import hashlib
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 class FeatureCache:
     """Memoises the forward of a frozen backbone, image by image.
 
-    The key is the content of a normalised, padded image, so every augmented view has its own entry and a wrong
-    one cannot be found. An image is always computed alone: its features do not depend on what else is in the batch,
-    and a resumed run (whose cache is empty) gets the same to the bit. When the memory is full, further images are
-    computed as without a cache; nothing is thrown out, for a data set is read round and round.
+    The key is the content of a normalised, padded image, so every augmented view has its own entry. Each image is
+    computed by itself, so its features do not depend on the rest of the batch, and a resumed run (with an empty cache)
+    gets the same bits. When the memory is full, other images are computed without the cache. Nothing is evicted,
+    because a data set is read cyclically.
 
     Args:
         backbone: maps `[N, 3, H, W]` to a dict of `[N, C, h, w]`; must not change while it is cached.
-        gibibytes: memory for features, on the device of the features, in each process.
+        gibibytes: memory for features per process, on the device of the features.
     """
 
     def __init__(self, backbone: nn.Module, gibibytes: float) -> None:
@@ -33,7 +33,7 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Within the block the backbone computes whole batches, and nothing is kept: for evaluation."""
+        """Within the block, compute whole batches and cache nothing, for evaluation."""
         self._bypassed = True
         try:
             yield
@@ -64,20 +64,20 @@ class FeatureCache:
             self._room -= size
             self._entries[key] = features
             if self._room < size:
-                logger.info("the feature cache is full with %d images", len(self._entries))
+                logger.info("feature cache: full with %d images", len(self._entries))
         return features
 
 
 @contextlib.contextmanager
 def cached_features(backbone: nn.Module, gibibytes: float) -> Iterator[FeatureCache]:
-    """Within the block, `backbone(images)` goes through a FeatureCache (0 GiB: nothing changes)."""
+    """Within the block, `backbone(images)` uses a FeatureCache. With 0 GiB, nothing changes."""
     cache = FeatureCache(backbone, gibibytes)
     if gibibytes <= 0:
         yield cache
         return
-    backbone.forward = cache.forward  # on the instance: hides the class's method until it is deleted
+    backbone.forward = cache.forward  # hides the class's method until it is deleted
     try:
         yield cache
     finally:
         del backbone.forward
-        logger.info("feature cache: %d of %d lookups found", cache.hits, cache.hits + cache.misses)
+        logger.info("feature cache: %d hits in %d lookups", cache.hits, cache.hits + cache.misses)

@@ -1,4 +1,4 @@
-"""A run as a model: its config, classes and seed are taken from its checkpoints, and its data need not be there."""
+"""A run as a model. Its config, classes and seed come from its checkpoints, so its data need not exist."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from visft.engine import settings
 from visft.errors import CheckpointError, ConfigError, VisftError
 
 OUTPUT_DIR = "output/evaluation"
-"""Where the evaluation of a run without a config file goes: the run's own folder may be read-only."""
+"""Output folder for evaluating a run without a config file, because the run's own folder may be read-only."""
 
 _TRAIN_DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN_CAPTIONS")
 _TEST_DATA = ("TEST_JSON", "TEST_IMAGES", "TEST_CAPTIONS")
@@ -30,11 +30,11 @@ _TOWER = ("MODEL.CLIP_VIT", ("CLASS_TOKEN", "PATCH_SIZE", "WINDOW_SIZE", "GLOBAL
 _LORA = ("MODEL.LORA", ("RANK", "ALPHA", "TARGETS", "LAST_BLOCKS"))
 _HEAD = ("HEAD", "LABEL_SPACE", "CLASS_LOSS", "NUM_QUERIES", "NUM_ATTENTION_HEADS", "GRID", "DIM")
 _HEAD_ENDS = ("_LAYERS", "_DIM")
-"""Keys of a head that its weights were trained with; many leave no trace in shapes."""
+"""Keys of a head that must match its weights. Many of them do not affect shapes."""
 
 
 def record_of(cfg: CfgNode, model: nn.Module, seed: int) -> RunRecord:
-    """What a run's checkpoints shall say of it (a ViSFT model, before any stage)."""
+    """Return the record for a run's checkpoints. `model` is a ViSFT model before any stage."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.PIXEL_MEAN = model.pixel_mean.flatten().tolist()
@@ -45,11 +45,11 @@ def record_of(cfg: CfgNode, model: nn.Module, seed: int) -> RunRecord:
 
 
 def seed_of(weights: str | os.PathLike, otherwise: int) -> int:
-    """The seed of a run, from which a tower of random weights is made again.
+    """Return the seed of a run, which recreates a tower with random weights.
 
     Args:
-        weights: an OUTPUT_DIR, a stage's folder or a file; "" and files of others have no run.
-        otherwise: where there is no run; below 0 counts as 0.
+        weights: an OUTPUT_DIR, a stage's folder or a file. "" and other programs' files belong to no run.
+        otherwise: the seed if there is no run; a negative one counts as 0.
     """
     if weights:
         with contextlib.suppress(CheckpointError):
@@ -62,28 +62,28 @@ def seed_of(weights: str | os.PathLike, otherwise: int) -> int:
 
 
 def run_config(weights: str, opts: Sequence[str] = (), *, test: bool = False) -> CfgNode:
-    """The config of a run without a config file, changed by KEY VALUE pairs; MODEL.WEIGHTS is the run.
+    """Return the config of a run without a config file, changed by KEY VALUE pairs. MODEL.WEIGHTS is the run.
 
-    What training alone reads is left out. Where the run's device is not there, it is the CPU.
+    Keys that only training reads get their defaults. If the run's device does not exist here, the config uses the CPU.
 
     Args:
-        weights: a run's OUTPUT_DIR, a stage's folder or a file of one.
-        test: with the run's test set, unless the pairs name another one.
+        weights: a run's OUTPUT_DIR, a stage's folder or a file in one.
+        test: whether to use the run's test set, unless the pairs name another one.
 
     Raises:
-        CheckpointError: nothing whole is there, it does not say how it was trained, or its base is not there.
+        CheckpointError: there is no complete checkpoint, it has no record, or its base is missing.
         ConfigError: the pairs are wrong.
     """
     record = read_record(weights)
     if record is None:
         raise CheckpointError(
-            f"{weights}: does not say which config and classes it was trained with (it was written by an older visft, "
-            "or is no checkpoint of a run); give --config-file with the config that it was trained with"
+            f"{weights}: does not say which config and classes it was trained with (an older visft wrote it, or it is "
+            "not a checkpoint of a run); give --config-file with the config that it was trained with"
         )
     cfg = get_cfg()
     add_visft_config(cfg)
     defaults = cfg.clone()
-    cfg.set_new_allowed(True)  # of heads that the user registered
+    cfg.set_new_allowed(True)  # for nodes of heads that the user registered
     try:
         cfg.merge_from_other_cfg(CfgNode(record.config))
     except (ValueError, KeyError, AssertionError) as error:
@@ -114,18 +114,19 @@ def run_config(weights: str, opts: Sequence[str] = (), *, test: bool = False) ->
     heads = [head for head in node.HEADS if node[head.upper()].HEAD != "RegionTextHead"]
     if heads and not node.HEAD_FILES and not _has_heads(weights):
         raise CheckpointError(
-            f"{weights}: holds what stage lora trained, without the heads ({', '.join(heads)}), and there are none "
-            "beside its folder; give the run's OUTPUT_DIR"
+            f"{weights}: has only the weights of stage lora, without the heads ({', '.join(heads)}), and there are "
+            "none beside its folder; give the run's OUTPUT_DIR"
         )
     return cfg
 
 
 def adopt(cfg: CfgNode) -> None:
-    """Take the classes, heads and words of the run in MODEL.WEIGHTS, which then needs neither its data nor the files
-    that it started from. Without such a run nothing happens.
+    """Use the classes, heads and vocabulary of the run in MODEL.WEIGHTS instead of its data and initial files.
+
+    Does nothing if MODEL.WEIGHTS is not such a run.
 
     Raises:
-        CheckpointError: what it says of itself cannot be read.
+        CheckpointError: the run's record cannot be read.
         ConfigError: the config contradicts it.
     """
     if not cfg.MODEL.WEIGHTS or cfg.MODEL.META_ARCHITECTURE != "ViSFT":
@@ -144,35 +145,35 @@ def adopt(cfg: CfgNode) -> None:
     for name in cfg.MODEL.VISFT.HEADS:
         key = f"MODEL.VISFT.{name.upper()}.VOCABULARY"
         if _value(cfg, key) == _value(record.config, key) is not None:
-            cfg.MODEL.VISFT[name.upper()].VOCABULARY = ""  # the checkpoint has its words
+            cfg.MODEL.VISFT[name.upper()].VOCABULARY = ""  # the checkpoint has the vocabulary
 
 
 def register_classes(cfg: CfgNode) -> None:
-    """In a process with empty catalogs, register what `adopt` put into the config."""
+    """In a process with empty catalogs, register the classes that `adopt` put into the config."""
     if cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN[0].startswith(RUN_PREFIX):
         Classes.from_json(read_record(cfg.MODEL.WEIGHTS).classes).register()
 
 
 def check_agreement(cfg: CfgNode, record: RunRecord) -> None:
-    """Refuse a config that would read a run's weights in another way than they were trained in.
+    """Refuse a config that does not match the training of a run's weights.
 
     Raises:
-        ConfigError: names the keys, and what both say.
+        ConfigError: names the keys and both values.
     """
     found = [*_other_classes(cfg, record), *differences(cfg, record)]
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise ConfigError(
-            f"the config disagrees with the run {cfg.MODEL.WEIGHTS}: {'; '.join(found[:4])}{more}. Leave --config-file "
-            "out (a run has its own config), or set these keys to the run's"
+            f"the config disagrees with the run {cfg.MODEL.WEIGHTS}: {'; '.join(found[:4])}{more}. Leave "
+            "--config-file out (a run has its own config), or set these keys to the run's values"
         )
 
 
 def differences(cfg: CfgNode, record: RunRecord) -> list[str]:
-    """What a config says otherwise than a run of the keys that its weights were trained with."""
+    """List the keys that must match a run's weights but differ between a config and the run."""
     keys = [f"{node}.{key}" for node, names in (_TOWER, _LORA) for key in names]
     if tuple(cfg.VISFT.STAGES) == ("heads",) or cfg.MODEL.VISFT.TUNE == "full":
-        keys = [key for key in keys if not key.startswith("MODEL.LORA")]  # there is none
+        keys = [key for key in keys if not key.startswith("MODEL.LORA")]  # the run has no LoRA
     for head in cfg.MODEL.VISFT.HEADS:
         node = cfg.MODEL.VISFT.get(head.upper(), {})
         names = [key for key in node if key in _HEAD or key.endswith(_HEAD_ENDS)]
@@ -192,7 +193,7 @@ def differences(cfg: CfgNode, record: RunRecord) -> list[str]:
 
 
 def _is_path(base: str) -> bool:
-    """A file; or a folder, which is told from a tag of its name by a separator."""
+    """Whether a base is a file, or a folder. A separator distinguishes a folder from a tag with the same name."""
     return os.path.isfile(base) or (os.path.sep in base and os.path.isdir(base))
 
 
@@ -202,7 +203,7 @@ def _has_heads(weights: str) -> bool:
 
 
 def _other_classes(cfg: CfgNode, record: RunRecord) -> list[str]:
-    """In what the classes of a config's training data differ from those that a run learnt, one sentence or none."""
+    """Describe how the classes of a config's training data differ from those that a run learned: one text or none."""
     own = [f"VISFT.DATA.{key}" for key in _TRAIN_DATA]
     if not cfg.DATASETS.TRAIN and not any(_value(cfg, key) for key in own):
         return []
@@ -213,43 +214,43 @@ def _other_classes(cfg: CfgNode, record: RunRecord) -> list[str]:
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.VISFT.DATA.TRAIN_JSON:
-        cfg.VISFT.DATA.TRAIN_CAPTIONS = ""  # classes are asked for
+        cfg.VISFT.DATA.TRAIN_CAPTIONS = ""  # only the classes matter here
     try:
         register_own_data(cfg)
         name = cfg.DATASETS.TRAIN[0]
         if name not in DatasetCatalog:
             return [
-                f"the run learnt {_classes(theirs.names)}, and DATASETS.TRAIN names {name}, which is not registered"
+                f"the run learned {_classes(theirs.names)}, but DATASETS.TRAIN names {name}, which is not registered"
             ]
         filled_metadata(name, "thing_classes")
         ours = Classes.known(cfg)
     except (VisftError, OSError) as error:
         return [
-            f"the run learnt {_classes(theirs.names)}, and the classes of DATASETS.TRAIN cannot be read ({error})"
+            f"the run learned {_classes(theirs.names)}, but the classes of DATASETS.TRAIN cannot be read ({error})"
         ]
     heads = [cfg.MODEL.VISFT.get(head.upper(), {}) for head in cfg.MODEL.VISFT.HEADS]
     ids = any(node.get("LABEL_SPACE") == "dataset_id" for node in heads)
     if ours.names == theirs.names and (not ids or ours.dataset_ids == theirs.dataset_ids):
         return []
     return [
-        f"the run learnt {_classes(theirs.names)}, and DATASETS.TRAIN ({name}) has {_classes(ours.names)}"
+        f"the run learned {_classes(theirs.names)}, but DATASETS.TRAIN ({name}) has {_classes(ours.names)}"
     ]
 
 
 def _check_base(cfg: CfgNode) -> None:
-    """Say of a base that is a file, and is not there any more, how it is given."""
+    """Raise an error if the base is a file that no longer exists."""
     base = cfg.MODEL.CLIP_VIT.PRETRAINED
     if os.path.sep in base and "://" not in base and not os.path.exists(base):
         sha256 = (describe(run_files(cfg.MODEL.WEIGHTS)[-1]).get("base") or {}).get("sha256") or "unknown"
         raise CheckpointError(
-            f"{cfg.MODEL.WEIGHTS}: was trained on the base {base}, which is not there (SHA-256 {sha256[:12]}...; a run "
-            "holds what it trained, not its base). Give the file by `MODEL.CLIP_VIT.PRETRAINED FILE`, in Python by "
+            f"{cfg.MODEL.WEIGHTS}: was trained on the base {base}, which does not exist (SHA-256 {sha256[:12]}...; a "
+            "run does not contain its base). Name the file with `MODEL.CLIP_VIT.PRETRAINED FILE`, or in Python "
             "visft.load(run, base=FILE)"
         )
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a full key; tuples as lists, as YAML has them; None: there is none."""
+    """Return the value of a full key, with tuples as lists as in YAML, or None if there is no such key."""
     for part in key.split("."):
         if not isinstance(config, Mapping) or part not in config:
             return None

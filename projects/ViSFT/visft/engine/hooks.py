@@ -14,7 +14,7 @@ from visft.utils import progress
 
 
 class LearningRate(HookBase):
-    """Sets the learning rate before each step, from the iteration's number alone.
+    """Sets the learning rate before each step as a function of the iteration alone.
 
     Args:
         rate: maps an iteration (from 0) to its learning rate.
@@ -30,15 +30,15 @@ class LearningRate(HookBase):
 
 
 class Checkpoints(HookBase):
-    """Saves at each multiple of the periods and after the last iteration, and when the run is asked to stop.
+    """Saves at each multiple of the periods, after the last iteration, and when a signal stops the run.
 
     Args:
-        save: called with the number of iterations done, in every process.
-        periods: of checkpoints, and of what may be interrupted after one (evaluation). 0: never.
+        save: called in every process with the number of finished iterations.
+        periods: of checkpoints, and of work that may be interrupted after a checkpoint (evaluation). 0: never.
 
     Raises:
-        TrainingError: a weight is not finite; nothing is saved then.
-        Stopped: after the checkpoint, when a process was sent a signal.
+        TrainingError: a weight is not finite. Nothing is saved then.
+        Stopped: after the checkpoint, if a process received a signal.
     """
 
     def __init__(self, save: Callable[[int], None], *periods: int) -> None:
@@ -48,7 +48,7 @@ class Checkpoints(HookBase):
         done, end = self.trainer.iter + 1, self.trainer.max_iter
         stop = stopping.requested()
         if stop or done == end or any(done % period == 0 for period in self._periods):
-            # A finite gradient can still end in weights that are not, with a rate that is far too high.
+            # With a learning rate that is far too high, a finite gradient can still give infinite weights.
             if not all(torch.isfinite(parameter).all() for parameter in self.trainer.parameters):
                 raise TrainingError(
                     f"stage {self.trainer.stage}, iteration {self.trainer.iter}: a trained weight is not finite, so "
@@ -60,7 +60,7 @@ class Checkpoints(HookBase):
 
 
 class Progress(HookBase):
-    """A bar over a stock trainer's iterations (see `visft.utils.progress`)."""
+    """A progress bar for a stock trainer (see `visft.utils.progress`)."""
 
     def before_train(self) -> None:
         self._open = contextlib.ExitStack()
@@ -91,7 +91,7 @@ class Writers(HookBase):
         self.close()
 
     def close(self) -> None:
-        """Close the files; what was not written is lost, as after a kill."""
+        """Close the files without writing the pending metrics."""
         for writer in self._writers:
             writer.close()
 

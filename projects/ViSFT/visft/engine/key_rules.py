@@ -1,4 +1,4 @@
-"""What the values of config keys may be, in one table. What one key says of another is checked in `checks`."""
+"""A table of the valid values of config keys. `checks` covers rules that involve several keys."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from visft.utils import mixed_precision
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be.
+    """A rule for the value of a key.
 
     Attributes:
-        holds: whether a value may be.
+        holds: whether a value is valid.
         expected: the same in words.
-        known: of names, those that there are.
+        known: the valid names, if the value is a name or a tuple of names.
     """
 
     holds: Callable[[Any], bool]
@@ -57,7 +57,7 @@ TOWER = {
     "MODEL.CLIP_VIT.WINDOW_SIZE": _at_least(0, "0 or a number of patches"),
     "MODEL.CLIP_VIT.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
-"""Of a CLIP tower, also under a stock detector."""
+"""Rules for a CLIP tower, also under a stock detector."""
 
 RUN = {
     "MODEL.VISFT.TUNE": _one_of(*TUNES),
@@ -90,13 +90,15 @@ RUN = {
     "VISFT.SOLVER.{stage}.CHECKPOINT_PERIOD": _NOT_NEGATIVE,
     "VISFT.SOLVER.{stage}.KEEP_CHECKPOINTS": _NOT_NEGATIVE,
 }
-"""Of a ViSFT run. `{head}` stands for each of MODEL.VISFT.HEADS with the key, `{stage}` for each of VISFT.STAGES."""
+"""Rules for a ViSFT run. `{head}` stands for each head in MODEL.VISFT.HEADS that has the key, and `{stage}` for each
+stage in VISFT.STAGES."""
 
 
 def check_keys(cfg: CfgNode, rules: dict[str, Rule]) -> None:
-    """
+    """Check the values of keys.
+
     Raises:
-        ConfigError: names the first key with a value that it may not have.
+        ConfigError: names the first key with an invalid value.
     """
     for pattern, rule in rules.items():
         for key in _keys(cfg, pattern):
@@ -123,7 +125,7 @@ def _keys(cfg: CfgNode, pattern: str) -> Iterator[str]:
 
 
 def _value(cfg: CfgNode, key: str) -> Any:
-    """None where there is no such key, or no value."""
+    """Return the value of a full key, or None if there is no such key."""
     for part in key.split("."):
         if not isinstance(cfg, CfgNode) or part not in cfg:
             return None

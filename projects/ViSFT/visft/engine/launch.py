@@ -1,4 +1,4 @@
-"""What `tools/train_net.py` does with its arguments: checks, processes."""
+"""Checks and processes of `tools/train_net.py`."""
 
 import argparse
 import datetime
@@ -17,7 +17,7 @@ from visft.utils import cli
 
 
 def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> int:
-    """Train in this process what a config file with changed keys describes; returns the exit status, as the tool's."""
+    """Train in this process with a config file and changed keys. Returns the exit status of the tool."""
     args = argparse.Namespace(
         config_file=config,
         opts=[*opts],
@@ -31,7 +31,7 @@ def train_config(config: str, opts: Sequence[str], *, resume: bool = False) -> i
 
 
 def train(args: argparse.Namespace) -> None:
-    """Check everything that can be checked beforehand, then run in as many processes as asked for."""
+    """Run all checks, then train in the requested number of processes."""
     args.resume = args.resume or _restarts() > 0
     cfg = prepare(args)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
@@ -49,10 +49,10 @@ def _restarts() -> int:
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of parsed arguments, after every check that needs no weights, in the order of `checks`.
+    """Return the frozen config for parsed arguments, after every check that needs no weights.
 
     Raises:
-        ConfigError, DataError, CheckpointError: at the first thing that is wrong.
+        ConfigError, DataError, CheckpointError: the first fault.
     """
     weights = getattr(args, "weights", "")
     if args.eval_only and weights and not args.config_file:
@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         cfg = settings.load_config(args.config_file, args.opts)
         if not args.config_file:
             raise ConfigError(
-                "--config-file is missing: give one of configs/*.yaml (with --eval-only also a run alone, by --weights)"
+                "--config-file is missing: give one of configs/*.yaml (with --eval-only, --weights RUN is enough)"
             )
         cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
         if args.eval_only:
@@ -69,7 +69,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
                 cfg.MODEL.WEIGHTS = cfg.OUTPUT_DIR
             from_run.adopt(cfg)
     if args.num_gpus < 1 or args.num_machines < 1:
-        raise ConfigError("--num-gpus and --num-machines are numbers of processes: at least 1 each")
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus} and --num-machines is {args.num_machines}; expected at least 1 each"
+        )
     processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     checks.check(cfg, processes=processes, local_processes=args.num_gpus, train=not args.eval_only)
     cfg.freeze()
@@ -77,13 +79,13 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Run in this process, the process group being up where there are several."""
-    # Sums round by how they are split among threads. Once their number is set, MKL chooses none of its own
-    # (MKL_DYNAMIC), so that a run that is resumed with as many threads has the same bits.
+    """Run in this process. With several processes, the process group must exist."""
+    # The rounding of sums depends on the number of threads. Setting it keeps MKL from choosing its own (MKL_DYNAMIC),
+    # so that a run resumed with the same number has the same bits.
     torch.set_num_threads(torch.get_num_threads())
     runner = stages if cfg.MODEL.META_ARCHITECTURE == "ViSFT" else stock
     with stopping.on_signals():
-        if args.eval_only:  # writes nothing that a run writes
+        if args.eval_only:  # needs no lock, because it writes none of a run's files
             runner.evaluate_only(cfg, args)
             return
         with run_lock.locked(cfg.OUTPUT_DIR):
@@ -108,22 +110,22 @@ def _worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url: str) -
         comm.synchronize()
         run(args, cfg)
     finally:
-        if torch.distributed.is_initialized():  # a run that ended well has left
+        if torch.distributed.is_initialized():  # a successful run has already left the group
             torch.distributed.destroy_process_group()
 
 
 def join_group(backend: str, url: str, rank: int, world: int, minutes: float) -> None:
-    """Make the process group of a run.
+    """Create the process group of a run.
 
     Args:
-        minutes: VISFT.PROCESS_TIMEOUT, of all that the processes do together.
+        minutes: VISFT.PROCESS_TIMEOUT, the timeout of all collective operations.
     """
     timeout = datetime.timedelta(minutes=minutes)
     store, rank, world = next(torch.distributed.rendezvous(url, rank, world, timeout=timeout))
-    # torchrun keeps its store over restarts: under the same names are the addresses of processes that are gone.
+    # torchrun keeps its store over restarts, with the addresses of the processes of earlier starts.
     store = torch.distributed.PrefixStore(f"start_{_restarts()}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    # What detectron2 gathers goes through a gloo group that it makes without a timeout, of 30 minutes then.
+    # detectron2 gathers through a gloo group that it creates with the default timeout of 30 minutes.
     gathering = comm._get_global_gloo_group()
     gathering._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
@@ -134,11 +136,11 @@ def _guarded_worker(local_rank: int, args: argparse.Namespace, cfg: CfgNode, url
     os.environ.setdefault("RANK", str(args.machine_rank * args.num_gpus + local_rank))
     status = cli.guard(_worker, local_rank, args, cfg, url, again=cli.RESUME)
     if status:
-        os._exit(status)  # at once: the other processes are waiting for this one
+        os._exit(status)  # at once, because the other processes wait for this one
 
 
 def _start_processes(args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
-    """Start one process a GPU and wait for all of them."""
+    """Start one process per GPU and wait for all of them."""
     pids: list[int] = []
     try:
         with stopping.forwarded(lambda: pids):
@@ -154,7 +156,7 @@ def _start_processes(args: argparse.Namespace, cfg: CfgNode, url: str) -> None:
                 raise Stopped(number) from error
         raise TrainingError(
             f"process {error.error_index} of {len(context.processes)} ended with status {error.exit_code}, so the "
-            "others were stopped; its own message stands above"
+            "others were stopped; see its message above"
         ) from error
 
 

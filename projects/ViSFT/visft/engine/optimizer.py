@@ -13,16 +13,17 @@ from visft.modeling.backbone import lr_factor
 def build_optimizer(
     model: nn.Module, solver: CfgNode, *, layer_decay: float = 1.0, heads: CfgNode | None = None
 ) -> torch.optim.AdamW:
-    """AdamW (eps 1e-8) over the parameters of `model` that train, all with the same weight decay, as the paper's.
+    """Build AdamW (eps 1e-8) for the trained parameters of `model`, all with the same weight decay as in the paper.
 
     Args:
-        model: parameters with `requires_grad` are taken, in the order of `named_parameters`.
+        model: its parameters with `requires_grad` are used, in the order of `named_parameters`.
         solver: a node of `VISFT.SOLVER`.
         layer_decay: MODEL.CLIP_VIT.LAYER_DECAY (see `visft.modeling.backbone.lr_factor`).
-        heads: the node whose BASE_LR and WEIGHT_DECAY the parameters of `model.heads` have; None: `solver`.
+        heads: the node with BASE_LR and WEIGHT_DECAY for the parameters of `model.heads`. None: `solver`.
 
     Returns:
-        One group for each pair of a rate and a weight decay; a rate other than BASE_LR is its `lr_scale` times that.
+        The optimizer, with one group per pair of rate and weight decay. A rate other than BASE_LR is the group's
+        `lr_scale` times BASE_LR.
     """
     factor = lr_factor(model, layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -42,10 +43,10 @@ def build_optimizer(
 
 
 def learning_rate(iteration: int, *, base: float, warmup: int, total: int) -> float:
-    """Learning rate of an iteration (from 0): linear warm-up, then a half cosine to 0 at `total`.
+    """Return the learning rate of an iteration (from 0): linear warmup, then a half cosine to 0 at `total`.
 
-    It depends on the iteration alone, so that a resumed run needs no scheduler state. Cosine: Loshchilov & Hutter,
-    "SGDR", eq. 5 without restarts, counted from iteration 0, as detectron2's WarmupCosineLR does.
+    It depends only on the iteration, so a resumed run needs no scheduler state. The cosine is eq. 5 of Loshchilov &
+    Hutter, "SGDR", without restarts, counted from iteration 0 as in detectron2's WarmupCosineLR.
     """
     factor = 0.5 * (1 + math.cos(math.pi * iteration / total))
     if iteration < warmup:
@@ -54,21 +55,21 @@ def learning_rate(iteration: int, *, base: float, warmup: int, total: int) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the rate of every group, times the group's own `lr_scale` where it has one."""
+    """Set the rate of every group to `value`, times its `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], bucket: int = 1 << 23) -> None:
-    """Replace gradients by their mean over all processes (nothing happens in a single one).
+    """Replace gradients by their mean over all processes. A single process changes nothing.
 
-    A parameter that some process has no gradient for counts as zero there, one that none has keeps none: a head
-    without labels anywhere is left alone, exactly as in one process with the joined batch. Done once a step, also
-    when batches are accumulated.
+    A missing gradient counts as zero if another process has it. A parameter without a gradient in any process keeps
+    none, so a head without labels stays unchanged, as in one process with the joined batch. Call this once per step,
+    after the accumulated batches.
 
     Args:
         parameters: the same parameters in the same order on every process.
-        bucket: gradients are sent in pieces of about so many numbers.
+        bucket: approximate number of elements to send at a time.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""A lock that allows only one run at a time in a folder."""
 
 import contextlib
 import errno
@@ -24,16 +24,16 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]:
-    """Within it no other run can enter `folder`. Every process calls it; the main one holds the lock.
+    """Within the block, no other run can enter `folder`. Every process calls this; the main one holds the lock.
 
-    The lock is POSIX's, on a file in the folder: it ends with its process, however that ends. It is not handed on to
-    loaders' workers, as flock's would be, which outlive a killed process by seconds. NFS has it between machines.
+    This is a POSIX lock on a file in the folder. It ends with its process, however the process ends. Unlike flock's,
+    it is not inherited by loaders' workers, which outlive a killed process by seconds. NFS supports it across machines.
 
     Args:
         key: the config key or option that names the folder, for the message.
 
     Raises:
-        TrainingError: another run has it; names its machine and process.
+        TrainingError: another run holds the lock. The message names its machine and process.
     """
     with contextlib.ExitStack() as stack:
         refusal = _lock(Path(folder), key, stack) if comm.is_main_process() else ""
@@ -43,7 +43,7 @@ def locked(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]
 
 
 def _lock(folder: Path, key: str, stack: contextlib.ExitStack) -> str:
-    """Take the lock until the stack is closed; returns why that cannot be, or ""."""
+    """Take the lock until the stack is closed. Returns the reason for a failure, or ""."""
     folder.mkdir(parents=True, exist_ok=True)
     # Opened once: closing any descriptor of a file ends a process's locks on it.
     file = stack.enter_context(open(folder / FILE, "a+", encoding="utf-8"))
@@ -53,11 +53,11 @@ def _lock(folder: Path, key: str, stack: contextlib.ExitStack) -> str:
         if error.errno in _TAKEN:
             file.seek(0)
             return (
-                f"{key} {folder}: another run is writing to it, {_owner(file.read())}; wait for its end, stop "
+                f"{key} {folder}: another run is writing to it, {_owner(file.read())}; wait until it ends, stop "
                 f"it, or set {key} to another folder"
             )
         logger.warning(
-            "%s: this file system has no locks (%s), so that a second run in %s would not be refused",
+            "%s: this file system has no locks (%s), so a second run in %s would not be refused",
             folder / FILE,
             error.strerror,
             folder,
@@ -73,5 +73,5 @@ def _owner(text: str) -> str:
     try:
         about = json.loads(text)
         return f"process {about['pid']} on {about['host']} since {about['since']}"
-    except (ValueError, KeyError, TypeError):  # it has not written this yet
+    except (ValueError, KeyError, TypeError):  # the owner has not written its entry yet
         return "which has just started"

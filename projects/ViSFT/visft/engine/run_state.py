@@ -1,4 +1,4 @@
-"""What a run remembers between kills, in `OUTPUT_DIR/run.json`."""
+"""The state of a run that survives a kill, in `OUTPUT_DIR/run.json`."""
 
 import logging
 import os
@@ -35,11 +35,11 @@ _LEFT_BY_A_RUN = (
 
 
 class RunState:
-    """The seed of a run, the threads of a process (the last bits of sums depend on them), and its evaluations.
+    """The seed of a run, its number of threads per process (which affects the last bits of sums), and its evaluations.
 
     Attributes:
-        evaluations: by step (`start`, `heads`, `lora`) its metrics, in per cent.
-        record: what the run's checkpoints say of it.
+        evaluations: the metrics of each step (`start`, `heads`, `lora`), in per cent.
+        record: the run's record for its checkpoints.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RunState:
         self.record: dict[str, str] = {}
 
     def evaluate(self, step: str, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-        """Metrics after a step; those of `run.json` when the step was evaluated before a kill."""
+        """Return the metrics after a step. A step that was evaluated before a kill is read from `run.json`."""
         if step not in self.evaluations:
             self.evaluations[step] = metrics = evaluate.evaluate_with_zero_shot(cfg, model)
             self.save()
@@ -58,7 +58,7 @@ class RunState:
         return self.evaluations[step]
 
     def save(self) -> None:
-        """Write the file, in the main process."""
+        """Write `run.json` in the main process."""
         if comm.is_main_process():
             known = {step: run_report.finite(metrics) for step, metrics in self.evaluations.items()}
             state = {"seed": self.seed, "threads": self.threads, "evaluations": known}
@@ -66,12 +66,12 @@ class RunState:
 
 
 def start_or_continue(cfg: CfgNode, *, resume: bool) -> RunState:
-    """The state of the run in OUTPUT_DIR, or that of a new one.
+    """Return the state of the run in OUTPUT_DIR, or of a new run.
 
-    Without `resume`, an earlier run's files are moved to `earlier-N`: nothing is lost, and nothing resumes from them.
+    Without `resume`, the files of an earlier run are moved to `earlier-N`.
 
     Raises:
-        ConfigError: the run to be continued had another seed.
+        ConfigError: the existing run has another seed.
     """
     folder = Path(cfg.OUTPUT_DIR)
     write_logs(folder)
@@ -86,7 +86,7 @@ def start_or_continue(cfg: CfgNode, *, resume: bool) -> RunState:
         known = files.read_json(folder / FILE)
         logger.info("continuing the run in %s", folder)
     seed = cfg.SEED if cfg.SEED >= 0 else random.SystemRandom().randrange(2**31)
-    seed, known = comm.all_gather((seed, known))[0]  # the main process decides for all
+    seed, known = comm.all_gather((seed, known))[0]  # the main process decides
     if known is None:
         state = RunState(folder, seed, torch.get_num_threads(), {})
         state.save()
@@ -94,13 +94,13 @@ def start_or_continue(cfg: CfgNode, *, resume: bool) -> RunState:
     if cfg.SEED >= 0 and cfg.SEED != known["seed"]:
         raise ConfigError(
             f"SEED is {cfg.SEED}, but the run in {folder} was started with {known['seed']}; resume with the config "
-            "that it was started with"
+            "of its start"
         )
     threads = known.get("threads", torch.get_num_threads())
     if torch.device(cfg.MODEL.DEVICE).type == "cpu" and threads != torch.get_num_threads():
         logger.warning(
-            "the run was started with %d threads a process and goes on with %d: its result will differ from that of "
-            "an uninterrupted run in the last bits (OMP_NUM_THREADS sets the number)",
+            "the run was started with %d threads per process and continues with %d: its result will differ from that "
+            "of an uninterrupted run in the last bits (OMP_NUM_THREADS sets the number)",
             threads,
             torch.get_num_threads(),
         )
@@ -123,7 +123,7 @@ def write_logs(folder: Path) -> None:
 
 
 def _set_earlier_run_aside(folder: Path) -> None:
-    """Move what an earlier run left to `earlier-N`, so that nothing is lost and nothing resumes from it."""
+    """Move the files of an earlier run to `earlier-N`, so that they are kept but not resumed."""
     names = [name for name in (*_LEFT_BY_A_RUN, *PARTS) if (folder / name).exists()]
     if not any(name in names for name in (FILE, "heads", "lora")):
         return

@@ -1,4 +1,4 @@
-"""Which vocabulary a run's caption heads have: the file that the config names, the run's own, or one built for it."""
+"""The vocabulary of a run's caption heads: the file that the config names, the run's own, or a new one."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ FILE = "vocabulary.json"
 
 
 def caption_heads(cfg: CfgNode) -> list[str]:
-    """The heads of MODEL.VISFT.HEADS that have a vocabulary."""
+    """Return the heads in MODEL.VISFT.HEADS that have a vocabulary."""
     return [name for name in cfg.MODEL.VISFT.HEADS if "VOCABULARY" in cfg.MODEL.VISFT.get(name.upper(), {})]
 
 
@@ -36,7 +36,7 @@ def check(cfg: CfgNode, *, train: bool) -> None:
     """Check vocabularies and, for training, captions, before anything is built.
 
     Raises:
-        ConfigError: there is no vocabulary, and none will be built; or weights go with another one.
+        ConfigError: there is no vocabulary and none will be built, or the weights were trained with another one.
         DataError: a vocabulary or caption file is broken, or no training image has a caption.
     """
     names = caption_heads(cfg)
@@ -46,8 +46,8 @@ def check(cfg: CfgNode, *, train: bool) -> None:
     if train and not sum(check_captions(data_set) for data_set in cfg.DATASETS.TRAIN):
         raise DataError(
             f"the head `{names[0]}` learns captions, and no image of DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
-            " has any: put COCO's captions_*.json beside its instances_*.json, give own ones by "
-            "VISFT.DATA.TRAIN_CAPTIONS, or take the head out of MODEL.VISFT.HEADS"
+            " has any: put COCO's captions_*.json beside its instances_*.json, set VISFT.DATA.TRAIN_CAPTIONS for your "
+            "own data, or take the head out of MODEL.VISFT.HEADS"
         )
     for name in names:
         node, key = cfg.MODEL.VISFT[name.upper()], f"MODEL.VISFT.{name.upper()}"
@@ -65,23 +65,23 @@ def check(cfg: CfgNode, *, train: bool) -> None:
 
 
 def _check_weights(cfg: CfgNode, key: str, path: str, vocabulary: Vocabulary) -> None:
-    """Refuse weights that were trained with other words: of the same number, they would fit and speak nonsense."""
+    """Refuse weights that were trained with another vocabulary. One of the same size would load and give nonsense."""
     for file in _weight_files(cfg):
         if carries_vocabulary(file) and Vocabulary.read(file) != vocabulary:
             raise ConfigError(
-                f"{key}.VOCABULARY: {path} has other words than those that {file} was trained with; leave it empty to "
-                "use that file's own"
+                f"{key}.VOCABULARY: {path} has other words than those that {file} was trained with; leave the key "
+                "empty to use that file's own"
             )
 
 
 def with_vocabulary(cfg: CfgNode, folder: str | os.PathLike | None = None) -> CfgNode:
-    """The config with a file in the VOCABULARY of every caption head; frozen if `cfg` is.
+    """Return the config with a file in the VOCABULARY of every caption head. It is frozen if `cfg` is.
 
-    An empty key stands for the vocabulary of MODEL.WEIGHTS, of HEAD_FILES (each carries its own, or has it beside it),
-    or of the run in OUTPUT_DIR, in this order; else one is built from the captions of DATASETS.TRAIN.
+    If the key is empty, the vocabulary is that of MODEL.WEIGHTS, of HEAD_FILES (in the file or beside it), or of the
+    run in OUTPUT_DIR, in this order. Otherwise it is built from the captions of DATASETS.TRAIN.
 
     Args:
-        folder: OUTPUT_DIR of a run that trains. Its vocabulary is kept there.
+        folder: OUTPUT_DIR of a training run, which stores its vocabulary there.
 
     Raises:
         ConfigError: the run in `folder` was started with another vocabulary.
@@ -96,7 +96,7 @@ def with_vocabulary(cfg: CfgNode, folder: str | os.PathLike | None = None) -> Cf
         node = cfg.MODEL.VISFT[name.upper()]
         if not node.VOCABULARY and found:
             node.VOCABULARY = str(found)
-            logger.info("head `%s`: the vocabulary is that of %s", name, found)
+            logger.info("head `%s`: using the vocabulary of %s", name, found)
         if folder is not None:
             if comm.is_main_process():
                 _keep(cfg, name, Path(folder) / FILE)
@@ -108,7 +108,7 @@ def with_vocabulary(cfg: CfgNode, folder: str | os.PathLike | None = None) -> Cf
 
 
 def words_of(cfg: CfgNode) -> list[str]:
-    """The words that a run's caption heads say, for its checkpoints to carry; [] without such a head."""
+    """Return the vocabulary of a run's caption heads for its checkpoints, or [] without such a head."""
     names = caption_heads(cfg)
     return list(configured_vocabulary(cfg, names[0]).words) if names else []
 
@@ -123,13 +123,13 @@ def _keep(cfg: CfgNode, name: str, path: Path) -> None:
         vocabulary.write(path)
     elif Vocabulary.read(path) != vocabulary:
         raise ConfigError(
-            f"MODEL.VISFT.{name.upper()}.VOCABULARY is {node.VOCABULARY}, but the run has other words ({path}): a run "
-            "has one vocabulary, that which it was started with"
+            f"MODEL.VISFT.{name.upper()}.VOCABULARY is {node.VOCABULARY}, but the run was started with other words "
+            f"({path}); leave the key empty to use them"
         )
 
 
 def _kept(cfg: CfgNode) -> Path | None:
-    """The file with the vocabulary of the weights that the config names, or of the run in OUTPUT_DIR."""
+    """Return the file with the vocabulary of the weights that the config names, or of the run in OUTPUT_DIR."""
     for file in _weight_files(cfg):
         if carries_vocabulary(file):
             return file
@@ -142,9 +142,9 @@ def _kept(cfg: CfgNode) -> Path | None:
 
 
 def _weight_files(cfg: CfgNode) -> Iterator[Path]:
-    """Those of MODEL.WEIGHTS and HEAD_FILES that are there; what is not is another check's.
+    """Yield the existing files of MODEL.WEIGHTS and HEAD_FILES. Another check reports missing files.
 
-    Without HEAD_FILES where a caption head may leave their words behind.
+    HEAD_FILES are left out if REINIT_CLASSES lets a caption head ignore their vocabulary.
     """
     reinit = any(cfg.MODEL.VISFT[name.upper()].REINIT_CLASSES for name in caption_heads(cfg))
     if cfg.MODEL.WEIGHTS:

@@ -1,4 +1,4 @@
-"""Reading a config file and KEY VALUE pairs into a config, with an error that a person can act on for each mistake."""
+"""Reads a config file and KEY VALUE pairs into a config, with a helpful error for each mistake."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ Form = TypeVar("Form")
 
 
 def load_config(config_file: str | None, opts: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's and ViSFT's defaults, changed by a YAML file (with its `_BASE_`) and by KEY VALUE pairs.
+    """Return the defaults of detectron2 and ViSFT, changed by a YAML file (with its `_BASE_`) and KEY VALUE pairs.
 
-    YAML is read safely: tags that build Python objects are refused. The config returned is not frozen.
+    YAML tags that build Python objects are refused. The returned config is not frozen.
 
     Raises:
-        ConfigError: for a file that is missing or no YAML mapping, a key that does not exist (named with the
-            nearest one that does), a value of another type, or pairs that are not pairs.
+        ConfigError: the file is missing or not a YAML mapping, a key does not exist (the message suggests the nearest
+            one), a value has another type, or a pair is incomplete.
     """
     cfg = get_cfg()
     add_visft_config(cfg)
@@ -37,20 +37,22 @@ def change(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Set KEY VALUE pairs in a config.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as in `load_config`.
     """
     for key, value in pairs(opts):
         _set(cfg, key, value, "command line")
 
 
 def read_yaml(path: str | os.PathLike, option: str = "--config-file") -> dict[str, Any]:
-    """A mapping in a YAML file, over that of its `_BASE_` if it names one; tags that build objects are refused.
+    """Return the mapping in a YAML file, merged into that of its `_BASE_` if it names one.
+
+    Tags that build Python objects are refused.
 
     Args:
-        option: which names the file on the command line.
+        option: the command-line option that names the file, for messages.
 
     Raises:
-        ConfigError: the file is missing, no YAML, or holds no mapping.
+        ConfigError: the file is missing, not YAML, or not a mapping.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -59,14 +61,14 @@ def read_yaml(path: str | os.PathLike, option: str = "--config-file") -> dict[st
         content = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(
-            f"{path}: only plain YAML is read, no tags that build objects (line {error.problem_mark.line + 1})"
+            f"{path}: line {error.problem_mark.line + 1} has a tag that builds an object; only plain YAML is read"
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8, so no config") from error
+        raise ConfigError(f"{path}: not a text file in UTF-8, so not a config") from error
     except (TypeError, AssertionError) as error:
         raise ConfigError(f"{path}: expected a mapping of keys to values ({error})") from error
     except OSError as error:
@@ -77,14 +79,14 @@ def read_yaml(path: str | os.PathLike, option: str = "--config-file") -> dict[st
 
 
 def read_form(path: str | os.PathLike, form: type[Form], option: str, like: str) -> Form:
-    """A YAML file's entries as a dataclass, whose fields say which there are and of which types.
+    """Return a YAML file as a dataclass, whose fields define the entries and their types.
 
     Args:
         option: as in `read_yaml`.
-        like: a file of this form, for messages.
+        like: an example file of this form, for messages.
 
     Raises:
-        ConfigError: as `read_yaml`; an entry is unknown, missing or of another form.
+        ConfigError: as in `read_yaml`, or an entry is unknown, missing or of another type.
     """
     found, name, known = OmegaConf.structured(form), "", form.__dataclass_fields__
     try:
@@ -95,7 +97,7 @@ def read_form(path: str | os.PathLike, form: type[Form], option: str, like: str)
         return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         where, why = error.full_key or name, str(error).splitlines()[0]
-        raise ConfigError(f"{path}: `{where}` has not the form that {like} shows ({why})") from error
+        raise ConfigError(f"{path}: `{where}` does not have the form shown in {like} ({why})") from error
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -107,7 +109,7 @@ def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Full keys and values of nested YAML; an unknown section is followed down to its first leaf, to name it."""
+    """Yield the full keys and values of nested YAML."""
     for key, value in content.items():
         full = f"{prefix}{key}"
         if isinstance(value, dict) and value:
@@ -117,14 +119,14 @@ def _leaves(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The KEY VALUE pairs of a command line."""
+    """Yield the KEY VALUE pairs of a command line."""
     opts = list(opts or ())
     if opts and opts[0] == "--":
         opts = opts[1:]
     for word in opts[::2]:
         if word.startswith("--"):
             raise ConfigError(
-                f"command line: `{word}` stands among the KEY VALUE pairs; put options before the first of them"
+                f"command line: `{word}` is among the KEY VALUE pairs; put options before the first pair"
             )
     if len(opts) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, but `{opts[-1]}` has no value after it")
@@ -132,12 +134,12 @@ def pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def words(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Config keys and values as the KEY VALUE words of a command line."""
+    """Return config keys and values as KEY VALUE words for a command line."""
     return tuple(word for key, value in values.items() for word in (key, str(value)))
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    if cfg.key_is_deprecated(key):  # which says so
+    if cfg.key_is_deprecated(key):  # this call logs a warning
         return
     node: Any = cfg
     for part in key.split("."):
@@ -156,7 +158,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     if node is not None and type(decoded) is not type(node):
         raise ConfigError(
             f"{source}: {key} is {decoded!r}, of type {type(decoded).__name__}; expected "
-            f"{type(node).__name__}, as its default {node!r} is"
+            f"{type(node).__name__}, like its default {node!r}"
         )
     owner, _, name = key.rpartition(".")
     target = cfg

@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 def run_stage(
     cfg: CfgNode, model: nn.Module, stage: str, state: RunState, images: Callable[[], LabelledImages]
 ) -> None:
-    """Train in one stage, from its newest checkpoint if there is one, and evaluate.
+    """Run one stage from its newest checkpoint, if there is one, and evaluate it.
 
     Args:
         stage: `heads` or `lora`.
-        images: loads what there is to train on; not called where the stage was finished before.
+        images: loads the training images. Not called if the stage is already finished.
     """
     solver = cfg.VISFT.SOLVER[stage.upper()]
     folder = state.folder / stage
@@ -72,14 +72,14 @@ def run_stage(
         loader = build_stage_loader(cfg, stage, images(), start_iteration=start, seed=state.seed)
         trainer.batches = iter(loader)
     else:
-        logger.info("stage %s: finished before", stage)
+        logger.info("stage %s: already finished", stage)
 
     gibibytes = cfg.VISFT.FEATURE_CACHE if stage == "heads" else 0
     with cached_features(model.backbone, gibibytes) as cache:
         if start < solver.MAX_ITER:
             trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
             trainer.train(start, solver.MAX_ITER)
-    # Of fresh heads, the first evaluation is what the report compares with.
+    # With new heads, the report compares with the first evaluation.
     wanted = cfg.VISFT.EVAL_BETWEEN_STAGES or stage == cfg.VISFT.STAGES[-1] or not state.evaluations
     metrics = state.evaluate(stage, cfg, model) if wanted else {}
     if start < solver.MAX_ITER and comm.is_main_process() and metrics:
@@ -102,7 +102,7 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
         hooks.IterationTimer(),
         LearningRate(rate),
         Checkpoints(checkpointer.save, solver.CHECKPOINT_PERIOD, solver.EVAL_PERIOD),
-        # The last evaluation is the run's own: it is remembered, so that a kill does not repeat it.
+        # The run itself does the last evaluation and stores it, so that a resumed run does not repeat it.
         hooks.EvalHook(solver.EVAL_PERIOD, periodic_evaluation, eval_after_train=False),
     ]
     return made + [Writers(_writers(folder, solver.MAX_ITER))] if comm.is_main_process() else made
@@ -117,7 +117,7 @@ def _writers(folder: Path, max_iter: int) -> list:
 
 
 def checkpoint_settings(cfg: CfgNode, stage: str) -> dict:
-    """What explains a checkpoint's weights to a reader without the config."""
+    """Return the settings that a reader of a checkpoint needs without the config."""
     lora, node = cfg.MODEL.LORA, cfg.MODEL.VISFT
     settings = {"seed": cfg.SEED, "config": hashlib.sha256(cfg.dump().encode()).hexdigest()}
     if (stage != "lora" or not node.FREEZE_HEADS) and (words := words_of(cfg)):
@@ -135,9 +135,9 @@ def checkpoint_settings(cfg: CfgNode, stage: str) -> dict:
 
 
 def share_weights(model: nn.Module) -> None:
-    """Give every process the main one's weights, should fresh ones differ by platform.
+    """Send the main process's weights to all processes, because new weights can differ between platforms.
 
-    A tower that all read from the same file is the same everywhere, and is not sent.
+    A tower that all processes read from the same file is not sent.
     """
     if comm.get_world_size() > 1:
         base = getattr(model.backbone, "base", None)

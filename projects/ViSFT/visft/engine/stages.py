@@ -1,7 +1,4 @@
-"""A whole run, from top to bottom: state, model, data, stages, export, report.
-
-Each part is continued or skipped by `--resume`.
-"""
+"""A whole run: state, model, data, stages, export, report. `--resume` continues or skips each part."""
 
 import argparse
 import functools
@@ -32,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the stages of `VISFT.STAGES`, export, and write images and the report; returns all evaluations.
+    """Run the stages of `VISFT.STAGES`, export, and write images and the report. Returns all evaluations.
 
-    With `--resume`, a stage continues from its newest whole checkpoint, a finished one is not repeated. Without, an
-    earlier run in the same OUTPUT_DIR is moved to its subfolder `earlier-N` first.
+    With `--resume`, an unfinished stage continues from its newest complete checkpoint, and a finished stage is
+    skipped. Without it, an earlier run in the same OUTPUT_DIR is first moved to its subfolder `earlier-N`.
 
     Raises:
-        VisftError: of any kind, from weights that do not fit to a loss that is not finite.
+        VisftError: of any kind, for example if weights do not fit or a loss is not finite.
     """
     state = start_or_continue(cfg, resume=args.resume)
     _warn_of_untrained_heads(cfg)
@@ -48,7 +45,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     _keep_start(cfg, model, state)
     images = functools.cache(lambda: _load_images(cfg, model))
     if not state.evaluations:
-        images()  # data without labels for a head stops the run before anything is computed
+        images()  # stop before anything is computed if a head has no labels
     if cfg.MODEL.VISFT.HEAD_FILES or cfg.MODEL.WEIGHTS:
         state.evaluate("start", cfg, model)
     for stage in cfg.VISFT.STAGES:
@@ -62,7 +59,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
-    """Evaluate MODEL.WEIGHTS; returns the metrics."""
+    """Evaluate MODEL.WEIGHTS and return the metrics."""
     folder = Path(cfg.OUTPUT_DIR)
     write_logs(folder)
     cfg = with_vocabulary(cfg)
@@ -76,7 +73,7 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
 
 def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
-    """The model before any stage: tower from its base, heads from HEAD_FILES (or fresh), then MODEL.WEIGHTS."""
+    """Return the model before any stage: the base's tower, heads from HEAD_FILES (or new), then MODEL.WEIGHTS."""
     mixed_precision.allow_tf32(cfg)
     seed_iteration(seed, "build", 0)
     model = build_model(cfg)
@@ -86,13 +83,13 @@ def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
 
 
 def load_run(cfg: CfgNode, model: nn.Module, path: str | os.PathLike) -> None:
-    """Load what a run trained; where it trained LoRA alone, its heads are those of HEAD_FILES."""
+    """Load the trained weights of a run. If it trained only LoRA, its heads come from HEAD_FILES."""
     optional = ("backbone.", "heads.") if cfg.MODEL.VISFT.HEAD_FILES else ("backbone.",)
     load.load_run_weights(model, path, optional=optional)
 
 
 def _warn_of_untrained_heads(cfg: CfgNode) -> None:
-    """Before the tower is trained through them."""
+    """Warn if stage lora would train the tower through untrained heads."""
     node, stages = cfg.MODEL.VISFT, cfg.VISFT.STAGES
     trained = "heads" in stages or node.HEAD_FILES or cfg.MODEL.WEIGHTS
     weighty = [head for head in node.HEADS if node[head.upper()].HEAD != "RegionTextHead"]
@@ -104,7 +101,7 @@ def _warn_of_untrained_heads(cfg: CfgNode) -> None:
 
 
 def _keep_start(cfg: CfgNode, model: nn.Module, state: RunState) -> None:
-    """Keep what the run starts from and none of its stages trains: its folder alone is a model."""
+    """Save the initial weights that no stage trains, so that the run's folder is a complete model."""
     trained: set[str] = set()
     for stage in reversed(cfg.VISFT.STAGES):
         model.set_stage(stage)
@@ -132,13 +129,13 @@ def _has_weights_to_train(model: nn.Module, stage: str) -> bool:
     if stage != "heads" or any(head.trainable for head in model.heads.values()):
         return True
     names = list(model.heads)
-    are = f"{names[0]} is" if len(names) == 1 else f"{' and '.join(names)} are"
-    logger.info("stage heads is skipped: %s without weights, there is nothing to train", are)
+    have = f"{names[0]} has" if len(names) == 1 else f"{' and '.join(names)} have"
+    logger.info("stage heads is skipped: %s no weights to train", have)
     return False
 
 
 def _is_last_process() -> bool:
-    """End what the processes do together; True in the main one, which goes on alone for as long as it takes."""
+    """Leave the process group. Returns True in the main process, which continues alone without a time limit."""
     main = comm.is_main_process()
     comm.synchronize()
     if torch.distributed.is_available() and torch.distributed.is_initialized():

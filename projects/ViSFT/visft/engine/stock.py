@@ -1,4 +1,4 @@
-"""Stock detectors of detectron2 over a CLIP tower: its DefaultTrainer, with AdamW and layer-wise decay."""
+"""Training of detectron2's stock detectors on a CLIP tower: DefaultTrainer with AdamW and layer-wise decay."""
 
 import argparse
 import importlib.util
@@ -43,12 +43,12 @@ KINDS = ("coco", "lvis", "sem_seg", "coco_panoptic_seg")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, for files that hold tensors and nothing that runs."""
+    """detectron2's checkpointer, restricted to files that contain only tensors and no code."""
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
             raise CheckpointError(
-                f"{filename}: pickle files are not read, for they can run code; convert it to .pth or .safetensors"
+                f"{filename}: pickle files are not read, because they can run code; convert it to .pth or .safetensors"
             )
         try:
             content = torch.load(filename, map_location="cpu", weights_only=True)
@@ -58,7 +58,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 
 class _Interruptions(HookBase):
-    """Saves a checkpoint after the iteration in which the run is asked to stop, and before each evaluation."""
+    """Saves a checkpoint after the iteration in which a signal stops the run, and before each evaluation."""
 
     def __init__(self, evaluation_period: int) -> None:
         self._period = evaluation_period
@@ -72,7 +72,7 @@ class _Interruptions(HookBase):
 
 
 class StockTrainer(DefaultTrainer):
-    """DefaultTrainer whose optimizer treats a CLIP tower as ViTDet does, and which evaluates by the data set's kind."""
+    """DefaultTrainer with ViTDet's optimizer settings for a CLIP tower and an evaluator for each kind of data set."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
@@ -81,7 +81,7 @@ class StockTrainer(DefaultTrainer):
         self.register_hooks([*self.build_hooks(), Progress()])
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, and one that heeds signals, before evaluation."""
+        """Return detectron2's hooks and one that reacts to signals, placed before evaluation."""
         made = super().build_hooks()
         place = next((i for i, hook in enumerate(made) if isinstance(hook, EvalHook)), len(made))
         return [*made[:place], _Interruptions(self.cfg.TEST.EVAL_PERIOD), *made[place:]]
@@ -97,9 +97,10 @@ class StockTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over what trains; MODEL.CLIP_VIT.LAYER_DECAY within towers, no weight decay on position embeddings.
+        """Build AdamW for the trained parameters, with MODEL.CLIP_VIT.LAYER_DECAY within towers.
 
-        Weight decay of norms and biases, and gradient clipping, follow SOLVER.*.
+        Position embeddings have no weight decay. Weight decay of norms and biases, and gradient clipping, follow
+        SOLVER.*.
         """
         parameters = get_default_optimizer_params(
             model,
@@ -140,7 +141,7 @@ class StockTrainer(DefaultTrainer):
 
 
 def _read_labels(file_name: str, dtype: type) -> np.ndarray:
-    """An image of class indices. detectron2's own reader asks numpy for `copy=False`, which numpy 2 refuses."""
+    """Read an image of class indices. detectron2's own reader uses `copy=False`, which numpy 2 refuses."""
     with Image.open(file_name) as image:
         return np.asarray(image, dtype)
 
@@ -150,21 +151,22 @@ def _kind(dataset_name: str) -> str:
 
 
 def _why_no_panoptic_quality(dataset_name: str) -> str:
-    """What COCO's panoptic evaluation lacks, or ""."""
+    """Return what COCO's panoptic evaluation lacks, or ""."""
     if importlib.util.find_spec("panopticapi") is None:
         return "the package panopticapi is not installed (pip install git+https://github.com/cocodataset/panopticapi)"
     metadata = MetadataCatalog.get(dataset_name)
     for key in ("panoptic_json", "panoptic_root"):
         if not os.path.exists(metadata.get(key) or ""):
-            return f"its {key} `{metadata.get(key)}` is not there"
+            return f"its {key} `{metadata.get(key)}` does not exist"
     return ""
 
 
 def _check_training_data(cfg: CfgNode) -> None:
-    """
+    """Check the training data of a stock detector.
+
     Raises:
-        ConfigError: the detector learns masks and a data set has none, or it learns from pickled proposals; or cropped
-            polygons need a package that is missing.
+        ConfigError: the detector learns masks and a data set has none, the config uses pickled proposals, or cropping
+            polygons needs a missing package.
     """
     if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and importlib.util.find_spec("shapely") is None:
         raise ConfigError(
@@ -173,8 +175,8 @@ def _check_training_data(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(
-            "MODEL.LOAD_PROPOSALS is True: proposals come in pickle files, which are not read, for they can run code; "
-            "set it to False, with a proposal generator in MODEL.PROPOSAL_GENERATOR.NAME"
+            "MODEL.LOAD_PROPOSALS is True: proposals come in pickle files, which are not read, because they can run "
+            "code; set it to False, with a proposal generator in MODEL.PROPOSAL_GENERATOR.NAME"
         )
     for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
         meta = MetadataCatalog.get(name)
@@ -183,24 +185,27 @@ def _check_training_data(cfg: CfgNode) -> None:
         if not check_coco_json(meta.json_file, train=True, layout=layout_of(meta)).masked:
             raise ConfigError(
                 f"MODEL.MASK_ON is True, and no annotation of {name} ({meta.json_file}) has a mask; set MODEL.MASK_ON "
-                "to False to learn boxes alone, or train on a data set with masks"
+                "to False to learn only boxes, or train on a data set with masks"
             )
 
 
 def _check_evaluators(cfg: CfgNode) -> None:
-    """Say before training what cannot be evaluated after it.
+    """Check before training that the test sets can be evaluated.
 
     Raises:
-        ConfigError: if a data set is of a kind that this tool does not evaluate.
+        ConfigError: this tool does not evaluate data sets of this kind.
     """
     for name in cfg.DATASETS.TEST:
         if _kind(name) not in KINDS:
             raise ConfigError(
-                f"DATASETS.TEST: {name} is of the kind `{_kind(name)}`; this tool evaluates {', '.join(KINDS)}"
+                f"DATASETS.TEST: {name} is of the kind `{_kind(name)}`; expected one of {', '.join(KINDS)}; name "
+                "another data set, or set evaluator_type in its metadata"
             )
         if _kind(name) == "coco_panoptic_seg" and (reason := _why_no_panoptic_quality(name)):
             logger.warning(
-                "%s is evaluated for boxes, masks and semantics, without panoptic quality: %s", name, reason
+                "%s is evaluated for boxes, masks and semantic segmentation, without panoptic quality: %s",
+                name,
+                reason,
             )
 
 
@@ -211,7 +216,7 @@ def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Train a stock detector, from MODEL.WEIGHTS or with --resume from OUTPUT_DIR's last checkpoint."""
+    """Train a stock detector from MODEL.WEIGHTS, or with --resume from the last checkpoint in OUTPUT_DIR."""
     _start(cfg, args)
     _check_training_data(cfg)
     trainer = StockTrainer(cfg)
@@ -220,7 +225,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Evaluate MODEL.WEIGHTS, or with --resume OUTPUT_DIR's last checkpoint."""
+    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR."""
     _start(cfg, args)
     model = StockTrainer.build_model(cfg)
     SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

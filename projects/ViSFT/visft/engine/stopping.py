@@ -1,6 +1,6 @@
-"""How a run ends when it is asked to: by SIGTERM (Slurm, spot machines) or SIGUSR1 (`sbatch --signal=USR1@120`).
+"""Stops a run on SIGTERM (Slurm, spot machines) or SIGUSR1 (`sbatch --signal=USR1@120`).
 
-An iteration that has begun is finished, and saved. At any other time nothing is unsaved, so that the run ends at once.
+During an iteration, the run finishes and saves it first. At any other time everything is saved, so it ends at once.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_received = 0  # the signal that this process was sent, while it waits to be obeyed
+_received = 0  # the pending signal of this process
 _held = False
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[None]:
-    """Within it, SIGNALS raise Stopped (see `held`), which is logged in one sentence."""
+    """Within the block, SIGNALS raise Stopped (see `held`), and its message is logged."""
     global _received
     _received = 0
     owner = os.getpid()
 
     def receive(number: int, frame: object) -> None:
         global _received
-        if os.getpid() != owner:  # a child that was forked a moment ago
+        if os.getpid() != owner:  # a newly forked child
             return
         _received = number
         if not _held:
@@ -48,7 +48,7 @@ def on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within it a signal waits for `requested` to be asked; at its end for nothing."""
+    """Within the block, a signal is pending until a caller of `requested` acts on it, or until the block ends."""
     global _held
     before, _held = _held, True
     try:
@@ -60,7 +60,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Within it, inside of `held`, a signal waits for nothing: everything is saved."""
+    """Inside a `held` block, act on signals at once, because everything is saved."""
     global _held
     before, _held = _held, False
     try:
@@ -71,28 +71,28 @@ def released() -> Iterator[None]:
 
 
 def requested() -> int:
-    """The signal that any of the processes was sent, or 0; they all ask at the same moment."""
+    """Return the signal that any process received, or 0. All processes must call this together."""
     return max(comm.all_gather(_received)) if comm.get_world_size() > 1 else _received
 
 
 def obey() -> None:
-    """Raise Stopped if this process was sent a signal."""
+    """Raise Stopped if this process received a signal."""
     if _received:
         raise stopped(_received, "the run stops")
 
 
 def stopped(number: int, how: str) -> Stopped:
-    """What is raised when everything is saved."""
+    """Return the exception to raise when everything is saved."""
     name = signal.Signals(number).name
-    return Stopped(number, f"{name}: {how}; all of it is saved, and --resume goes on from there")
+    return Stopped(number, f"{name}: {how}; everything is saved, and --resume continues from there")
 
 
 @contextlib.contextmanager
 def forwarded(processes: Callable[[], list[int]]) -> Iterator[None]:
-    """Within it, SIGNALS go to other processes, whose end this one waits for; Stopped is raised once they have ended.
+    """Within the block, forward SIGNALS to other processes. Raises Stopped once they have ended.
 
     Args:
-        processes: the ids of those that are there.
+        processes: returns the ids of the running processes.
     """
     received = 0
 
@@ -114,7 +114,7 @@ def forwarded(processes: Callable[[], list[int]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.signal(number, handler) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""The training loop of one stage: detectron2's TrainerBase, with what the recipe and exact resuming ask for."""
+"""The training loop of one stage: detectron2's TrainerBase, extended for the recipe and for exact resuming."""
 
 import contextlib
 import hashlib
@@ -23,8 +23,7 @@ from visft.utils import mixed_precision, progress, shared_random
 def seed_iteration(seed: int, stage: str, iteration: int, rank: int = 0) -> None:
     """Seed every global generator for one iteration.
 
-    What an iteration draws then depends on its number and the process alone. A run that was killed continues as if it
-    had not been, whatever ran in between.
+    Random numbers then depend only on the iteration and the process, so a killed run resumes exactly.
     """
     value = _seed_of(seed, stage, iteration, *([rank] if rank else []))
     random.seed(value)
@@ -39,10 +38,10 @@ def _seed_of(*words: object) -> int:
 
 @contextlib.contextmanager
 def seeded_iteration(seed: int, stage: str, iteration: int) -> Iterator[None]:
-    """Draws of one iteration: dropout of this process's own; sampled points and the like shared.
+    """Seed the random numbers of one iteration.
 
-    Shared draws are those of one process with the joined batch (they also depend on the image), so that the number of
-    processes changes nothing but dropout.
+    Dropout differs between processes. Sampled points and similar random numbers also depend on the image and equal
+    those of one process with the joined batch, so the number of processes affects only dropout.
     """
     seed_iteration(seed, stage, iteration, comm.get_rank())
     with shared_random.seeded(_seed_of(seed, stage, iteration) % 2**63):
@@ -50,17 +49,17 @@ def seeded_iteration(seed: int, stage: str, iteration: int) -> Iterator[None]:
 
 
 class StageTrainer(TrainerBase):
-    """Trains what `requires_grad` in a model, with gradient accumulation, clipping and automatic mixed precision.
+    """Trains parameters with `requires_grad`, with gradient accumulation, clipping and automatic mixed precision.
 
     Args:
         model: maps a batch (list of image dicts) to a dict of scalar losses.
         batches: endless iterator of batches, positioned at the first iteration to run.
-        optimizer: over the trained parameters.
+        optimizer: for the trained parameters.
         stage: its name, for seeds and messages.
-        accumulate: batches a step; their gradients are averaged.
-        clip_norm: L2 norm that the gradient is clipped to; 0: not clipped.
-        amp: "", "bfloat16" or "float16" (CUDA; the loss is scaled).
-        seed: of everything that an iteration draws.
+        accumulate: batches per step, whose gradients are averaged.
+        clip_norm: maximum L2 norm of the gradient; 0: no clipping.
+        amp: "", "bfloat16" or "float16" (CUDA, with loss scaling).
+        seed: of all random numbers of an iteration.
     """
 
     def __init__(
@@ -87,8 +86,8 @@ class StageTrainer(TrainerBase):
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run iterations `start_iter` to `max_iter - 1`.
 
-        Unlike detectron2's, an error goes up without being logged as a traceback first, and the hooks that act
-        after training (evaluation) do so only after one that ended well.
+        Unlike detectron2's trainer, this does not log the traceback of an error, and the hooks that act
+        after training (evaluation) run only if it succeeded.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
@@ -114,7 +113,7 @@ class StageTrainer(TrainerBase):
         """One optimizer step.
 
         Raises:
-            TrainingError: if a loss or the gradient is not finite; the weights are then as before the step.
+            TrainingError: a loss or the gradient is not finite. The weights are unchanged then.
         """
         with seeded_iteration(self.seed, self.stage, self.iter):
             self._run_step()
@@ -142,7 +141,7 @@ class StageTrainer(TrainerBase):
         self._log(metrics, data_time)
 
     def _clip(self) -> torch.Tensor | None:
-        """Clip the gradient; its norm before, None if there is no gradient."""
+        """Clip the gradient. Returns its norm before clipping, or None without a gradient."""
         if all(parameter.grad is None for parameter in self.parameters):
             return None
         self.scaler.unscale_(self.optimizer)
@@ -152,12 +151,12 @@ class StageTrainer(TrainerBase):
     def _read(
         self, passes: list[tuple[list[dict], dict[str, torch.Tensor]]], norm: torch.Tensor | None
     ) -> dict[str, float]:
-        """The losses' means over the passes, checked, as is the gradient's norm.
+        """Return the means of the losses over the passes, after checking them and the gradient's norm.
 
-        All numbers of a step come from the device at once: each time the program waits for it, it falls idle after.
+        All numbers of a step are copied from the device at once, because each copy waits for the device.
 
         Raises:
-            TrainingError: one is not finite, here or in another process.
+            TrainingError: a number is not finite, in this process or another one.
         """
         scalars = [loss for _, losses in passes for loss in losses.values()] + (
             [] if norm is None else [norm]
@@ -170,7 +169,7 @@ class StageTrainer(TrainerBase):
                 metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
                 if not np.isfinite(value):
                     broken.append(self._error(f"the loss {name}", value, images))
-        # Every process has to stop, or the others would wait for this one's gradients.
+        # All processes must stop together, because they wait for each other's gradients.
         if sum(comm.all_gather(len(broken))) if comm.get_world_size() > 1 else broken:
             if broken:
                 raise broken[0]
@@ -187,8 +186,8 @@ class StageTrainer(TrainerBase):
         names = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in images)
         return TrainingError(
             f"stage {self.stage}, iteration {self.iter}: {what} is {value}; the batch was {names}; nothing of this "
-            'iteration is saved (a lower BASE_LR, AMP "" or cleaning these images\' labels may help, --resume '
-            "goes on from the last checkpoint)"
+            'iteration is saved (try a lower BASE_LR, AMP "", or correcting the labels of these images; --resume '
+            "continues from the last checkpoint)"
         )
 
     def _log(self, metrics: dict[str, float], data_time: float) -> None:
@@ -198,7 +197,7 @@ class StageTrainer(TrainerBase):
         rows = [row for row, _ in gathered]
         names = list(dict.fromkeys(name for row in rows for name in row))
         mean = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-        # The slowest process decides how long all wait for data.
+        # All processes wait for the slowest loader.
         self.storage.put_scalar("data_time", max(seconds for _, seconds in gathered))
         if mean:
             self.storage.put_scalar("total_loss", sum(mean.values()))

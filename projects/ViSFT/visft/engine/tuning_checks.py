@@ -1,4 +1,4 @@
-"""What is checked of what stage `lora` trains and by what, before anything is built."""
+"""Checks of what stage `lora` trains and with which losses, before anything is built."""
 
 from detectron2.config import CfgNode
 
@@ -9,10 +9,10 @@ from visft.utils import mixed_precision
 
 
 def check_tuning(cfg: CfgNode) -> None:
-    """Check MODEL.VISFT.TUNE and FREEZE_HEADS against the keys that they cannot go with.
+    """Check MODEL.VISFT.TUNE and FREEZE_HEADS against conflicting keys.
 
     Raises:
-        ConfigError: the first that is wrong.
+        ConfigError: names the first conflict.
     """
     node, vit = cfg.MODEL.VISFT, cfg.MODEL.CLIP_VIT
     if node.TUNE == "full" and mixed_precision.frozen_type(cfg):
@@ -22,33 +22,35 @@ def check_tuning(cfg: CfgNode) -> None:
         )
     if node.TUNE == "full" and vit.TRAIN == "lora":
         raise ConfigError(
-            "MODEL.VISFT.TUNE is full, which has no LoRA, and MODEL.CLIP_VIT.TRAIN is lora; leave TRAIN at none, a "
+            "MODEL.VISFT.TUNE is full, which has no LoRA, and MODEL.CLIP_VIT.TRAIN is lora; leave TRAIN at none: a "
             "ViSFT run sets it by its stage"
         )
     if not node.FREEZE_HEADS and "lora" in cfg.VISFT.STAGES and not cfg.VISFT.SOLVER.LORA.BASE_LR > 0:
         raise ConfigError(
             f"VISFT.SOLVER.LORA.BASE_LR is {cfg.VISFT.SOLVER.LORA.BASE_LR} and MODEL.VISFT.FREEZE_HEADS is False: the "
-            "heads' rate is a multiple of it; set it above 0, or train the heads alone in stage heads"
+            "heads' rate is a multiple of it; set it above 0, or train only the heads in stage heads"
         )
 
 
 def check_objectives(cfg: CfgNode) -> None:
-    """Check MODEL.VISFT.OBJECTIVES and their keys, and what cannot be without heads.
+    """Check MODEL.VISFT.OBJECTIVES and their keys, and the keys that need heads.
 
     Raises:
-        ConfigError: the first that is wrong.
+        ConfigError: names the first wrong key.
     """
     node, run = cfg.MODEL.VISFT, cfg.VISFT
     for name in node.OBJECTIVES:
         objective_class(cfg, name).check(cfg, name)
     if len(set(node.OBJECTIVES)) != len(node.OBJECTIVES):
-        raise ConfigError(f"MODEL.VISFT.OBJECTIVES names an objective twice: {', '.join(node.OBJECTIVES)}")
+        raise ConfigError(
+            f"MODEL.VISFT.OBJECTIVES is {', '.join(node.OBJECTIVES)}; expected each tower loss once"
+        )
     if node.HEADS:
         return
     if tuple(run.STAGES) != ("lora",):
         raise ConfigError(
-            f"MODEL.VISFT.HEADS is empty and VISFT.STAGES is {tuple(run.STAGES)}: without heads there is the tower's "
-            "stage alone; set STAGES to ('lora',)"
+            f"MODEL.VISFT.HEADS is empty and VISFT.STAGES is {tuple(run.STAGES)}: without heads, only stage lora can "
+            "run; set STAGES to ('lora',)"
         )
     for key, wrong, expected in (
         ("MODEL.VISFT.HEAD_FILES", node.HEAD_FILES, "()"),
@@ -63,7 +65,7 @@ def check_objectives(cfg: CfgNode) -> None:
 
 
 def check_captions_of_objectives(cfg: CfgNode) -> None:
-    """Check that DATASETS.TRAIN has captions, if an objective learns from them.
+    """Check that DATASETS.TRAIN has captions, if a tower loss learns from them.
 
     Raises:
         DataError: it has none.
@@ -72,5 +74,5 @@ def check_captions_of_objectives(cfg: CfgNode) -> None:
         if objective_class(cfg, name).reads_captions and not sum(map(check_captions, cfg.DATASETS.TRAIN)):
             raise DataError(
                 f"MODEL.VISFT.OBJECTIVES has {name}, which learns from captions, and no image of DATASETS.TRAIN "
-                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: give some by VISFT.DATA.TRAIN_CAPTIONS, or leave it out"
+                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: set VISFT.DATA.TRAIN_CAPTIONS, or remove {name}"
             )

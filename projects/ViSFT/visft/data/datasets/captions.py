@@ -15,7 +15,7 @@ _KEYS = "`images` and `annotations`"
 
 
 def register_coco_captions() -> None:
-    """Tell detectron2's own COCO names where COCO keeps its captions (metadata `caption_json`). Reads no file."""
+    """Set the metadata `caption_json` of detectron2's COCO data sets to COCO's caption files. Reads no file."""
     for name in DatasetCatalog.list():
         if name.startswith("coco_20") and not name.endswith(("_panoptic", "_separated", "_stuffonly")):
             meta = MetadataCatalog.get(name)
@@ -25,9 +25,9 @@ def register_coco_captions() -> None:
 
 
 def captions_of(name: str) -> Mapping[int | str, list[str]]:
-    """The captions of a registered data set's images by image id; empty if it has none.
+    """Return the captions of a registered data set by image id. Empty if it has none.
 
-    They come from the file that the metadata name (`caption_json`), or from the records' own key `captions`.
+    They come from the file in the metadata (`caption_json`), or from the key `captions` of the records.
 
     Raises:
         DataError: the caption file is broken.
@@ -36,16 +36,16 @@ def captions_of(name: str) -> Mapping[int | str, list[str]]:
     if path:
         return read_captions(path) if os.path.isfile(path) else {}
     if MetadataCatalog.get(name).get("json_file"):
-        return {}  # its format has no captions, so the records need not be loaded to see
+        return {}  # this format has no captions, so there is no need to load the records
     records = outlines_of(records_of(name))
     return {r["image_id"]: list(r["captions"]) for r in records if r.get("captions")}
 
 
 def read_captions(path: str) -> Mapping[int | str, list[str]]:
-    """The captions in a file by image id, in the file's order. A file that has not changed is not read again.
+    """Return the captions in a file by image id, in the file's order. An unchanged file is not read again.
 
     Raises:
-        DataError: the file is broken; names the first entry that is.
+        DataError: the file is broken. The message names the first broken entry.
     """
     try:
         stat = os.stat(path)
@@ -75,14 +75,14 @@ def _captions(path: str, content: dict) -> dict[int | str, list[str]]:
         if not isinstance(text, str) or not isinstance(image, int | str) or isinstance(image, bool):
             raise DataError(
                 f"{path}: {where} is no caption: it has image_id {image!r} and caption {text!r}; expected a number or "
-                "a text, and a text"
+                "string as image_id and a string as caption"
             )
         captions.setdefault(image, []).append(text)
     return captions
 
 
 def load_captioned(path: str, image_root: str) -> list[dict]:
-    """Records of a caption file's own `images`: images that have captions and nothing else.
+    """Return records of a caption file's `images`, which have only captions.
 
     Raises:
         DataError: the file is broken, or an image has no `id` or `file_name`.
@@ -91,7 +91,7 @@ def load_captioned(path: str, image_root: str) -> list[dict]:
     for number, entry in enumerate(entries_of(path, read_json(path, _KEYS), "images", _KEYS)):
         where = name_of(entry, number, "image", "images")
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "id" not in entry:
-            raise DataError(f"{path}: {where} lacks what every image has: `id` and `file_name`")
+            raise DataError(f"{path}: {where} lacks `id` or `file_name`, which every image needs; add them")
         file = os.path.join(image_root, entry["file_name"])
         record = {"file_name": file, "image_id": entry["id"], "captions": captions.get(entry["id"], [])}
         records.append(record | {side: entry[side] for side in ("height", "width") if side in entry})
@@ -99,10 +99,10 @@ def load_captioned(path: str, image_root: str) -> list[dict]:
 
 
 def check_captions(name: str) -> int:
-    """How many of a registered data set's images have captions.
+    """Return the number of images with captions in a registered data set.
 
     Raises:
-        DataError: its caption file is broken, or holds captions, but of other images.
+        DataError: its caption file is broken, or all its captions belong to other images.
     """
     captions = captions_of(name)
     if not captions:
@@ -111,6 +111,6 @@ def check_captions(name: str) -> int:
     if not found:
         raise DataError(
             f"{MetadataCatalog.get(name).get('caption_json')}: none of its {len(captions)} image ids is an image of "
-            f"{name}; give the caption file that belongs to the annotation file"
+            f"{name}; use the caption file that belongs to the annotation file"
         )
     return found

@@ -1,4 +1,4 @@
-"""Data sets by their names: checked before training, and registered from config keys without code."""
+"""Checks of registered data sets before training, and registration of own data from config keys."""
 
 import difflib
 import functools
@@ -21,18 +21,18 @@ OWN_TRAIN = "visft_own_train"
 OWN_TEST = "visft_own_test"
 
 _as_stored: dict[tuple, bool] = {}
-"""What `check_registered` found, by data set, the state of its file, and rules."""
+"""Results of `check_registered` by data set, state of its file, and rules."""
 
 
 def check_data_set(cfg: CfgNode, name: str) -> None:
-    """Check one of the data sets that a config names, for what it is used for: training, evaluation, or both.
+    """Check a data set of a config for its use: training, evaluation, or both.
 
-    Cheap when repeated: a file that has not changed is not read again.
+    Repeated calls are cheap, because an unchanged file is not read again.
 
     Raises:
-        DataError: as `check_registered`; or its classes are not those of `DATASETS.TRAIN[0]`, which the heads have. In
-            training they must be the same list. In evaluation each must be among them by its name (unless what the
-            heads find is evaluated under the names of the test set).
+        DataError: as in `check_registered`, or its classes do not match those of `DATASETS.TRAIN[0]`, which the heads
+            learn. For training, the lists must be equal. For evaluation, the heads must know each class by its name,
+            unless they are evaluated with the names of the test set.
     """
     rules = ImageRules.of(cfg)
     if name in cfg.DATASETS.TRAIN:
@@ -57,7 +57,7 @@ def check_data_set(cfg: CfgNode, name: str) -> None:
 
 
 def _names_any_class(cfg: CfgNode) -> bool:
-    """Whether all heads are evaluated under the names of the test set, whatever they were trained on."""
+    """Whether all heads are evaluated with the names of the test set."""
     node = cfg.MODEL.get("VISFT")
     if node is None or cfg.MODEL.META_ARCHITECTURE != "ViSFT":
         return False
@@ -66,7 +66,7 @@ def _names_any_class(cfg: CfgNode) -> bool:
 
 
 def _needs_masks(cfg: CfgNode) -> bool:
-    """Whether the model learns masks, so that annotations without one would be wrong."""
+    """Whether the model learns masks, so that every annotation needs one."""
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
         return cfg.MODEL.MASK_ON
     from visft.modeling.heads import VISFT_HEADS_REGISTRY
@@ -79,21 +79,20 @@ def _needs_masks(cfg: CfgNode) -> bool:
 def check_registered(
     name: str, *, train: bool, masks: bool = True, rules: ImageRules | None = None, again: bool = True
 ) -> bool:
-    """Check a data set by its name in detectron2's DatasetCatalog, whatever the config: its annotations as
-    `check_annotations` does, then the headers of its images.
+    """Check a data set in detectron2's DatasetCatalog: its annotations (`check_annotations`), then its image headers.
 
     Args:
         name: a registered name.
-        train: it must have something to learn from; else it must have what COCO's evaluation reads.
+        train: True: the data set must have something to learn from. False: it must have what COCO's evaluation reads.
         masks: whether masks are used (see `check_coco_json`).
         rules: which images may be bad (default: none).
-        again: False: images that this process has checked by the same file and rules are not checked again.
+        again: False: skip images that this process has already checked with the same file and rules.
 
     Returns:
-        Whether annotations are of the stored pixels where an image's size does not tell (see `check_images`).
+        Whether annotations refer to the stored pixels where an image's size is ambiguous (see `check_images`).
 
     Raises:
-        DataError: the name is unknown, a file is missing, an annotation is broken (see `check_coco_json`), or an image.
+        DataError: the name is unknown, a file is missing, or an annotation (see `check_coco_json`) or image is broken.
     """
     images = check_annotations(name, train=train, masks=masks)
     meta = MetadataCatalog.get(name)
@@ -111,30 +110,29 @@ def check_registered(
 
 
 def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable[dict] | None:
-    """Check a data set's annotations. Metadata that its annotation file gives (classes and their ids) is filled in if
-    it was not there.
+    """Check a data set's annotations. Missing metadata (classes and their ids) is filled in from the annotation file.
 
-    Of data sets that are in neither COCO's nor LVIS's format, only the presence of their files is checked.
+    For a data set in neither COCO's nor LVIS's format, this only checks that its files exist.
 
     Returns:
-        `file_name`, `width` and `height` of its images, if it has an annotation file that says so.
+        `file_name`, `width` and `height` of its images, if it has an annotation file.
 
     Raises:
-        DataError: as `check_registered`.
+        DataError: as in `check_registered`.
     """
     _check_name(name)
     meta = MetadataCatalog.get(name)
     for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root", "caption_json"):
         path = meta.get(key)
         if key == "caption_json" and name not in (OWN_TRAIN, OWN_TEST):
-            continue  # of COCO and the demo world a user may have no captions
+            continue  # captions of COCO and of the demo world are optional
         if path and "://" not in path and not os.path.exists(path):
             raise DataError(_what_to_put_where(name, path))
     json_file = meta.get("json_file")
     if not json_file or "://" in json_file:
         return None
     layout = layout_of(meta)
-    # Test sets whose annotations are kept secret have a file without any.
+    # The files of test sets with secret annotations have no `annotations`.
     annotated = train or (layout.own_classes and not name.startswith("coco_2017_test"))
     summary = check_coco_json(json_file, train=train, annotated=annotated, masks=masks, layout=layout)
     expected = meta.get("thing_classes")
@@ -143,8 +141,8 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable
         if not known.keys() >= set(summary.category_ids):
             raise DataError(
                 f"{json_file}: its {len(summary.category_ids)} category ids ({some(summary.category_ids)}) are not "
-                f"among the {len(known)} that `{name}` stands for ({some(sorted(known))}); register the file by a name "
-                "of its own"
+                f"among the {len(known)} that `{name}` stands for ({some(sorted(known))}); register the file under a "
+                "name of its own"
             )
     elif expected is None:
         ids = {dataset_id: i for i, dataset_id in enumerate(summary.category_ids)}
@@ -152,8 +150,8 @@ def check_annotations(name: str, *, train: bool, masks: bool = True) -> Iterable
     elif tuple(expected) != summary.classes:
         raise DataError(
             f"{json_file}: its {len(summary.classes)} categories ({some(summary.classes)}) are not the "
-            f"{len(expected)} that `{name}` stands for ({some(expected)}); give the file as "
-            "VISFT.DATA.TRAIN_JSON or VISFT.DATA.TEST_JSON, which take the classes from it"
+            f"{len(expected)} that `{name}` stands for ({some(expected)}); set VISFT.DATA.TRAIN_JSON or "
+            "VISFT.DATA.TEST_JSON to the file, which take the classes from it"
         )
     return _images_of(json_file, meta.get("image_root") or "", layout)
 
@@ -165,21 +163,20 @@ def check_coco_json(
 
     Args:
         json_file: path of the annotation file.
-        train: something to learn from is required (an annotation that is no crowd).
-        annotated: whether `annotations` must be there.
-        masks: whether masks are used: then all annotations have one, or none has (for training, but for crowds).
+        train: whether the file needs at least one annotation that is not a crowd.
+        annotated: whether the file needs `annotations`.
+        masks: whether masks are used. Then all annotations or none must have one (for training, except crowds).
         layout: of the file.
 
     Raises:
-        DataError: names the file, the first entry that is wrong (annotations by their id), what is wrong and
-            what was expected.
+        DataError: names the file, the first wrong entry (annotations by their id), what is wrong and what was expected.
     """
     summary, _ = _checked(json_file, layout)
     if annotated and not summary.annotated:
         entries_of(json_file, {}, "annotations")
     if train and not summary.learnable:
         raise DataError(
-            f"{json_file}: none of its {summary.images} images has an annotation that is no crowd, so there is "
+            f"{json_file}: none of its {summary.images} images has an annotation that is not a crowd, so there is "
             "nothing to train on; expected at least one"
         )
     if not train and summary.annotated and (fault := summary.no_area or summary.not_federated):
@@ -187,14 +184,14 @@ def check_coco_json(
     unmasked = summary.unmasked or ("" if train else summary.unmasked_crowd)
     if masks and summary.masked and unmasked:
         raise DataError(
-            f"{json_file}: {unmasked} while {summary.masked} has a mask; give all annotations masks, or none, or leave "
-            "out the heads that learn masks"
+            f"{json_file}: {unmasked} while {summary.masked} has a mask; add masks to all annotations, remove all "
+            "masks, or leave out the heads that learn masks"
         )
     return summary
 
 
 def _checked(json_file: str, layout: Layout) -> tuple[CocoSummary, Sequence[dict]]:
-    """The summary, and `file_name`, `width` and `height` of the images; read again if the file has changed."""
+    """Return the summary, and `file_name`, `width` and `height` of the images. A changed file is read again."""
     try:
         stat = os.stat(json_file)
     except OSError as error:
@@ -217,15 +214,15 @@ def _read(json_file: str, layout: Layout, _mtime_ns: int, _size: int) -> tuple[C
 
 
 def _images_of(json_file: str, image_root: str, layout: Layout) -> Iterable[dict]:
-    """`file_name`, `width` and `height` of a checked file's images."""
+    """Yield `file_name`, `width` and `height` of a checked file's images."""
     for image in _checked(json_file, layout)[1]:
         yield image | {"file_name": os.path.join(image_root, image["file_name"])}
 
 
 def register_own_data(cfg: CfgNode) -> None:
-    """Register what `VISFT.DATA.*` names and put it into `cfg.DATASETS`; nothing happens when these keys are empty.
+    """Register the data of `VISFT.DATA.*` and put it into `cfg.DATASETS`. Does nothing if these keys are empty.
 
-    With a training set alone, `DATASETS.TEST` becomes empty: the test set of another data set has other classes.
+    With only a training set, `DATASETS.TEST` becomes empty, because another data set has other classes.
 
     Raises:
         ConfigError: an annotation or caption file is given without the folder of images, or the reverse.
@@ -237,7 +234,7 @@ def register_own_data(cfg: CfgNode) -> None:
             there, missing = (files[0], f"{split}_IMAGES") if files else (f"{split}_IMAGES", f"{split}_JSON")
             raise ConfigError(
                 f"VISFT.DATA.{there} is set and VISFT.DATA.{missing} is not: "
-                "own data needs an annotation file (or one of captions) and the folder of its images"
+                "set both an annotation file (or a caption file) and the folder of its images"
             )
     if not data.TRAIN_IMAGES and not data.TEST_IMAGES:
         return
@@ -286,7 +283,7 @@ def _check_name(name: str) -> None:
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else "register it, or give own data by VISFT.DATA.*"
+    hint = f"did you mean `{near[0]}`?" if near else "register it, or set VISFT.DATA.* for your own data"
     raise DataError(f"DATASETS: no data set is registered as `{name}`; {hint}")
 
 
@@ -298,7 +295,7 @@ def _what_to_put_where(name: str, path: str) -> str:
     if name.startswith("visft_demo"):
         return (
             f"{name}: {path} is not there; make the demo world with `python tools/make_demo_data.py`, or set "
-            "VISFT_DEMO_DATA to the folder that has it"
+            "VISFT_DEMO_DATA to its folder"
         )
     meta = MetadataCatalog.get(name)
     root = os.environ.get("DETECTRON2_DATASETS")
@@ -307,5 +304,5 @@ def _what_to_put_where(name: str, path: str) -> str:
     )
     return (
         f"{name}: {path} is not there; put the annotations at {meta.get('json_file')} and the images into "
-        f"{meta.get('image_root')}, or set DETECTRON2_DATASETS to the folder that holds them ({where})"
+        f"{meta.get('image_root')}, or set DETECTRON2_DATASETS to the folder that contains them ({where})"
     )

@@ -1,6 +1,6 @@
-"""Dataset dicts of COCO files and of files near COCO's format, as detectron2 makes them, whatever kind the ids are.
+"""Dataset dicts, like detectron2's, of COCO files and files in similar formats, with ids of any kind.
 
-Those of a big file are parsed one by one, when they are asked for, from what one process of the machine wrote.
+The dicts of a large file are parsed one by one on access, from a file that one process of the machine wrote.
 """
 
 import copy
@@ -30,18 +30,20 @@ _STOCK_READERS = {
     ("detectron2.data.datasets.coco", "register_coco_instances.<locals>.<lambda>"): COCO,
     ("detectron2.data.datasets.lvis", "register_lvis_instances.<locals>.<lambda>"): LVIS,
 }
-"""Readers of detectron2's whose files are read here instead, by their module and name."""
+"""detectron2's readers, by module and name, whose files this module reads instead."""
 
 
 def load_coco_json(
     json_file: str, image_root: str, name: str, layout: Layout = COCO
 ) -> "list[dict] | PackedRecords":
-    """The images of a checked file in the order of their ids (see `in_order`).
+    """Return the images of a checked file in the order of their ids (see `in_order`).
+
+    The `category_id` of an annotation is the index of its class.
 
     Args:
         image_root: folder that the images' paths are relative to.
-        name: of the data set. Its metadata gets the classes and their ids, or says what they are, as the layout has it;
-            `category_id` of an annotation is the index of a class.
+        name: of the data set. With `layout.own_classes`, its metadata gets the classes and their ids from the file;
+            otherwise its metadata defines them.
     """
     meta = MetadataCatalog.get(name)
     file = packed_coco(json_file, layout)
@@ -66,8 +68,7 @@ def load_coco_json(
 
 
 def records_of(name: str) -> Sequence[dict]:
-    """The records of a registered, checked data set. COCO's and LVIS's files are read here, also where detectron2 would
-    read them.
+    """Return the records of a registered, checked data set. This module also reads detectron2's COCO and LVIS files.
 
     Raises:
         DataError: its annotations are broken.
@@ -82,22 +83,22 @@ def records_of(name: str) -> Sequence[dict]:
 
 
 def as_dataset(records: Sequence[dict]) -> Dataset:
-    """Records for worker processes, which share their memory."""
+    """Wrap records for worker processes, which share their memory."""
     return DatasetFromList(records, copy=False) if isinstance(records, list) else records
 
 
 def outlines_of(records: Iterable[dict]) -> Iterable[dict]:
-    """Records without boxes and masks, where leaving them out saves time."""
+    """Return records without boxes and masks if this saves time."""
     return records.outlines() if isinstance(records, PackedRecords | JoinedRecords) else records
 
 
 class PackedRecords(Sequence):
-    """Records of a mapped file: those of `rows`, in their order.
+    """The records of a memory-mapped file with indices `rows`, in this order.
 
     Args:
-        classes: the class that each category of the file is, in the order of their ids.
-        labels: keys that every record gets.
-        captions: by image id, which every record gets if they are given.
+        classes: the class index of each category of the file, in the order of the category ids.
+        labels: keys to add to every record.
+        captions: captions by image id to add to every record, if given.
         bare: rows whose annotations are left out.
     """
 
@@ -118,20 +119,20 @@ class PackedRecords(Sequence):
         self._labels, self._captions, self._bare = labels or {}, captions, bare
 
     def labelled(self, labels: Mapping, captions: Mapping | None = None) -> "PackedRecords":
-        """The same records with more keys."""
+        """Return the same records with more keys."""
         other = copy.copy(self)
         other._labels, other._captions = {**self._labels, **labels}, captions
         return other
 
     def kept(self, indices: Sequence[int], bare: Iterable[int]) -> "PackedRecords":
-        """Some of the records; those at `bare` (of these indices) without annotations."""
+        """Return the records at `indices`, without annotations for the indices in `bare`."""
         other = copy.copy(self)
         other._rows = self._rows[np.asarray(indices, dtype=np.int64)]
         other._bare = self._bare | {int(self._rows[index]) for index in bare}
         return other
 
     def outlines(self) -> Iterator[dict]:
-        """The records without boxes and masks."""
+        """Yield the records without boxes and masks."""
         rows = self._file.rows("outlines")
         return (self._record(rows, number) for number in self._rows.tolist())
 
@@ -158,16 +159,17 @@ class PackedRecords(Sequence):
 
 
 class JoinedRecords(ConcatDataset):
-    """Records of several data sets, one after the other."""
+    """Concatenated records of several data sets."""
 
     def outlines(self) -> Iterator[dict]:
-        """The records without boxes and masks."""
+        """Yield the records without boxes and masks."""
         return (outline for part in self.datasets for outline in outlines_of(part))
 
 
 def packed_coco(json_file: str, layout: Layout = COCO) -> PackedFile | None:
-    """The checked content of a big file: its summary, and rows `records` and `outlines` (without boxes and masks).
-    Categories are counted in the order of their ids.
+    """Return the checked content of a large file: its summary, and rows `records` and `outlines` (no boxes or masks).
+
+    The category of an annotation is an index in the order of the category ids.
 
     Raises:
         DataError: see `check_content`.
@@ -180,7 +182,7 @@ def packed_coco(json_file: str, layout: Layout = COCO) -> PackedFile | None:
             made = _pack(json_file, content, arrays.entries("annotations"), layout)
             arrays.rest()
             return made
-        except (NotSplitError, DataError):  # which the whole file may not deserve
+        except (NotSplitError, DataError):  # parsing the whole file may succeed
             content = read_json(json_file)
             return _pack(json_file, content, content.get("annotations"), layout)
 
@@ -188,13 +190,13 @@ def packed_coco(json_file: str, layout: Layout = COCO) -> PackedFile | None:
 
 
 def _pack(path: str, content: dict, annotations: Iterable | None, layout: Layout) -> tuple[dict, Rows]:
-    """The summary and the rows; annotations are let go of one by one."""
+    """Return the summary and the rows. Frees the annotations one by one."""
     rows, outlines = defaultdict(list), defaultdict(list)
 
     def packing() -> Iterator:
         indices = {c: index for index, c in enumerate(sorted(c["id"] for c in content["categories"]))}
         for annotation in annotations:
-            yield annotation  # and go on when it was found sound
+            yield annotation  # continues only if the check passes
             found = _annotation(annotation, indices)
             del found["bbox_mode"]
             rows[annotation["image_id"]].append(row(found))
@@ -203,7 +205,7 @@ def _pack(path: str, content: dict, annotations: Iterable | None, layout: Layout
 
     if isinstance(annotations, list | Iterator):
         summary = check_content(path, content, packing(), layout=layout)
-    else:  # there are none, or it finds out what there is instead
+    else:  # `annotations` is missing or not a list, which the check reports
         summary = check_content(path, content, layout=layout)
     sections = {"records": [], "outlines": []}
     for record in _records(content | {"annotations": []}, {}, layout):
@@ -240,7 +242,7 @@ def _annotation(annotation: dict, indices: dict) -> dict:
     if mask is not None:
         found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
     if found.get("keypoints"):
-        # Whole pixels to coordinates, as detectron2.
+        # Convert pixel indices to coordinates, as in detectron2.
         found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(found["keypoints"])]
     else:
         found.pop("keypoints", None)

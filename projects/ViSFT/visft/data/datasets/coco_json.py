@@ -1,4 +1,4 @@
-"""Files in COCO's format, read with an error for whatever they hold instead."""
+"""Reads files in COCO's format, with an error for any other content."""
 
 import contextlib
 import gc
@@ -13,18 +13,18 @@ from visft.errors import DataError
 
 KEYS = "`images`, `annotations` and `categories`"
 
-# No coordinate is as large; infinities, and whole numbers that no float can hold, are.
+# Larger than any coordinate. Infinities and integers that no float can hold are larger.
 _HUGE = 1e15
 
 
 def read_json(path: str, keys: str = KEYS) -> dict:
-    """The object in a JSON file, with or without a byte order mark.
+    """Return the object in a JSON file, with or without a byte order mark.
 
     Args:
-        keys: what it should hold, for messages.
+        keys: the expected keys, for messages.
 
     Raises:
-        DataError: the file is missing, empty, broken, or holds something else.
+        DataError: the file is missing, empty, broken, or not an object.
     """
     try:
         content = _parse(Path(path).read_bytes())
@@ -45,8 +45,10 @@ def read_json(path: str, keys: str = KEYS) -> dict:
 
 
 def _parse(text: bytes) -> object:
-    """orjson is several times as fast as Python's own parser, which knows byte order marks, NaN and numbers of any
-    length and says where a text is broken."""
+    """Parse with orjson, which is several times as fast as Python's parser.
+
+    Python's parser is the fallback: it reads byte order marks, NaN and numbers of any length, and locates errors.
+    """
     with without_garbage_collection():
         try:
             content = orjson.loads(text)
@@ -58,7 +60,7 @@ def _parse(text: bytes) -> object:
 
 
 def has_rounded_ids(content: object) -> bool:
-    """Whether an id is a float, which orjson makes of a whole number above 64 bits."""
+    """Whether an id is a float. orjson turns integers above 64 bits into floats."""
     lists = [v for v in content.values() if isinstance(v, list)] if isinstance(content, dict) else []
     return any(
         float in {type(entry.get(key)) for entry in entries if isinstance(entry, dict)}
@@ -69,7 +71,7 @@ def has_rounded_ids(content: object) -> bool:
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For code that makes millions of objects and no cycles: Python would look through all of them again and again."""
+    """Disable garbage collection for code that makes millions of objects without cycles, to save time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -80,10 +82,10 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def entries_of(path: str, content: dict, key: str, keys: str = KEYS) -> list:
-    """The list under a key.
+    """Return the list under a key.
 
     Raises:
-        DataError: it is missing, or no list.
+        DataError: the key is missing or not a list.
     """
     if key not in content:
         raise DataError(f"{path}: `{key}` is missing; expected {keys} (COCO format)")
@@ -93,7 +95,7 @@ def entries_of(path: str, content: dict, key: str, keys: str = KEYS) -> list:
 
 
 def name_of(entry: object, number: int, one: str = "annotation", many: str = "annotations") -> str:
-    """An entry for messages: by its id where it has one."""
+    """Return the name of an entry for messages: by its id, if it has one."""
     if isinstance(entry, dict) and "id" in entry:
         return f"{one} {entry['id']}"
     return f"{many}[{number}]"
@@ -104,10 +106,10 @@ def require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[
 
     Args:
         where: the entry, for messages.
-        keys: by key what says whether its value is valid, one of the functions below.
+        keys: for each key, the function (one of those below) that checks its value.
 
     Raises:
-        DataError: names the key that is missing or has another value.
+        DataError: names the missing key, or the key with an invalid value.
     """
     if not isinstance(entry, dict):
         raise DataError(
@@ -121,50 +123,52 @@ def require_keys(path: str, where: str, entry: object, keys: dict[str, Callable[
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number that a float holds."""
+    """Whether a value is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE < value < _HUGE
 
 
 def are_numbers(values: list) -> bool:
-    """As `is_number`, of each; their sum must be as small."""
-    # COCO has some sixty million coordinates: one call for a polygon, not one for each.
+    """Whether `is_number` holds for each value and for the sum of absolute values."""
+    # COCO has about sixty million coordinates, so this needs one call per polygon, not one per coordinate.
     if not {int, float}.issuperset(map(type, values)):
         return False
     try:
-        return sum(map(abs, values)) < _HUGE  # which no sum with a nan is
+        return sum(map(abs, values)) < _HUGE  # False for a sum with NaN
     except OverflowError:
         return False
 
 
 def is_int(value: object) -> bool:
-    """Whether it is a whole number."""
+    """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_positive_int(value: object) -> bool:
-    """Whether it is a whole number above 0."""
+    """Whether a value is an integer above 0."""
     return is_int(value) and value > 0
 
 
 def is_id(value: object) -> bool:
-    """Whether it can be the id of an image or an annotation."""
+    """Whether a value can be the id of an image or an annotation."""
     return is_int(value) or is_text(value)
 
 
 def in_order(ids: Iterable[int | str]) -> list[int | str]:
-    """Ids in the order in which images are taken: as pycocotools sorts them. Where some are none for it (texts, or
-    numbers that no int64 above 0 holds), in the order of the file."""
+    """Return ids in the order of images: as pycocotools sorts them.
+
+    If pycocotools cannot use some of them (strings, negative numbers, or numbers above int64), keep the file's order.
+    """
     ids = list(ids)
     return sorted(ids) if all(isinstance(i, int) and 0 <= i < 2**63 for i in ids) else ids
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text, not empty."""
+    """Whether a value is a non-empty string."""
     return isinstance(value, str) and value != ""
 
 
 def is_box(value: object) -> bool:
-    """Whether it is a box's four numbers."""
+    """Whether a value is a list of four numbers."""
     return isinstance(value, list) and len(value) == 4 and are_numbers(value)
 
 
@@ -172,13 +176,13 @@ _EXPECTED = {
     is_number: "a finite number",
     is_int: "a whole number",
     is_positive_int: "a whole number above 0",
-    is_id: "a number or a text",
-    is_text: "a text",
+    is_id: "a whole number or a string",
+    is_text: "a string",
     is_box: "four finite numbers [x, y, width, height]",
 }
 
 
 def some(values: Iterable) -> str:
-    """A few of them, for messages."""
+    """Return a few values as text, for messages."""
     values = [str(v) for v in values]
     return ", ".join(values) if len(values) <= 4 else f"{', '.join(values[:2])}, ..., {values[-1]}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from demoworld.dataset import DemoData
 
 NAMES = {"train": "visft_demo_train", "val": "visft_demo_val", "unseen": "visft_demo_unseen"}
-"""`unseen` shows things that stand for no category of the other two, under names of their own."""
+"""`unseen` has things of no category of the other two, with names of their own."""
 
 
 def default_root() -> Path:
@@ -24,7 +24,7 @@ def default_root() -> Path:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Turn what `demoworld` raises within the block into a DataError."""
+    """Within the block, turn errors of `demoworld` into a DataError."""
     from demoworld.errors import DemoWorldError
 
     try:
@@ -34,10 +34,10 @@ def errors() -> Iterator[None]:
 
 
 def make(root: str | Path, **numbers: int) -> "DemoData":
-    """Make the demo world, as `demoworld.dataset.make` does.
+    """Make the demo world with `demoworld.dataset.make`.
 
     Raises:
-        DataError: `root` holds files that were not made so, or numbers are out of range.
+        DataError: `root` contains files from elsewhere, or numbers are out of range.
     """
     from demoworld import dataset
 
@@ -49,7 +49,7 @@ def _load(data: "DemoData", split: str, name: str) -> list[dict]:
     if not data.instances(split).is_file():
         raise DataError(
             f"{name}: {data.instances(split)} is not there; make the demo world with "
-            f"`python tools/make_demo_data.py --output {data.root}`, or set VISFT_DEMO_DATA to where it is"
+            f"`python tools/make_demo_data.py --output {data.root}`, or set VISFT_DEMO_DATA to its folder"
         )
     from visft.data.datasets.coco import load_coco_json
 
@@ -59,12 +59,12 @@ def _load(data: "DemoData", split: str, name: str) -> list[dict]:
 def register(root: str | Path | None = None) -> None:
     """Register `visft_demo_train`, `_val` and `_unseen` in detectron2's catalogs, replacing earlier entries.
 
-    No file is read before a data set is used. Masks are run-length encoded, so stock configs need
+    Files are read only when a data set is used. Masks are run-length encoded, so stock configs need
     `INPUT.MASK_FORMAT bitmask`. Metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`, `json_file`,
     `image_root`, `caption_json`, `evaluator_type`.
 
     Args:
-        root: as given to `make`; default `default_root()`.
+        root: the folder given to `make`. The default is `default_root()`.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -77,7 +77,9 @@ def register(root: str | Path | None = None) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
         DatasetCatalog.register(name, functools.partial(_load, data, split, name))
-        if split != "unseen":  # whose names need the images' package; its file has them when it is loaded
+        if (
+            split != "unseen"
+        ):  # the names of `unseen` need the package of drawings; loading its file sets them
             MetadataCatalog.get(name).set(
                 thing_classes=[c.name for c in COCO_CATEGORIES],
                 thing_dataset_id_to_contiguous_id={c.id: i for i, c in enumerate(COCO_CATEGORIES)},

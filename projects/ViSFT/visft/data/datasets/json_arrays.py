@@ -1,4 +1,4 @@
-"""Lists of objects in a big JSON file, read a piece at a time: parsed whole, COCO's training set takes 5 GiB."""
+"""Reads lists of objects in a large JSON file piece by piece. Parsing COCO's training set at once takes 5 GiB."""
 
 import mmap
 import re
@@ -9,7 +9,7 @@ import orjson
 from visft.data.datasets.coco_json import has_rounded_ids
 
 PIECE = 8 * 2**20
-"""Bytes that are parsed at a time."""
+"""Number of bytes to parse at a time."""
 
 _BETWEEN = re.compile(rb"\}\s*,\s*\{")
 _END = re.compile(rb"\}\s*\]")
@@ -18,14 +18,14 @@ _TRIES = 16
 
 
 class NotSplitError(Exception):
-    """A file is not laid out so that its lists can be read in pieces. It may still be sound, or broken."""
+    """The lists of a file cannot be read in pieces. The file may be valid or broken."""
 
 
 class JSONArrays:
     """The lists under some keys of the object in a file.
 
-    Pieces are cut between two objects where the text looks so, and count only if each of them, and what is left of the
-    file without its lists, is sound JSON: then so is the whole, and it holds the same.
+    A piece ends where the text looks like the end of an object. If each piece and the rest of the file without its
+    lists are valid JSON, then the whole file is valid JSON with the same content.
     """
 
     def __init__(self, path: str):
@@ -38,10 +38,10 @@ class JSONArrays:
         self._spans: dict[str, tuple[int, int]] = {}
 
     def entries(self, key: str) -> Iterator:
-        """What the list under a key holds.
+        """Yield the entries of the list under a key.
 
         Raises:
-            NotSplitError: see there. What was given before need not be the list's.
+            NotSplitError: the list cannot be read in pieces. Entries yielded before may be wrong.
         """
         opening = re.search(rb'"%s"\s*:\s*\[' % key.encode(), self._text)
         if opening is None:
@@ -63,10 +63,10 @@ class JSONArrays:
         yield from piece
 
     def rest(self) -> dict:
-        """The object with empty lists under the keys that were read.
+        """Return the object with empty lists under the keys that were read.
 
         Raises:
-            NotSplitError: what was read are no lists of this object.
+            NotSplitError: the pieces do not belong to lists of this object.
         """
         pieces, start = [], 0
         for first, last in sorted(self._spans.values()):

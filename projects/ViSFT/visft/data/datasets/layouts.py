@@ -1,4 +1,4 @@
-"""Annotation files near COCO's format: what sets each apart, as one value that checks and readers share."""
+"""Annotation formats similar to COCO's. Checks and readers share the description of each format."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ def _unchanged(value: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """What sets a data set's file apart from COCO's, which is the default.
+    """The differences between a data set's file and COCO's, which is the default.
 
     Attributes:
         name: of the format.
-        image_key: of an image: what says where its file is.
-        image_path: from that value to the path under the data set's `image_root`; "" for an image known to be missing.
-        record_keys: of an image: what its record gets as well, if it is there.
-        own_classes: the file says what the classes are; else the data set's name does.
-        strict: boxes lie in their images and have an area, as COCO's tools write them. Published files of others have
-            boxes over the edge or without area: the mapper clips the former, and drops the latter.
-        federated: for evaluation, images and categories say what is known of which class.
+        image_key: the key of an image that locates its file.
+        image_path: maps that value to the path under the data set's `image_root`, or to "" if the image is known to be
+            missing.
+        record_keys: optional keys of an image that its record also gets.
+        own_classes: whether the file defines the classes. Otherwise the data set's name does.
+        strict: whether boxes must lie inside their images and have an area, as in COCO. Other published files have
+            boxes beyond the edge, which the mapper clips, and boxes without area, which it drops.
+        federated: whether evaluation reads from images and categories which classes are annotated exhaustively.
     """
 
     name: str = "COCO"
@@ -34,12 +35,12 @@ class Layout:
     federated: bool = False
 
     def file_of(self, image: Mapping) -> str:
-        """The path of an entry of `images` under the data set's `image_root`; "" if it is known to be missing."""
+        """Return the path of an entry of `images` under the data set's `image_root`, or "" if it is known missing."""
         return self.image_path(image[self.image_key])
 
 
 def last_two_parts(path: str) -> str:
-    """`train2017/1.jpg` of `http://images.cocodataset.org/train2017/1.jpg`."""
+    """Return `train2017/1.jpg` for `http://images.cocodataset.org/train2017/1.jpg`."""
     return "/".join(path.split("/")[-2:])
 
 
@@ -57,11 +58,11 @@ LVIS = Layout(
 
 
 def layout_of(meta: Metadata) -> Layout:
-    """The layout of a data set's annotation file: its metadata's `annotation_format`, else by `evaluator_type`."""
+    """Return the layout of a data set's file: the metadata's `annotation_format`, else by `evaluator_type`."""
     return meta.get("annotation_format") or (LVIS if meta.get("evaluator_type") == "lvis" else COCO)
 
 
 def class_indices(meta: Metadata) -> dict[int, int]:
-    """Indices of the classes that a data set's name stands for, by the ids of its file: 1, 2, ... unless it says."""
+    """Map the category ids of a data set's file to class indices. Without such metadata, the ids are 1, 2, ..."""
     ids = meta.get("thing_dataset_id_to_contiguous_id")
     return ids or {index + 1: index for index in range(len(meta.get("thing_classes") or ()))}

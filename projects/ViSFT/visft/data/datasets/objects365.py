@@ -1,9 +1,11 @@
-"""Objects365 (Shao et al., ICCV 2019), version 2: 365 classes, boxes alone, two million images.
+"""Objects365 (Shao et al., ICCV 2019), version 2: 365 classes, boxes only, two million images.
+
+The published files, unpacked, are
 
     $DETECTRON2_DATASETS/objects365/annotations/zhiyuan_objv2_{train,val}.json
     $DETECTRON2_DATASETS/objects365/{train,val}/patch*/*.jpg
 
-are the files as they are published, unpacked. Names: objects365_v2_train, objects365_v2_val.
+The data sets are named objects365_v2_train and objects365_v2_val.
 """
 
 import os
@@ -17,7 +19,7 @@ from visft.data.datasets.layouts import Layout, last_two_parts
 
 NAMES = {split: f"objects365_v2_{split}" for split in ("train", "val")}
 
-# Images that the training set's file names and its archives have not.
+# Images that the training set's file lists but its archives lack.
 _MISSING = {
     "patch16/objects365_v2_00908726.jpg",
     "patch6/objects365_v1_00320532.jpg",
@@ -26,12 +28,15 @@ _MISSING = {
 
 
 def class_names() -> list[str]:
-    """Names of the classes 1 to 365 in the order of their ids, spelt as in the published file."""
+    """Return the names of the classes 1 to 365 in the order of their ids, spelled as in the published file."""
     return Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 
 
 def image_path(file_name: str) -> str:
-    """Where an image is: the file names it images/v1/patch8/NAME, its archive unpacks to patch8/NAME. "": nowhere."""
+    """Return the path of an image: the file has images/v1/patch8/NAME, but its archive unpacks to patch8/NAME.
+
+    The result is "" for a missing image.
+    """
     path = last_two_parts(file_name)
     return "" if path in _MISSING else path
 
@@ -40,8 +45,10 @@ LAYOUT = Layout("Objects365", image_path=image_path, own_classes=False, strict=F
 
 
 def register_objects365() -> None:
-    """Register both splits under DETECTRON2_DATASETS in detectron2's catalogs, anew if they were. Reads no
-    annotations."""
+    """Register both splits under DETECTRON2_DATASETS in detectron2's catalogs, replacing earlier entries.
+
+    Reads no annotations.
+    """
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "objects365")
     names = class_names()
     for split, name in NAMES.items():

@@ -1,8 +1,7 @@
-"""Big annotation files, parsed once a machine: what is made of one is kept in the user's cache, and every process maps
-that file.
+"""Parses large annotation files once per machine. The result is kept in the user's cache, and every process maps it.
 
-The file holds rows of JSON, one an image, and where each ends; memory that is mapped is shared by all processes.
-Nothing in it is unpickled.
+The cached file has one row of JSON per image and the end of each row. All processes share the mapped memory. Nothing
+in the file is unpickled.
 """
 
 import json
@@ -22,7 +21,7 @@ from visft.utils.user_cache import cache_folder
 logger = logging.getLogger(__name__)
 
 SMALL = 16 * 2**20
-"""Bytes up to which a file is parsed by every process, which takes a fraction of a second."""
+"""Every process parses files up to this number of bytes itself, in a fraction of a second."""
 
 _VERSION = 2
 
@@ -30,36 +29,36 @@ Rows = dict[str, list[bytes]]
 
 
 class _UnpackableError(Exception):
-    """A row that cannot be kept."""
+    """A row that cannot be serialized."""
 
 
 def row(value: object) -> bytes:
-    """A row as it is kept."""
+    """Serialize a row."""
     try:
-        # A copy, for orjson's own bytes keep the 8 KiB that they were written into.
+        # This copies, because orjson's own bytes keep their 8 KiB buffer.
         return bytes(memoryview(orjson.dumps(value)))
     except orjson.JSONEncodeError as error:
         raise _UnpackableError(error) from error
 
 
 class PackedFile:
-    """A mapped file of rows.
+    """A memory-mapped file of rows.
 
     Attributes:
-        summary: what was found out about the whole.
+        summary: of the whole file.
     """
 
     def __init__(self, path: str, key: dict):
         """
         Raises:
-            OSError, ValueError: there is no such file, or it was made of something else.
+            OSError, ValueError: there is no such file, or it was made from another file.
         """
         self._arguments = (path, key)
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             start = file.tell()
         if header.get("key") != key or os.path.getsize(path) != start + header["bytes"]:
-            raise ValueError(f"{path} was made of another file")
+            raise ValueError(f"{path} was made from another file")
         self.summary = header["summary"]
         content = np.memmap(path, np.uint8, "r", offset=start).view(np.ndarray)
         self._rows = {}
@@ -67,15 +66,15 @@ class PackedFile:
             self._rows[name] = PackedRows(content[first:middle].view(np.int64), content[middle:last])
 
     def __reduce__(self) -> tuple:
-        return PackedFile, self._arguments  # mapped anew by a process that is not forked
+        return PackedFile, self._arguments  # a process that is not forked maps the file again
 
     def rows(self, name: str) -> "PackedRows":
-        """The rows of a section."""
+        """Return the rows of a section."""
         return self._rows[name]
 
 
 class PackedRows(Sequence):
-    """Rows of JSON in memory that is mapped; each is parsed when it is asked for."""
+    """Rows of JSON in mapped memory, parsed on access."""
 
     def __init__(self, ends: np.ndarray, content: np.ndarray):
         self._ends, self._content = ends, content
@@ -89,19 +88,19 @@ class PackedRows(Sequence):
 
 
 def packed(path: str, kind: str, build: Callable[[], tuple[dict, Rows]]) -> PackedFile | None:
-    """What `build` makes of a file: a summary, and rows by the name of their section.
+    """Return the result of `build` for a file: a summary, and rows by the name of their section.
 
     Only one process of a machine builds; the others wait, then map what it wrote.
 
     Args:
-        kind: of what is built, so that several kinds of one file stand beside each other.
+        kind: a name for the result, so that one file can have several.
 
     Returns:
-        None for a small file, and where nothing can be kept: the folder is not writable, or a row has a number that is
-        no float and no int64.
+        None for a small file, or if nothing can be kept: the folder is not writable, or a row has a number that is
+        neither a float nor an int64.
 
     Raises:
-        DataError: as `build`.
+        DataError: as in `build`.
     """
     stat = os.stat(path)
     if stat.st_size <= SMALL:
@@ -125,7 +124,7 @@ def packed(path: str, kind: str, build: Callable[[], tuple[dict, Rows]]) -> Pack
                     _write(target, key, *build())
         return PackedFile(str(target), key)
     except (OSError, _UnpackableError) as error:
-        logger.warning("%s: every process parses the file, for nothing can be kept of it (%s)", path, error)
+        logger.warning("%s: every process parses the file, because it cannot be cached (%s)", path, error)
         return None
 
 
@@ -134,7 +133,7 @@ def _write(target: Path, key: dict, summary: dict, sections: Rows) -> None:
     for name, rows in sections.items():
         middle = total + 8 * len(rows)
         places[name] = (total, middle, middle + sum(map(len, rows)))
-        total = -(-places[name][2] // 8) * 8  # the next one's numbers are aligned
+        total = -(-places[name][2] // 8) * 8  # align the next section's numbers
     header = json.dumps({"key": key, "summary": summary, "sections": places, "bytes": total}).encode()
     header += b" " * (-len(header) % 8)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
