@@ -1,15 +1,10 @@
 """Two processes learn what one would from the joined batch, whatever labels each of them has."""
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-from batches_of_processes import (
-    BATCHES,
-    backward,
-    batches,
-    build,
-    gradients,
-)
+from batches_of_processes import BATCHES, backward, batches, build, gradients
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -21,10 +16,7 @@ from visft.modeling.backbone.open_clip_models import BaseTower
 from visft.modeling.meta_arch import UNLABELLED
 
 WORLD = 2
-
 STAGES = ("heads", "lora", "lora balanced")
-
-
 FILES = {"random weights": None, "one file": ("a", "a"), "two files": ("a", "b")}
 
 
@@ -67,11 +59,11 @@ def work(rank: int, store: str, output: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
+def group(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by stage, batch and way of averaging."""
     folder = tmp_path_factory.mktemp("distributed")
     store = f"file://{folder}/store"  # no port that another process could take
-    torch.multiprocessing.spawn(work, args=(store, str(folder)), nprocs=WORLD)
+    processes.call(work, *((rank, store, str(folder)) for rank in range(WORLD)))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -90,29 +82,27 @@ def single() -> dict:
 def relative(found: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None]) -> float:
     """Norm of the difference of two gradients over the norm of the second; None counts as zero."""
 
-    def flat(gradient):
-        return torch.cat([(g if g is not None else like.new_zeros(like.shape)).flatten().double()
-                          for g, like in zip(gradient.values(), shapes, strict=True)])  # fmt: skip
-
     assert list(found) == list(expected)
-    shapes = [
-        next((g for g in pair if g is not None), torch.zeros(()))
-        for pair in zip(found.values(), expected.values(), strict=True)
-    ]
-    difference, norm = (flat(found) - flat(expected)).norm(), flat(expected).norm()
-    return float(difference / norm) if norm else float(difference)
+    difference = norm = 0.0
+    for own, wanted in zip(found.values(), expected.values(), strict=True):
+        if wanted is None:
+            wanted = torch.zeros(()) if own is None else torch.zeros_like(own)
+        own = torch.zeros_like(wanted) if own is None else own
+        difference += float((own.double() - wanted.double()).square().sum())
+        norm += float(wanted.double().square().sum())
+    return (difference / norm if norm else difference) ** 0.5
 
 
 @pytest.mark.parametrize("way", ["ddp", "ours"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage, way):
+def test_gradients_are_those_of_the_joined_batch(group, single, name, stage, way):
     losses, expected = single[stage, name]
     labelled = list(losses) != [UNLABELLED]
     assert any(g is not None and g.abs().sum() > 0 for g in expected.values()) == labelled
-    for found in processes:
+    for found in group:
         assert relative(found[stage, name, way][1], expected) < 1e-6
-    first, second = (found[stage, name, way][1] for found in processes)
+    first, second = (found[stage, name, way][1] for found in group)
     for key, gradient in first.items():
         assert (gradient is None) == (second[key] is None)
         assert gradient is None or torch.equal(gradient, second[key]), key
@@ -120,21 +110,21 @@ def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage,
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_mean_losses_are_those_of_the_joined_batch(processes, single, name, stage):
+def test_mean_losses_are_those_of_the_joined_batch(group, single, name, stage):
     expected = single[stage, name][0]
     for way in ("ddp", "ours"):
-        first, second = (found[stage, name, way][0] for found in processes)
+        first, second = (found[stage, name, way][0] for found in group)
         assert set(first) == set(second) == set(expected)
         for key, value in expected.items():
             assert (first[key] + second[key]) / WORLD == pytest.approx(value, rel=1e-5, abs=1e-7), key
 
 
 @pytest.mark.parametrize("stage", ["heads", "lora"])
-def test_a_head_without_labels_anywhere_is_left_alone(processes, single, stage):
+def test_a_head_without_labels_anywhere_is_left_alone(group, single, stage):
     """By our own averaging there is no gradient, so that no weight decay is at work either."""
     for name in ("no masks anywhere", "no labels anywhere"):
         expected = {key for key, g in single[stage, name][1].items() if g is None}
-        for found in processes:
+        for found in group:
             assert {key for key, g in found[stage, name, "ours"][1].items() if g is None} == expected
 
 
@@ -147,8 +137,8 @@ def test_the_drawn_task_trains_its_head_alone(single):
 
 
 @pytest.mark.parametrize("files", FILES)
-def test_the_main_process_gives_all_but_a_tower_that_all_read_from_one_file(processes, files):
-    main, other = (found[files] for found in processes)
+def test_the_main_process_gives_all_but_a_tower_that_all_read_from_one_file(group, files):
+    main, other = (found[files] for found in group)
     kept = {name for name, tensor in other.items() if not torch.equal(tensor, main[name])}
     tower = {
         name for name, _ in build("lora").backbone.named_parameters(prefix="backbone") if ".lora." not in name

@@ -1,5 +1,6 @@
 """Objectives beside heads and alone: two processes learn what one would, and heads what they would without them."""
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,9 +77,9 @@ def work(rank: int, store: str, output: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
+def group(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("objectives")
-    torch.multiprocessing.spawn(work, args=(f"file://{folder}/store", str(folder)), nprocs=WORLD)
+    processes.call(work, *((rank, f"file://{folder}/store", str(folder)) for rank in range(WORLD)))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -95,16 +96,16 @@ def single() -> dict:
 @pytest.mark.parametrize("way", ["ours", "ddp"])
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_two_processes_learn_what_one_does_from_the_joined_batch(processes, single, name, heads, way):
+def test_two_processes_learn_what_one_does_from_the_joined_batch(group, single, name, heads, way):
     losses, expected = single[heads, name]
     assert {key.split("/")[0] for key in losses} >= {"anchor"}
-    first, second = (part[heads, name, way][0] for part in processes)
+    first, second = (part[heads, name, way][0] for part in group)
     assert set(first) == set(second) == set(losses)
     for key, value in losses.items():
         assert (first[key] + second[key]) / WORLD == pytest.approx(value, rel=1e-5, abs=1e-7), key
     whole = torch.cat([g.flatten().double() for g in expected.values()])
     assert whole.norm() > 0
-    for part in processes:
+    for part in group:
         own = part[heads, name, way][1]
         assert list(own) == list(expected)
         difference = torch.cat([g.flatten().double() for g in own.values()]) - whole
