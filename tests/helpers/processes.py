@@ -27,9 +27,7 @@ def start(
 ) -> multiprocessing.Process:
     """Start `tools/<tool>` with its output going to the end of `log`, in a folder: builtin data sets are in its folder
     `datasets`, for detectron2 has read DETECTRON2_DATASETS when it was imported."""
-    process = _context.Process(target=_run, args=(tool, arguments, str(log), folder, environment))
-    process.start()
-    return process
+    return begin(_run, tool, arguments, str(log), folder, environment)
 
 
 def run(tool: str, arguments: list[str], log: Path, **options) -> tuple[int, str]:
@@ -59,11 +57,16 @@ def start_group(tool: str, arguments: list[str], log: Path, count: int = 2) -> l
     ]
 
 
+def begin(function: Callable[..., None], *arguments) -> multiprocessing.Process:
+    """Start a process that calls a function of a module."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def call(function: Callable[..., None], *calls: tuple) -> None:
     """Call a function of a module in as many processes as there are arguments for, at once; all must end well."""
-    started = [_context.Process(target=function, args=arguments) for arguments in calls]
-    for process in started:
-        process.start()
+    started = [begin(function, *arguments) for arguments in calls]
     for process in started:
         process.join(300)
     assert [process.exitcode for process in started] == [0] * len(calls)
