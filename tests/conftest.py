@@ -1,5 +1,6 @@
 """What every test shares: threads, and a path to the packages for the processes that tests start."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import visft  # noqa: E402, F401  (its filters, before anything imports detectron2)
+
+pytest.register_assert_rewrite("refusals", "runs")
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +80,19 @@ def shapes_test(tmp_path_factory) -> tuple[Path, Path]:
     import shapes
 
     return shapes.make(tmp_path_factory.mktemp("test"), images=4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def shapes_captions(shapes_train, tmp_path_factory) -> Path:
+    """Captions of all images to train on but one, two of them equal."""
+    images = json.loads(shapes_train[0].read_text())["images"]
+    rows = [
+        {"id": i, "image_id": image["id"], "caption": f"picture number {max(i, 2)}"}
+        for i, image in enumerate(images[1:], start=1)
+    ]
+    file = tmp_path_factory.mktemp("captions") / "captions.json"
+    file.write_text(json.dumps({"images": images, "annotations": rows}))
+    return file
 
 
 @pytest.fixture

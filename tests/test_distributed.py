@@ -1,118 +1,47 @@
 """Two processes learn what one would from the joined batch, whatever labels each of them has."""
 
+import functools
+
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-from batches_of_processes import (
-    BATCHES,
-    backward,
-    batches,
-    build,
-    gradients,
-)
-from detectron2.engine import SimpleTrainer
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
+import two_processes
+from batches_of_processes import BATCHES, batches, build
 
 from visft.checkpoint.open_clip_models import BaseTower
-from visft.engine.optimizer import average_gradients
-from visft.engine.stage import share_weights
 from visft.modeling.meta_arch import UNLABELLED
 
-WORLD = 2
-
 STAGES = ("heads", "lora", "lora balanced")
-
-
 FILES = {"random weights": None, "one file": ("a", "a"), "two files": ("a", "b")}
 
 
-def shared(rank: int, hashes: tuple[str, str] | None) -> dict[str, torch.Tensor]:
-    """What a process holds once weights that differ between the two were shared."""
-    model = build("lora")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(rank)
-    model.backbone.base = BaseTower("test", "file" if hashes else None, hashes[rank] if hashes else "random")
-    share_weights(model)
-    return model.state_dict()
-
-
-def work(rank: int, store: str, output: str) -> None:
-    """One of two processes: every batch in both stages, by DistributedDataParallel and by our own averaging."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    try:
-        found = {}
-        for stage in STAGES:
-            ours = build(stage)
-            # As detectron2's create_ddp_model makes it: without find_unused_parameters.
-            ddp = DistributedDataParallel(build(stage), broadcast_buffers=False)
-            for name in BATCHES:
-                images = batches(name)[rank]
-                losses = backward(ddp, images)
-                found[stage, name, "ddp"] = (losses, gradients(ddp.module))
-                # detectron2's own averaging of the metrics must find the same names on every process.
-                with EventStorage():
-                    tensors = {key: torch.tensor(value) for key, value in losses.items()}
-                    SimpleTrainer.write_metrics(tensors, 0.0, 0)
-                losses = backward(ours, images)
-                average_gradients(p for p in ours.parameters() if p.requires_grad)
-                found[stage, name, "ours"] = (losses, gradients(ours))
-        found |= {name: shared(rank, hashes) for name, hashes in FILES.items()}
-        torch.save(found, f"{output}/{comm.get_rank()}.pt")
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def steps() -> tuple[dict, dict]:
+    """How to build the model of each stage, and the processes' batches."""
+    return {stage: functools.partial(build, stage) for stage in STAGES}, {n: batches(n) for n in BATCHES}
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
-    """What each of two processes found, by stage, batch and way of averaging."""
-    folder = tmp_path_factory.mktemp("distributed")
-    store = f"file://{folder}/store"  # no port that another process could take
-    torch.multiprocessing.spawn(work, args=(store, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def group(steps, tmp_path_factory) -> list[dict]:
+    return two_processes.together(*steps, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.fixture(scope="module")
-def single() -> dict:
-    """What one process finds in the joined batch."""
-    found = {}
-    for stage in STAGES:
-        model = build(stage)
-        for name in BATCHES:
-            losses = backward(model, sum(batches(name), []))
-            found[stage, name] = (losses, gradients(model))
-    return found
+def single(steps) -> dict:
+    return two_processes.alone(*steps)
 
 
-def relative(found: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None]) -> float:
-    """Norm of the difference of two gradients over the norm of the second; None counts as zero."""
-
-    def flat(gradient):
-        return torch.cat([(g if g is not None else like.new_zeros(like.shape)).flatten().double()
-                          for g, like in zip(gradient.values(), shapes, strict=True)])  # fmt: skip
-
-    assert list(found) == list(expected)
-    shapes = [
-        next((g for g in pair if g is not None), torch.zeros(()))
-        for pair in zip(found.values(), expected.values(), strict=True)
-    ]
-    difference, norm = (flat(found) - flat(expected)).norm(), flat(expected).norm()
-    return float(difference / norm) if norm else float(difference)
-
-
-@pytest.mark.parametrize("way", ["ddp", "ours"])
+@pytest.mark.parametrize("way", two_processes.WAYS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage, way):
+def test_gradients_are_those_of_the_joined_batch(group, single, name, stage, way):
     losses, expected = single[stage, name]
     labelled = list(losses) != [UNLABELLED]
     assert any(g is not None and g.abs().sum() > 0 for g in expected.values()) == labelled
-    for found in processes:
-        assert relative(found[stage, name, way][1], expected) < 1e-6
-    first, second = (found[stage, name, way][1] for found in processes)
+    for found in group:
+        assert two_processes.relative(found[stage, name, way][1], expected) < 1e-6
+    first, second = (found[stage, name, way][1] for found in group)
     for key, gradient in first.items():
         assert (gradient is None) == (second[key] is None)
         assert gradient is None or torch.equal(gradient, second[key]), key
@@ -120,21 +49,18 @@ def test_gradients_are_those_of_the_joined_batch(processes, single, name, stage,
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_mean_losses_are_those_of_the_joined_batch(processes, single, name, stage):
-    expected = single[stage, name][0]
-    for way in ("ddp", "ours"):
-        first, second = (found[stage, name, way][0] for found in processes)
-        assert set(first) == set(second) == set(expected)
-        for key, value in expected.items():
-            assert (first[key] + second[key]) / WORLD == pytest.approx(value, rel=1e-5, abs=1e-7), key
+def test_mean_losses_are_those_of_the_joined_batch(group, single, name, stage):
+    for way in two_processes.WAYS:
+        losses = [found[stage, name, way][0] for found in group]
+        two_processes.assert_mean_losses(losses, single[stage, name][0])
 
 
 @pytest.mark.parametrize("stage", ["heads", "lora"])
-def test_a_head_without_labels_anywhere_is_left_alone(processes, single, stage):
+def test_a_head_without_labels_anywhere_is_left_alone(group, single, stage):
     """By our own averaging there is no gradient, so that no weight decay is at work either."""
     for name in ("no masks anywhere", "no labels anywhere"):
         expected = {key for key, g in single[stage, name][1].items() if g is None}
-        for found in processes:
+        for found in group:
             assert {key for key, g in found[stage, name, "ours"][1].items() if g is None} == expected
 
 
@@ -146,11 +72,29 @@ def test_the_drawn_task_trains_its_head_alone(single):
         assert all((gradient is None) == (f"heads.{other}." in name) for name, gradient in found.items())
 
 
-@pytest.mark.parametrize("files", FILES)
-def test_the_main_process_gives_all_but_a_tower_that_all_read_from_one_file(processes, files):
-    main, other = (found[files] for found in processes)
-    kept = {name for name, tensor in other.items() if not torch.equal(tensor, main[name])}
-    tower = {
-        name for name, _ in build("lora").backbone.named_parameters(prefix="backbone") if ".lora." not in name
-    }
-    assert kept == (tower if files == "one file" else set()) and len(tower) > 10
+def share(rank: int, folder: str) -> None:
+    """What a process holds once weights that differ between the two were shared."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for files, hashes in FILES.items():
+        model = build("lora")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(rank)
+        base = ("file", hashes[rank]) if hashes else (None, "random")
+        model.backbone.base = BaseTower("test", *base)
+        share_weights(model)
+        found[files] = model.state_dict()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_main_process_gives_all_but_a_tower_that_all_read_from_one_file(tmp_path):
+    processes.call(share, *((rank, str(tmp_path)) for rank in range(2)))
+    main, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    backbone = build("lora").backbone
+    tower = {n for n, _ in backbone.named_parameters(prefix="backbone") if ".lora." not in n}
+    assert len(tower) > 10
+    for files in FILES:
+        kept = {name for name, value in other[files].items() if not torch.equal(value, main[files][name])}
+        assert kept == (tower if files == "one file" else set()), files

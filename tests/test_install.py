@@ -25,20 +25,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_earlier_places_of_modules_are_the_new_ones():
-    code = """
-import visft.backbone.lora
-from visft.backbone import CLIPViT
-from visft.backbone.open_clip_zoo import TINY_WEIGHTS, create_clip
-from visft.checkpoint import export
-import visft.export, visft.modeling.backbone as new
-assert CLIPViT is new.CLIPViT and visft.backbone.lora is new.lora and export is visft.export
-assert create_clip is new.open_clip_models.create_clip and TINY_WEIGHTS.is_file()
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def installer(root):
     spec = importlib.util.spec_from_file_location("visft_install", root / "scripts" / "install.py")
@@ -51,72 +37,69 @@ def test_import_is_cheap_and_leaves_open_clip_alone():
     code = """
 import sys, time
 import detectron2.modeling
-start = time.perf_counter()
+start = time.process_time()
 import visft
-print(time.perf_counter() - start, "open_clip" in sys.modules)
+print(time.process_time() - start, "open_clip" in sys.modules)
 """
-    # The fastest of three: what others do on the machine only ever adds.
-    seconds, open_clip = [], set()
+    # The fastest of up to three: what others do on the machine only ever adds.
     for _ in range(3):
         done = python(code)
         assert done.returncode == 0, done.stderr
-        time, loaded = done.stdout.split()
-        seconds.append(float(time))
-        open_clip.add(loaded)
-    assert min(seconds) < 0.5
-    assert open_clip == {"False"}
+        seconds, open_clip = done.stdout.split()
+        assert open_clip == "False"
+        if float(seconds) < 0.5:
+            return
+    pytest.fail("the fastest of three took more than half a second")
 
 
-def test_import_registers_what_configs_name():
+def test_import_registers_what_configs_name_and_knows_the_earlier_places_of_modules():
     code = """
 import visft
 from detectron2.config import get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.data import DatasetCatalog
-print("build_clip_vit_backbone" in BACKBONE_REGISTRY, "build_clip_vit_fpn_backbone" in BACKBONE_REGISTRY)
-print("ViSFT" in META_ARCH_REGISTRY, {"visft_demo_train", "visft_demo_val"} <= set(DatasetCatalog.list()))
+assert "build_clip_vit_backbone" in BACKBONE_REGISTRY and "build_clip_vit_fpn_backbone" in BACKBONE_REGISTRY
+assert "ViSFT" in META_ARCH_REGISTRY and {"visft_demo_train", "visft_demo_val"} <= set(DatasetCatalog.list())
 cfg = get_cfg()
 visft.add_visft_config(cfg)
-print(cfg.MODEL.CLIP_VIT.NAME)
+assert cfg.MODEL.CLIP_VIT.NAME == "ViT-B-16"
+
+import visft.backbone.lora
+from visft.backbone import CLIPViT
+from visft.backbone.open_clip_zoo import TINY_WEIGHTS, create_clip
+from visft.checkpoint import export
+import visft.export, visft.modeling.backbone as new
+assert CLIPViT is new.CLIPViT and visft.backbone.lora is new.lora and export is visft.export
+assert create_clip is new.open_clip_models.create_clip and TINY_WEIGHTS.is_file()
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 4 + ["ViT-B-16"]
 
 
-def test_only_the_three_named_messages_are_filtered():
-    code = """
+WARNED = """
 import logging, warnings
-import visft
 import detectron2.engine, torch
 from detectron2.modeling.anchor_generator import _create_grid_offsets
 _create_grid_offsets([2, 2], 4, 0.0, torch.zeros(1))
+warnings.warn("`torch.jit.script` is deprecated", FutureWarning)
 from torch.fx._symbolic_trace import is_fx_tracing
 is_fx_tracing()
 logging.getLogger("torch.fx._symbolic_trace").warning("another message of that module")
 warnings.warn("`torch.jit.trace` is another matter", FutureWarning)
 warnings.warn("a warning", DeprecationWarning)
 """
-    shown = python(code).stderr
-    assert "`torch.jit.script` is deprecated" not in shown
-    assert "is_fx_tracing will return true" not in shown
-    assert "torch.meshgrid" not in shown
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_only_the_three_named_messages_are_filtered(filtered):
+    shown = python(f"import visft\n{WARNED}" if filtered else WARNED).stderr
+    assert ("`torch.jit.script` is deprecated" not in shown) == filtered
+    assert ("torch.meshgrid: in an upcoming release" not in shown) == filtered
+    if filtered:
+        assert "is_fx_tracing will return true" not in shown
     assert "another message of that module" in shown
     assert "`torch.jit.trace` is another matter" in shown
     assert "DeprecationWarning: a warning" in shown
-
-
-def test_without_the_filter_the_first_message_is_there():
-    """Else the test above would say nothing."""
-    code = """
-import torch
-from detectron2.modeling.anchor_generator import _create_grid_offsets
-_create_grid_offsets([2, 2], 4, 0.0, torch.zeros(1))
-"""
-    assert "torch.meshgrid: in an upcoming release" in python(code).stderr
-    code = "import warnings, torch\nwarnings.warn('`torch.jit.script` is deprecated', FutureWarning)\n"
-    assert "`torch.jit.script` is deprecated" in python(code).stderr
-    assert "`torch.jit.script` is deprecated" not in python("import visft\n" + code).stderr
 
 
 def test_without_detectron2_import_says_how_to_get_it():
@@ -136,12 +119,8 @@ import visft
 def wheel(root, tmp_path_factory) -> zipfile.ZipFile:
     """The wheel that pip builds from what git would commit (and not from leftovers of earlier builds)."""
     source = tmp_path_factory.mktemp("source")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        check=True,
-    ).stdout
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=root, capture_output=True, check=True).stdout
     for name in filter(None, listed.decode().split("\0")):
         if name.startswith(("tests/", "output/")) or not os.path.lexists(root / name):
             continue
@@ -195,10 +174,8 @@ print(model_zoo.get_config("cascade_mask_rcnn_clip_vit_b16_fpn").MODEL.BACKBONE.
     done = python(code, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     *packages, backbone = done.stdout.split()
-    assert (
-        all(Path(file).is_relative_to(tmp_path) for file in packages)
-        and backbone == "build_clip_vit_fpn_backbone"
-    )
+    assert all(Path(file).is_relative_to(tmp_path) for file in packages)
+    assert backbone == "build_clip_vit_fpn_backbone"
 
 
 def test_model_zoo_names_what_it_has_when_asked_for_another():

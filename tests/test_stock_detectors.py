@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
+import stock_keys
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,8 +20,7 @@ from PIL import Image
 
 from visft import model_zoo
 
-CLASSES = ("square", "disc", "bar")
-SIZES = [(96, 128), (112, 96), (128, 128), (96, 144)]
+SIZE = (96, 128)
 """Height and width of the images, four a split."""
 
 STOCK = {
@@ -30,67 +31,24 @@ STOCK = {
 }
 
 
-def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """An image `[H, W, 3]`, its semantic labels `[H, W]` (0 things, 1 sky, 2 ground) and three annotated shapes."""
-    height, width = size
-    image = np.full((height, width, 3), (120, 170, 230), np.uint8)
-    image[height // 2 :] = (90, 140, 60)
-    labels = np.where(np.arange(height)[:, None] < height // 2, 1, 2) * np.ones((1, width))
-    ys, xs = np.mgrid[:height, :width]
-    shapes = []
-    for category in range(3):
-        w, h = (40, 14) if category == 2 else (28, 28)
-        x, y = int(rng.integers(2, width - w - 2)), int(rng.integers(2, height - h - 2))
-        if category == 1:
-            angles = np.linspace(0, 2 * math.pi, 16, endpoint=False)
-            polygon = np.stack([x + 14 + 14 * np.cos(angles), y + 14 + 14 * np.sin(angles)], 1)
-            inside = (xs - x - 14) ** 2 + (ys - y - 14) ** 2 <= 14**2
-        else:
-            polygon = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]], float)
-            inside = (xs >= x) & (xs < x + w) & (ys >= y) & (ys < y + h)
-        image[inside] = rng.integers(0, 255, 3)
-        labels[inside] = 0
-        shapes.append(
-            {"category": category, "bbox": [x, y, w, h], "polygon": polygon.ravel().tolist(), "area": w * h}
-        )
-    return image, labels.astype(np.uint8), shapes
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Names of a small COCO data set: `{"train": ..., "val": ..., "train_panoptic": ..., "val_panoptic": ...}`."""
-    root = tmp_path_factory.mktemp("coco")
-    rng = np.random.default_rng(0)
-    names = {}
-    for split in ("train", "val"):
-        images, annotations = [], []
-        (root / split).mkdir()
+    root, names = tmp_path_factory.mktemp("coco"), {}
+    for seed, split in enumerate(("train", "val")):
+        file, images = shapes.make(root / split, images=4, size=SIZE, seed=seed)
+        labels = np.zeros(SIZE, np.uint8)  # 0 things, 1 sky, 2 ground
+        labels[10:50], labels[50:] = 1, 2
         (root / f"{split}_labels").mkdir()
-        for number, size in enumerate(SIZES, start=1):
-            image, labels, shapes = draw(rng, size)
-            Image.fromarray(image).save(root / split / f"{number}.jpg")
-            Image.fromarray(labels).save(root / f"{split}_labels" / f"{number}.png")
-            images.append({"id": number, "file_name": f"{number}.jpg", "height": size[0], "width": size[1]})
-            for shape in shapes:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": 10 * (shape["category"] + 1),
-                        "bbox": shape["bbox"],
-                        "segmentation": [shape["polygon"]],
-                        "area": shape["area"],
-                        "iscrowd": 0,
-                    }
-                )
-        categories = [{"id": 10 * (index + 1), "name": name} for index, name in enumerate(CLASSES)]
-        file = root / f"{split}.json"
-        file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        for image in images.glob("*.png"):  # detectron2 expects images in JPEG, labels in PNG
+            Image.open(image).save(image.with_suffix(".jpg"))
+            Image.fromarray(labels).save(root / f"{split}_labels" / image.name)
+        file.write_text(file.read_text().replace(".png", ".jpg"))
         name = f"stock_detectors_{split}"
-        register_coco_instances(name, {}, str(file), str(root / split))
-        metadata = {"stuff_classes": ["things", "sky", "ground"]}
+        register_coco_instances(name, {}, str(file), str(images))
+        stuff = {"stuff_classes": ["things", "sky", "ground"]}
         register_coco_panoptic_separated(
-            name, metadata, str(root / split), "", "", str(root / f"{split}_labels"), str(file)
+            name, stuff, str(images), "", "", str(root / f"{split}_labels"), str(file)
         )
         names |= {split: name, f"{split}_panoptic": f"{name}_separated"}
     yield names
@@ -112,9 +70,8 @@ class Trainer(DefaultTrainer):
         evaluators = [COCOEvaluator(name, tasks=tasks, output_dir=cfg.OUTPUT_DIR)]
         if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
             # Its own reader of label images asks numpy for `copy=False`, which numpy 2 refuses.
-            evaluators.append(
-                SemSegEvaluator(name, output_dir=cfg.OUTPUT_DIR, sem_seg_loading_fn=read_labels)
-            )
+            labels = {"output_dir": cfg.OUTPUT_DIR, "sem_seg_loading_fn": read_labels}
+            evaluators.append(SemSegEvaluator(name, **labels))
         return DatasetEvaluators(evaluators)
 
 
@@ -122,28 +79,15 @@ def small(name: str, world: dict[str, str], output: Path, *options):
     """The config `name` with a small tower with random weights, small heads, and the small data set."""
     cfg = model_zoo.get_config(name)
     suffix = "_panoptic" if name.startswith("panoptic") else ""
-    cfg.merge_from_list(
-        ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output), "SEED", 1, "DATALOADER.NUM_WORKERS", 0]
-        + ["DATASETS.TRAIN", (world[f"train{suffix}"],), "DATASETS.TEST", (world[f"val{suffix}"],)]
-        + ["MODEL.CLIP_VIT.NAME", "visft-tiny", "MODEL.CLIP_VIT.PRETRAINED", ""]
-        + ["MODEL.CLIP_VIT.WINDOW_SIZE", 4, "MODEL.CLIP_VIT.GLOBAL_BLOCKS", ()]
-        + ["MODEL.CLIP_VIT.FPN_CHANNELS", 32, "INPUT.MIN_SIZE_TRAIN", (96, 128), "INPUT.MIN_SIZE_TEST", 96]
-        + ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
-        + ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_HEADS.NUM_CLASSES", 3]
-        + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
-        + ["MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
-        + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 32, "MODEL.RETINANET.NUM_CLASSES", 3]
-        + [
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
-            3,
-            "MODEL.SEM_SEG_HEAD.CONVS_DIM",
-            32,
-            "TEST.DETECTIONS_PER_IMAGE",
-            20,
-        ]
-        + ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 0]
-        + [*options]
-    )
+    keys = stock_keys.SMALL | {
+        "OUTPUT_DIR": str(output),
+        "DATASETS.TRAIN": (world[f"train{suffix}"],),
+        "DATASETS.TEST": (world[f"val{suffix}"],),
+        "MODEL.ROI_HEADS.NUM_CLASSES": 3,
+        "MODEL.RETINANET.NUM_CLASSES": 3,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
+    }
+    cfg.merge_from_list([*(part for pair in keys.items() for part in pair), *options])
     cfg.freeze()
     return cfg
 
@@ -169,9 +113,8 @@ def test_yaml_detector_trains_and_is_evaluated(name, world, tmp_path):
     trainer, moved = run(cfg)
 
     levels = trainer.model.backbone.output_shape()
-    assert {level: (spec.stride, spec.channels) for level, spec in levels.items()} == {
-        f"p{k}": (2**k, 32) for k in range(2, 7)
-    }
+    shape = {level: (spec.stride, spec.channels) for level, spec in levels.items()}
+    assert shape == {f"p{k}": (2**k, 32) for k in range(2, 7)}
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [row["total_loss"] for row in rows if "total_loss" in row]
     assert losses and all(math.isfinite(loss) for loss in losses)
@@ -185,9 +128,9 @@ def test_yaml_detector_trains_and_is_evaluated(name, world, tmp_path):
     assert "AP50" in results["bbox"]
     found = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert {entry["image_id"] for entry in found} <= {1, 2, 3, 4} and found
-    assert {entry["category_id"] for entry in found} <= {10, 20, 30}
+    assert {entry["category_id"] for entry in found} <= {2, 5, 8}
+    height, width = SIZE
     for entry in found:
-        height, width = SIZES[entry["image_id"] - 1]
         x, y, w, h = entry["bbox"]
         assert -0.01 <= x and -0.01 <= y and x + w <= width + 0.01 and y + h <= height + 0.01
         if "segm" in STOCK[name]:

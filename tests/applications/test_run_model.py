@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import shapes
 import torch
 from captioned_shapes import SMALL, captioned
@@ -54,7 +55,7 @@ def trained(tmp_path_factory):
     output = home / "run"
     words = tiny_arguments(train[:2], None, output)
     options = SMALL | {"MODEL.VISFT.HEADS": ALL, "VISFT.DATA.TRAIN_CAPTIONS": train[2], "SEED": -1}
-    words += [str(word) for pair in options.items() for word in pair]
+    words += runs.words(options)
     words += ["MODEL.VISFT.DETECTION.LABEL_SPACE", "dataset_id"]
     assert train_net.main([*words, *ONE]) == 0
     image = home / "image.png"
@@ -141,10 +142,7 @@ def test_predict_py_needs_neither_config_nor_data(trained, tmp_path, monkeypatch
         (["MODEL.LORA.ALPHA", "3.0"], "MODEL.LORA.ALPHA is 3.0, in the run 16.0"),
         (["MODEL.VISFT.CAPTIONING.GRID", "7"], "MODEL.VISFT.CAPTIONING.GRID is 7, in the run 4"),
         (["MODEL.PIXEL_MEAN", "(1.0, 2.0, 3.0)"], "MODEL.PIXEL_MEAN and PIXEL_STD are"),
-        (
-            ["VISFT.DATA.TRAIN_JSON", "OTHER"],
-            "the run learned 3 classes (square, disc, bar), but DATASETS.TRAIN",
-        ),
+        (["VISFT.DATA.TRAIN_JSON", "OTHER"], "the run learned 3 classes (square, disc, bar), but DATASETS"),
         (["VISFT.DATA.TRAIN_JSON", "/no/where.json"], "/no/where.json is not there"),
     ],
 )

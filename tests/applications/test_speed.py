@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import runs
 from batches_of_processes import BOTH, build, picture
 from tiny_run import tiny_arguments
 
@@ -93,27 +94,15 @@ def test_summary_is_of_medians_and_paired_quotients():
     assert found["kinds"]["ratio"]["tower"] == 4 and found["kinds"]["ratio"]["memory"] == 1
 
 
-def test_command(shapes_train, tmp_path, capsys):
-    captions = tmp_path / "captions.json"
-    content = json.loads(shapes_train[0].read_text())
-    content["annotations"] = [
-        {"id": i, "image_id": image["id"], "caption": "some shapes here"}
-        for i, image in enumerate(content["images"])
-    ]
-    captions.write_text(json.dumps(content))
-    arguments = tiny_arguments(shapes_train, None, tmp_path / "run")
-    arguments = [
-        *arguments[:2],
-        "--rounds",
-        "2",
-        "--images",
-        "3",
-        "--output",
-        str(tmp_path / "b.json"),
-        *arguments[2:],
-    ]
-    arguments += ["MODEL.VISFT.HEADS", "('detection', 'segmentation', 'captioning')"]
-    arguments += ["VISFT.DATA.TRAIN_CAPTIONS", str(captions), "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", "1"]
+def test_command(shapes_train, shapes_captions, tmp_path, capsys):
+    keys = {
+        "MODEL.VISFT.HEADS": "('detection', 'segmentation', 'captioning')",
+        "VISFT.DATA.TRAIN_CAPTIONS": shapes_captions,
+        "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1,
+    }
+    options = ["--rounds", "2", "--images", "3", "--output", str(tmp_path / "b.json")]
+    arguments = runs.option(tiny_arguments(shapes_train, None, tmp_path / "run"), *options)
+    arguments += runs.words(keys)
     assert command.main(arguments) == 0
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "b.json").read_text())

@@ -2,18 +2,18 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from tiny_run import DEMO, tiny_arguments
 
 from visft.applications import sweep
 from visft.data.datasets import demo_world
+from visft.engine import run_lock
 from visft.errors import ConfigError, TrainingError
 
 # So high a learning rate that the loss is no number at the second iteration.
@@ -58,14 +58,14 @@ def jobs(folder: Path) -> dict[str, float]:
     return {str(log.parent): log.stat().st_mtime_ns for log in folder.rglob("process.log")}
 
 
-def test_kill_failure_and_repetition(content, tmp_path, root):
+def test_kill_failure_and_repetition(content, tmp_path):
     file, out = write(tmp_path, content), tmp_path / "out"
-    command = [sys.executable, str(root / "tools" / "sweep.py"), "--config", str(file), "--output", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(out.glob("runs/boxes*/job.json")):
+    command = ["--config", str(file), "--output", str(out)]
+    process = processes.start("sweep.py", command, tmp_path / "log")
+    while process.is_alive() and not list(out.glob("runs/boxes*/job.json")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     heads = next(out.glob("heads/*/heads/model_0000002.safetensors"))
     trained = heads.stat().st_mtime_ns
     # The job's process ends with its sweep: nothing goes on writing there.
@@ -141,12 +141,7 @@ def test_another_weight_file_or_data_set_is_another_run(content, tmp_path, shape
 def test_grid_is_the_product_with_runs(content, tmp_path):
     grid = {"MODEL.LORA.RANK": [1, 2], "MODEL.LORA.TARGETS": [["q", "v"], ["q"]]}
     variants = sweep.read(write(tmp_path, {**content, "runs": {"all": {}}, "grid": grid})).variants
-    assert list(variants) == [
-        "all, rank 1, targets q+v",
-        "all, rank 1, targets q",
-        "all, rank 2, targets q+v",
-        "all, rank 2, targets q",
-    ]
+    assert list(variants) == [f"all, rank {r}, targets {t}" for r in (1, 2) for t in ("q+v", "q")]
     assert variants["all, rank 2, targets q"] == {"MODEL.LORA.RANK": 2, "MODEL.LORA.TARGETS": ["q"]}
 
 
@@ -193,7 +188,7 @@ def test_shipped_head_files_are_narrowed_to_a_runs_heads(tmp_path):
         ({"grid": {"MODEL.LORA.RANK": 4}}, "`grid.MODEL.LORA.RANK` does not have the form .*Value 4"),
         (
             {"seeds": ["x"]},
-            "`seeds.0.` does not have the form .*Value 'x' of type 'str' could not be converted to Integer",
+            "`seeds.0.` does not have the form .*Value 'x' of type 'str' could not be converted to Int",
         ),
         ({"interpolate": [0]}, r"`interpolate` is \[0.0\]"),
         ({"measure": ["detection/bbox/AP50", "caption/CIDEr"]}, "`measure`: `caption/CIDEr` is unknown"),
@@ -208,27 +203,36 @@ def test_bad_file_is_one_sentence_before_any_work(content, tmp_path, change, mes
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_or_broken_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        sweep.read(tmp_path / "none.yaml")
-    (tmp_path / "broken.yaml").write_text("config: [")
-    with pytest.raises(ConfigError, match="not valid YAML at line 1"):
-        sweep.read(tmp_path / "broken.yaml")
-    (tmp_path / "tag.yaml").write_text("config: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ConfigError, match="only plain YAML is read"):
-        sweep.read(tmp_path / "tag.yaml")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("config: [", "not valid YAML at line 1"),
+        ("config: !!python/object/apply:os.getcwd []", "only plain YAML is read"),
+    ],
+)
+def test_missing_or_broken_file(tmp_path, text, message):
+    file = tmp_path / "sweep.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        sweep.read(file)
+
+
+def _hold(folder: Path, held: Path) -> None:
+    with run_lock.locked(folder):
+        held.touch()
+        time.sleep(300)
 
 
 def test_two_sweeps_in_one_folder(content, tmp_path):
-    held = "from visft.engine import run_lock; import sys"
-    held += f"\nwith run_lock.locked({str(tmp_path / 'out')!r}): print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        other.stdout.readline()
-        with pytest.raises(TrainingError, match=f"--output .*out: another run .*process {other.pid} "):
-            sweep.run(write(tmp_path, content), tmp_path / "out")
-        other.stdin.close()
+    other = processes.begin(_hold, tmp_path / "out", tmp_path / "held")
+    while other.is_alive() and not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(TrainingError, match=f"--output .*out: another run .*process {other.pid} "):
+        sweep.run(write(tmp_path, content), tmp_path / "out")
+    other.kill()
+    other.join()
 
 
 def test_table_and_differences_by_hand(tmp_path):

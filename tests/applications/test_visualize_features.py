@@ -41,13 +41,8 @@ def refused(capsys, *args) -> str:
 def test_command_draws_every_kind_of_sheet(place, root, tmp_path):
     command = [sys.executable, str(root / "tools" / "visualize_features.py"), *BASE]
     command += ["--compare", str(place / "tuned.safetensors"), "--texts", "a fox, a rocket"]
-    command += [
-        "--input",
-        str(place / "first.png"),
-        str(place / "second.png"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    images = [str(place / "first.png"), str(place / "second.png")]
+    command += ["--input", *images, "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     kinds = ("features", "texts")

@@ -82,15 +82,12 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(amp, device, has, expected, monke
     assert mixed_precision.frozen_type(cfg) == ""
 
 
-@pytest.mark.parametrize(
-    "config", sorted((ROOT / "configs").glob("visft_*.yaml")), ids=lambda file: file.stem
-)
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("visft_*.yaml")), ids=lambda f: f.stem)
 def test_our_recipes_have_auto_and_the_authors_their_float16(config):
     cfg = settings.load_config(str(config))
     expected = "float16" if config.stem.startswith("visft_eva") else "auto"
-    assert {cfg.VISFT.SOLVER.HEADS.AMP, cfg.VISFT.SOLVER.LORA.AMP, cfg.MODEL.CLIP_VIT.FROZEN_DTYPE} == {
-        expected
-    }
+    solver = cfg.VISFT.SOLVER
+    assert {solver.HEADS.AMP, solver.LORA.AMP, cfg.MODEL.CLIP_VIT.FROZEN_DTYPE} == {expected}
 
 
 def test_what_amp_leaves_in_float32_is_tf32_on_a_gpu_alone():

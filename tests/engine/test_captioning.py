@@ -5,16 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import runs
 from captioned_shapes import SMALL, captioned
-from detectron2.engine import default_argument_parser
 from PIL import Image
+from refusals import prepare
 from tiny_run import tiny_arguments
 
 from visft.checkpoint import files
 from visft.checkpoint.run_folder import describe, newest_checkpoint
 from visft.commands import predict, train_net
 from visft.data.caption_vocabulary import build_vocabulary
-from visft.engine import checks, launch, run_vocabulary, settings, stages
+from visft.engine import checks, run_vocabulary, settings, stages
 from visft.errors import ConfigError, DataError
 from visft.modeling.heads import Vocabulary
 
@@ -28,8 +29,7 @@ def data(tmp_path_factory):
 def arguments(data, output: Path, *options: object) -> list[str]:
     train, test = data
     keys = SMALL | {"VISFT.DATA.TRAIN_CAPTIONS": train[2], "VISFT.DATA.TEST_CAPTIONS": test[2]}
-    words = [str(word) for pair in keys.items() for word in pair]
-    return [*tiny_arguments(train[:2], test[:2], output), *words, *(str(option) for option in options)]
+    return [*tiny_arguments(train[:2], test[:2], output), *runs.words(keys), *map(str, options)]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,6 @@ def run(data, tmp_path_factory):
     words = arguments(data, output)
     assert train_net.main(words) == 0
     return output, words
-
-
-def prepare(words: list[str]):
-    return launch.prepare(default_argument_parser().parse_args(words))
 
 
 def test_the_vocabulary_is_kept_and_carried(run, data):
@@ -87,10 +83,8 @@ def test_a_run_elsewhere_is_found_by_its_weights(run, data, tmp_path):
     output, words = run
     elsewhere = [*words, "OUTPUT_DIR", str(tmp_path / "new")]
     assert train_net.main(["--eval-only", *elsewhere, "MODEL.WEIGHTS", str(output)]) == 0
-    figures, report = (
-        files.read_json(tmp_path / "new" / "evaluation.json"),
-        files.read_json(output / "report.json"),
-    )
+    figures = files.read_json(tmp_path / "new" / "evaluation.json")
+    report = files.read_json(output / "report.json")
     assert figures["captioning/CIDEr"] == pytest.approx(report["after"]["captioning/CIDEr"])
     # A heads file on its own carries its words too.
     alone = tmp_path / "heads.safetensors"
@@ -104,16 +98,7 @@ def test_predict_draws_words_and_says_the_caption(run, data, tmp_path, caplog):
     output, words = run
     image = sorted(data[1][1].glob("*"))[0]
     out = tmp_path / "out"
-    command = [
-        *words[:2],
-        "--input",
-        str(image),
-        "--output",
-        str(out),
-        "--weights",
-        str(output),
-        *words[2:],
-    ]
+    command = runs.option(words, "--input", str(image), "--output", str(out), "--weights", str(output))
     with caplog.at_level("INFO", logger="visft"):
         assert predict.main(command) == 0
     assert {path.name for path in out.iterdir()} == {f"{image.stem}.png", f"{image.stem}_words.png"}
@@ -129,9 +114,8 @@ def test_another_vocabulary_than_the_runs_is_refused(run, tmp_path):
     ours = Vocabulary.read(output / "vocabulary.json").words[1:-3]
     Vocabulary(ours[::-1]).write(tmp_path / "other.json")
     other = ["MODEL.VISFT.CAPTIONING.VOCABULARY", str(tmp_path / "other.json")]
-    with pytest.raises(
-        ConfigError, match="other.json has other words than those that .*safetensors was trained"
-    ):
+    message = "other.json has other words than those that .*safetensors was trained"
+    with pytest.raises(ConfigError, match=message):
         prepare(["--eval-only", *words, *other, "MODEL.WEIGHTS", str(output)])
     assert train_net.main(["--resume", *words, *other]) == 1
 
@@ -144,40 +128,26 @@ def test_words_may_be_learned_anew(run, data, tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(content))
     start = [*words, *more, "MODEL.VISFT.HEAD_FILES", f"('{output}',)"]
     cfg = run_vocabulary.with_vocabulary(prepare(start))
-    assert Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY) == Vocabulary.read(
-        output / "vocabulary.json"
-    )
+    kept = Vocabulary.read(output / "vocabulary.json")
+    assert Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY) == kept
     cfg = prepare([*start, "MODEL.VISFT.CAPTIONING.REINIT_CLASSES", "True"])
     cfg = run_vocabulary.with_vocabulary(cfg, tmp_path)
     assert "unheard" in Vocabulary.read(cfg.MODEL.VISFT.CAPTIONING.VOCABULARY).words
-    ours, theirs = (
-        stages.initial_model(cfg, 0).heads["captioning"].state_dict(),
-        files.read_tensors(newest_checkpoint(output / "heads")),
-    )
-    kept = {
-        name
-        for name, tensor in ours.items()
-        if tensor.equal(theirs.get(f"heads.captioning.{name}", tensor[:0]))
-    }
-    assert ours.keys() - kept == {"decoder.embedding.weight", "decoder.fc.weight", "decoder.fc.bias"}
+    ours = stages.initial_model(cfg, 0).heads["captioning"].state_dict()
+    theirs = files.read_tensors(newest_checkpoint(output / "heads"))
+    other = {n for n, t in ours.items() if not t.equal(theirs.get(f"heads.captioning.{n}", t[:0]))}
+    assert other == {"decoder.embedding.weight", "decoder.fc.weight", "decoder.fc.bias"}
 
 
+DATA, HEAD = "VISFT.DATA.TRAIN_CAPTIONS", "MODEL.VISFT.CAPTIONING"
 REFUSED = [
     (("VISFT.CAPTION_METRICS", "('CIDEr', 'METEROR')"), ConfigError, "METEROR.*METEOR"),
-    (
-        ("VISFT.DATA.TRAIN_CAPTIONS", ""),
-        DataError,
-        "`captioning` learns captions, and no image.*visft_own_train",
-    ),
-    (
-        ("VISFT.DATA.TRAIN_CAPTIONS", "/nowhere/c.json"),
-        DataError,
-        "/nowhere/c.json.*VISFT.DATA.TRAIN_CAPTIONS",
-    ),
-    (("MODEL.VISFT.CAPTIONING.VOCABULARY", "/nowhere/v.json"), DataError, "VOCABULARY: .*/nowhere/v.json"),
-    (("MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", 0), ConfigError, "MIN_WORD_COUNT is 0"),
-    (("MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT", 999), DataError, "no word occurs 999 times"),
-    (("MODEL.VISFT.CAPTIONING.HEAD", "CaptionHaed"), ConfigError, "CaptionHaed.*`CaptionHead`"),
+    ((DATA, ""), DataError, "`captioning` learns captions, and no image.*visft_own_train"),
+    ((DATA, "/nowhere/c.json"), DataError, "/nowhere/c.json.*VISFT.DATA.TRAIN_CAPTIONS"),
+    ((f"{HEAD}.VOCABULARY", "/nowhere/v.json"), DataError, "VOCABULARY: .*/nowhere/v.json"),
+    ((f"{HEAD}.MIN_WORD_COUNT", 0), ConfigError, "MIN_WORD_COUNT is 0"),
+    ((f"{HEAD}.MIN_WORD_COUNT", 999), DataError, "no word occurs 999 times"),
+    ((f"{HEAD}.HEAD", "CaptionHaed"), ConfigError, "CaptionHaed.*`CaptionHead`"),
 ]
 
 
@@ -194,10 +164,7 @@ def test_without_a_vocabulary_nothing_is_evaluated(data, tmp_path):
 
 
 def test_heads_without_captions_need_no_vocabulary(data, tmp_path):
-    words = arguments(
-        data, tmp_path / "out", "MODEL.VISFT.HEADS", "('detection',)", "VISFT.DATA.TRAIN_CAPTIONS", ""
-    )
-    cfg = prepare(words)
+    cfg = prepare(arguments(data, tmp_path / "out", "MODEL.VISFT.HEADS", "('detection',)", DATA, ""))
     assert run_vocabulary.with_vocabulary(cfg, tmp_path / "out") is cfg
     assert run_vocabulary.words_of(cfg) == []
     checks.check(cfg, train=True)

@@ -1,12 +1,10 @@
 """LVIS through the command line: detectron2's own names over a small data set in its format."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_lvis_instances
@@ -23,7 +21,7 @@ IDS = {2: 12, 5: 4, 8: 1203}
 
 
 def lvis(root: Path, split: str, *, images: int, seed: int) -> None:
-    """Write lvis/lvis_v1_<split>.json and coco/<split>2017 under DETECTRON2_DATASETS `root`."""
+    """Write lvis/lvis_v1_<split>.json and coco/<split>2017 in a folder of data sets."""
     file, pictures = make(root / split, images=images, seed=seed)
     folder = root / "coco" / f"{split}2017"
     folder.parent.mkdir(exist_ok=True)
@@ -64,33 +62,26 @@ def arguments(output: Path) -> list[str]:
     for head in ("DETECTION", "SEGMENTATION"):
         keys |= {f"MODEL.VISFT.{head}.{k}": v for k, v in (("ENCODER_LAYERS", 1), ("DECODER_LAYERS", 1))}
         keys[f"MODEL.VISFT.{head}.NUM_QUERIES"] = 10
-    return ["--config-file", CONFIG, *(str(word) for pair in keys.items() for word in pair)]
+    return ["--config-file", CONFIG, *runs.words(keys)]
 
 
 def test_training_and_evaluation_on_lvis(tmp_path):
     """Two iterations and an evaluation, then the evaluation again by --eval-only: the same figures, with LVIS's own."""
     pytest.importorskip("lvis")
-    lvis(tmp_path, "train", images=6, seed=0)
-    lvis(tmp_path, "val", images=4, seed=1)
-    output = tmp_path / "run"
-    environment = os.environ | {"DETECTRON2_DATASETS": str(tmp_path)}
-
-    def run(*options: str) -> str:
-        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *options, *arguments(output)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    log = run()
+    lvis(tmp_path / "datasets", "train", images=6, seed=0)
+    lvis(tmp_path / "datasets", "val", images=4, seed=1)
+    run = tmp_path / "run"
+    log = runs.train(arguments(run), tmp_path / "log", folder=tmp_path)
     assert "images come more than once" in log
-    rows = [json.loads(line) for line in (output / "heads" / "metrics.json").read_text().splitlines()]
+    rows = runs.rows(run / "heads" / "metrics.json")
     figures = {key: value for row in rows for key, value in row.items() if "/AP" in key}
     kinds = {"detection/bbox", "segmentation/bbox", "segmentation/segm"}
     assert {f"{kind}/{name}" for kind in kinds for name in ("AP", "APr", "APc", "APf")} <= set(figures)
     assert any("loss" in key for row in rows for key in row)
 
-    run("--eval-only", "--resume")
-    again = json.loads((output / "evaluation.json").read_text())
+    again = runs.option(arguments(run), "--eval-only", "--resume")
+    runs.train(again, tmp_path / "again", folder=tmp_path)
+    again = json.loads((run / "evaluation.json").read_text())
     assert {key: value for key, value in again.items() if "/AP" in key} == figures
 
 
@@ -137,9 +128,7 @@ def test_mistakes_are_named_before_anything_is_built(key, value, words):
 
 
 def test_rcnn_takes_the_configs_federated_loss_too():
-    cfg = settings.load_config(
-        CONFIG,
-        ["MODEL.DEVICE", "cpu", "MODEL.CLIP_VIT.PRETRAINED", "", "MODEL.VISFT.DETECTION.HEAD", "RCNNHead"],
-    )
+    keys = {"MODEL.DEVICE": "cpu", "MODEL.CLIP_VIT.PRETRAINED": "", "MODEL.VISFT.DETECTION.HEAD": "RCNNHead"}
+    cfg = settings.load_config(CONFIG, runs.words(keys))
     checks.check(cfg, train=False, test=False)
     assert cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE

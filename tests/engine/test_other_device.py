@@ -1,10 +1,11 @@
 """Training and inference on another device than the CPU: nothing is forgotten on it, and the result is the same."""
 
 import argparse
-import json
+import functools
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from other_device import DEVICE, Elsewhere, other_device, waits
@@ -72,25 +73,16 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def captions(shapes_train, tmp_path_factory) -> Path:
-    images = json.loads(shapes_train[0].read_text())["images"]
-    rows = [
-        {"id": i, "image_id": image["id"], "caption": f"an image with number {i % 3}"}
-        for i, image in enumerate(images)
-    ]
-    file = tmp_path_factory.mktemp("captions") / "captions.json"
-    file.write_text(json.dumps({"images": images, "annotations": rows}))
-    return file
+@pytest.fixture
+def trained(shapes_train, shapes_captions, tmp_path):
+    """`trained(device, stage, keys)` trains for two iterations; see `_trained`."""
+    return functools.partial(_trained, shapes_train, shapes_captions, tmp_path)
 
 
-def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
-    """Two iterations: the losses by iteration, the model, its optimizer, what the heads find in two images, and what
-    the trained tensors were before."""
-    words = tiny_arguments(train, None, folder)
+def _trained(train, captions, folder: Path, device: str, stage: str, keys: dict):
+    """The losses by iteration, the model, its optimizer, its config, and what the trained tensors were before."""
     keys = {"VISFT.DATA.TRAIN_CAPTIONS": captions, "MODEL.VISFT.CAPTIONING.MIN_WORD_COUNT": 1} | keys
-    keys |= {"MODEL.DEVICE": device}
-    words += [str(word) for pair in keys.items() for word in pair]
+    words = [*tiny_arguments(train, None, folder), *runs.words(keys | {"MODEL.DEVICE": device})]
     cfg = settings.load_config(words[1], words[2:])
     register_own_data(cfg)
     cfg = with_vocabulary(cfg, folder)
@@ -104,35 +96,36 @@ def trained(device: str, stage: str, keys: dict, train, captions, folder: Path):
             with torch.no_grad():
                 parameter.copy_(torch.full(parameter.shape, 0.01))
     solver = cfg.VISFT.SOLVER[stage.upper()]
-    optimizer = build_optimizer(
-        model, solver, layer_decay=cfg.MODEL.CLIP_VIT.LAYER_DECAY, heads=cfg.VISFT.SOLVER.HEADS
-    )
+    decay = cfg.MODEL.CLIP_VIT.LAYER_DECAY
+    optimizer = build_optimizer(model, solver, layer_decay=decay, heads=cfg.VISFT.SOLVER.HEADS)
     parts = [*model.heads.items(), *model.objectives.items()]
     images = load_labelled(cfg, {name: part.has_labels for name, part in parts})
     batches = build_stage_loader(cfg, stage, images, seed=1)
     trainer = StageTrainer(model, iter(batches), optimizer, stage=stage, clip_norm=solver.CLIP_NORM, seed=1)
     start = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     trainer.train(0, 2)
-    history = trainer.storage.history("total_loss").values()
-    model.eval()
-    found = []
-    if cfg.MODEL.VISFT.HEADS:
-        mapper = build_test_mapper(cfg)
-        found = model([mapper(dict(record)) for record in DatasetCatalog.get(OWN_TRAIN)[:2]])
-    return [value for value, _ in history], model, optimizer, found, start
+    losses = [value for value, _ in trainer.storage.history("total_loss").values()]
+    return losses, model, optimizer, cfg, start
+
+
+def found(model, cfg) -> list[dict]:
+    """What the heads find in two images."""
+    mapper = build_test_mapper(cfg)
+    images = [mapper(dict(record)) for record in DatasetCatalog.get(OWN_TRAIN)[:2]]
+    return model.eval()(images) if cfg.MODEL.VISFT.HEADS else []
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path):
-    stage, keys = CASES[case]
-    losses, model, _, found, start = trained("cpu", stage, keys, shapes_train, captions, tmp_path)
+def test_a_step_is_the_same_as_on_the_cpu(case, trained):
+    losses, model, _, cfg, start = trained("cpu", *CASES[case])
     expected = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+    outputs = found(model, cfg)
     with other_device():
-        there, model, _, found_there, _ = trained(DEVICE.type, stage, keys, shapes_train, captions, tmp_path)
+        there, model, _, cfg, _ = trained(DEVICE.type, *CASES[case])
         tensors = [*model.parameters(), *model.buffers()]
         assert all(isinstance(tensor, Elsewhere) for tensor in tensors)
         moved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
-        assert [set(output) for output in found_there] == [set(output) for output in found]
+        assert [set(output) for output in found(model, cfg)] == [set(output) for output in outputs]
     assert there == pytest.approx(losses, rel=1e-4)
     assert moved.keys() == expected.keys() and expected
     for name, tensor in expected.items():
@@ -148,7 +141,7 @@ def test_a_step_is_the_same_as_on_the_cpu(case, shapes_train, captions, tmp_path
     [("heads", 2), ("heads, transformer", 0), ("lora", 2), ("lora, balanced", 2), ("lora, objectives", 0)],
 )
 def test_a_step_waits_for_the_device_once_and_once_for_each_matching(
-    case, heads_that_match, shapes_train, captions, tmp_path, monkeypatch
+    case, heads_that_match, trained, monkeypatch
 ):
     """However large the batch is: the losses and the norm come together, and scipy assigns on the host."""
     stage, keys = CASES[case]
@@ -161,18 +154,17 @@ def test_a_step_waits_for_the_device_once_and_once_for_each_matching(
 
     monkeypatch.setattr(StageTrainer, "run_step", noted)
     for size in (1, 3):
-        batch = {f"VISFT.SOLVER.{stage.upper()}.IMS_PER_BATCH": size}
         with other_device():
-            trained(DEVICE.type, stage, keys | batch, shapes_train, captions, tmp_path / str(size))
+            trained(DEVICE.type, stage, keys | {f"VISFT.SOLVER.{stage.upper()}.IMS_PER_BATCH": size})
     assert len(found) == 4
     for step in found:
         assert sum("matcher.py" in wait for wait in step) == heads_that_match
         assert len(step) == heads_that_match + 1, step
 
 
-def test_a_checkpoint_goes_back_to_the_device(shapes_train, captions, tmp_path):
+def test_a_checkpoint_goes_back_to_the_device(trained, tmp_path):
     with other_device():
-        _, model, optimizer, *_ = trained(DEVICE.type, "lora", {}, shapes_train, captions, tmp_path / "run")
+        _, model, optimizer, *_ = trained(DEVICE.type, "lora", {})
         saved = {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
         moments = [state["exp_avg"].cpu() for state in optimizer.state.values()]
         RunCheckpointer(tmp_path, model, optimizer, stage="lora").save(2)
@@ -191,14 +183,15 @@ def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path):
     keys = {
         "VISFT.EXPORT": "('open_clip',)",
         "VISFT.FEATURE_CACHE": 0.1,
-        "VISFT.SOLVER.LORA.EVAL_PERIOD": 2,
+        "VISFT.SOLVER.HEADS.MAX_ITER": 2,
+        "VISFT.SOLVER.LORA.MAX_ITER": 2,
+        "VISFT.SOLVER.LORA.EVAL_PERIOD": 1,
         "SEED": 3,
     }
 
     def run(device: str) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
         folder = tmp_path / device
-        words = tiny_arguments(shapes_train, shapes_test, folder)
-        words += [str(word) for pair in keys.items() for word in pair]
+        words = [*tiny_arguments(shapes_train, shapes_test, folder), *runs.words(keys)]
         cfg = settings.load_config(words[1], [*words[2:], "MODEL.DEVICE", device])
         register_own_data(cfg)
         figures = stages.run(cfg, argparse.Namespace(resume=False))

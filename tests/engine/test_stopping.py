@@ -11,22 +11,20 @@ from pathlib import Path
 
 import processes
 import pytest
-from safetensors.torch import load_file
+import runs
 from tiny_run import tiny_arguments
 
 END = 40
 
 
 def _arguments(train: tuple[Path, Path], run: Path, *, resume: bool = False, period: int = 0) -> list[str]:
-    words = tiny_arguments(train, None, run)
-    words += ["VISFT.STAGES", "('heads',)", "VISFT.SOLVER.HEADS.MAX_ITER", str(END)]
-    words += ["VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD", str(period), "DATALOADER.NUM_WORKERS", "1"]
-    return [*words[:2], *(["--resume"] if resume else []), *words[2:]]
+    keys = {"VISFT.STAGES": "('heads',)", "VISFT.SOLVER.HEADS.MAX_ITER": END}
+    keys |= {"VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD": period, "DATALOADER.NUM_WORKERS": 1}
+    words = [*tiny_arguments(train, None, run), *runs.words(keys)]
+    return runs.option(words, "--resume") if resume else words
 
 
 def _start(arguments: list[str], log: Path, count: int) -> list[multiprocessing.Process]:
-    if count == 1:
-        return [processes.start("train_net.py", arguments, log)]
     return processes.start_group("train_net.py", arguments, log, count)
 
 
@@ -48,15 +46,6 @@ def _wait_for_training(run: Path, started: list[multiprocessing.Process]) -> Non
     _wait_for_text(run / "heads" / "metrics.json", "}", started)
 
 
-def _state(run: Path) -> dict:
-    """Weights, and the optimizer's moments."""
-    found = {}
-    for kind in ("model", "trainer"):
-        file = run / "heads" / f"{kind}_{END:07d}.safetensors"
-        found |= {f"{kind}/{name}": t for name, t in load_file(file).items() if t.is_floating_point()}
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole(shapes_train, tmp_path_factory) -> Callable[[int], dict]:
     """The end of a run of so many processes that is left alone."""
@@ -66,7 +55,7 @@ def whole(shapes_train, tmp_path_factory) -> Callable[[int], dict]:
         folder = tmp_path_factory.mktemp("whole")
         started = _start(_arguments(shapes_train, folder / "run"), folder / "log", count)
         assert _end(started) == [0] * count, [file.read_text() for file in folder.glob("log*")]
-        return _state(folder / "run")
+        return runs.end(folder / "run", "heads")
 
     return state
 
@@ -94,14 +83,12 @@ def test_goes_on_to_the_same_bits(count, number, shapes_train, whole, tmp_path):
 
     assert set(_end(_start(_arguments(shapes_train, run, resume=True), tmp_path / "second", count))) == {0}
     assert f"resumed stage `heads` after iteration {done}" in (run / "log.txt").read_text()
-    found, expected = _state(run), whole(count)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    runs.assert_same_end(runs.end(run, "heads"), whole(count))
 
 
 def test_the_process_that_started_the_others_hands_it_on(shapes_train, tmp_path):
     words = _arguments(shapes_train, tmp_path / "run")
-    process = processes.start("train_net.py", [*words[:2], "--num-gpus", "2", *words[2:]], tmp_path / "log")
+    process = processes.start("train_net.py", runs.option(words, "--num-gpus", "2"), tmp_path / "log")
     _wait_for_training(tmp_path / "run", [process])
     os.kill(process.pid, signal.SIGUSR1)
     assert _end([process]) == [128 + signal.SIGUSR1], (tmp_path / "log").read_text()
@@ -120,6 +107,5 @@ def test_outside_of_iterations_the_run_ends_at_once(shapes_train, shapes_test, t
     assert _end([process]) == [143], (tmp_path / "log").read_text()
     assert "SIGTERM: the run stops" in (run / "log.txt").read_text()
     assert not (run / "report.md").exists()
-    status, text = processes.run("train_net.py", [*words[:2], "--resume", *words[2:]], tmp_path / "again")
-    assert status == 0, text
+    runs.train(runs.option(words, "--resume"), tmp_path / "again")
     assert (run / "report.md").is_file()

@@ -1,20 +1,19 @@
 """A small model with three heads, and batches with every mix of labels, one for each process."""
 
 import torch
+from annotated_images import rectangles
 from detectron2.structures import BitMasks, Boxes, Instances
+from query_heads import detr, mask2former
 from torch import nn
 
 from visft.modeling.backbone import CLIPViT, lora
-from visft.modeling.heads import DETRHead, LabelSpace, Mask2FormerHead, RegionTextHead
+from visft.modeling.heads import LabelSpace, RegionTextHead
 from visft.modeling.meta_arch import ViSFT
 
 SIZE = (48, 64)
 
-
 # The labels of each process's two images: how many objects, and whether with boxes and masks. None: no labels.
 BOTH, BOXES, MASKS = ("boxes", "masks"), ("boxes",), ("masks",)
-
-
 BATCHES = {
     "all labels": [[(2, BOTH), (3, BOTH)], [(1, BOTH), (0, BOTH)]],
     "no masks on one": [[(2, BOTH), (3, BOTH)], [(2, BOXES), (1, BOXES)]],
@@ -44,10 +43,7 @@ def picture(spec: tuple[int, tuple[str, ...]] | None, number: int) -> dict:
         if "boxes" in kinds:
             instances.gt_boxes = Boxes(boxes)
         if "masks" in kinds:
-            masks = torch.zeros(count, *SIZE, dtype=torch.bool)
-            for mask, (x0, y0, x1, y1) in zip(masks, boxes.round().int().tolist(), strict=True):
-                mask[y0:y1, x0:x1] = True
-            instances.gt_masks = BitMasks(masks)
+            instances.gt_masks = BitMasks(rectangles(boxes.round(), SIZE))
         if count or len(kinds) > 1:
             found["instances"] = instances
     return found
@@ -84,30 +80,9 @@ def build(stage: str) -> ViSFT:
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    detector = DETRHead(
-        in_channels=32,
-        labels=LabelSpace(4),
-        num_queries=5,
-        encoder_layers=1,
-        encoder_dim=16,
-        decoder_layers=2,
-        decoder_dim=16,
-        num_attention_heads=2,
-        feedforward_dim=16,
-        dropout=0.0,
-    )
-    segmenter = Mask2FormerHead(
-        in_channels=32,
-        labels=LabelSpace(4),
-        num_queries=5,
-        encoder_layers=1,
-        encoder_feedforward_dim=16,
-        decoder_layers=2,
-        dim=32,
-        num_attention_heads=2,
-        feedforward_dim=16,
-        num_points=40,
-    )
+    sizes = {"in_channels": 32, "num_queries": 5, "num_attention_heads": 2, "feedforward_dim": 16}
+    detector = detr(LabelSpace(4), encoder_dim=16, decoder_dim=16, **sizes)
+    segmenter = mask2former(LabelSpace(4), encoder_feedforward_dim=16, num_points=40, **sizes)
     named = NamedHead(names=[("a",), ("b",), ("c",), ("d",)], logit_scale=5.0)
     heads = {"detection": detector, "segmentation": segmenter, "region_text": named}
     return ViSFT(
@@ -117,16 +92,3 @@ def build(stage: str) -> ViSFT:
         balance_gradients=stage.endswith("balanced"),
         stage=stage.split()[0],
     ).train()
-
-
-def gradients(model: ViSFT) -> dict[str, torch.Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def backward(model: nn.Module, images: list[dict]) -> dict[str, float]:
-    """Gradients of one step in `model`; its losses. All processes draw from the same seed."""
-    torch.manual_seed(5)
-    model.zero_grad(set_to_none=True)
-    losses = model(images)
-    sum(losses.values()).backward()
-    return {name: float(value.detach()) for name, value in losses.items()}

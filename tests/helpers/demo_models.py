@@ -1,6 +1,7 @@
 """Small models of the demo's config, and labelled images for them."""
 
 import torch
+from annotated_images import rectangles
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -51,10 +52,7 @@ def picture(size=(48, 64), *, boxes=True, masks=True, count=2, number=1, seed=0)
         if boxes:
             instances.gt_boxes = Boxes(corners.float())
         if masks:
-            drawn = torch.zeros(count, height, width, dtype=torch.bool)
-            for mask, (x0, y0, x1, y1) in zip(drawn, corners.tolist(), strict=True):
-                mask[y0:y1, x0:x1] = True
-            instances.gt_masks = BitMasks(drawn)
+            instances.gt_masks = BitMasks(rectangles(corners, size))
         found["instances"] = instances
     return found
 

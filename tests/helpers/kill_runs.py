@@ -16,34 +16,22 @@ from collections import Counter
 from pathlib import Path
 
 import processes
+import runs
 import shapes
-from safetensors.torch import load_file
 from tiny_run import tiny_arguments
 
 STAGES = ("heads", "lora")
-ITERATIONS = 4
 FILES = 4  # of a checkpoint, of which there is one an iteration: trainer, model, its JSON, last_checkpoint
 
 
 def arguments(train: tuple[Path, Path], run: Path) -> list[str]:
     """A run of both stages with a loader's worker."""
-    words = tiny_arguments(train, None, run) + ["DATALOADER.NUM_WORKERS", "1"]
+    keys = {"DATALOADER.NUM_WORKERS": 1}
     for stage in STAGES:
-        keys = {"MAX_ITER": ITERATIONS, "CHECKPOINT_PERIOD": 1}
-        words += [
-            w for key, value in keys.items() for w in (f"VISFT.SOLVER.{stage.upper()}.{key}", str(value))
-        ]
-    return words
-
-
-def end(run: Path) -> dict:
-    """Weights of a finished run, and the optimizer's moments, which tell whether the batches were the same."""
-    found = {}
-    for stage in STAGES:
-        for kind in ("model", "trainer"):
-            tensors = load_file(run / stage / f"{kind}_{ITERATIONS:07d}.safetensors")
-            found |= {f"{stage}/{kind}/{name}": t for name, t in tensors.items() if t.is_floating_point()}
-    return found
+        keys |= {
+            f"VISFT.SOLVER.{stage.upper()}.{key}": n for key, n in (("MAX_ITER", 4), ("CHECKPOINT_PERIOD", 1))
+        }
+    return [*tiny_arguments(train, None, run), *runs.words(keys)]
 
 
 def half_written(run: Path) -> set[str]:
@@ -69,22 +57,14 @@ def kill_and_resume(train: tuple[Path, Path], folder: Path, *, kills: int, seed:
         Counts: kills `struck`, those that `left_half_written` files; `finished` runs, `broken` ones (another exit
         status), `different` ones (other bits).
     """
-    status, text = processes.run("train_net.py", arguments(train, folder / "whole"), folder / "whole.log")
-    if status:
-        raise RuntimeError(text)
-    expected = end(folder / "whole")
-    rng, counts, number = (
-        random.Random(seed),
-        Counter(struck=0, left_half_written=0, broken=0, different=0),
-        0,
-    )
-    fresh = True
+    runs.train(arguments(train, folder / "whole"), folder / "whole.log")
+    expected = runs.end(folder / "whole", *STAGES)
+    rng, counts = random.Random(seed), Counter(struck=0, left_half_written=0, broken=0, different=0)
+    number, fresh = 0, True
     while counts["struck"] < kills or not fresh:
         run, log = folder / str(number), folder / f"{number}.log"
         words = arguments(train, run)
-        process = processes.start(
-            "train_net.py", words if fresh else [*words[:2], "--resume", *words[2:]], log
-        )
+        process = processes.start("train_net.py", words if fresh else runs.option(words, "--resume"), log)
         fresh = False
         if counts["struck"] < kills:
             writing = counts["struck"] % 2
@@ -100,12 +80,8 @@ def kill_and_resume(train: tuple[Path, Path], folder: Path, *, kills: int, seed:
             counts["broken"] += 1
             print(log.read_text(), file=sys.stderr)
         else:
-            found = end(run)
-            same = found.keys() == expected.keys() and all(
-                expected[name].equal(found[name]) for name in expected
-            )
             counts["finished"] += 1
-            counts["different"] += not same
+            counts["different"] += runs.different(runs.end(run, *STAGES), expected) != []
         number, fresh = number + 1, True
     return counts
 

@@ -69,17 +69,21 @@ class Elsewhere(torch.Tensor):
 
 
 def _run(func, args, kwargs):
-    _check(func, args, kwargs)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    involved = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+    if not involved and kwargs.get("device") is None:
+        return func(*args, **kwargs)
+    _check(func, args, tensors)
     if func is _aten.copy_.default:
         there = isinstance(args[0], Elsewhere)
     elif kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]) == DEVICE
     else:
-        there = any(isinstance(leaf, Elsewhere) for leaf in tree_leaves((args, kwargs)))
+        there = True
     here = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     if "device" in kwargs:
         here["device"] = torch.device("cpu")
-    if any(isinstance(leaf, Elsewhere) for leaf in tree_leaves((args, kwargs))) and _waits(func, args, there):
+    if involved and _waits(func, args, there):
         _note(str(func))
     held_args, held_kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, here))
     result = func(*held_args, **held_kwargs)
@@ -100,17 +104,12 @@ def _note(what: str) -> None:
     waits.append(f"{what}, {Path(own[-1].filename).name}:{own[-1].lineno}" if own else what)
 
 
-def _check(func, args, kwargs) -> None:
+def _check(func, args, tensors: list[torch.Tensor]) -> None:
     """Refuse what a GPU refuses: another device's tensors, but for numbers (0-dimensional, on the CPU) and indices."""
     if func in _MOVES:
         return
-    if func in _INDEXING:
-        tensors = [args[0], *args[2:3]]
-        if not isinstance(args[0], Elsewhere):
-            tensors += args[1]
-    else:
-        tensors = tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in tensors if isinstance(leaf, torch.Tensor)]
+    if func in _INDEXING and isinstance(args[0], Elsewhere):
+        tensors = [part for part in (args[0], *args[2:3]) if isinstance(part, torch.Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     here = [t for t in tensors if not isinstance(t, Elsewhere) and (t.ndim or func in _JOINING)]
     if there and here:

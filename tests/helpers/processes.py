@@ -6,46 +6,70 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["visft.engine.launch", "open_clip", "torch.utils.tensorboard"])
+_context.set_forkserver_preload(
+    [
+        "visft.engine.launch",
+        "open_clip",
+        "torch.utils.tensorboard",
+        "scipy.optimize",
+        "detectron2.utils.visualizer",
+    ]
+)
 
 
-def start(tool: str, arguments: list[str], log: Path, **environment: str) -> multiprocessing.Process:
-    """Start `tools/<tool>` with its output going to the end of `log`."""
-    process = _context.Process(target=_run, args=(tool, arguments, str(log), environment))
-    process.start()
-    return process
+def start(
+    tool: str, arguments: list[str], log: Path, *, folder: Path | None = None, **environment: str
+) -> multiprocessing.Process:
+    """Start `tools/<tool>` with its output going to the end of `log`, in a folder: builtin data sets are in its folder
+    `datasets`, for detectron2 has read DETECTRON2_DATASETS when it was imported."""
+    return begin(_run, tool, arguments, str(log), folder, environment)
 
 
-def run(tool: str, arguments: list[str], log: Path, **environment: str) -> tuple[int, str]:
-    """Run `tools/<tool>` to its end; returns its exit status and what it has written."""
-    process = start(tool, arguments, log, **environment)
+def run(tool: str, arguments: list[str], log: Path, **options) -> tuple[int, str]:
+    """Run `tools/<tool>` to its end, as `start` does; returns its exit status and what it has written."""
+    process = start(tool, arguments, log, **options)
     process.join(300)
     assert process.exitcode is not None, f"{tool} hangs: {log.read_text()}"
     return process.exitcode, log.read_text()
 
 
 def start_group(tool: str, arguments: list[str], log: Path, count: int = 2) -> list[multiprocessing.Process]:
-    """Start `count` processes that find each other as torchrun's do. `log` gets a suffix `.0`, `.1`, ..."""
+    """Start `count` processes that find each other as torchrun's do. `log` gets a suffix `.0`, `.1`, ...
+
+    One process is one that nobody started as a group.
+    """
+    if count == 1:
+        return [start(tool, arguments, log)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [log.with_name(f"{log.name}.{rank}") for rank in range(count)]
     return [
-        start(
-            tool,
-            arguments,
-            log.with_name(f"{log.name}.{rank}"),
-            **common,
-            MASTER_PORT=port,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-        )
-        for rank in range(count)
+        start(tool, arguments, log, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, log in enumerate(logs)
     ]
+
+
+def begin(function: Callable[..., None], *arguments) -> multiprocessing.Process:
+    """Start a process that calls a function of a module."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def call(function: Callable[..., None], *calls: tuple) -> None:
+    """Call a function of a module in as many processes as there are arguments for, at once; all must end well."""
+    started = [begin(function, *arguments) for arguments in calls]
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * len(calls)
 
 
 def descendants(pid: int) -> list[int]:
@@ -57,11 +81,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _run(tool: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(tool: str, arguments: list[str], log: str, folder: Path | None, environment: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    os.chdir(folder or os.getcwd())
     # Workers of loaders too are forked from a process that has imported everything, as outside of tests.
     multiprocessing.set_start_method("fork", force=True)
     import torch

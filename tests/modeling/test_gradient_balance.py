@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from batches_of_processes import BOTH, BOXES, MASKS, backward, build, gradients, picture
+from batches_of_processes import BOTH, BOXES, MASKS, build, picture
+from two_processes import step
 
 from visft.modeling.gradient_balance import balanced_copies
 
@@ -36,40 +37,30 @@ def test_gradients_are_those_of_heads_with_equal_norms():
     total = sum(g * (mean / norms[head]) for head, g in found.items())
     expected = torch.autograd.grad(features, parameters, total)
 
-    model = build("lora balanced")
-    backward(model, IMAGES)
-    for gradient, wanted in zip(gradients(model).values(), expected, strict=True):
+    _, balanced = step(build("lora balanced"), IMAGES)
+    for gradient, wanted in zip(balanced.values(), expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7 + 1e-5 * float(wanted.abs().max()))
 
 
-def test_losses_are_reported_as_they_are():
-    assert backward(build("lora"), IMAGES) == backward(build("lora balanced"), IMAGES)
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(a.equal(b) for a, b in zip(first.values(), second.values(), strict=True))
 
 
-def test_the_same_bits_each_time():
-    first, second = build("lora balanced"), build("lora balanced")
-    backward(first, IMAGES)
-    backward(second, IMAGES)
-    assert all(a.equal(b) for a, b in zip(gradients(first).values(), gradients(second).values(), strict=True))
+def test_losses_are_reported_as_they_are_and_the_gradients_have_the_same_bits_each_time():
+    losses, found = step(build("lora balanced"), IMAGES)
+    assert step(build("lora"), IMAGES)[0] == losses
+    assert equal(step(build("lora balanced"), IMAGES)[1], found)
 
 
 def test_one_head_with_labels_is_left_as_it_is():
     images = [picture((1, MASKS), 3), picture((2, MASKS), 4)]
-    plain, balanced = build("lora"), build("lora balanced")
-    backward(plain, images)
-    backward(balanced, images)
-    assert all(
-        a.equal(b) for a, b in zip(gradients(plain).values(), gradients(balanced).values(), strict=True)
-    )
+    assert equal(step(build("lora"), images)[1], step(build("lora balanced"), images)[1])
 
 
 def test_stage_heads_is_left_as_it_is():
-    plain, balanced = build("heads"), build("heads")
+    balanced = build("heads")
     balanced.balance_gradients = True
-    backward(plain, IMAGES)
-    backward(balanced, IMAGES)
-    for a, b in zip(gradients(plain).values(), gradients(balanced).values(), strict=True):
-        assert a.equal(b)
+    assert equal(step(build("heads"), IMAGES)[1], step(balanced, IMAGES)[1])
 
 
 def test_the_scale_of_a_loss_does_not_matter():

@@ -1,9 +1,8 @@
 """ViSFT: what its tower sees, which head gets what, what trains in which stage, what comes out."""
 
-import json
-
 import numpy as np
 import pytest
+import shapes
 import torch
 from demo_models import build, config, losses_of, picture
 from detectron2.config import get_cfg
@@ -13,7 +12,6 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
-from PIL import Image
 from safetensors.torch import save_file
 
 from visft.errors import CheckpointError, ConfigError
@@ -70,14 +68,12 @@ def test_images_are_normalised_then_padded_with_zeros(model):
 
 def test_mean_and_std_are_the_towers_unless_the_config_says_otherwise():
     stock = get_cfg().MODEL
-    own = build("MODEL.PIXEL_MEAN", stock.PIXEL_MEAN, "MODEL.PIXEL_STD", stock.PIXEL_STD)
-    np.testing.assert_allclose(own.pixel_mean.flatten(), [122.7709, 116.7460, 104.0937], atol=1e-3)
-    np.testing.assert_allclose(own.pixel_std.flatten(), [68.5005, 66.6322, 70.3232], atol=1e-3)
-    imagenet = build(
-        "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD", [58.395, 57.12, 57.375]
-    )
-    np.testing.assert_allclose(imagenet.pixel_mean.flatten(), [123.675, 116.28, 103.53])
-    np.testing.assert_allclose(imagenet.pixel_std.flatten(), [58.395, 57.12, 57.375])
+    clips = [122.7709, 116.7460, 104.0937], [68.5005, 66.6322, 70.3232]
+    imagenet = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    for given, expected in (((stock.PIXEL_MEAN, stock.PIXEL_STD), clips), (imagenet, imagenet)):
+        model = build("MODEL.PIXEL_MEAN", given[0], "MODEL.PIXEL_STD", given[1])
+        np.testing.assert_allclose(model.pixel_mean.flatten(), expected[0], atol=1e-3)
+        np.testing.assert_allclose(model.pixel_std.flatten(), expected[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (41, 57), (8, 8), (33, 40)])
@@ -98,11 +94,8 @@ def test_a_cell_is_padding_where_its_first_pixel_is(model, size):
 
 def test_each_head_gets_what_it_has_labels_for_from_one_pass(model):
     """The losses of a mixed batch are those of each head alone with its own images."""
-    both, only_boxes, nothing = (
-        picture(number=1),
-        picture(masks=False, number=2),
-        picture(boxes=False, masks=False, number=3),
-    )
+    both, only_boxes = picture(number=1), picture(masks=False, number=2)
+    nothing = picture(boxes=False, masks=False, number=3)
     model.heads.eval()  # no dropout: batches of different sizes would draw differently
     tower = Seen(model.backbone)
     losses = losses_of(model, [only_boxes, nothing, both])
@@ -307,32 +300,12 @@ def test_heads_start_from_head_files(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A registered COCO data set of six images with three classes, whose masks are polygons."""
-    root = tmp_path_factory.mktemp("stock")
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for number in range(1, 7):
-        height, width = (48, 64) if number % 2 else (64, 56)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
-        for category in range(3):
-            x, y, w, h = (
-                int(v) for v in (*rng.integers(0, 20, 2), rng.integers(12, 30), rng.integers(12, 25))
-            )
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": 7 * category + 3}
-                | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
-                | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
-            )
-    categories = [{"id": 7 * index + 3, "name": name} for index, name in enumerate(("a", "b", "c"))]
-    body = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations.json").write_text(json.dumps(body))
-    name = "meta_arch_test"
-    register_coco_instances(name, {}, str(root / "annotations.json"), str(root))
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    """A registered COCO data set of three classes, whose masks are polygons."""
+    made = shapes.make(tmp_path_factory.mktemp("stock"), images=6, size=(48, 64))
+    register_coco_instances("meta_arch_test", {}, *map(str, made))
+    yield "meta_arch_test"
+    DatasetCatalog.remove("meta_arch_test")
+    MetadataCatalog.remove("meta_arch_test")
 
 
 class Trainer(DefaultTrainer):
@@ -370,6 +343,7 @@ def test_a_stock_trainer_trains_the_first_stage(world, tmp_path, mask_on, mask_f
         assert moved and all("lora_" in name for name in moved)
     else:
         trained = {name.split(".")[1] for name in moved}
+        assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
         assert trained == ({"detection", "segmentation"} if mask_on else {"detection"})
         assert all(name.startswith("heads.") for name in moved)
     results = trainer._last_eval_results

@@ -26,8 +26,8 @@ def architectures(tmp_path_factory):
         for suffix, extra in (("", {}), ("-quickgelu", {"quick_gelu": True})):
             (folder / f"{name}{suffix}.json").write_text(json.dumps(SMALL | {"vision_cfg": vision} | extra))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-        patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+        for name in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+            patch.setattr(open_clip.factory, name, getattr(open_clip.factory, name).copy())
         open_clip.add_model_config(folder)
         yield
 

@@ -44,47 +44,27 @@ def test_pyramid_needs_a_power_of_two():
 
 
 def test_every_key_arrives():
-    backbone = build_backbone(
-        config(
-            *(
-                "build_clip_vit_backbone",
-                "MODEL.CLIP_VIT.CLASS_TOKEN",
-                "drop",
-                "MODEL.CLIP_VIT.PATCH_SIZE",
-                16,
-            ),
-            *(
-                "MODEL.CLIP_VIT.WINDOW_SIZE",
-                3,
-                "MODEL.CLIP_VIT.GLOBAL_BLOCKS",
-                (1, 7),
-                "MODEL.CLIP_VIT.TRAIN",
-                "lora",
-            ),
-            *("MODEL.CLIP_VIT.ACTIVATION_CHECKPOINTING", True, "MODEL.CLIP_VIT.FROZEN_DTYPE", "bfloat16"),
-            *(
-                "MODEL.LORA.RANK",
-                3,
-                "MODEL.LORA.ALPHA",
-                6.0,
-                "MODEL.LORA.DROPOUT",
-                0.1,
-                "MODEL.LORA.LAST_BLOCKS",
-                2,
-            ),
-            *("MODEL.LORA.TARGETS", ("k", "fc2")),
-        )
-    )
+    keys = {
+        "MODEL.CLIP_VIT.CLASS_TOKEN": "drop",
+        "MODEL.CLIP_VIT.PATCH_SIZE": 16,
+        "MODEL.CLIP_VIT.WINDOW_SIZE": 3,
+        "MODEL.CLIP_VIT.GLOBAL_BLOCKS": (1, 7),
+        "MODEL.CLIP_VIT.TRAIN": "lora",
+        "MODEL.CLIP_VIT.ACTIVATION_CHECKPOINTING": True,
+        "MODEL.CLIP_VIT.FROZEN_DTYPE": "bfloat16",
+        "MODEL.LORA.RANK": 3,
+        "MODEL.LORA.ALPHA": 6.0,
+        "MODEL.LORA.DROPOUT": 0.1,
+        "MODEL.LORA.LAST_BLOCKS": 2,
+        "MODEL.LORA.TARGETS": ("k", "fc2"),
+    }
+    backbone = build_backbone(config("build_clip_vit_backbone", *(x for pair in keys.items() for x in pair)))
     assert isinstance(backbone, CLIPViT)
     assert (backbone.class_token, backbone.stride, backbone.window_size) == ("drop", 16, 3)
     assert backbone.global_blocks == {1, 7} and backbone.activation_checkpointing
     assert backbone.blocks[0].attn.in_proj_weight.dtype == torch.bfloat16
-    assert [(s.block, s.projection.target) for s in lora.sites(backbone)] == [
-        (6, "k"),
-        (6, "fc2"),
-        (7, "k"),
-        (7, "fc2"),
-    ]
+    sites = [(site.block, site.projection.target) for site in lora.sites(backbone)]
+    assert sites == [(6, "k"), (6, "fc2"), (7, "k"), (7, "fc2")]
     adapter = next(lora.sites(backbone)).adapter
     assert adapter.lora_A.shape == (3, 192) and adapter.scaling == 2 and adapter.dropout == 0.1
     assert adapter.lora_A.requires_grad

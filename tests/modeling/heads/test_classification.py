@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_rcnn
 import torch
 from annotated_images import annotated
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from query_heads import KINDS, inputs, losses, maps
 
 from visft import add_visft_config
 from visft.errors import ConfigError
-from visft.modeling.heads import DETRHead, HeadInputs, LabelSpace, Mask2FormerHead, build_head
+from visft.modeling.heads import LabelSpace, build_head
 from visft.modeling.heads.common.classification import (
     SigmoidClassification,
     SoftmaxClassification,
@@ -24,30 +26,15 @@ from visft.modeling.heads.common.federated import Federated
 from visft.modeling.heads.common.matcher import Matching
 
 CLASSES, QUERIES = 5, 6
-PADDED = torch.zeros(4, 4, 4, dtype=torch.bool)
-SIZES = [(64, 64)] * 4
 
 
 def make(kind: str, **options):
-    common = {"in_channels": 12, "labels": LabelSpace(CLASSES), "num_queries": QUERIES} | options
-    common |= {"encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 32, "num_attention_heads": 4}
-    if kind == "detr":
-        return DETRHead(encoder_dim=16, decoder_dim=24, dropout=0.0, **common)
-    return Mask2FormerHead(dim=32, encoder_feedforward_dim=32, num_points=64, **common)
+    return KINDS[kind](LabelSpace(CLASSES), num_queries=QUERIES, **options)
 
 
-@pytest.fixture(params=["detr", "mask2former"])
+@pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
-
-
-def losses(head, features, images, normalizers=None):
-    torch.manual_seed(3)
-    normalizers = head.normalizers(images) if normalizers is None else normalizers
-    rows = len(images)
-    return head.losses(
-        HeadInputs(features[:rows], PADDED[:rows], images, SIZES[:rows], (64, 64)), normalizers
-    )
 
 
 def matching() -> Matching:
@@ -68,15 +55,8 @@ def test_sigmoid_is_the_focal_loss_of_each_class():
     logits = torch.randn(2, 2, QUERIES, CLASSES + 1, dtype=torch.float64)
     found = SigmoidClassification().losses(logits, LABELS, matching())
     target = np.zeros(logits.shape)
-    for layer, image, query, label in (
-        (0, 0, 1, 4),
-        (0, 0, 3, 2),
-        (0, 1, 0, 1),
-        (1, 0, 3, 4),
-        (1, 0, 2, 2),
-        (1, 1, 4, 1),
-    ):
-        target[layer, image, query, label] = 1
+    for place in ((0, 0, 1, 4), (0, 0, 3, 2), (0, 1, 0, 1), (1, 0, 3, 4), (1, 0, 2, 2), (1, 1, 4, 1)):
+        target[place] = 1  # layer, image, query, label
     p = 1 / (1 + np.exp(-logits.numpy()))
     loss = np.where(target == 1, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
     np.testing.assert_allclose(found.numpy(), loss[..., :-1].sum((1, 2, 3)), rtol=1e-5)
@@ -106,7 +86,7 @@ def test_fresh_sigmoid_classes_start_improbable(kind):
 
 def test_the_default_is_softmax(kind, images):
     """Golden vectors fix its numbers; here: naming it changes nothing, and sigmoid does."""
-    features = torch.randn(4, 12, 4, 4)
+    features = maps()
     torch.manual_seed(1)
     default = losses(make(kind), features, images)
     for name, same in (("softmax", True), ("sigmoid", False)):
@@ -117,7 +97,7 @@ def test_the_default_is_softmax(kind, images):
 
 
 def test_sigmoids_losses_are_divided_by_the_number_of_objects(kind, images):
-    head, features = make(kind, class_loss="sigmoid").eval(), torch.randn(4, 12, 4, 4)
+    head, features = make(kind, class_loss="sigmoid").eval(), maps()
     single = losses(head, features, images)
     doubled = head.normalizers(images)
     doubled[0] *= 2
@@ -127,7 +107,7 @@ def test_sigmoids_losses_are_divided_by_the_number_of_objects(kind, images):
 
 def test_sigmoid_learns(kind, images):
     """Every head of a batch that is shown again and again comes to score its objects."""
-    head, features = make(kind, class_loss="sigmoid"), torch.randn(4, 12, 4, 4)
+    head, features = make(kind, class_loss="sigmoid"), maps()
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     first = sum(losses(head, features, images).values()).item()
     for _ in range(40):
@@ -141,8 +121,8 @@ def test_sigmoid_learns(kind, images):
 def test_inference_takes_the_best_pairs(kind, images):
     """With sigmoid a query may be found as two classes; scores are probabilities of single classes."""
     head = make(kind, class_loss="sigmoid", max_detections=QUERIES * CLASSES).eval()
-    features = torch.randn(4, 12, 4, 4)
-    found = head.inference(HeadInputs(features, PADDED, images, SIZES, (64, 64)))
+    features = maps()
+    found = head.inference(inputs(features, images))
     output = head(features)
     probability = output.logits[-1].sigmoid()[..., :-1]
     for row, result in enumerate(found):
@@ -221,7 +201,7 @@ def test_outputs_that_are_no_class_are_never_drawn():
 
 
 def test_a_head_with_all_classes_taking_part_is_a_head_without(kind, images):
-    features = torch.randn(4, 12, 4, 4)
+    features = maps()
     for name in ("softmax", "sigmoid"):
         torch.manual_seed(1)
         plain = losses(make(kind, class_loss=name), features, images)
@@ -236,7 +216,7 @@ def test_absent_classes_that_are_not_drawn_get_no_gradient(kind, name, images):
     images = [annotated(1, (64, 64), [[4, 4, 30, 40], [20, 8, 60, 24]], [1, 3])]
     head = make(kind, class_loss=name, federated=federated(3, (0.0, 1, 1, 1, 0)))
     layer = head.class_embeds if kind == "detr" else head.predictor.class_embed
-    total = sum(losses(head, torch.randn(4, 12, 4, 4), images).values())
+    total = sum(losses(head, maps(), images).values())
     (gradient,) = torch.autograd.grad(total, layer.weight)
     moved = (gradient != 0).any(1).tolist()
     # 1 and 3 are annotated, 2 can be drawn; no-object counts in the softmax alone.
@@ -247,7 +227,7 @@ def test_processes_leave_out_the_same_classes(kind, images):
     """The gradient of a batch shared by two processes is that of the batch: each knows what the other has annotated."""
     images = [images[0], images[3]]
     head = make(kind, federated=federated(3)).eval()
-    features = torch.randn(4, 12, 4, 4)
+    features = maps()
     whole = head.normalizers(images)
     assert len(whole) == 2 + CLASSES + 1 and whole[2:].tolist() == [1] * CLASSES + [0]
     # As the meta-architecture: the mean over processes.
@@ -287,18 +267,15 @@ def test_lvis_frequencies_come_from_its_metadata(head):
 
 
 def test_the_head_of_rcnn_has_detectron2s_federated_loss():
-    cfg = config("DETECTION", "lvis_v1_train", HEAD="RCNNHead")
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32]]
-    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_BOX_HEAD.NAME = "StandardROIHeads", "FastRCNNConvFCHead"
-    box = cfg.MODEL.ROI_BOX_HEAD
-    box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = 1, 8, 2
+    cfg = small_rcnn.config(MODEL__VISFT__DETECTION__NUM_CLASSES=0, MODEL__MASK_ON=False)
+    cfg.DATASETS.TRAIN, box = ("lvis_v1_train",), cfg.MODEL.ROI_BOX_HEAD
     box.USE_FED_LOSS = box.USE_SIGMOID_CE = True
     head = build_head(cfg, "detection", ShapeSpec(channels=4, stride=16))
     predictor = head.roi_heads.box_predictor
     assert predictor.use_fed_loss and len(predictor.fed_loss_cls_weights) == 1203
     images = [annotated(1, (64, 64), [[4, 4, 30, 40], [20, 8, 60, 24]], [3, 700])]
     counts = head.normalizers(images)
-    found = head.losses(HeadInputs(torch.randn(1, 4, 4, 4), PADDED[:1], images, SIZES[:1], (64, 64)), counts)
+    found = head.losses(inputs(torch.randn(1, 4, 4, 4), images), counts)
     (gradient,) = torch.autograd.grad(found["loss_cls"], predictor.cls_score.bias)
     learnt = gradient.nonzero().flatten().tolist()
     assert {3, 700} <= set(learnt) and len(learnt) in (49, 50)  # background is one of the 50
@@ -311,17 +288,16 @@ def test_the_head_of_rcnn_has_detectron2s_federated_loss():
         build_head(cfg, "detection", ShapeSpec(channels=4, stride=16))
 
 
-def test_a_data_set_without_frequencies_is_named():
-    cfg = config("DETECTION", "coco_2017_train", FED_LOSS_CLASSES=50)
-    with pytest.raises(
-        ConfigError, match="DETECTION.FED_LOSS_CLASSES is set, but the metadata of coco_2017_train"
-    ):
-        build_head(cfg, "detection", ShapeSpec(channels=16, stride=16))
-
-
-def test_another_number_of_classes_is_named():
-    cfg = config("DETECTION", "lvis_v1_train", FED_LOSS_CLASSES=50, NUM_CLASSES=80)
-    with pytest.raises(ConfigError, match="has 80 classes, lvis_v1_train says of 1203"):
+@pytest.mark.parametrize(
+    ("train", "keys", "message"),
+    [
+        ("coco_2017_train", {}, "DETECTION.FED_LOSS_CLASSES is set, but the metadata of coco_2017_train"),
+        ("lvis_v1_train", {"NUM_CLASSES": 80}, "has 80 classes, lvis_v1_train says of 1203"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_named(train, keys, message):
+    cfg = config("DETECTION", train, FED_LOSS_CLASSES=50, **keys)
+    with pytest.raises(ConfigError, match=message):
         build_head(cfg, "detection", ShapeSpec(channels=16, stride=16))
 
 
@@ -331,24 +307,18 @@ def test_frequencies_follow_the_labels_own_ids():
     MetadataCatalog.get(name).set(
         thing_classes=["a", "b", "c"],
         thing_dataset_id_to_contiguous_id={2: 0, 5: 1, 9: 2},
-        class_image_count=[
-            {"id": 9, "image_count": 100},
-            {"id": 2, "image_count": 4},
-            {"id": 5, "image_count": 9},
-        ],
+        class_image_count=[{"id": i, "image_count": n} for i, n in ((9, 100), (2, 4), (5, 9))],
     )
-    from detectron2.data import DatasetCatalog
-
     DatasetCatalog.register(name, list)
     try:
         cfg = config("DETECTION", name, LABEL_SPACE="dataset_id", FED_LOSS_CLASSES=2)
         built = build_head(cfg, "detection", ShapeSpec(channels=16, stride=16))
         assert built.federated.weights.tolist() == [0, 0, 2, 0, 0, 3, 0, 0, 0, 10, 0]
         images = [annotated(1, (64, 64), [[4, 4, 30, 40]], [2])]
-        assert built.normalizers(images)[2:].nonzero().flatten().tolist() == [9]
-        assert replace(built.federated, num_classes=1).draw(
-            built.normalizers(images)[2:]
-        ).nonzero().flatten().tolist() == [9, 10]
+        present = built.normalizers(images)[2:]
+        assert present.nonzero().flatten().tolist() == [9]
+        chosen = replace(built.federated, num_classes=1).draw(present)
+        assert chosen.nonzero().flatten().tolist() == [9, 10]
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -3,77 +3,37 @@
 import pytest
 import torch
 from annotated_images import annotated, rectangles
-from detectron2.structures import Instances, PolygonMasks
+from detectron2.structures import PolygonMasks
+from query_heads import gradients, inputs, losses, maps, mask2former
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import masks_to_boxes
 
-from visft.errors import ConfigError, DataError
-from visft.modeling.heads import HeadInputs, LabelSpace, Mask2FormerHead
-from visft.modeling.heads.common import losses
+from visft.errors import ConfigError
+from visft.modeling.heads.common import losses as formulas
 from visft.modeling.heads.mask2former import mask2former_head
 from visft.modeling.heads.mask2former.mask2former_head import MaskOutput, _sample_targets
 from visft.modeling.heads.mask2former.mask_decoder import MaskDecoder
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-NOT_PADDED = torch.zeros(4, 8, 8, dtype=torch.bool)
-SIZES = [(64, 64)] * 4
-
-
-def make_head(labels: LabelSpace | None = None, **options) -> Mask2FormerHead:
-    sizes = {"num_queries": 6, "encoder_layers": 1, "decoder_layers": 2, "dim": 32, "num_attention_heads": 4}
-    sizes |= {"feedforward_dim": 48, "encoder_feedforward_dim": 48, "num_points": 64}
-    return Mask2FormerHead(in_channels=12, labels=labels or LabelSpace(5), **(sizes | options))
-
-
-def losses_of(head, features, images, normalizers=None, seed=3, padded_size=(64, 64)):
-    torch.manual_seed(seed)
-    sizes = [image["instances"].image_size for image in images]
-    normalizers = head.normalizers(images) if normalizers is None else normalizers
-    return head.losses(
-        HeadInputs(features, NOT_PADDED[: len(images)], images, sizes, padded_size), normalizers
-    )
-
-
-def gradients(head, losses) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*head.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(sum(losses.values()), parameters), strict=True))
-
-
-def test_gradients_of_two_processes_add_up_to_those_of_the_joined_batch(images):
-    """Also: images alone give what they give in a batch, random points included."""
-    head, features = make_head(), torch.randn(4, 12, 8, 8)
-    total = head.normalizers(images)
-    torch.testing.assert_close(total, head.normalizers(images[:1]) + head.normalizers(images[1:]))
-    losses = losses_of(head, features, images, total)
-    halves = [losses_of(head, features[s], images[s], total) for s in (slice(0, 1), slice(1, 4))]
-    for name in losses:
-        torch.testing.assert_close(halves[0][name] + halves[1][name], losses[name])
-    joined, parts = gradients(head, losses), [gradients(head, half) for half in halves]
-    # Relative to the largest: what adds to all keys alike (their bias) has a gradient of rounding errors alone.
-    largest = max(gradient.abs().max().item() for gradient in joined.values())
-    for name, gradient in joined.items():
-        assert (parts[0][name] + parts[1][name] - gradient).abs().max() < 1e-6 * largest, name
 
 
 def test_points_follow_the_seed_and_the_image(images):
-    head, features = make_head(), torch.randn(4, 12, 8, 8)
-    a, b, c = (losses_of(head, features, images, seed=seed) for seed in (1, 1, 2))
+    head, features = mask2former(), maps(4, 8)
+    a, b, c = (losses(head, features, images, seed=seed) for seed in (1, 1, 2))
     assert a["loss_mask"] == b["loss_mask"] != c["loss_mask"]
     torch.manual_seed(1)
     points = head._random_points(images, torch.device("cpu"))
-    assert (
-        not torch.equal(points[0], points[1])
-        and 0 <= torch.stack(points).min() < torch.stack(points).max() < 1
-    )
+    assert not torch.equal(points[0], points[1])
+    assert 0 <= torch.stack(points).min() < torch.stack(points).max() < 1
 
 
 def test_losses_at_random_points_are_their_formulas(images):
     """Without important points: every mask is compared at the last `num_points` of its picture's points."""
-    head = make_head(importance_ratio=0.0, class_weight=1.5, mask_weight=4.0, dice_weight=3.0)
-    features = torch.randn(4, 12, 8, 8)
-    losses = losses_of(head, features, images)
+    head = mask2former(importance_ratio=0.0, class_weight=1.5, mask_weight=4.0, dice_weight=3.0)
+    features = maps(4, 8)
+    found = losses(head, features, images)
     torch.manual_seed(3)
     points, output = head._random_points(images, features.device), head(features)
     labels = torch.zeros(4, 5, dtype=torch.int64)
@@ -94,14 +54,14 @@ def test_losses_at_random_points_are_their_formulas(images):
             dice_sum += 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
             target[n, q], weight[n, q] = images[n]["instances"].gt_classes[t], 1.0
         ce = F.cross_entropy(output.logits[layer].flatten(0, 1), target.flatten(), reduction="none")
-        torch.testing.assert_close(losses["loss_mask" + suffix], 4 * mask_sum / 9)
-        torch.testing.assert_close(losses["loss_dice" + suffix], 3 * dice_sum / 9)
+        torch.testing.assert_close(found["loss_mask" + suffix], 4 * mask_sum / 9)
+        torch.testing.assert_close(found["loss_dice" + suffix], 3 * dice_sum / 9)
         expected = 1.5 * (ce * weight.flatten()).sum() / weight.sum()
-        torch.testing.assert_close(losses["loss_ce" + suffix], expected)
+        torch.testing.assert_close(found["loss_ce" + suffix], expected)
 
 
 def test_the_most_uncertain_candidates_are_compared():
-    head = make_head(num_points=8, oversample_ratio=3.0, importance_ratio=0.75)
+    head = mask2former(num_points=8, oversample_ratio=3.0, importance_ratio=0.75)
     masks, points = torch.randn(6, 5, 7), torch.rand(24 + 2, 2)  # candidates, then random points
     chosen = head._choose(masks, points)
     assert chosen.shape == (6, 8)
@@ -114,13 +74,13 @@ def test_the_most_uncertain_candidates_are_compared():
 
 
 def test_masks_a_few_at_a_time_are_masks_all_at_once(images, monkeypatch):
-    head, features = make_head(), torch.randn(4, 12, 8, 8)
-    expected = losses_of(head, features, images)
+    head, features = mask2former(), maps(4, 8)
+    expected = losses(head, features, images)
     wanted = gradients(head, expected)
     monkeypatch.setattr(mask2former_head, "_CHUNK", 2)
     monkeypatch.setattr(mask2former_head, "rows_at_once", lambda length, device: 2)
-    monkeypatch.setattr(losses, "rows_at_once", lambda length, device: 4)
-    found = losses_of(head, features, images)
+    monkeypatch.setattr(formulas, "rows_at_once", lambda length, device: 4)
+    found = losses(head, features, images)
     for name, loss in found.items():
         torch.testing.assert_close(loss, expected[name])
     for name, gradient in gradients(head, found).items():
@@ -147,18 +107,17 @@ def test_hundreds_of_masks_are_never_floats_all_at_once(polygons):
     if polygons:
         corners = [[torch.tensor([a, b, c, b, c, d, a, d]).double().numpy()] for a, b, c, d in boxes]
         image["instances"].gt_masks = PolygonMasks(corners)
-    head, features = make_head(num_points=256), torch.randn(1, 12, 8, 8)
+    head, features = mask2former(num_points=256), maps(1, 8)
     normalizers = head.normalizers([image])
     with Largest() as seen:
-        found = head.losses(HeadInputs(features, NOT_PADDED[:1], [image], [size], size), normalizers)
-        sum(found.values()).backward()
+        sum(head.losses(inputs(features, [image], size), normalizers).values()).backward()
     points = 256 + 768 + 64
     assert seen.numbers == count * points < count * size[0] * size[1] // 50
 
 
 def test_bitmaps_polygons_and_tensors_are_the_same(images):
-    head, features = make_head(), torch.randn(4, 12, 8, 8)
-    expected = losses_of(head, features, images)
+    head, features = mask2former(), maps(4, 8)
+    expected = losses(head, features, images)
     bits = [image["instances"].gt_masks.tensor for image in images]
     polygons = [
         [
@@ -170,8 +129,8 @@ def test_bitmaps_polygons_and_tensors_are_the_same(images):
     for kind in (bits, [PolygonMasks(p) for p in polygons]):
         for image, masks in zip(images, kind, strict=True):
             image["instances"].gt_masks = masks
-        losses = losses_of(head, features, images)
-        assert all(torch.equal(losses[name], expected[name]) for name in expected)
+        found = losses(head, features, images)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_padding_is_outside_of_every_mask():
@@ -181,35 +140,6 @@ def test_padding_is_outside_of_every_mask():
     expected = F.grid_sample(padded[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
     torch.testing.assert_close(_sample_targets(image, points, (64, 64)), expected, atol=1e-4, rtol=1e-4)
     assert (expected == 0).any() and (expected == 1).any()
-
-
-def test_no_objects_still_give_a_loss(images):
-    head, features = make_head(), torch.randn(1, 12, 8, 8)
-    losses = losses_of(head, features, images[1:2])
-    assert losses["loss_ce"] > 0 and losses["loss_mask"] == losses["loss_dice"] == 0
-    # Every parameter has a gradient, as training in several processes needs.
-    assert all(g.isfinite().all() for g in gradients(head, losses).values())
-    bare = {"image_id": 8, "instances": Instances((64, 64))}
-    assert losses_of(head, features, [bare]) == losses
-    assert head.normalizers([]).tolist() == [0, 0]
-
-
-def test_more_objects_than_queries(images):
-    head = make_head(num_queries=2)
-    assert head.normalizers(images).tolist() == pytest.approx([9, 2 + 2 * 0.1 + 1 + 0.1 + 2])
-    losses = losses_of(head, torch.randn(4, 12, 8, 8), images)
-    assert len(losses) == 9 and all(loss.isfinite() for loss in losses.values())
-
-
-def test_which_images_have_labels(images):
-    head = make_head()
-    assert head.has_labels(images[0]) and head.has_labels(images[1])
-    assert head.has_labels({"instances": Instances((64, 64))})
-    assert not head.has_labels({"image_id": 3})
-    images[0]["instances"].remove("gt_masks")
-    assert not head.has_labels(images[0])
-    with pytest.raises(DataError, match="class 2"):
-        make_head(LabelSpace(2)).normalizers(images)
 
 
 def test_a_query_looks_inside_its_mask_or_everywhere():
@@ -227,16 +157,15 @@ def test_no_gradient_through_the_attention_mask():
 def test_it_learns_an_image_by_heart_and_finds_it_in_original_coordinates(device):
     size, boxes, classes = (48, 64), [[8, 8, 24, 40], [32, 8, 64, 24]], [3, 1]
     image = [annotated(0, size, boxes, classes)]
-    head = make_head().to(device)
-    features = torch.randn(1, 12, 8, 8, device=device)
-    args = (features, NOT_PADDED[:1].to(device), image, [size], (64, 64))
+    head = mask2former().to(device)
+    given = inputs(torch.randn(1, 12, 8, 8, device=device), image)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
     for _ in range(120):
         optimizer.zero_grad()
-        sum(head.losses(HeadInputs(*args), head.normalizers(image)).values()).backward()
+        sum(head.losses(given, head.normalizers(image)).values()).backward()
         optimizer.step()
     with torch.no_grad():
-        result = head.eval().inference(HeadInputs(*args))[0].to("cpu")
+        result = head.eval().inference(given)[0].to("cpu")
     assert result.image_size == (96, 128)
     assert result.pred_masks.dtype == torch.bool and result.pred_masks.shape[1:] == (96, 128)
     best = result[result.scores > 0.5]
@@ -248,9 +177,9 @@ def test_it_learns_an_image_by_heart_and_finds_it_in_original_coordinates(device
 
 
 def test_predictions_are_tight_scored_and_limited(images):
-    head, features = make_head(max_detections=9).eval(), 3 * torch.randn(4, 12, 8, 8)
+    head, features = mask2former(max_detections=9).eval(), 3 * maps(4, 8)
     with torch.no_grad():
-        results = head.inference(HeadInputs(features, NOT_PADDED, images, SIZES, (64, 64)))
+        results = head.inference(inputs(features, images))
         output = head(features)
     assert any(len(result) for result in results)
     for n, result in enumerate(results):
@@ -270,29 +199,17 @@ def test_predictions_are_tight_scored_and_limited(images):
 
 
 def test_no_mask_at_all_is_an_empty_prediction(images):
-    head = make_head().eval()
+    head = mask2former().eval()
     for parameter in head.predictor.mask_embed.parameters():
         torch.nn.init.zeros_(parameter)
-    result = head.inference(HeadInputs(torch.randn(4, 12, 8, 8), NOT_PADDED, images, SIZES, (64, 64)))[0]
+    result = head.inference(inputs(maps(4, 8), images))[0]
     assert len(result) == 0 and result.pred_masks.shape == (0, 128, 128) and len(result.pred_boxes) == 0
-
-
-def test_autocast_and_features_in_half_precision(images):
-    head, features = make_head(), torch.randn(4, 12, 8, 8)
-    exact = losses_of(head, features, images)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = losses_of(head, features, images)
-    stored = losses_of(head, features.bfloat16(), images)
-    for name in exact:
-        assert rough[name].dtype == torch.float32
-        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.15)
-        assert stored[name].item() == pytest.approx(exact[name].item(), rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_matching_and_losses_are_exact_under_autocast(dtype):
     """As many points as the paper has, masks that are full and sure: their sums overflow in float16."""
-    head = make_head(num_queries=40, num_points=12544)
+    head = mask2former(num_queries=40, num_points=12544)
     generator = torch.Generator().manual_seed(0)
     masks = torch.randn(2, 3, 40, 16, 16, generator=generator) * 4 + 12
     output = MaskOutput(torch.randn(2, 3, 40, 6, generator=generator), masks)
@@ -309,15 +226,15 @@ def test_matching_and_losses_are_exact_under_autocast(dtype):
         matching = head.match(output, labels, samples, points)
         return matching, head.criterion(output, labels, samples, points, matching, normalizers)
 
-    expected, losses = computed()
+    expected, exact = computed()
     with torch.autocast("cpu", dtype):
         matching, rough = computed()
     assert torch.equal(matching.query, expected.query) and torch.equal(matching.target, expected.target)
-    assert all(torch.equal(rough[name], losses[name]) and loss.isfinite() for name, loss in losses.items())
+    assert all(torch.equal(rough[name], loss) and loss.isfinite() for name, loss in exact.items())
 
 
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="IMPORTANCE_RATIO 1.5"):
-        make_head(importance_ratio=1.5)
+        mask2former(importance_ratio=1.5)
     with pytest.raises(ConfigError, match="DIM is 40"):
-        make_head(dim=40)
+        mask2former(dim=40)

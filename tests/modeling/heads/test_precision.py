@@ -5,13 +5,11 @@ of a loss, and how many pairs of the matching are others.
 """
 
 import pytest
+import small_rcnn
 import torch
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch.nn import functional as F
 
-from visft import add_visft_config
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.heads import (
     CaptionHead,
@@ -22,7 +20,6 @@ from visft.modeling.heads import (
     RegionTextHead,
     TransformerCaptionHead,
     Vocabulary,
-    build_head,
 )
 from visft.modeling.heads.common.losses import generalized_iou
 from visft.modeling.heads.common.region_pooling import pool
@@ -36,22 +33,6 @@ DTYPES = [torch.float16, torch.bfloat16]
 CAPTIONS = {"grid": 4, "max_length": 8, "beam_size": 1}
 CHANNELS, SIZE, WORDS = 192, (64, 64), ("a", "red", "dog", "on", "grass")
 QUERIES = {"num_queries": 20, "encoder_layers": 1, "decoder_layers": 3}
-
-
-def rcnn() -> torch.nn.Module:
-    cfg = get_cfg()
-    add_visft_config(cfg)
-    cfg.MODEL.VISFT.DETECTION.HEAD, cfg.MODEL.VISFT.DETECTION.NUM_CLASSES = "RCNNHead", 5
-    cfg.MODEL.MASK_ON = True
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32]]
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16, 64
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV, cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 1, 16
-    cfg.TEST.DETECTIONS_PER_IMAGE = 5
-    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = "StandardROIHeads", 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME, cfg.MODEL.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 1
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    return build_head(cfg, "detection", ShapeSpec(channels=CHANNELS, stride=8))
 
 
 def region_text() -> torch.nn.Module:
@@ -70,7 +51,7 @@ HEADS = {
     "caption, Transformer": lambda: TransformerCaptionHead(
         in_channels=CHANNELS, vocabulary=Vocabulary(WORDS), **CAPTIONS
     ),
-    "R-CNN": rcnn,
+    "R-CNN": lambda: small_rcnn.build(CHANNELS, 8, MODEL__VISFT__DETECTION__NUM_CLASSES=5),
     "region text": region_text,
 }
 

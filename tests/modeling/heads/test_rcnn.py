@@ -1,17 +1,16 @@
 """R-CNN as a head: the same numbers as detectron2's GeneralizedRCNN made of the same parts."""
 
 import pytest
+import small_rcnn
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from visft import add_visft_config
 from visft.errors import ConfigError, DataError
-from visft.modeling.heads import HeadInputs, build_head
+from visft.modeling.heads import HeadInputs
 from visft.modeling.heads.rcnn_head import FEATURE, RCNNHead, detector_stride
 
 CHANNELS = 16
@@ -36,35 +35,8 @@ class Pooled(Backbone):
         return self.stride
 
 
-def config(**options):
-    """A small Mask R-CNN on one map; `options` by the last part of the key."""
-    cfg = get_cfg()
-    add_visft_config(cfg)
-    cfg.MODEL.VISFT.DETECTION.HEAD = "RCNNHead"
-    cfg.MODEL.VISFT.DETECTION.NUM_CLASSES = 3
-    cfg.MODEL.MASK_ON = True
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32]]
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 40
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 32
-    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 4
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
-    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 4
-    cfg.TEST.DETECTIONS_PER_IMAGE = 10
-    cfg.merge_from_list([part for item in options.items() for part in (item[0].replace("__", "."), item[1])])
-    return cfg
-
-
 def build(stride: int = 16, **options) -> RCNNHead:
-    return build_head(config(**options), "detection", ShapeSpec(channels=CHANNELS, stride=stride))
+    return small_rcnn.build(CHANNELS, stride, **options)
 
 
 def picture(height: int, width: int, boxes: list[list[float]], kind: str = "polygons") -> dict:

@@ -7,12 +7,16 @@ import pytest
 import torch
 from annotated_images import annotated
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.datasets.lvis import _get_lvis_instances_meta_v1
+from detectron2.layers import ShapeSpec
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from visft import model_zoo
 from visft.classes.class_names import stuff_words, synonyms, words
-from visft.errors import ConfigError
+from visft.errors import ConfigError, DataError
 from visft.modeling.backbone import CLIPViT, class_embeddings, lora, open_clip_models
-from visft.modeling.heads import HeadInputs, LabelSpace, RegionTextHead
+from visft.modeling.heads import HeadInputs, LabelSpace, RegionTextHead, build_head
 from visft.modeling.heads.common.federated import Federated
 
 NAMES = [("dog",), ("traffic light",), ("bird",), ("cup", "mug"), ("knife",)]
@@ -144,8 +148,6 @@ def siglip(tmp_path) -> CLIPViT:
     clip = open_clip.create_model(file.stem)
     clip.logit_scale.data += 0.3
     weights = tmp_path / "siglip.safetensors"
-    from safetensors.torch import save_file
-
     save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, weights)
     return CLIPViT.from_open_clip(file.stem, str(weights)).eval()
 
@@ -155,9 +157,8 @@ def test_a_siglip_has_its_sigmoid_its_scale_and_its_bias(labelled, tmp_path):
     tower = siglip(tmp_path)
     head = head_of(tower)
     clip = tower.base_clip()
-    assert (
-        head.sigmoid and head.logit_bias == -10 and head.logit_scale == pytest.approx(clip.logit_scale.exp())
-    )
+    assert head.sigmoid and head.logit_bias == -10
+    assert head.logit_scale == pytest.approx(clip.logit_scale.exp())
     features = torch.randn(3, 192, 4, 4)
     means = torch.cat(
         [
@@ -261,19 +262,11 @@ def test_names_become_words(name, expected):
 
 
 def test_stuff_names_become_words():
-    assert [
-        stuff_words(n) for n in ("wall-other-merged", "floor-wood", "tree-merged", "food-other-merged")
-    ] == [
-        ("wall",),
-        ("floor wood",),
-        ("tree",),
-        ("food",),
-    ]
+    names = ("wall-other-merged", "floor-wood", "tree-merged", "food-other-merged")
+    assert [stuff_words(name) for name in names] == [("wall",), ("floor wood",), ("tree",), ("food",)]
 
 
 def test_lvis_has_its_synonyms():
-    from detectron2.data.datasets.lvis import _get_lvis_instances_meta_v1
-
     metadata = Metadata(name="lvis-like", evaluator_type="lvis", **_get_lvis_instances_meta_v1())
     found = synonyms(metadata)
     assert len(found) == 1203 and found[0] == ("aerosol can", "spray can")
@@ -330,22 +323,15 @@ def test_wrong_arguments_are_refused(options, message):
 
 
 def test_classes_beyond_the_names_are_refused(tower):
-    from visft.errors import DataError
-
     with pytest.raises(DataError, match="annotated with class 9"):
         head_of(tower).normalizers([annotated(1, SIZE, [[0, 0, 9, 9]], [9])])
 
 
 def test_a_data_set_without_names_is_refused():
-    from visft import model_zoo
-    from visft.modeling.heads import build_head
-
     DatasetCatalog.register("nameless", lambda: [])
     try:
         cfg = model_zoo.get_config("visft_demo")
         cfg.DATASETS.TRAIN = ("nameless",)
-        from detectron2.layers import ShapeSpec
-
         with pytest.raises(ConfigError, match="nameless has no thing_classes, which MODEL.VISFT.REGION_TEXT"):
             build_head(cfg, "region_text", ShapeSpec(channels=192, stride=8))
     finally:

@@ -1,13 +1,13 @@
 """Objectives beside heads and alone: two processes learn what one would, and heads what they would without them."""
 
+import functools
+
 import pytest
 import torch
-import torch.distributed as dist
+import two_processes
 from demo_models import losses_of, picture
 from objective_models import CAPTIONS, captioned, with_objectives
-from torch.nn.parallel import DistributedDataParallel
 
-from visft.engine.optimizer import average_gradients
 from visft.errors import ConfigError
 from visft.modeling.meta_arch import UNLABELLED
 
@@ -15,7 +15,6 @@ EVERY = ("anchor", "contrastive", "self_distillation")
 BOXES = ("MODEL.VISFT.SELF_DISTILLATION.REGIONS", "boxes")
 BALANCED = ("MODEL.VISFT.BALANCE_GRADIENTS", True, *BOXES)
 HEADS = ("detection", "segmentation")
-WORLD = 2
 
 
 def said(number: int, caption: int | None, **kind) -> dict:
@@ -24,91 +23,50 @@ def said(number: int, caption: int | None, **kind) -> dict:
     return image if caption is None else image | {"captions": [CAPTIONS[caption]]}
 
 
+def unlabelled(number: int) -> dict:
+    return said(number, None, boxes=False, masks=False)
+
+
 # The images of each process.
 BATCHES = {
     "everything": [[said(1, 0), said(2, 1)], [said(3, 2), said(4, 0)]],
     "captions on one": [[said(1, 0), said(2, 1), said(3, 2)], [said(4, None), said(5, None)]],
     "captions apart": [[said(1, 0), said(2, None)], [said(3, 1), said(4, 2), said(5, None)]],
-    "no labels on the first": [
-        [said(1, None, boxes=False, masks=False)],
-        [said(2, 0), said(3, 1, masks=False)],
-    ],
-    "no labels": [[said(1, None, boxes=False, masks=False)], [said(2, None, boxes=False, masks=False)]],
+    "no labels on the first": [[unlabelled(1)], [said(2, 0), said(3, 1, masks=False)]],
+    "no labels": [[unlabelled(1)], [unlabelled(2)]],
     "a task": [[said(1, 0) | {"task": "segmentation"}], [said(2, 1) | {"task": "segmentation"}]],
 }
-
-
-def step(model, images: list[dict]) -> dict[str, float]:
-    """Gradients of one step; its losses."""
-    torch.manual_seed(5)
-    model.zero_grad(set_to_none=True)
-    losses = model(images)
-    sum(losses.values()).backward()
-    return {name: float(value.detach()) for name, value in losses.items()}
-
-
-def grads(model) -> dict[str, torch.Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {name: torch.zeros(()) if g is None else g for name, g in found.items()}
 
 
 def build(heads: bool):
     return with_objectives(*EVERY, options=BALANCED if heads else BOXES, heads=HEADS if heads else ())
 
 
-def work(rank: int, store: str, output: str) -> None:
-    """One of two processes, with heads and without, by our own averaging and by DistributedDataParallel."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    try:
-        found = {}
-        for heads in (True, False):
-            ours = build(heads)
-            ddp = DistributedDataParallel(build(heads), broadcast_buffers=False)
-            for name, parts in BATCHES.items():
-                losses = step(ours, parts[rank])
-                average_gradients(p for p in ours.parameters() if p.requires_grad)
-                found[heads, name, "ours"] = (losses, grads(ours))
-                found[heads, name, "ddp"] = (step(ddp, parts[rank]), grads(ddp.module))
-        torch.save(found, f"{output}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def steps() -> tuple[dict, dict]:
+    return {heads: functools.partial(build, heads) for heads in (True, False)}, BATCHES
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("objectives")
-    torch.multiprocessing.spawn(work, args=(f"file://{folder}/store", str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def group(steps, tmp_path_factory) -> list[dict]:
+    return two_processes.together(*steps, tmp_path_factory.mktemp("objectives"))
 
 
 @pytest.fixture(scope="module")
-def single() -> dict:
-    found = {}
-    for heads in (True, False):
-        model = build(heads)
-        for name, parts in BATCHES.items():
-            found[heads, name] = (step(model, sum(parts, [])), grads(model))
-    return found
+def single(steps) -> dict:
+    return two_processes.alone(*steps)
 
 
-@pytest.mark.parametrize("way", ["ours", "ddp"])
+@pytest.mark.parametrize("way", two_processes.WAYS)
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_two_processes_learn_what_one_does_from_the_joined_batch(processes, single, name, heads, way):
+def test_two_processes_learn_what_one_does_from_the_joined_batch(group, single, name, heads, way):
     losses, expected = single[heads, name]
     assert {key.split("/")[0] for key in losses} >= {"anchor"}
-    first, second = (part[heads, name, way][0] for part in processes)
-    assert set(first) == set(second) == set(losses)
-    for key, value in losses.items():
-        assert (first[key] + second[key]) / WORLD == pytest.approx(value, rel=1e-5, abs=1e-7), key
-    whole = torch.cat([g.flatten().double() for g in expected.values()])
-    assert whole.norm() > 0
-    for part in processes:
-        own = part[heads, name, way][1]
-        assert list(own) == list(expected)
-        difference = torch.cat([g.flatten().double() for g in own.values()]) - whole
-        assert difference.norm() < 3e-6 * whole.norm()
+    assert any(gradient is not None and gradient.any() for gradient in expected.values())
+    two_processes.assert_mean_losses([part[heads, name, way][0] for part in group], losses)
+    for part in group:
+        assert two_processes.relative(part[heads, name, way][1], expected) < 3e-6
 
 
 def test_heads_learn_what_they_would_without_objectives():
