@@ -76,7 +76,6 @@ setup(
             "model_zoo/weights/*",
             "model_zoo/configs/*.yaml",
             "model_zoo/configs/lazy/*.py",
-            "export/readers/*.py",  # run as scripts, in processes without visft
             "export/pictures/*",  # what exports are compared on
             "data/datasets/*.txt",
         ],

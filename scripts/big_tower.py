@@ -24,9 +24,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from visft.checkpoint.stream import Entry, as_bytes
+from visft.checkpoint import files
 from visft.data.datasets import demo_world
-from visft.export import stream_write
 from visft.modeling.backbone import open_clip_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,18 +77,18 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
     There are some millions of them, over and over, of which every tensor begins elsewhere.
     """
     numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    pieces = []
+    tensors = {}
     for i, (key, tensor) in enumerate(open_clip_models.meta_clip(name).state_dict().items()):
         size = tensor.numel()
 
         def content(count=size, start=7919 * i):
             turned = numbers.roll(-start)
             for done in range(0, count, len(turned)):
-                yield memoryview(as_bytes(turned[: count - done]))
+                yield turned[: count - done]
 
         key = key.replace("visual.trunk.", "visual.") if eva_clip else key
-        pieces.append(stream_write.Piece(key, Entry(torch.float32, tuple(tensor.shape)), content))
-    stream_write.write(path, pieces, {"format": "pt"})
+        tensors[key] = files.Lazy(torch.float32, tuple(tensor.shape), content)
+    files.write_safetensors(path, tensors, {"format": "pt"})
 
 
 def draw_lora(name: str, path: Path) -> None:

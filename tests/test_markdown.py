@@ -9,6 +9,9 @@ from PIL import Image
 
 from visft.applications import demo_report, sweep
 from visft.export import card
+from visft.export.source import untouched
+from visft.modeling.backbone import CLIPViT
+from visft.modeling.backbone.open_clip_models import BaseTower
 from visft.utils import markdown
 from visft.visualization import run_report
 
@@ -60,15 +63,9 @@ def test_no_report_is_broken_by_a_name(tmp_path, name) -> None:
     assert page.count("<img ") == 1 and "<script" not in page
 
     facts = card.Facts(data=(name,), run=name, command=name, figures={"lora": figures})
-    preprocess = {
-        "size": (8, 8),
-        "mean": (0.5,),
-        "std": (0.5,),
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    }
-    tower = card.Tower(name, card.base_weights(name, "0" * 64), "LoRA", 1, preprocess)
-    text = card.text(tower, facts, "checked", library="visft", content="a tower", use="pass")
+    tower = CLIPViT.from_open_clip("visft-tiny")
+    tower.base = BaseTower(name, name, "0" * 64)
+    text = card.text(untouched(tower, 1), facts, "checked", library="visft", content="a tower", use="pass")
     cells = _texts(_html(text.partition(card.MARK)[2]), "td")
     assert cells.count(shown) == 3 and f"{shown}/bbox/AP50" in cells and f"{shown} of open_clip" in cells
 

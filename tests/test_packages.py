@@ -59,7 +59,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     [folder] = root.glob(f"projects/*/{package}")
     found = {}
     for path in sorted(folder.rglob("*.py")):
-        if not {"configs", "readers"} & set(path.parts):  # read as data; scripts of other processes
+        if "configs" not in path.parts:  # read as data
             parts = path.relative_to(folder.parent).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found

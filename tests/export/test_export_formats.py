@@ -13,11 +13,12 @@ import transformers
 from open_clip.model import _build_vision_tower
 from peft import PeftModel
 from safetensors.torch import load_file
+from small_towers import close, pictures
 from torch import nn
 
 from visft import export
 from visft.errors import ExportError
-from visft.export import hugging_face_folder, place, timm_file, verification
+from visft.export import hugging_face_folder, peft_folder, place, timm_file, verification
 from visft.export import source as sources
 from visft.modeling.backbone import CLIPViT, lora, open_clip_models
 
@@ -27,18 +28,9 @@ CLIP, SIGLIP = ("small-vit", "small-quickgelu", "small-layerscale"), ("small-sig
 EVA = ("small-eva01", "small-eva02", "small-eva02-e", "small-pe")
 
 
-def pictures(backbone):
-    return torch.randn(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(1))
-
-
 @torch.no_grad()
 def embedding(backbone):
     return backbone.image_embedding(pictures(backbone))
-
-
-def close(left, right, tolerance=1e-5):
-    assert left.shape == right.shape
-    return (left - right).norm() <= tolerance * right.norm()
 
 
 # What a user of each library does.
@@ -83,8 +75,12 @@ USERS = {
     "hf": by_transformers,
     "safetensors": by_open_clip_tower,
 }
+WHOLE = tuple(USERS)
 FITTING = [
-    *(("open_clip", tower) for tower in ("small-siglip", "small-coca", "small-eva01", "small-eva02-e")),
+    *(
+        ("open_clip", t)
+        for t in ("small-oblong", "small-siglip", "small-coca", "small-eva01", "small-eva02", "small-eva02-e")
+    ),
     *(("timm", tower) for tower in (*CLIP, "small-oblong", "small-clipa", "small-siglip", *EVA, "small-gap")),
     *(("hf", tower) for tower in (*CLIP, *SIGLIP)),
     *(("safetensors", tower) for tower in ("small-vit", "small-coca", "small-siglip", "small-eva02")),
@@ -105,12 +101,13 @@ def test_a_random_coca_has_no_memory_in_it(towers):
 
 @pytest.mark.parametrize(("name", "tower"), FITTING)
 def test_a_tower_in_a_format(towers, tmp_path, name, tower):
-    backbone = towers.tuned(tower)
-    before = copy.deepcopy(backbone.state_dict())
+    backbone = towers.tuned(tower).train()
+    before, modes = copy.deepcopy(backbone.state_dict()), {n: m.training for n, m in backbone.named_modules()}
     kind = export.FORMATS[name]
     path = kind.write(backbone, tmp_path / kind.file_name)
+    assert {n: m.training for n, m in backbone.named_modules()} == modes
     with torch.no_grad():
-        assert close(USERS[name](path, backbone), embedding(backbone))
+        assert close(USERS[name](path, backbone.eval()), embedding(backbone))
     # LoRA is worth seeing: an export without it would not pass.
     plain = verification.embed_state(backbone.tower, pictures(backbone), {})
     assert not close(plain, embedding(backbone), 1e-4)
@@ -208,7 +205,7 @@ def test_a_bare_timm_tower(tmp_path):
 # Mixtures, precision
 
 
-@pytest.mark.parametrize("name", ["timm", "hf", "safetensors"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_mixtures_with_the_base(towers, tmp_path, name):
     backbone = towers.tuned("small-quickgelu")
     base, full = backbone.base_clip().visual, sources.resolve(backbone, None, 1.0, whole=True).state
@@ -243,7 +240,7 @@ def test_a_fully_trained_tower_without_its_base_cannot_be_mixed(towers, tmp_path
         export.timm(backbone, tmp_path / "t.safetensors", interpolate=0.5)
 
 
-@pytest.mark.parametrize("name", ["timm", "hf", "safetensors"])
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_stored_in_16_bits(towers, tmp_path, name, dtype):
     torch.manual_seed(0)
@@ -259,10 +256,13 @@ def test_weights_stored_in_16_bits(towers, tmp_path, name, dtype):
     with torch.no_grad():
         assert close(USERS[name](path, high), embedding(high))
     weights = path / "model.safetensors" if path.is_dir() else path
-    assert {t.dtype for t in load_file(weights).values()} == {torch.float32}
+    found = load_file(weights)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    untouched = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    assert untouched not in found or torch.equal(found[untouched], clip.state_dict()[untouched])
 
 
-@pytest.mark.parametrize("name", ["open_clip", "timm", "hf", "safetensors"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_with_b_zero_the_base_itself_is_written(towers, tmp_path, name):
     backbone = CLIPViT.from_open_clip("small-quickgelu")
     kind = export.FORMATS[name]
@@ -272,9 +272,12 @@ def test_with_b_zero_the_base_itself_is_written(towers, tmp_path, name):
     files = [path / "model.safetensors" if path.is_dir() else path for path in (plain, with_lora)]
     left, right = map(load_file, files)
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+    if name == "open_clip":
+        base = backbone.base_clip().state_dict()
+        assert all(torch.equal(tensor, base[n]) for n, tensor in left.items())
 
 
-@pytest.mark.parametrize("name", ["timm", "hf", "safetensors", "peft", "lora"])
+@pytest.mark.parametrize("name", [*WHOLE, "peft", "lora"])
 def test_merged_or_not_is_the_same(towers, tmp_path, name):
     backbone, kind = towers.tuned("small-quickgelu"), export.FORMATS[name]
     paths = [kind.write(backbone, tmp_path / "not" / kind.file_name)]
@@ -298,7 +301,7 @@ def _wrong_update(model, base, interpolate, right=sources.tuned):
         yield name, tensor
 
 
-@pytest.mark.parametrize("name", ["timm", "hf", "safetensors"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_wrong_weight_is_noticed_and_leaves_what_was_there(towers, tmp_path, monkeypatch, name):
     backbone, kind = towers.tuned("small-vit"), export.FORMATS[name]
     path = kind.write(backbone, tmp_path / kind.file_name)
@@ -311,9 +314,7 @@ def test_a_wrong_weight_is_noticed_and_leaves_what_was_there(towers, tmp_path, m
     assert not [p for p in tmp_path.rglob(".*") if p.name.endswith(".partial")]
 
 
-def test_a_wrong_adapter_is_noticed(towers, tmp_path, monkeypatch):
-    from visft.export import peft_folder
-
+def _wrong_adapter(monkeypatch):
     right = peft_folder._tensors
 
     def wrong(*arguments):
@@ -322,26 +323,41 @@ def test_a_wrong_adapter_is_noticed(towers, tmp_path, monkeypatch):
         return tensors | {name: tensors[name] * 1.01}
 
     monkeypatch.setattr(peft_folder, "_tensors", wrong)
-    with pytest.raises(ExportError, match="computes other embeddings of images"):
-        export.lora(towers.tuned("small-vit"), tmp_path / "peft", layout="peft")
-    assert os.listdir(tmp_path) == []
 
 
-def test_the_wrong_activation_is_noticed(towers, tmp_path, monkeypatch):
+def _wrong_activation(monkeypatch):
     monkeypatch.setitem(hugging_face_folder.ACTIVATIONS, "quick_gelu", "gelu")
-    with pytest.raises(ExportError, match="computes other embeddings of images"):
-        export.hugging_face(towers.tuned("small-quickgelu"), tmp_path / "hf")
-    assert os.listdir(tmp_path) == []
+
+
+def _wrong_pictures(change):
+    def harm(monkeypatch):
+        right = hugging_face_folder._processor
+        monkeypatch.setattr(hugging_face_folder, "_processor", lambda *arguments: right(*arguments) | change)
+
+    return harm
+
+
+EMBEDDINGS, PIXELS = (
+    "computes other embeddings of images",
+    "prepares images otherwise|Sizes of tensors must match",
+)
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_mean": [0.5, 0.5, 0.5]}, {"resample": 2}, {"do_center_crop": False}]
+    ("name", "harm", "reason"),
+    [
+        ("peft", _wrong_adapter, EMBEDDINGS),
+        ("hf", _wrong_activation, EMBEDDINGS),
+        ("hf", _wrong_pictures({"image_mean": [0.5, 0.5, 0.5]}), PIXELS),
+        ("hf", _wrong_pictures({"resample": 2}), PIXELS),
+        ("hf", _wrong_pictures({"do_center_crop": False}), PIXELS),
+    ],
 )
-def test_wrong_preprocessing_is_noticed(towers, tmp_path, monkeypatch, change):
-    right = hugging_face_folder._processor
-    monkeypatch.setattr(hugging_face_folder, "_processor", lambda *arguments: right(*arguments) | change)
-    with pytest.raises(ExportError, match="prepares images otherwise|Sizes of tensors must match"):
-        export.hugging_face(towers.tuned("small-vit"), tmp_path / "hf")
+def test_what_the_reader_finds_wrong_is_no_export(towers, tmp_path, monkeypatch, name, harm, reason):
+    kind = export.FORMATS[name]
+    harm(monkeypatch)
+    with pytest.raises(ExportError, match=reason):
+        kind.write(towers.tuned("small-quickgelu"), tmp_path / kind.file_name)
     assert os.listdir(tmp_path) == []
 
 

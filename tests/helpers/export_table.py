@@ -50,7 +50,7 @@ def main() -> int:
         if arguments.in_process:
             verification.read = small_towers.read_here
         else:
-            verification.READERS = small_towers.informed_readers(Path(readers))
+            verification.READER = small_towers.informed_reader(Path(readers))
         for tower in arguments.tower:
             backbone, cells = small_towers.tuned(tower), []
             for name in arguments.format:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +110,36 @@ def randomise(model: nn.Module) -> None:
         parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.02))
 
 
-def read_here(reader: str, *arguments: Path) -> Any:
-    """As `export_check.read`, in this process: the reader's script as it is.
+def pictures(backbone: CLIPViT) -> torch.Tensor:
+    """Two images of a tower's own size."""
+    return torch.randn(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether embeddings are alike."""
+    assert left.shape == right.shape
+    return bool((left - right).norm() <= tolerance * right.norm())
+
+
+def read_here(reader: str, task: Path) -> Any:
+    """As `verification.read`, in this process: the reader's script as it is.
 
     Raises:
         ExportError: it fails.
     """
-    script, argv, output = (verification.READERS / f"{reader}.py").read_text(), sys.argv, io.StringIO()
-    sys.argv = ["-c", *map(str, arguments)]
+    output, scope = io.StringIO(), {"__name__": "reader"}
     try:
         with contextlib.redirect_stdout(output), torch.autocast("cpu", enabled=False):
-            exec(compile(script, reader, "exec"), {"__name__": "__main__"})
+            exec(compile(verification.READER.read_text(), reader, "exec"), scope)
+            scope["main"](str(task))
     except (Exception, SystemExit) as error:
         raise ExportError(f"{reader} does not load the export: {error}") from error
-    finally:
-        sys.argv = argv
     return json.loads(output.getvalue().strip().splitlines()[-1])
 
 
-def informed_readers(folder: Path) -> Path:
-    """The readers' scripts, each told of timm's small models first: what a process without us would lack."""
-    models = (HERE / "timm_models.py").read_text()
-    for script in verification.READERS.glob("*.py"):
-        (folder / script.name).write_text(f"{models}\n{script.read_text()}")
-    return folder
+def informed_reader(folder: Path) -> Path:
+    """The reader's script, told of timm's small models first: what a process without us would lack."""
+    path = folder / "reader.py"
+    models = (HERE / "timm_models.py").read_text()  # with names of its own
+    path.write_text(f"exec({models!r}, {{'__name__': '__main__'}})\n{verification.READER.read_text()}")
+    return path

@@ -16,7 +16,7 @@ from visft.engine import exporting
 from visft.engine.settings import load_config
 from visft.engine.trainer import seed_iteration
 from visft.errors import CheckpointError, ConfigError, ExportError
-from visft.export import stream_export
+from visft.export import streamed
 from visft.modeling.backbone import CLIPViT, lora, open_clip_models
 from visft.modeling.backbone.tower_adapters import adapt
 
@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     load.check_file(arguments.weights, key="--weights", architecture=vit.NAME)
     outputs = _outputs(arguments)
     about = exporting.facts(cfg, arguments.weights)
-    base = stream_export.base_file(cfg, arguments.format, shapes)
+    base = streamed.base_file(cfg, arguments.format, shapes)
     if base is not None:
-        return stream_export.run(cfg, paths, base, arguments.format, outputs, about, verify=arguments.verify)
+        return streamed.run(cfg, paths, base, arguments.format, outputs, about, verify=arguments.verify)
 
     export.check(arguments.format, open_clip_models.meta_tower(vit.NAME))
     seed = _seed(arguments.weights)

@@ -1,20 +1,22 @@
 """Files of tensors and JSON: read without running what is in them, written aside and renamed when whole."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
@@ -33,6 +35,26 @@ _NESTS = ("state_dict", "model", "module", "model_state_dict", "ema", "model_ema
 _WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put in front of every name."""
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+_TYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of types in safetensors files, in the order in which safetensors writes them."""
 
 
 @contextlib.contextmanager
@@ -127,48 +149,71 @@ def read_json(path: str | os.PathLike) -> Any:
         ) from error
 
 
-def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors atomically, on any device and with any strides; shared memory is written once a name.
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor of a file to be written whose values are read or computed when their turn comes.
 
-    Equal tensors and metadata make equal files, to the byte.
+    Attributes:
+        dtype, shape: of the tensor.
+        parts: gives its values in order, flat and in pieces, anew in every call.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]
+
+
+def parts(tensor: Tensor | Lazy) -> Iterator[Tensor]:
+    """A tensor's values in order, flat, on the CPU."""
+    if isinstance(tensor, Lazy):
+        return tensor.parts()
+    return iter([tensor.detach().cpu().contiguous().view(-1)])
+
+
+def nbytes(tensor: Tensor | Lazy) -> int:
+    """Bytes of its values."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor | Lazy], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors atomically, one at a time, on any device and with any strides.
+
+    The bytes are those of safetensors' own writer, which has all tensors in memory and orders metadata anew each time.
 
     Raises:
-        CheckpointError: the file cannot be written (disk full, no permission).
+        CheckpointError: the file cannot be written (disk full, no permission), or safetensors has no such type.
     """
-    ready, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        # safetensors refuses two names for one memory, as tied weights and views have.
-        if storage.data_ptr() in seen:
-            tensor = tensor.clone()
-            storage = tensor.untyped_storage()
-        if tensor.numel():
-            seen.add(storage.data_ptr())
-        ready[name] = tensor
+    odd = next((name for name in tensors if tensors[name].dtype not in _TYPES), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{path}: {odd} is of {tensors[odd].dtype}, which safetensors files do not hold."
+        )
+    # Wide types first: every tensor is then aligned to its type.
+    names = sorted(tensors, key=lambda name: (list(_TYPES).index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + nbytes(tensors[name])
+        shape, dtype = list(tensors[name].shape), _TYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        with write_aside(path) as partial:
-            safetensors.torch.save_file(ready, partial, dict(metadata) if metadata else None)
-            _sort_metadata(partial)
-    except (OSError, safetensors.SafetensorError) as error:
-        full = "No space left" in str(error)
+        with write_aside(path) as partial, open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                for part in parts(tensors[name]):
+                    file.write(part.view(torch.uint8).numpy())
+                    del part  # before the next: with it goes what it was mapped in
+                count = file.tell() - 8 - len(text) - header[name]["data_offsets"][0]
+                if count != nbytes(tensors[name]):
+                    raise CheckpointError(f"{path}: {count} bytes came of {nbytes(tensors[name])} of {name}.")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         todo = "free some space on its disk" if full else "check the folder and its permissions"
         raise CheckpointError(f"{path}: cannot be written ({error}); {todo}.") from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Order the metadata in a safetensors header by name: safetensors writes them in another order each time."""
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(text) <= length, "the same JSON, written as compactly as safetensors does"
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -189,10 +234,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, empty, cut off, or has objects other than tensors pickled in it.
     """
-    path = require_file(path)
-    if is_safetensors(path):
-        return _mapped_safetensors(path)
-    return _flat(_load_pickled(path, mmap=False), path)
+    return _read(require_file(path), mapped=False)
 
 
 def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Tensor]:
@@ -207,16 +249,9 @@ def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Te
         CheckpointError: as `read_tensors`.
     """
     path = require_file(path)
-    if is_safetensors(path):
-        return _mapped_safetensors(path)
-    if not quiet and not _is_archive(path):
+    if not quiet and not is_safetensors(path) and not _is_archive(path):
         logger.warning("%s: is of PyTorch's old format, which takes its whole size in memory", path)
-    return _flat(_load_pickled(path, mmap=True), path, quiet)
-
-
-def _mapped_safetensors(path: Path) -> dict[str, Tensor]:
-    with _open_safetensors(path) as file:
-        return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
+    return _read(path, mapped=True, quiet=quiet)
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -225,12 +260,14 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: as `read_tensors`.
     """
-    path = require_file(path)
-    if is_safetensors(path):
-        with _open_safetensors(path) as file:
-            return _without_wrappers({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
-    tensors = _flat(_load_pickled(path, mmap=True), path)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in _read(require_file(path), mapped=True).items()}
+
+
+def _read(path: Path, *, mapped: bool, quiet: bool = False) -> dict[str, Tensor]:
+    if not is_safetensors(path):
+        return _flat(_load_pickled(path, mmap=mapped), path, quiet)
+    with _open_safetensors(path) as file:
+        return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -188,7 +188,7 @@ def tower_tensors(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[st
         renamed = {}
         for (block, target), (a, b) in authors.split_lora(tensors).items():
             place = f"{trunk}blocks.{block}.lora.{target}."
-            renamed |= {f"{place}lora_A": a, f"{place}lora_B": b / alpha}
+            renamed |= {f"{place}lora_A": a, f"{place}lora_B": b if alpha == 1 else b / alpha}
         return renamed
     renamed = {}
     for name, tensor in tensors.items():

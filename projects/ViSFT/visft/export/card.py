@@ -1,18 +1,11 @@
 """The model card that goes with every export: base, data, command, check, preprocessing, use and figures."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from visft.checkpoint.files import put_in_place
 from visft.export.source import Source
-from visft.export.verification import Check
 from visft.modeling.backbone import lora
 from visft.utils import markdown
-
-logger = logging.getLogger(__name__)
 
 MARK = "<!-- Written by visft with the weights; a card without this line is never replaced. -->"
 
@@ -34,66 +27,31 @@ class Facts:
     run: str = ""
 
 
-@dataclass(frozen=True)
-class Tower:
-    """What a card says of a tower.
-
-    Attributes:
-        name: open_clip's, or None.
-        weights: a phrase for the base's weights.
-        tuned_by: a phrase.
-        interpolate: 1: the tuned weights, 0: the base's.
-        preprocess: as `Source.preprocess`.
-    """
-
-    name: str | None
-    weights: str
-    tuned_by: str
-    interpolate: float
-    preprocess: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, source: Source) -> "Tower":
-        """What is known of a model that is exported."""
-        base, weights = source.model.base, "unknown (the model was made of a bare tower)"
-        if base is not None:
-            weights = base_weights(base.pretrained, base.sha256)
-        return cls(source.name, weights, _tuned_by(source), source.interpolate, source.preprocess)
-
-
-def base_weights(pretrained: str | None, sha256: str) -> str:
-    """The phrase for a base that has a tag or file (None: random weights) and a hash."""
-    return (markdown.code(pretrained) if pretrained else "random") + f", SHA-256 `{sha256}`"
-
-
-def text(
-    tower: Tower | Source, facts: Facts, check: Check | str, *, library: str, content: str, use: str
-) -> str:
+def text(source: Source, facts: Facts, check: str, *, library: str, content: str, use: str) -> str:
     """The card, in Markdown.
 
     Args:
-        check: what a reader found, or a sentence that says how else the export was checked.
+        check: a sentence that says how the export was checked.
         library: the Hub's name of the library that loads the export.
         content: a phrase that says what the export holds.
         use: Python that loads it.
     """
-    if isinstance(tower, Source):
-        tower = Tower.of(tower)
-    if isinstance(check, Check):
-        check = (
-            f"{check.version}, in a process without visft: largest relative distance {check.distance:.1e} "
-            f"{check.what}"
-        )
-    name = tower.name or "a tower without a name"
+    base = source.model.base
+    weights = "unknown (the model was made of a bare tower)"
+    if base is not None:
+        weights = (
+            markdown.code(base.pretrained) if base.pretrained else "random"
+        ) + f", SHA-256 `{base.sha256}`"
+    name = source.name or "a tower without a name"
     mixture = {1: "no: the tuned weights", 0: "nothing but the base's weights"}.get(
-        tower.interpolate,
-        f"{tower.interpolate:g} x tuned + {1 - tower.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
+        source.interpolate,
+        f"{source.interpolate:g} x tuned + {1 - source.interpolate:g} x base (WiSE-FT, arXiv:2109.01903)",
     )
     rows = [
         ("Holds", content),
-        ("Architecture", f"{markdown.code(name)} of open_clip" if tower.name else name),
-        ("Base weights", tower.weights),
-        ("Tuned by", tower.tuned_by),
+        ("Architecture", f"{markdown.code(name)} of open_clip" if source.name else name),
+        ("Base weights", weights),
+        ("Tuned by", _tuned_by(source)),
         ("Mixed with the base", mixture),
         ("Tuned on", ", ".join(map(markdown.code, facts.data)) or "not told to the export"),
         ("Of the run or file", markdown.code(facts.run) if facts.run else "not told to the export"),
@@ -103,7 +61,7 @@ def text(
         ),
         ("Checked by", check),
     ]
-    preprocess = tower.preprocess
+    preprocess = source.preprocess
     resize = {
         "shortest": "the shorter side resized, then the centre cut out",
         "longest": "the longer side resized, then padded around the centre",
@@ -141,32 +99,6 @@ def text(
         "The licence is that of the base weights and of the data; ask there.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def beside(path: Path) -> Path:
-    """Where the card of a single file goes."""
-    return path.with_name(f"{path.name}.md")
-
-
-def put(card: str, target: Path) -> None:
-    """Write a card, unless a file of that name is there which is no card of ours: that one stays."""
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
-        logger.info("%s is no model card of ours and stays as it is", target)
-        return
-    target.write_text(card, encoding="utf-8")
-
-
-def publish(folder: Path, path: Path, card: str, *beside_it: str) -> None:
-    """Give what was written and checked in a folder aside its names: the weights first, then files beside them, then
-    the card.
-
-    Args:
-        folder: holds `path.name` and each of `beside_it`.
-        path: the weights' name.
-    """
-    for name in (path.name, *beside_it):
-        put_in_place(folder / name, path.parent / name)
-    put(card, beside(path))
 
 
 def _tuned_by(source: Source) -> str:

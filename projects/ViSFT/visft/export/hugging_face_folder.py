@@ -1,6 +1,7 @@
 """Hugging Face: a folder that transformers' CLIP or SigLIP classes load."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft.checkpoint.files import folder_aside, write_json, write_safetensors
+from visft.checkpoint.files import write_json, write_safetensors
 from visft.errors import ExportError
-from visft.export import card, hugging_face_text, place, verification
+from visft.export import card, hugging_face_text, place, verification, writing
+from visft.export.hugging_face_text import ACTIVATIONS
 from visft.export.source import Source, resolve
 from visft.export.timm_file import activation
-from visft.modeling.backbone import CLIPViT
+from visft.export.writing import Export
+from visft.modeling.backbone import CLIPViT, hugging_face_base
 
-WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_SIGLIP = {
+    r"^patch_embed\.proj\b": "embeddings.patch_embedding",
+    r"^pos_embed$": "embeddings.position_embedding.weight",
+    r"^norm\b": "post_layernorm",
+    r"^blocks\b": "encoder.layers",
+    r"\.norm([12])\b": r".layer_norm\1",
+    r"\.attn\.([qkv])\b": r".self_attn.\1_proj",
+    r"\.attn\.proj\b": ".self_attn.out_proj",
+    r"^attn_pool\.latent$": "head.probe",
+    r"^attn_pool\.in_proj_": "head.attention.in_proj_",
+    r"^attn_pool\.proj\b": "head.attention.out_proj",
+    r"^attn_pool\.norm\b": "head.layernorm",
+    r"^attn_pool\.mlp\b": "head.mlp",
+}
+"""Names of timm's VisionTransformer to those of transformers' SigLIP, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -61,52 +78,41 @@ def write(
     fits(model.tower)
     source = resolve(model, base, interpolate, whole=base is not None or model.base is not None)
     converted = convert(source)
-    place.refuse_other(path / CONFIG, None, converted.config)
-    with folder_aside(path) as folder:
-        inner = folder / path.name
-        put_model(inner, source, converted)
-        check = verification.run(
-            "hugging_face",
-            inner,
-            source.embed,
-            source.preprocess,
-            clip=source.clip if converted.has_text else None,
-            task={"classes": converted.classes, **hugging_face_text.sentences(source, converted.has_text)},
-            pixels=verification.SIMILAR,
-        )
-        name = converted.classes[-1]
-        about = card.text(
-            source,
-            facts or card.Facts(),
-            check,
-            library="transformers",
-            content="the whole CLIP" if converted.has_text else "the vision tower alone",
-            use=f"from transformers import AutoImageProcessor, {name}\n\n"
-            f'model = {name}.from_pretrained("FOLDER")\n'
-            'processor = AutoImageProcessor.from_pretrained("FOLDER")',
-        )
-        card.put(about, inner / "README.md")
-        if (path / "README.md").exists():
-            card.put(about, path / "README.md")
-            (inner / "README.md").unlink()
-        place.put_all(inner, path)
-    check.log(path)
-    return path
+    name = converted.classes[-1]
+    export = Export(
+        reader="hugging_face",
+        tensors=converted.tensors,
+        library="transformers",
+        content="the whole CLIP" if converted.has_text else "the vision tower alone",
+        use=f"from transformers import AutoImageProcessor, {name}\n\n"
+        f'model = {name}.from_pretrained("FOLDER")\n'
+        'processor = AutoImageProcessor.from_pretrained("FOLDER")',
+        weights=WEIGHTS,
+        described=(CONFIG, converted.config),
+        fill=lambda folder: _put_rest(folder, source, converted),
+        task={"classes": converted.classes, **hugging_face_text.sentences(source, converted.has_text)},
+        texts=converted.has_text,
+        pixels=verification.SIMILAR,
+    )
+    return writing.write(path, source, export, facts)
 
 
 def put_model(folder: Path, source: Source, converted: Converted) -> None:
     """Write a model's files into a new folder.
 
     Raises:
-        ExportError: the weights read back otherwise, or images are prepared in a way that transformers lacks.
+        ExportError: images are prepared in a way that transformers lacks.
     """
     folder.mkdir()
     write_safetensors(folder / WEIGHTS, converted.tensors, {"format": "pt"})
     write_json(folder / CONFIG, converted.config)
-    write_json(folder / PROCESSOR, _processor(source, converted))
+    _put_rest(folder, source, converted)
+
+
+def _put_rest(folder: Path, source: Source, converted: Converted) -> None:
+    write_json(folder / "preprocessor_config.json", _processor(source, converted))
     if converted.has_text:
         hugging_face_text.put_tokenizer(folder, source)
-    verification.stored(folder / WEIGHTS, converted.tensors)
 
 
 def fits(visual: nn.Module) -> None:
@@ -127,34 +133,23 @@ def convert(source: Source) -> Converted:
     """
     visual = source.visual
     fits(visual)
-    if hasattr(visual, "transformer"):
-        config, tensors = _clip_vision(visual, source.state)
-        text = hugging_face_text.clip(source.clip)
-        if text is None:
-            own = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
-            return Converted(("CLIPVisionModelWithProjection",), own | config, tensors)
-        text_config, text_tensors = text
-        whole = {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            "projection_dim": config["projection_dim"],
-            "text_config": {"model_type": "clip_text_model", **text_config},
-            "vision_config": {"model_type": "clip_vision_model", **config},
-        }
-        return Converted(("CLIPModel", "CLIPVisionModelWithProjection"), whole, tensors | text_tensors)
-    config, tensors = _siglip_vision(visual, source.state)
-    text = hugging_face_text.siglip(source.clip)
+    kind = "clip" if hasattr(visual, "transformer") else "siglip"
+    config, tensors = (_clip_vision if kind == "clip" else _siglip_vision)(visual, source.state)
+    text = hugging_face_text.convert(kind, source.clip)
+    config = {"model_type": f"{kind}_vision_model", **config}
     if text is None:
-        own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"}
-        return Converted(("SiglipVisionModel",), own | config, tensors)
+        alone = "CLIPVisionModelWithProjection" if kind == "clip" else "SiglipVisionModel"
+        return Converted((alone,), {"architectures": [alone], **config}, tensors)
+    classes = ("CLIPModel", "CLIPVisionModelWithProjection") if kind == "clip" else ("SiglipModel",)
+    whole: dict[str, Any] = {"architectures": [classes[0]], "model_type": kind}
+    if kind == "clip":
+        whole["projection_dim"] = config["projection_dim"]
     text_config, text_tensors = text
-    whole = {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
-        "text_config": {"model_type": "siglip_text_model", **text_config},
-        "vision_config": {"model_type": "siglip_vision_model", **config},
+    whole |= {
+        "text_config": {"model_type": f"{kind}_text_model", **text_config},
+        "vision_config": config,
     }
-    return Converted(("SiglipModel",), whole, tensors | text_tensors)
+    return Converted(classes, whole, tensors | text_tensors)
 
 
 def layer_scales(state: dict[str, Tensor], block: int) -> tuple[Tensor | None, Tensor | None]:
@@ -232,24 +227,14 @@ def _clip_vision(visual: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str,
         "hidden_act": ACTIVATIONS[activation(block.mlp.gelu)],
         "layer_norm_eps": visual.ln_post.eps,
     }
-    tensors = {
-        "vision_model.embeddings.class_embedding": state["class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": state["conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "vision_model.pre_layrnorm.weight": state["ln_pre.weight"],
-        "vision_model.pre_layrnorm.bias": state["ln_pre.bias"],
-        "vision_model.post_layernorm.weight": state["ln_post.weight"],
-        "vision_model.post_layernorm.bias": state["ln_post.bias"],
-        "visual_projection.weight": state["proj"].T.contiguous(),
-    }
-    blocks = hugging_face_text.blocks(state, "transformer.", "vision_model.")
+    state = dict(state)
     for i in range(config["num_hidden_layers"]):
-        for inner, scale in zip(("self_attn.out_proj", "mlp.fc2"), layer_scales(state, i), strict=True):
+        for inner, scale in zip(("attn.out_proj", "mlp.c_proj"), layer_scales(state, i), strict=True):
             if scale is not None:
-                name = f"vision_model.encoder.layers.{i}.{inner}"
-                blocks[f"{name}.weight"] = scale[:, None] * blocks[f"{name}.weight"]
-                blocks[f"{name}.bias"] = scale * blocks[f"{name}.bias"]
-    return config, tensors | blocks
+                name = f"transformer.resblocks.{i}.{inner}"
+                state[f"{name}.weight"] = scale[:, None] * state[f"{name}.weight"]
+                state[f"{name}.bias"] = scale * state[f"{name}.bias"]
+    return config, hugging_face_base.from_open_clip({f"visual.{n}": t for n, t in state.items()})
 
 
 # timm's VisionTransformer with its attention pool, as SigLIP
@@ -295,40 +280,18 @@ def _siglip_vision(visual: nn.Module, state: dict[str, Tensor]) -> tuple[dict[st
         "hidden_act": ACTIVATIONS[activation(block.mlp.act)],
         "layer_norm_eps": trunk.norm.eps,
     }
-    named = {
-        "embeddings.patch_embedding.weight": state["patch_embed.proj.weight"],
-        "embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
-        "embeddings.position_embedding.weight": state["pos_embed"][0],
-        "post_layernorm.weight": state["norm.weight"],
-        "post_layernorm.bias": state["norm.bias"],
-        "head.probe": state["attn_pool.latent"],
-        "head.attention.in_proj_weight": _joined(state, "weight"),
-        "head.attention.in_proj_bias": _joined(state, "bias"),
-    }
-    for old, new in (
-        ("proj", "attention.out_proj"),
-        ("norm", "layernorm"),
-        ("mlp.fc1", "mlp.fc1"),
-        ("mlp.fc2", "mlp.fc2"),
-    ):
-        for part in ("weight", "bias"):
-            named[f"head.{new}.{part}"] = state[f"attn_pool.{old}.{part}"]
-    for i in range(len(trunk.blocks)):
-        theirs, ours = f"encoder.layers.{i}", f"blocks.{i}"
-        for part in ("weight", "bias"):
-            rows = state[f"{ours}.attn.qkv.{part}"].chunk(3)
-            for target, tensor in zip("qkv", rows, strict=True):
-                named[f"{theirs}.self_attn.{target}_proj.{part}"] = tensor
-            for old, new in (
-                ("attn.proj", "self_attn.out_proj"),
-                ("norm1", "layer_norm1"),
-                ("norm2", "layer_norm2"),
-                ("mlp.fc1", "mlp.fc1"),
-                ("mlp.fc2", "mlp.fc2"),
-            ):
-                named[f"{theirs}.{new}.{part}"] = state[f"{ours}.{old}.{part}"]
-    return config, {f"vision_model.{name}": tensor for name, tensor in named.items()}
+    for part in ("weight", "bias"):
+        parts = [state.pop(f"attn_pool.{name}.{part}") for name in ("q", "kv")]
+        state[f"attn_pool.in_proj_{part}"] = torch.cat(parts)
+        for i in range(len(trunk.blocks)):
+            rows = state.pop(f"blocks.{i}.attn.qkv.{part}").chunk(3)
+            state |= {f"blocks.{i}.attn.{q}.{part}": tensor for q, tensor in zip("qkv", rows, strict=True)}
+    state["pos_embed"] = state["pos_embed"][0]
+    return config, {f"vision_model.{_siglip_name(name)}": tensor for name, tensor in state.items()}
 
 
-def _joined(state: dict[str, Tensor], part: str) -> Tensor:
-    return torch.cat([state[f"attn_pool.q.{part}"], state[f"attn_pool.kv.{part}"]])
+def _siglip_name(name: str) -> str:
+    """transformers' name of a tensor of timm's trunk."""
+    for old, new in _SIGLIP.items():
+        name = re.sub(old, new, name)
+    return name

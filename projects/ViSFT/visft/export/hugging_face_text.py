@@ -9,77 +9,64 @@ from torch import Tensor, nn
 from visft.checkpoint.files import write_json
 from visft.export.source import Source
 from visft.export.timm_file import activation
-from visft.modeling.backbone import open_clip_models
+from visft.modeling.backbone import hugging_face_base, open_clip_models
 
 _SENTENCES = ("a photo of a cat", "Two dogs, left of a banana!")
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_VOCABULARY = (
-    49408  # of OpenAI's byte-pair encoding, which open_clip brings and transformers' CLIPTokenizer reads
-)
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_VOCABULARY = 49408
+"""Of OpenAI's byte-pair encoding, which open_clip brings and transformers' CLIPTokenizer reads."""
 
 
-def blocks(state: dict[str, Tensor], prefix: str, model: str) -> dict[str, Tensor]:
-    """The tensors of open_clip's Transformer, LayerScale apart, under the names of transformers' encoders.
+def convert(kind: str, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Configuration and tensors of a base's text tower, with projection, scale and bias.
 
     Args:
-        prefix: what comes before `resblocks` in open_clip.
-        model: `vision_model.` or `text_model.`.
+        kind: `clip` or `siglip`.
+        model: the base.
+
+    Returns:
+        None where there is no base, or transformers has no such text tower.
     """
-    found = {}
-    for name, tensor in state.items():
-        if not name.startswith(f"{prefix}resblocks."):
-            continue
-        block, inner = name.removeprefix(f"{prefix}resblocks.").split(".", 1)
-        layer = f"{model}encoder.layers.{block}."
-        if inner.startswith("attn.in_proj_"):
-            part = inner.removeprefix("attn.in_proj_")
-            for target, rows in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{layer}self_attn.{target}_proj.{part}"] = rows
-        for old, new in _BLOCK.items():
-            if inner.startswith(old):
-                found[f"{layer}{new}{inner.removeprefix(old)}"] = tensor
-    return found
-
-
-def clip(model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Configuration and tensors of CLIP's text tower, projection and scale included; None where it is another kind."""
-    text = _text(model)
-    if text is None or not _plain(text):
+    text = getattr(model, "text", model)
+    if not hasattr(text, "token_embedding") or not _plain(text):
         return None
     pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
-    if text.attn_mask is None or pool != "argmax" or not isinstance(text.text_projection, nn.Parameter):
+    projection = text.text_projection
+    if kind == "clip":
+        fitting = text.attn_mask is not None and pool == "argmax" and isinstance(projection, nn.Parameter)
+    else:
+        linear = isinstance(projection, nn.Linear) and projection.bias is not None
+        fitting = text.attn_mask is None and pool == "last" and linear
+        fitting = fitting and getattr(model, "logit_bias", None) is not None
+    if not fitting:
         return None
-    config, tensors, state = _shared(model, text)
-    # The end of a text is the largest id, which open_clip looks for; its tokenizer's start is the one before.
-    config |= {"eos_token_id": config["vocab_size"] - 1, "bos_token_id": config["vocab_size"] - 2}
-    config |= {"pad_token_id": config["eos_token_id"], "projection_dim": text.text_projection.shape[1]}
-    tensors["text_projection.weight"] = state["text_projection"].T.contiguous()
-    tensors["logit_scale"] = model.logit_scale.detach().cpu().reshape(())
-    return config, tensors
-
-
-def siglip(model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Configuration and tensors of SigLIP's text tower, its scale and bias included; None where it is another kind."""
-    text = _text(model)
-    if text is None or not _plain(text) or getattr(model, "logit_bias", None) is None:
-        return None
-    linear = isinstance(text.text_projection, nn.Linear) and text.text_projection.bias is not None
-    if text.attn_mask is not None or text.pool_type != "last" or not linear:
-        return None
-    config, tensors, state = _shared(model, text)
-    config["projection_size"] = text.text_projection.out_features
+    state = {n.removeprefix("text."): t.detach().cpu() for n, t in model.state_dict().items() if _beside(n)}
+    tensors = hugging_face_base.from_open_clip(state)
+    block = text.transformer.resblocks[0]
+    config = {
+        "vocab_size": text.token_embedding.num_embeddings,
+        "hidden_size": text.token_embedding.embedding_dim,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(text.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "max_position_embeddings": len(text.positional_embedding),
+        "hidden_act": ACTIVATIONS[activation(block.mlp.gelu)],
+        "layer_norm_eps": text.ln_final.eps,
+    }
+    if kind == "clip":
+        # The end of a text is the largest id, which open_clip looks for; its tokenizer's start is the one before.
+        end = config["vocab_size"] - 1
+        config |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+        config["projection_dim"] = projection.shape[1]
+        return config, tensors | {"logit_scale": state["logit_scale"].reshape(())}
+    config["projection_size"] = projection.out_features
     for part in ("weight", "bias"):
         tensors[f"text_model.head.{part}"] = state[f"text_projection.{part}"]
-    tensors["logit_scale"] = model.logit_scale.detach().cpu().reshape(1)
-    tensors["logit_bias"] = model.logit_bias.detach().cpu().reshape(1)
-    return config, tensors
+    return config, tensors | {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias")}
+
+
+def _beside(name: str) -> bool:
+    return not name.startswith("visual.")
 
 
 def put_tokenizer(folder: Path, source: Source) -> None:
@@ -121,42 +108,9 @@ def _has_tokenizer(source: Source) -> bool:
     return not text.get("hf_tokenizer_name") and text.get("vocab_size", _VOCABULARY) == _VOCABULARY
 
 
-def _text(model: nn.Module | None) -> nn.Module | None:
-    """The module that holds the text tower: the CLIP itself, or its `text`."""
-    text = getattr(model, "text", model)
-    return text if hasattr(text, "token_embedding") else None
-
-
 def _plain(text: nn.Module) -> bool:
     block = text.transformer.resblocks[0]
     same = text.ln_final.eps == block.ln_1.eps == block.ln_2.eps
-    known = activation(block.mlp.gelu) in _ACTIVATIONS if hasattr(block.mlp, "gelu") else False
+    known = activation(block.mlp.gelu) in ACTIVATIONS if hasattr(block.mlp, "gelu") else False
     padded = getattr(text, "use_pad_mask", False) or getattr(text, "cls_emb", None) is not None
     return same and known and not padded and not hasattr(block.ls_1, "gamma")
-
-
-def _shared(model: nn.Module, text: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    prefix = "" if text is model else "text."
-    state = {
-        name.removeprefix(prefix): tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
-        if name.startswith(prefix) and not name.startswith("visual.")
-    }
-    block = text.transformer.resblocks[0]
-    config = {
-        "vocab_size": text.token_embedding.num_embeddings,
-        "hidden_size": text.token_embedding.embedding_dim,
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "num_hidden_layers": len(text.transformer.resblocks),
-        "num_attention_heads": block.attn.num_heads,
-        "max_position_embeddings": len(text.positional_embedding),
-        "hidden_act": _ACTIVATIONS[activation(block.mlp.gelu)],
-        "layer_norm_eps": text.ln_final.eps,
-    }
-    tensors = {
-        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "text_model.final_layer_norm.weight": state["ln_final.weight"],
-        "text_model.final_layer_norm.bias": state["ln_final.bias"],
-    }
-    return config, tensors | blocks(state, "transformer.", "text_model."), state

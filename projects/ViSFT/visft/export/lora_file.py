@@ -1,24 +1,20 @@
 """LoRA alone: our layout, the authors', and (in `peft_folder`) peft's."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visft.checkpoint import authors
-from visft.checkpoint.files import folder_aside, write_safetensors
 from visft.checkpoint.run_folder import describe_base
 from visft.errors import ExportError
-from visft.export import card, peft_folder, place, verification
+from visft.export import card, peft_folder, place, verification, writing
 from visft.export.source import untouched
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone import lora as adapters
-
-logger = logging.getLogger(__name__)
 
 LAYOUTS = ("visft", "authors", "peft")
 
@@ -61,62 +57,52 @@ def write(
     if not 0 <= interpolate <= 1:
         raise ExportError(f"interpolate is {interpolate:g}; expected 0 (no update) to 1 (all of it).")
     config = model.lora_config
-    if layout == "authors":
-        tensors = _authors_lora(model, path, interpolate)
-    else:
-        tensors = {f"backbone.{name}": tensor for name, tensor in adapters.state_dict(model).items()}
-        tensors = {n: t.detach() * (interpolate if n.endswith("lora_B") else 1) for n, t in tensors.items()}
-    with folder_aside(path) as folder:
-        if path.suffix == ".pt":
-            torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, folder / path.name)
-        else:
-            about = {"visft": json.dumps(_about(model))} if layout == "visft" else {}
-            write_safetensors(folder / path.name, tensors, {"format": "pt", **about})
-        verification.stored(folder / path.name, tensors)
-        updates = {
-            f"{site.block}.{site.projection.key}": interpolate * site.adapter.delta().cpu()
-            for site in adapters.sites(model)
-        }
-        task = {"layout": layout, "scaling": config.alpha / config.rank}
-        check = verification.run_updates(folder / path.name, updates, task)
-        content, use = _use(layout, path)
-        source = untouched(model, interpolate)
-        text = card.text(source, facts or card.Facts(), check, library="visft", content=content, use=use)
-        card.publish(folder, path, text)
-    check.log(path)
-    return path
-
-
-def _about(model: CLIPViT) -> dict[str, Any]:
-    config = model.lora_config
-    settings = {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "targets": list(config.targets),
-        "last_blocks": config.last_blocks,
+    updates = {
+        f"{site.block}.{site.projection.key}": interpolate * site.adapter.delta().cpu()
+        for site in adapters.sites(model)
     }
-    return {"stage": "lora", "base": describe_base(model.base), "settings": {"lora": settings}}
+    task = {"layout": layout, "scaling": config.alpha / config.rank}
+    content, use, metadata = _described(model, layout, path)
+    export = Export(
+        reader="lora",
+        tensors=_ours(model, interpolate) if layout == "visft" else _theirs(model, path, interpolate),
+        library="visft",
+        content=content,
+        use=use,
+        metadata=metadata,
+    )
+    source = untouched(model, interpolate)
+    return writing.write(
+        path, source, export, facts, lambda file: verification.run_updates(file, updates, task)
+    )
 
 
-def _use(layout: str, path: Path) -> tuple[str, str]:
+def _described(model: CLIPViT, layout: str, path: Path) -> tuple[str, str, dict[str, str]]:
+    """What the card says of content and use, and the file's metadata."""
     merging = (
         f"# merged into the base's weights, on the command line:\n# tools/export_backbone.py --weights {path.name} "
         "--format open_clip --output tower.safetensors MODEL.CLIP_VIT.PRETRAINED BASE\n"
     )
     if layout == "authors":
-        return (
-            "LoRA alone, q and v of every block, in the layout of the files released with the paper",
-            f"{merging}# each holds q above v; the update is B A / rank",
-        )
-    return (
-        "LoRA alone, in visft's layout",
+        content = "LoRA alone, q and v of every block, in the layout of the files released with the paper"
+        return content, f"{merging}# each holds q above v; the update is B A / rank", {"format": "pt"}
+    config = model.lora_config
+    settings = {key: getattr(config, key) for key in ("rank", "alpha", "targets", "last_blocks")}
+    about = {"stage": "lora", "base": describe_base(model.base), "settings": {"lora": settings}}
+    use = (
         f"{merging}from visft.modeling.backbone import CLIPViT, lora\nfrom visft.checkpoint import load\n\n"
         "backbone = lora.inject(CLIPViT.from_open_clip(NAME, BASE), rank=RANK, alpha=ALPHA)\n"
-        f'load.load_tower(backbone, "{path.name}")',
+        f'load.load_tower(backbone, "{path.name}")'
     )
+    return "LoRA alone, in visft's layout", use, {"format": "pt", "visft": json.dumps(about)}
 
 
-def _authors_lora(model: CLIPViT, path: Path, interpolate: float) -> dict[str, Tensor]:
+def _ours(model: CLIPViT, interpolate: float) -> dict[str, Tensor]:
+    tensors = {f"backbone.{name}": tensor.detach() for name, tensor in adapters.state_dict(model).items()}
+    return {name: t * (interpolate if name.endswith("lora_B") else 1) for name, t in tensors.items()}
+
+
+def _theirs(model: CLIPViT, path: Path, interpolate: float) -> dict[str, Tensor]:
     config = model.lora_config
     fused = all(getattr(block.attn, "qkv", None) is not None for block in model.blocks)
     if set(config.targets) != {"q", "v"} or not fused:
@@ -127,7 +113,7 @@ def _authors_lora(model: CLIPViT, path: Path, interpolate: float) -> dict[str, T
     pairs = {
         (site.block, site.projection.key): (
             site.adapter.lora_A.detach(),
-            site.adapter.lora_B.detach() * interpolate,
+            interpolate * site.adapter.lora_B.detach(),
         )
         for site in adapters.sites(model)
     }

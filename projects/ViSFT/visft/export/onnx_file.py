@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from visft.checkpoint.files import folder_aside, put_in_place
 from visft.errors import ExportError
-from visft.export import card, place, verification
+from visft.export import card, place, writing
 from visft.export.source import Source, resolve
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -58,27 +58,18 @@ def write(
     path = place.file(path, ".onnx")
     place.require("onnx", *PACKAGES)
     source = resolve(model, base, interpolate, whole=False)
-    with folder_aside(path) as folder:
-        _export(source, folder / path.name)
-        check = verification.run("onnx", folder / path.name, source.embed, source.preprocess)
-        about = card.text(
-            source,
-            facts or card.Facts(),
-            check,
-            library="onnx",
-            content=f"the image embedding as a graph: `{INPUT}` to `{OUTPUT}`, any batch size",
-            use="import onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{path.name}")\n'
-            f'(embedding,) = session.run(None, {{"{INPUT}": images}})  # float32 [N, 3, '
-            f"{source.preprocess['size'][0]}, {source.preprocess['size'][1]}], normalised",
-        )
-        beside = folder / f"{path.name}.data"
-        if beside.exists():
-            put_in_place(beside, path.with_name(beside.name))
-        put_in_place(folder / path.name, path)
-        card.put(about, card.beside(path))
-    check.log(path)
-    return path
+    export = Export(
+        reader="onnx",
+        tensors={},
+        library="onnx",
+        content=f"the image embedding as a graph: `{INPUT}` to `{OUTPUT}`, any batch size",
+        use="import onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession("{path.name}")\n'
+        f'(embedding,) = session.run(None, {{"{INPUT}": images}})  # float32 [N, 3, '
+        f"{source.preprocess['size'][0]}, {source.preprocess['size'][1]}], normalised",
+        fill=lambda folder: _export(source, folder / path.name),
+    )
+    return writing.write(path, source, export, facts)
 
 
 def _export(source: Source, path: Path) -> None:

@@ -1,21 +1,17 @@
 """open_clip: the complete CLIP in one safetensors file, its configuration beside it."""
 
-import json
 import logging
 import os
 from pathlib import Path
 
 from torch import nn
 
-from visft.checkpoint.files import folder_aside, write_json, write_safetensors
-from visft.export import card, place, verification
-from visft.export.source import Source, clip_state, open_clip_preprocess, resolve
+from visft.export import card, place, verification, writing
+from visft.export.source import Source, resolve
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAME = "open_clip_config.json"
-CONTENT = "the whole CLIP: vision tower, text tower, projections and scales"
 
 
 def write(
@@ -49,40 +45,26 @@ def write(
     """
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=True)
-    place.refuse_other(path.parent / CONFIG_NAME, "model_cfg", source.config)
-    with folder_aside(path) as folder:
-        check = _write_aside(source, folder, path.name)
-        about = card.text(
-            source,
-            facts or card.Facts(),
-            check,
-            library="open_clip",
-            content=CONTENT,
-            use=use(source.name, path),
-        )
-        card.publish(folder, path, about, CONFIG_NAME)
+    writing.write(path, source, plan(source, path), facts)
     others = sorted(file.name for file in path.parent.glob("*.safetensors") if file != path)
     if others:
         logger.info("%s has other weights beside it (%s): load it by its path", path, ", ".join(others[:3]))
-    check.log(path)
     return path
 
 
-def use(name: str, path: Path) -> str:
-    """Python that loads the file."""
-    return (
-        "import open_clip\n\nmodel, transform = open_clip.create_model_from_pretrained("
-        f'"{name}", pretrained="{path.name}")\n'
-        '# or, from the folder alone: open_clip.create_model_from_pretrained("local-dir:FOLDER")'
-    )
-
-
-def _write_aside(source: Source, folder: Path, name: str) -> verification.Check:
-    state = clip_state(source)
-    write_safetensors(folder / name, state, {"format": "pt"})
-    config = {"model_cfg": source.config, "preprocess_cfg": open_clip_preprocess(source)}
-    write_json(folder / CONFIG_NAME, json.loads(json.dumps(config)))
-    verification.stored(folder / name, state)
-    return verification.run(
-        "open_clip", folder, source.embed, source.preprocess, clip=source.clip, pixels=verification.EXACT
+def plan(source: Source, path: Path) -> Export:
+    """What is written to a path."""
+    preprocess = {key: source.preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    return Export(
+        reader="open_clip",
+        tensors=source.outside | {f"visual.{name}": tensor for name, tensor in source.state.items()},
+        library="open_clip",
+        content="the whole CLIP: vision tower, text tower, projections and scales",
+        use="import open_clip\n\nmodel, transform = open_clip.create_model_from_pretrained("
+        f'"{source.name}", pretrained="{path.name}")\n'
+        '# or, from the folder alone: open_clip.create_model_from_pretrained("local-dir:FOLDER")',
+        described=("open_clip_config.json", {"model_cfg": source.config, "preprocess_cfg": preprocess}),
+        owner="model_cfg",
+        texts=True,
+        pixels=verification.EXACT,
     )

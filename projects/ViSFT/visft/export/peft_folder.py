@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from visft.checkpoint.files import folder_aside, write_json, write_safetensors
 from visft.errors import ExportError
-from visft.export import card, hugging_face_folder, place, verification
-from visft.export.source import resolve, untouched
+from visft.export import card, hugging_face_folder, place, writing
+from visft.export.source import resolve
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT, lora
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LAYERS = "vision_model.encoder.layers."
 _MODULES = {
     "q": "self_attn.q_proj",
@@ -49,52 +48,29 @@ def write(
     """
     path = place.folder(path)
     place.require("peft", "peft", "transformers")
-    if not lora.has_lora(model):
-        raise ExportError(f"{path}: there is no LoRA in the model to be written; export another format.")
     hugging_face_folder.fits(model.tower)
-    whole = base is not None or model.base is not None
-    plain = resolve(model, base, 0.0, whole=whole)
+    plain = resolve(model, base, 0.0, whole=base is not None or model.base is not None)
     converted = hugging_face_folder.convert(plain)
     if converted.classes == ("SiglipVisionModel",):
         raise ExportError(
             f"{path}: the layers of a SigLIP tower without its text tower have other names in each transformers; "
             "give base= with SigLIP's text tower, or export `lora`."
         )
-    config, tensors = _config(model), _tensors(model, plain.state, interpolate)
-    place.refuse_other(path / CONFIG, None, config)
-    with folder_aside(path) as folder:
-        inner, plain_folder = folder / path.name, folder / "base"
-        inner.mkdir()
-        hugging_face_folder.put_model(plain_folder, plain, converted)
-        write_safetensors(inner / WEIGHTS, tensors, {"format": "pt"})
-        write_json(inner / CONFIG, config)
-        verification.stored(inner / WEIGHTS, tensors)
-        tuned = resolve(model, base, interpolate, whole=False)
-        name = converted.classes[-1]
-        check = verification.run(
-            "peft",
-            inner,
-            tuned.embed,
-            tuned.preprocess,
-            task={"base": str(plain_folder), "class": name},
-        )
-        about = card.text(
-            untouched(model, interpolate),
-            facts or card.Facts(),
-            check,
-            library="peft",
-            content="LoRA alone, as an adapter for the vision tower in transformers",
-            use=f"from peft import PeftModel\nfrom transformers import {name}\n\n"
-            "# BASE: the base as transformers has it (visft: the format `hf` with --interpolate 0)\n"
-            f'model = PeftModel.from_pretrained({name}.from_pretrained("BASE"), "FOLDER")',
-        )
-        card.put(about, inner / "README.md")
-        if (path / "README.md").exists():
-            card.put(about, path / "README.md")
-            (inner / "README.md").unlink()
-        place.put_all(inner, path)
-    check.log(path)
-    return path
+    name = converted.classes[-1]
+    export = Export(
+        reader="peft",
+        tensors=_tensors(model, plain.state, interpolate),
+        library="peft",
+        content="LoRA alone, as an adapter for the vision tower in transformers",
+        use=f"from peft import PeftModel\nfrom transformers import {name}\n\n"
+        "# BASE: the base as transformers has it (visft: the format `hf` with --interpolate 0)\n"
+        f'model = PeftModel.from_pretrained({name}.from_pretrained("BASE"), "FOLDER")',
+        weights="adapter_model.safetensors",
+        described=("adapter_config.json", _config(model)),
+        fill=lambda folder: hugging_face_folder.put_model(folder.with_name("base"), plain, converted),
+        task={"class": name},
+    )
+    return writing.write(path, resolve(model, base, interpolate, whole=False), export, facts)
 
 
 def _config(model: CLIPViT) -> dict[str, Any]:

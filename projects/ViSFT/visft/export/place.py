@@ -2,11 +2,18 @@
 
 import importlib.util
 import json
+import logging
 import os
 from pathlib import Path
 
 from visft.checkpoint.files import put_in_place, read_json, sync_folder
 from visft.errors import CheckpointError, ExportError
+from visft.export import card
+
+logger = logging.getLogger(__name__)
+
+_ORDER = {".data": 0, ".onnx": 1, ".pt": 1, ".safetensors": 1, ".md": 3}
+"""When a file takes its place, by its suffix: first what others need."""
 
 
 def file(path: str | os.PathLike, *suffixes: str) -> Path:
@@ -35,11 +42,12 @@ def folder(path: str | os.PathLike) -> Path:
     return path
 
 
-def refuse_other(path: Path, key: str | None, config: dict) -> None:
+def refuse_other(path: Path, content: dict, key: str) -> None:
     """Raise ExportError where a description of another model lies: it speaks for all weights beside it.
 
     Args:
-        key: the part of the file that tells models apart; None: all of it.
+        content: of the file as it will be.
+        key: the part of it that tells models apart; "": all of it.
     """
     if not path.exists():
         return
@@ -48,18 +56,29 @@ def refuse_other(path: Path, key: str | None, config: dict) -> None:
         there = there.get(key) if key else there
     except (CheckpointError, AttributeError):
         there = None
-    if there != json.loads(json.dumps(config)):
+    if there != json.loads(json.dumps(content[key] if key else content)):
         raise ExportError(f"{path}: belongs to another architecture; write the export to another folder.")
 
 
 def put_all(source: Path, target: Path) -> None:
-    """Give the files of a folder aside their names in `target`, the weights first; other files there stay."""
+    """Give the files of a folder aside their names in `target`, the weights first, the card last.
+
+    Other files there stay, and so does one with the card's name that is no card of ours.
+    """
     if not target.exists():
         os.replace(source, target)
         sync_folder(target.parent)
         return
-    for one in sorted(source.iterdir(), key=lambda file: file.suffix != ".safetensors"):
-        put_in_place(one, target / one.name)
+    for file in sorted(source.iterdir(), key=lambda file: (_ORDER.get(file.suffix, 2), file.name)):
+        there = target / file.name
+        if file.suffix == ".md" and there.exists() and card.MARK not in _text(there):
+            logger.info("%s is no model card of ours and stays as it is", there)
+        else:
+            put_in_place(file, there)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def require(format_name: str, *packages: str) -> None:

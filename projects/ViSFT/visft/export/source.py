@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft.checkpoint.files import Lazy
 from visft.errors import ExportError
 from visft.export import base_clip as bases
 from visft.export import verification
 from visft.modeling.backbone import CLIPViT, lora
-
-_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass
@@ -26,8 +25,9 @@ class Source:
         visual: a module that computes the embedding from `state` by its own forward: the base's tower, or the model's.
         name, config: open_clip's name and description of the base's architecture; None where unknown.
         interpolate: 1: the tuned weights, 0: the base's.
-        state: the tower's tensors under open_clip's names below `visual.`, LoRA in the weights.
         preprocess: `size` `[h, w]`, `mean`, `std`, `interpolation`, `resize_mode` of images, as open_clip names them.
+        state: the tower's tensors under open_clip's names below `visual.`, LoRA in the weights.
+        outside: those of the whole base that are not the tower's.
     """
 
     model: CLIPViT
@@ -37,7 +37,8 @@ class Source:
     config: dict[str, Any] | None
     interpolate: float
     preprocess: dict[str, Any]
-    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    state: dict[str, Tensor | Lazy] = field(default_factory=dict, repr=False)
+    outside: dict[str, Tensor | Lazy] = field(default_factory=dict, repr=False)
 
     def embed(self, pictures: Tensor) -> Tensor:
         """The embedding that a reader must find: the model's own, LoRA beside its weights where it is not merged.
@@ -92,6 +93,8 @@ def resolve(
         )
     source = Source(model, clip, visual, name, config, interpolate, _preprocess(model, visual))
     source.state = _state(model, visual, interpolate)
+    if clip is not None:
+        source.outside = {n: t for n, t in clip.state_dict().items() if not n.startswith("visual.")}
     return source
 
 
@@ -100,12 +103,6 @@ def untouched(model: CLIPViT, interpolate: float) -> Source:
     name = model.base.name if model.base is not None else None
     preprocess = _preprocess(model, model.tower)
     return Source(model, None, model.tower, name, None, interpolate, preprocess)
-
-
-def clip_state(source: Source) -> dict[str, Tensor]:
-    """All tensors of the whole CLIP under open_clip's names, the tower's being the source's."""
-    state = {name: tensor for name, tensor in source.clip.state_dict().items() if not bases.is_adapter(name)}
-    return state | {f"visual.{name}": tensor for name, tensor in source.state.items()}
 
 
 def _state(model: CLIPViT, visual: nn.Module, interpolate: float) -> dict[str, Tensor]:
@@ -185,8 +182,3 @@ def _preprocess(model: CLIPViT, visual: nn.Module) -> dict[str, Any]:
                 "CLIP that the tower came from."
             )
     return found
-
-
-def open_clip_preprocess(source: Source) -> dict[str, Any]:
-    """The preprocessing as `open_clip_config.json` has it, which takes the size from the architecture."""
-    return {key: source.preprocess[key] for key in _PREPROCESS}

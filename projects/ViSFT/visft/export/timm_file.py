@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft.checkpoint.files import folder_aside, write_json, write_safetensors
 from visft.errors import ExportError
 from visft.export import base_clip as bases
-from visft.export import card, place, verification
-from visft.export.source import resolve
+from visft.export import card, place, verification, writing
+from visft.export.source import Source, resolve
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT
 
-CONFIG_NAME = "config.json"
-CONTENT = "the vision tower; its outputs are the CLIP embedding, not of unit length"
 _CROPS = {"shortest": "center", "squash": "squash"}
 _BLOCK = {
     "ln_1": "norm1",
@@ -63,33 +61,33 @@ def write(
     """
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=False)
-    found = architecture(source.visual)
-    described = config(source.preprocess, source.model.embed_dim, found)
-    place.refuse_other(path.parent / CONFIG_NAME, "architecture", described["architecture"])
-    state = tensors(source.visual, source.state)
-    with folder_aside(path) as folder:
-        write_safetensors(folder / path.name, state, {"format": "pt"})
-        write_json(folder / CONFIG_NAME, described)
-        verification.stored(folder / path.name, state)
-        check = verification.run(
-            "timm",
-            folder / path.name,
-            source.embed,
-            source.preprocess,
-            task={"name": found.name, "arguments": found.arguments},
-            pixels=verification.EXACT,
-        )
-        about = card.text(
-            source,
-            facts or card.Facts(),
-            check,
-            library="timm",
-            content=CONTENT,
-            use=use(found, path),
-        )
-        card.publish(folder, path, about, CONFIG_NAME)
-    check.log(path)
-    return path
+    return writing.write(path, source, plan(source, path), facts)
+
+
+def plan(source: Source, path: Path) -> Export:
+    """What is written to a path.
+
+    Raises:
+        ExportError: timm has no such tower, or does not prepare images so.
+    """
+    found, state = architecture(source.visual), tensors(source.visual, source.state)
+    if (
+        "head.weight" not in state and found.arguments["num_classes"]
+    ):  # of a bare tower without its projection
+        found = Architecture(found.name.split(".")[0], {**found.arguments, "num_classes": 0})
+    arguments = "".join(f", {key}={value!r}" for key, value in found.arguments.items())
+    return Export(
+        reader="timm",
+        tensors=state,
+        library="timm",
+        content="the vision tower; its outputs are the CLIP embedding, not of unit length",
+        use=f'import timm\n\nmodel = timm.create_model("{found.name}", checkpoint_path="{path.name}"{arguments})\n'
+        '# or, from the folder alone: timm.create_model("local-dir:FOLDER", pretrained=True)',
+        described=("config.json", _config(source.preprocess, source.model.embed_dim, found)),
+        owner="architecture",
+        task={"name": found.name, "arguments": found.arguments},
+        pixels=verification.EXACT,
+    )
 
 
 def architecture(visual: nn.Module) -> Architecture:
@@ -119,7 +117,7 @@ def tensors(visual: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
     if "head.proj.weight" in state:
         found["head.weight"] = state["head.proj.weight"]
-        found["head.bias"] = state.get("head.proj.bias", torch.zeros(len(found["head.weight"])))
+        found["head.bias"] = state.get("head.proj.bias", torch.zeros(found["head.weight"].shape[0]))
     return found
 
 
@@ -130,22 +128,8 @@ def activation(module: nn.Module) -> str:
     return _ACTIVATIONS.get(type(module).__name__, type(module).__name__)
 
 
-def use(found: Architecture, path: Path) -> str:
-    """Python that loads the file."""
-    arguments = "".join(f", {key}={value!r}" for key, value in found.arguments.items())
-    return (
-        f'import timm\n\nmodel = timm.create_model("{found.name}", checkpoint_path="{path.name}"{arguments})\n'
-        '# or, from the folder alone: timm.create_model("local-dir:FOLDER", pretrained=True)'
-    )
-
-
-def config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> dict[str, Any]:
-    """What timm reads beside the weights.
-
-    Args:
-        preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
-        width: of the tower's tokens.
-    """
+def _config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> dict[str, Any]:
+    """What timm reads beside the weights; `width` is that of the tower's tokens."""
     size, classes = preprocess["size"], found.arguments["num_classes"]
     if preprocess["resize_mode"] not in _CROPS:
         raise ExportError(

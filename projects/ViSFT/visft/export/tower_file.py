@@ -6,14 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from visft.checkpoint.files import folder_aside, write_safetensors
 from visft.errors import ExportError
 from visft.export import base_clip as bases
-from visft.export import card, place, timm_file, verification
+from visft.export import card, place, timm_file, writing
 from visft.export.source import Source, resolve
+from visft.export.writing import Export
 from visft.modeling.backbone import CLIPViT, open_clip_models
-
-CONTENT = "the vision tower alone, under open_clip's names (`visual.*`)"
 
 
 def write(
@@ -39,36 +37,28 @@ def write(
     """
     path = place.file(path, ".safetensors")
     source = resolve(model, base, interpolate, whole=False)
+    return writing.write(path, source, plan(source, path), facts)
+
+
+def plan(source: Source, path: Path) -> Export:
+    """What is written to a path.
+
+    Raises:
+        ExportError: neither open_clip nor timm has such a tower.
+    """
     # A tower of timm that is not within open_clip's wrapper has the names below `trunk`.
     prefix = "visual.trunk." if hasattr(source.visual, "blocks") else "visual."
-    state = {prefix + name: tensor for name, tensor in source.state.items()}
-    with folder_aside(path) as folder:
-        write_safetensors(
-            folder / path.name, state, {"format": "pt", "preprocess": json.dumps(source.preprocess)}
-        )
-        verification.stored(folder / path.name, state)
-        check = verification.run(
-            "safetensors", folder / path.name, source.embed, source.preprocess, task=_builder(source)
-        )
-        about = card.text(
-            source,
-            facts or card.Facts(),
-            check,
-            library="open_clip",
-            content=CONTENT,
-            use=use(source.name, path),
-        )
-        card.publish(folder, path, about)
-    check.log(path)
-    return path
-
-
-def use(name: str | None, path: Path) -> str:
-    """Python that loads the file."""
-    return (
-        "import open_clip\nfrom safetensors.torch import load_file\n\n"
-        f'model = open_clip.create_model("{name or "NAME"}")\n'
-        f'model.load_state_dict(load_file("{path.name}"), strict=False)  # the text tower is not in it'
+    builder = _builder(source)
+    return Export(
+        reader="safetensors",
+        tensors={prefix + name: tensor for name, tensor in source.state.items()},
+        library="open_clip",
+        content="the vision tower alone, under open_clip's names (`visual.*`)",
+        use="import open_clip\nfrom safetensors.torch import load_file\n\n"
+        f'model = open_clip.create_model("{source.name or "NAME"}")\n'
+        f'model.load_state_dict(load_file("{path.name}"), strict=False)  # the text tower is not in it',
+        metadata={"format": "pt", "preprocess": json.dumps(source.preprocess)},
+        task=builder,
     )
 
 

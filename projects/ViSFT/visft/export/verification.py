@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visft.checkpoint.files import read_tensors, write_json, write_safetensors
+from visft.checkpoint import stream
+from visft.checkpoint.files import Lazy, parts, write_json, write_safetensors
 from visft.errors import CheckpointError, ExportError
 
 logger = logging.getLogger(__name__)
 
-READERS = Path(__file__).parent / "readers"
+READER = Path(__file__).with_name("reader.py")
 PHOTOGRAPHS = tuple(sorted((Path(__file__).parent / "pictures").glob("*.jpg")))
 
 TOLERANCE = 2e-5
@@ -45,6 +46,11 @@ class Check:
     distance: float
     what: str
 
+    @property
+    def phrase(self) -> str:
+        """For the card."""
+        return f"{self.version}, in a process without visft: largest relative distance {self.distance:.1e} {self.what}"
+
     def log(self, path: Path) -> None:
         """Say that an export is in its place."""
         logger.info(
@@ -56,22 +62,39 @@ class Check:
         )
 
 
-def stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ExportError unless a file holds these tensors to the bit."""
+def stored(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+    """Raise ExportError unless a file holds these tensors to the bit; they are compared a part at a time."""
     try:
-        found = read_tensors(path)
+        file = stream.TensorFile(path)
     except CheckpointError as error:
         raise ExportError(f"What was just written does not read back: {error}") from error
-    wrong = [n for n, t in tensors.items() if n not in found or not _same(found[n], t)]
-    if wrong or len(found) != len(tensors):
+    if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's cache
+        with open(path, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    wrong = [name for name, tensor in tensors.items() if not _holds(file, name, tensor)]
+    wrong += sorted(file.mapped.keys() - tensors.keys())
+    if wrong:
         raise ExportError(
             f"{path.name}: {len(wrong)} tensors read back otherwise than written ({', '.join(wrong[:3])}); is the disk "
             "sound?"
         )
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(left, right.detach().cpu())
+def _holds(file: stream.TensorFile, name: str, tensor: Tensor | Lazy) -> bool:
+    if name not in file.mapped or file.mapped[name].dtype != tensor.dtype:
+        return False
+    if file.mapped[name].shape != tensor.shape:
+        return False
+    found, there = file.parts(name), None
+    for part in parts(tensor):
+        while len(part):  # however both are cut
+            there = next(found) if there is None else there
+            count = min(len(there), len(part))
+            if not torch.equal(there[:count].view(torch.uint8), part[:count].view(torch.uint8)):
+                return False
+            there, part = there[count:] if count < len(there) else None, part[count:]
+        del part  # before the next: with it goes what it was mapped in
+    return True
 
 
 def run(
@@ -87,8 +110,8 @@ def run(
     """Let a reader, in a process without us, embed three photographs, and texts; compare.
 
     Args:
-        reader: a script of `readers`.
-        path: what it loads.
+        reader: of `reader.py`.
+        path: the file that it loads, alone or with others of its folder.
         embed: normalised images `[N, 3, h, w]` to the embeddings `[N, D]` that it must find.
         preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
         clip: what embeds the texts; None: the reader has no text tower.
@@ -104,7 +127,7 @@ def run(
     if clip is not None:
         given["texts"] = fixed_texts(clip)
         expected["texts"] = _texts(clip, given["texts"])
-    found, version = _ask(reader, path, given, dict(task or {}))
+    found, version = ask(reader, path, given, task or {})
     distances = [
         compare(part, found[part], want, TOLERANCE)
         for kind, want in expected.items()
@@ -123,12 +146,12 @@ def run_updates(path: Path, updates: Mapping[str, Tensor], task: Mapping[str, An
 
     Args:
         updates: `<block>.<projection>` to the dense update `[out, in]` that it must find; others must be zero.
-        task: `layout` and `scaling`, see `readers/lora.py`.
+        task: `layout` and `scaling`, see `reader.lora`.
 
     Raises:
         ExportError: it cannot be read, or an update differs.
     """
-    found, version = _ask("lora", path, {}, dict(task))
+    found, version = ask("lora", path, {}, task)
     distance = 0.0
     for name in sorted(found.keys() | updates.keys()):
         got, want = found.get(name), updates.get(name)
@@ -193,22 +216,27 @@ def _compare_tokens(found: Tensor, expected: list[list[int]]) -> None:
             )
 
 
-def _ask(
-    reader: str, path: Path, given: Mapping[str, Tensor], task: dict[str, Any]
+def ask(
+    reader: str, path: Path, given: Mapping[str, Tensor], task: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str]:
-    """What a reader found, by name, and its version."""
+    """What a reader finds of a file, by name, and its version; arguments as `run`.
+
+    Raises:
+        ExportError: it does not load.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.tensors" for name in ("given", "found")}
         write_safetensors(files["given"], given)
-        task |= {name: str(file) for name, file in files.items()}
-        task |= {"path": str(path.absolute()), "photographs": [str(file) for file in PHOTOGRAPHS]}
-        write_json(Path(folder) / "task.json", task)
+        paths = {**files, "folder": path.parent.absolute(), "file": path.absolute()}
+        known = {"reader": reader, "photographs": [str(file) for file in PHOTOGRAPHS]}
+        known |= {name: str(file) for name, file in paths.items()}
+        write_json(Path(folder) / "task.json", {**task, **known})
         version = read(reader, Path(folder) / "task.json")
         return load_file(files["found"]), version
 
 
-def read(reader: str, *arguments: os.PathLike | str) -> Any:
-    """Run `readers/<reader>.py` in a fresh process that cannot see this package; returns what it prints, JSON.
+def read(reader: str, task: Path) -> str:
+    """Run `reader.py` in a fresh process that cannot see this package; returns what it prints, JSON.
 
     Raises:
         ExportError: it fails; the message has its last line.
@@ -220,12 +248,10 @@ def read(reader: str, *arguments: os.PathLike | str) -> Any:
         "HF_HUB_OFFLINE": "1",  # all it needs is there
     }
     # By its text, not as a file: a script's own folder would be searched for modules.
-    script = (READERS / f"{reader}.py").read_text(encoding="utf-8")
-    command = [sys.executable, "-c", script + _ALONE]
-    command += [str(Path(argument).absolute()) for argument in arguments]
-    first = Path(arguments[0]).absolute()
-    folder = first if first.is_dir() else first.parent
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", READER.read_text(encoding="utf-8") + _ALONE, str(task)]
+    result = subprocess.run(
+        command, env=environment, cwd=task.parent, capture_output=True, text=True, check=False
+    )
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise ExportError(f"{reader} does not load the export: {lines[-1][:300]}")

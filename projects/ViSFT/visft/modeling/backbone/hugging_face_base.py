@@ -28,6 +28,7 @@ _IN_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 _OUTSIDE = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
@@ -135,3 +136,25 @@ def _in_layer(name: str, path: Path) -> str:
             f"{path}: has {name}, which a CLIP of transformers has not; give the weights of a CLIPModel."
         )
     return f"{_TOWERS[tower]}transformer.resblocks.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
+
+
+def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_open_clip`; what CLIP has no place for is left out."""
+    outside, transposed, in_block = (
+        {ours: name for name, ours in table.items()} for table in (_OUTSIDE, _TRANSPOSED, _IN_LAYER)
+    )
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in outside:
+            found[outside[name]] = tensor
+        elif name in transposed:
+            found[transposed[name]] = tensor.T.contiguous()
+        elif match := _BLOCK.fullmatch(name):
+            tower, number, inner, part = match.groups()
+            layer = f"{'vision_model' if tower else 'text_model'}.encoder.layers.{number}."
+            if inner == "attn.in_proj":
+                rows = zip("qkv", tensor.chunk(3), strict=True)
+                found |= {f"{layer}self_attn.{letter}_proj.{part}": three for letter, three in rows}
+            elif inner in in_block:
+                found[f"{layer}{in_block[inner]}.{part}"] = tensor
+    return found

@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from visft.checkpoint import files, stream_load
+from visft.checkpoint import files, stream
 from visft.errors import CheckpointError, ConfigError
 from visft.modeling.backbone import base_file, hugging_face_base
 from visft.modeling.backbone.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
@@ -93,7 +93,7 @@ class StoredClip:
         return BaseTower(self.name, self.pretrained, files.sha256(self.path))
 
     def build(self) -> nn.Module:
-        """The model in float32 and evaluation mode, its parameters on `meta`; see `stream_load.build`.
+        """The model in float32 and evaluation mode, its parameters on `meta`; see `stream.build`.
 
         big_vision's .npz, which open_clip loads itself, is loaded here.
 
@@ -106,7 +106,7 @@ class StoredClip:
                 return module.create_model(self.name, self.path, force_quick_gelu=self._quick_gelu).eval()
         described = meta_clip(self.name, self.pretrained, force_quick_gelu=self._quick_gelu)
         config = module.get_model_config(self.name) | ({"quick_gelu": True} if self._quick_gelu else {})
-        return stream_load.build(described, config)
+        return stream.build(described, config)
 
     def load(
         self,
@@ -114,7 +114,7 @@ class StoredClip:
         wanted: Callable[[str], bool] = lambda name: True,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Read the wanted parameters of what `build` made; see `stream_load.load`.
+        """Read the wanted parameters of what `build` made; see `stream.load`.
 
         Raises:
             CheckpointError: the file cannot be read, or is of another model.
@@ -130,7 +130,7 @@ class StoredClip:
 
         with self._explained():
             try:
-                stream_load.load(clip, self.path, self.name, seen=seen, wanted=wanted, device=device)
+                stream.load(clip, self.path, self.name, seen=seen, wanted=wanted, device=device)
             except CheckpointError:  # a RuntimeError, too
                 raise
             except RuntimeError as error:

@@ -1,0 +1,114 @@
+"""How an export is written: aside, read back, run by its reader in a fresh process, and only then put in its place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft.checkpoint.files import Lazy, folder_aside, write_json, write_safetensors
+from visft.export import card, place, verification
+from visft.export.source import Source
+
+
+def _nothing(folder: Path) -> None:
+    """Writes no further files."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a format makes of a tower.
+
+    Attributes:
+        reader: of `reader.py`.
+        tensors: of its weights, by the format's names.
+        library: the Hub's name of the library that loads the export.
+        content: a phrase that says what the export holds.
+        use: Python that loads it.
+        weights: the name of the weights where the export is a folder; "": it is that file.
+        metadata: of a safetensors file's header.
+        described: the name of a JSON file beside the weights and its content; None: there is none.
+        owner: the part of it that tells models apart; "": all of it.
+        fill: writes further files into a folder.
+        task: what the reader must know.
+        texts: whether the reader embeds texts, too.
+        pixels: how far the images may be that it prepares; None: it prepares none.
+    """
+
+    reader: str
+    tensors: Mapping[str, Tensor | Lazy]
+    library: str
+    content: str
+    use: str
+    weights: str = ""
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    described: tuple[str, dict[str, Any]] | None = None
+    owner: str = ""
+    fill: Callable[[Path], None] = _nothing
+    task: Mapping[str, Any] = field(default_factory=dict)
+    texts: bool = False
+    pixels: float | None = None
+
+
+def write(
+    path: Path,
+    source: Source,
+    export: Export,
+    facts: card.Facts | None,
+    check: Callable[[Path], verification.Check] | None = None,
+) -> Path:
+    """Write an export; returns its path.
+
+    Args:
+        path: of the weights, or of the folder that gets them.
+        facts: for the model card.
+        check: given the weights aside, how they are checked beside reading them back; None: by the reader's embeddings.
+
+    Raises:
+        ExportError: a description of another model lies there; what was written reads back otherwise or its reader
+            disagrees. What was there stays.
+    """
+    target = path if export.weights else path.parent
+    if export.described is not None:
+        name, content = export.described
+        place.refuse_other(target / name, content, export.owner)
+    with folder_aside(path) as aside:
+        folder = aside / "files"
+        folder.mkdir()
+        weights = folder / (export.weights or path.name)
+        if weights.suffix == ".pt":
+            torch.save({name: tensor.cpu() for name, tensor in export.tensors.items()}, weights)
+        elif export.tensors:
+            write_safetensors(weights, export.tensors, export.metadata)
+        if export.described is not None:
+            write_json(folder / name, content)
+        export.fill(folder)
+        if export.tensors:
+            verification.stored(weights, export.tensors)
+        found = check(weights) if check else _read(weights, source, export)
+        about = card.text(
+            source,
+            facts or card.Facts(),
+            found.phrase,
+            library=export.library,
+            content=export.content,
+            use=export.use,
+        )
+        (folder / ("README.md" if export.weights else f"{path.name}.md")).write_text(about, encoding="utf-8")
+        place.put_all(folder, target)
+    found.log(path)
+    return path
+
+
+def _read(weights: Path, source: Source, export: Export) -> verification.Check:
+    return verification.run(
+        export.reader,
+        weights,
+        source.embed,
+        source.preprocess,
+        clip=source.clip if export.texts else None,
+        task=export.task,
+        pixels=export.pixels,
+    )
