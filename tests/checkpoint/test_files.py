@@ -124,19 +124,16 @@ def test_the_cause_is_what_the_bytes_tell(tmp_path, suffix):
 
 
 def test_missing_files_folders_and_other_content(tmp_path):
-    with pytest.raises(CheckpointError, match="no such weight file"):
-        files.read_tensors(tmp_path / "absent.pt")
-    with pytest.raises(CheckpointError, match="is a folder"):
-        files.read_tensors(tmp_path)
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="a dictionary of named tensors was expected"):
-        files.read_tensors(tmp_path / "list.pt")
     torch.save({"lr": 1.0}, tmp_path / "numbers.pt")
-    with pytest.raises(CheckpointError, match="holds no tensors"):
-        files.read_tensors(tmp_path / "numbers.pt")
-    (tmp_path / "page.pt").write_text("<html>404: Not Found</html>")
-    with pytest.raises(CheckpointError, match="page.pt"):
-        files.read_tensors(tmp_path / "page.pt")
+    for name, reason in (
+        ("absent.pt", "no such weight file"),
+        (".", "is a folder"),
+        ("list.pt", "a dictionary of named tensors was expected"),
+        ("numbers.pt", "holds no tensors"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            files.read_tensors(tmp_path / name)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -169,13 +166,11 @@ def test_sha256_of_a_known_text(tmp_path):
 
 
 def test_equal_content_makes_equal_bytes(tmp_path):
-    """safetensors itself orders metadata anew in every file: eight files of seven keys would differ."""
-    metadata = {
-        name: f'"{name}" \\ ä\n\t\x01/\u2028' for name in ("visft", "format", "a", "b", "ö", "c", "d")
-    }
+    """safetensors itself orders metadata anew in every file."""
+    texts = {name: f'"{name}" \\ ä\n\t\x01/\u2028' for name in ("visft", "format", "a", "ö", "c")}
     tensors = {"weight": torch.randn(3, 2), "bias": torch.arange(3)}
-    for number in range(8):
+    for number, metadata in enumerate((texts, dict(reversed(texts.items())))):
         files.write_safetensors(tmp_path / f"{number}.safetensors", tensors, metadata)
-    assert len({files.sha256(tmp_path / f"{number}.safetensors") for number in range(8)}) == 1
-    assert files.read_metadata(tmp_path / "0.safetensors") == metadata
-    assert same(files.read_tensors(tmp_path / "0.safetensors"), tensors)
+    assert files.sha256(tmp_path / "0.safetensors") == files.sha256(tmp_path / "1.safetensors")
+    with safetensors.safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == texts == files.read_metadata(tmp_path / "0.safetensors")

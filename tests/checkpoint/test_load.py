@@ -1,26 +1,19 @@
 """Loading with an account of every tensor: what fits loads, what does not is named."""
 
 import copy
-import json
 import os
 import pickle
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from visft.checkpoint import authors, load
+from visft.checkpoint import load
 from visft.checkpoint.run import RunCheckpointer
 from visft.checkpoint.run_folder import newest_checkpoint
 from visft.errors import CheckpointError
 from visft.modeling.backbone import CLIPViT, lora
-from visft.modeling.heads.common.label_space import LabelSpace
-from visft.modeling.heads.detr.detr_head import DETRHead
-from visft.modeling.heads.mask2former.mask2former_head import Mask2FormerHead
 
 
 class Head(nn.Module):
@@ -82,37 +75,6 @@ def test_values_are_cast_to_the_modules_type():
     assert module.weight.dtype == torch.float32 and torch.equal(module.weight, half["weight"].float())
 
 
-@pytest.mark.parametrize("flavour", ["g", "e"])
-def test_the_authors_heads_load_whole_into_ours(flavour, tmp_path, caplog):
-    golden = json.loads((Path(__file__).parents[1] / "golden" / f"{flavour}.json").read_text())
-    tensors = {n: torch.from_numpy(np.random.rand(*s).astype("f")) for n, s in golden["layout"].items()}
-    # The released files hold the segmentation head twice.
-    copies = {
-        n.replace("visft_heads.segment_", "visft_heads.segment_head."): t
-        for n, t in tensors.items()
-        if "segment_" in n
-    }
-    torch.save({**tensors, **copies}, tmp_path / "heads.ckpt")
-    heads = {
-        "detection": DETRHead(in_channels=96, labels=LabelSpace(91)),
-        "segmentation": Mask2FormerHead(in_channels=96, labels=LabelSpace(80)),
-    }
-    caplog.set_level("INFO")
-    reports = load.load_heads(SimpleNamespace(heads=nn.ModuleDict(heads)), [tmp_path / "heads.ckpt"])
-    assert reports.keys() == heads.keys()
-    assert "ignored the head `captioning`" in caplog.text
-    for name, head in heads.items():
-        assert set(reports[name].loaded) == set(head.state_dict())
-    layers = heads["segmentation"].state_dict()
-    source = "visft_heads.segment_predictor.transformer_ffn_layers.8.linear2.weight"
-    assert torch.equal(layers["predictor.transformer_ffn_layers.8.linear2.weight"], tensors[source])
-    source = (
-        "visft_heads.transformer.decoders.detection.detection_coco.layers.5.multihead_attn.in_proj_weight"
-    )
-    found = heads["detection"].state_dict()["transformer.decoder.layers.5.multihead_attn.in_proj_weight"]
-    assert torch.equal(found, tensors[source])
-
-
 def test_heads_of_a_run(tmp_path):
     trained = Model()
     path = trained.train_stage("heads", tmp_path)
@@ -139,12 +101,16 @@ def test_another_number_of_classes(tmp_path):
         load.load_heads(model, [tmp_path / "broken.safetensors"], reinit=["detection"])
 
 
-def test_head_files_that_hold_other_heads_or_none(tmp_path):
+def test_head_files_that_hold_other_heads_or_none(tmp_path, caplog):
     path = Model(heads=("segmentation",)).train_stage("heads", tmp_path)
     with pytest.raises(
         CheckpointError, match="holds weights of the heads segmentation, the model has detection"
     ):
         load.load_heads(Model(), [path])
+    both = Model(heads=("segmentation", "detection")).train_stage("heads", tmp_path / "both")
+    caplog.set_level("INFO")
+    assert load.load_heads(Model(), [both]).keys() == {"detection"}
+    assert "ignored the head `segmentation`" in caplog.text
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="holds no head's weights"):
         load.load_heads(Model(), [tmp_path / "x.safetensors"])
@@ -186,18 +152,17 @@ def test_files_are_checked_before_anything_is_built(tmp_path):
     assert load.check_file(tmp_path, **check) == [path]
     assert load.check_file(path, **check, heads_only=True) == [path]
 
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS: .*no such weight file"):
-        load.check_file(tmp_path / "absent.safetensors", **check)
     (tmp_path / "none").mkdir()
-    with pytest.raises(CheckpointError, match="no whole checkpoint in this folder"):
-        load.check_file(tmp_path / "none", **check)
-    with pytest.raises(CheckpointError, match="trained on the tower visft-tiny, the config names ViT-B-16"):
-        load.check_file(path, key="HEAD_FILES", architecture="ViT-B-16", heads_only=True)
-    with pytest.raises(CheckpointError, match="other base weights"):
-        load.check_file(path, key="MODEL.WEIGHTS", architecture="visft-tiny", sha256="00" * 32)
     safetensors.torch.save_file({"visual.proj": torch.zeros(1)}, tmp_path / "clip.safetensors")
-    with pytest.raises(CheckpointError, match="MODEL.CLIP_VIT.PRETRAINED"):
-        load.check_file(tmp_path / "clip.safetensors", **check)
+    for file, more, reason in (
+        (tmp_path / "absent.safetensors", {}, "MODEL.WEIGHTS: .*no such weight file"),
+        (tmp_path / "none", {}, "no whole checkpoint in this folder"),
+        (path, {"architecture": "ViT-B-16"}, "trained on the tower visft-tiny, the config names ViT-B-16"),
+        (path, {"sha256": "00" * 32}, "other base weights"),
+        (tmp_path / "clip.safetensors", {}, "MODEL.CLIP_VIT.PRETRAINED"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            load.check_file(file, **{**check, **more})
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(CheckpointError, match="fetch it again"):
         load.check_file(path, **check)
@@ -210,20 +175,3 @@ def test_files_are_checked_before_anything_is_built(tmp_path):
     with pytest.raises(CheckpointError, match="can run code"):
         load.check_file(tmp_path / "code.pkl", **check)
     assert not (tmp_path / "owned").exists()
-
-
-def test_the_authors_lora_is_read_as_their_layout_says(tmp_path):
-    """q above v, update (1 / r) B A, and what is written is what was read."""
-    torch.manual_seed(0)
-    rank, width = 4, 6
-    file = {
-        f"visual.blocks.{i}.attn.qkv.lora_{k}": torch.randn(s)
-        for i in range(2)
-        for k, s in (("A", (2 * rank, width)), ("B", (2 * width, rank)))
-    }
-    assert authors.is_lora_file(file)
-    pairs = authors.split_lora(file)
-    a, b = pairs[1, "v"]
-    assert torch.equal(a, file["visual.blocks.1.attn.qkv.lora_A"][rank:])
-    assert torch.equal(b, file["visual.blocks.1.attn.qkv.lora_B"][width:])
-    assert same(authors.join_lora(pairs, rank, 1.0, 2, width), file)

@@ -2,7 +2,8 @@
 
 Argument: a JSON file with `reader` (of `READERS`), `folder` and `file` of the export, `given` and `found` (tensor
 files), `photographs`, and what that reader alone must know. Of the given `pictures` and `texts` the embeddings are
-found, of the photographs the `pixels`. A `stored_` reader compares the loaded model with the file, tensor by tensor.
+found, of the photographs the `pixels`. Where nothing is given, a loaded model is compared with the file, tensor by
+tensor.
 """
 
 import importlib
@@ -21,6 +22,8 @@ def open_clip(task, given):
     import open_clip
 
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{task['folder']}")
+    if not given:
+        return compared(model, task)
     return {
         "images": model.eval().encode_image(given["pictures"], normalize=False),
         "texts": model.encode_text(given["texts"], normalize=False),
@@ -28,23 +31,13 @@ def open_clip(task, given):
     }
 
 
-def stored_open_clip(task, given):
-    import open_clip
-
-    model = open_clip.create_model(f"local-dir:{task['folder']}").eval()
-    compare(model, task["file"])
-    size = model.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    if not torch.isfinite(model.encode_image(torch.zeros(1, 3, height, width))).all():
-        raise SystemExit("the embedding of an image is not finite")
-    return {}
-
-
 def timm(task, given):
     """In both of its ways."""
     import timm
 
     model = timm.create_model(task["name"], checkpoint_path=task["file"], **task["arguments"]).eval()
+    if not given:
+        return compared(model, task)
     folder = timm.create_model(f"local-dir:{task['folder']}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(folder), is_training=False)
     return {
@@ -54,18 +47,11 @@ def timm(task, given):
     }
 
 
-def stored_timm(task, given):
-    import timm
-
-    with open(os.path.join(task["folder"], "config.json"), encoding="utf-8") as file:
-        about = json.load(file)
-    sizes = {**about["model_args"], "num_classes": about["num_classes"]}
-    compare(timm.create_model(about["architecture"], checkpoint_path=task["file"], **sizes), task["file"])
-    return {}
-
-
 def safetensors(task, given):
     """A vision tower's file, in open_clip's tower (`config`) or timm's (`name`, `arguments`)."""
+    if not given:  # a bare tower may lack parts that the library has
+        with safe_open(task["file"], framework="pt") as file:
+            return {name: file.get_tensor(name).reshape(-1)[:1] for name in file.keys()}
     state = {name.removeprefix("visual."): tensor for name, tensor in load_file(task["file"]).items()}
     if "config" in task:
         from open_clip.model import _build_vision_tower
@@ -82,13 +68,6 @@ def safetensors(task, given):
     tower.load_state_dict(state, strict=True)
     images = tower.eval()(given["pictures"])
     return {"images": images[0] if isinstance(images, tuple) else images}
-
-
-def stored_safetensors(task, given):
-    with safe_open(task["file"], framework="pt") as file:
-        for name in file.keys():
-            file.get_tensor(name)
-    return {}
 
 
 def hugging_face(task, given):
@@ -186,23 +165,21 @@ def photographs(task):
     return [Image.open(file) for file in task["photographs"]]
 
 
-def compare(model, path):
+def compared(model, task):
     state = model.state_dict()
-    with safe_open(path, framework="pt") as file:
+    with safe_open(task["file"], framework="pt") as file:
         if set(file.keys()) != set(state):
             raise SystemExit(f"names differ: {sorted(set(file.keys()) ^ set(state))[:3]}")
         for name, tensor in state.items():
             if not torch.equal(tensor, file.get_tensor(name).to(tensor.dtype).reshape(tensor.shape)):
                 raise SystemExit(f"the loaded model has other values in {name}")
+    return {}
 
 
 READERS = {
     "open_clip": (open_clip, "open_clip"),
-    "stored_open_clip": (stored_open_clip, "open_clip"),
     "timm": (timm, "timm"),
-    "stored_timm": (stored_timm, "timm"),
-    "safetensors": (safetensors, "open_clip", "timm"),
-    "stored_safetensors": (stored_safetensors, "safetensors"),
+    "safetensors": (safetensors, "safetensors"),
     "hugging_face": (hugging_face, "transformers"),
     "peft": (peft, "peft", "transformers"),
     "onnx": (onnx, "onnxruntime"),
@@ -215,10 +192,11 @@ def main(path):
     with open(path, encoding="utf-8") as file:
         task = json.load(file)
     read, *packages = READERS[task["reader"]]
-    if task["reader"] == "safetensors":
-        packages = packages[:1] if "config" in task else packages[1:]
+    given = load_file(task["given"])
+    if read is safetensors and given:
+        packages = ["open_clip" if "config" in task else "timm"]
     with torch.no_grad():
-        found = read(task, load_file(task["given"]))
+        found = read(task, given)
     save_file({name: tensor.float().contiguous() for name, tensor in found.items()}, task["found"])
     versions = {name: importlib.import_module(name).__version__.split("+")[0] for name in packages}
     print(json.dumps(", ".join(f"{name} {version}" for name, version in versions.items())))

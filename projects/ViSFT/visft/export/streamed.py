@@ -237,7 +237,7 @@ def _write(path: Path, source: Source, format_name: str, facts: Facts, verify: b
 
     def check(weights: Path) -> _ReadBack:
         if verify:
-            found.reader = verification.ask(f"stored_{format_name}", weights, {}, {})[1]
+            found.reader = verification.ask(plan.reader, weights, {}, plan.task)[1]
         return found
 
     with progress.bar(f"writing and verifying {path.name}", 2 * size, unit="B") as bar:
