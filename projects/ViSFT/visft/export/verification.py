@@ -71,7 +71,7 @@ def stored(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
     if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's cache
         with open(path, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    wrong = [name for name, tensor in tensors.items() if not _holds(file, name, tensor)]
+    wrong = [name for name in sorted(tensors) if not _holds(file, name, tensors[name])]
     wrong += sorted(file.mapped.keys() - tensors.keys())
     if wrong:
         raise ExportError(
