@@ -10,6 +10,7 @@ import two_processes
 from batches_of_processes import BATCHES, batches, build
 
 from visft.checkpoint.open_clip_models import BaseTower
+from visft.engine.stage import share_weights
 from visft.modeling.meta_arch import UNLABELLED
 
 STAGES = ("heads", "lora", "lora balanced")
