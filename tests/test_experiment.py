@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 import yaml
@@ -108,17 +109,14 @@ def write(folder: Path, plan: dict) -> Path:
     return file
 
 
+def places(folder: Path) -> list[str]:
+    places = {"--plan": folder / "arms.yaml", "--output": folder / "out", "--results": folder / "kept"}
+    return runs.words(places)
+
+
 def run(folder: Path, *words: str) -> int:
     """The command, in this process: its jobs too, so that they know the benchmarks above."""
-    script = module()
-    arguments = [
-        "--plan",
-        str(folder / "arms.yaml"),
-        "--output",
-        str(folder / "out"),
-        "--results",
-        str(folder / "kept"),
-    ]
+    script, arguments = module(), places(folder)
 
     def process(args, arm, seed):
         (folder / "jobs.txt").open("a").write(f"{arm.name if arm else 'base'} {seed}\n")
@@ -151,6 +149,10 @@ def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
+
+
 def test_every_run_is_kept_and_none_is_repeated(finished):
     before = kept(finished)
     assert set(before) == {"base-0", "base-1", "boxes-0", "boxes-1", "half-0", "first-0"}
@@ -172,10 +174,7 @@ def test_weights_that_are_gone_are_trained_again_once_before_what_is_of_them(fin
     assert (tmp_path / "jobs.txt").read_text().split("\n") == ["boxes 0", "half 0", "first 0", ""]
     again = kept(tmp_path)
     assert set(again) == set(before) and again["boxes-0"] == before["boxes-0"]
-    assert all(
-        torch.equal(value, exported(finished, "half-0")[name])
-        for name, value in exported(tmp_path, "half-0").items()
-    )
+    assert same(exported(tmp_path, "half-0"), exported(finished, "half-0"))
 
 
 def test_weights_that_are_gone_are_trained_again_when_asked_for(finished, tmp_path):
@@ -186,8 +185,7 @@ def test_weights_that_are_gone_are_trained_again_when_asked_for(finished, tmp_pa
     assert run(tmp_path, "--arms", "boxes", "--weights") == 0
     assert (tmp_path / "jobs.txt").read_text().split("\n") == ["boxes 0", "boxes 1", ""]
     assert kept(tmp_path) == before
-    there, again = exported(finished, "boxes-1"), exported(tmp_path, "boxes-1")
-    assert all(torch.equal(value, again[name]) for name, value in there.items())
+    assert same(exported(tmp_path, "boxes-1"), exported(finished, "boxes-1"))
     assert run(tmp_path, "--arms", "boxes", "--weights") == 0
     assert (tmp_path / "jobs.txt").read_text().split("\n") == ["boxes 0", "boxes 1", ""]
 
@@ -212,11 +210,8 @@ def test_logs_of_trainings_are_kept(finished):
         rows = list(csv.DictReader(file.open()))
         assert rows[-1]["iteration"] == "3"
         last = {name: float(value) for name, value in rows[-1].items()}
-        parts = sum(
-            value
-            for name, value in last.items()
-            if name not in ("iteration", "lr", "grad_norm", "total_loss")
-        )
+        others = ("iteration", "lr", "grad_norm", "total_loss")
+        parts = sum(value for name, value in last.items() if name not in others)
         assert last["detection"] > 0 and parts == pytest.approx(last["total_loss"], rel=0.1)
         assert float(rows[-1]["grad_norm"]) > 0
 
@@ -237,17 +232,13 @@ def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_resu
     assert run(tmp_path, "--report") == 0
     results = json.loads((tmp_path / "kept" / "results.json").read_text())
     assert [tower["label"] for tower in results["towers"]] == ["base", "boxes", "half", "first"]
-    assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [
-        ("boxes", "half"),
-        ("boxes", "first"),
-    ]
+    pairs = [(pair["first"], pair["second"]) for pair in results["pairs"]]
+    assert pairs == [("boxes", "half"), ("boxes", "first")]
     assert {row["name"] for row in results["families"]["boxes"]} == {"few-shot", "dense"}
     # The differences in the table are those of the scores' means, computed here anew; a benchmark without seeds has one
     # row of the base for all.
-    scores = {
-        name: np.load(next((tmp_path / "kept").rglob(f"{name}-*.npz")))
-        for name in ("base-0", "base-1", "boxes-0", "boxes-1")
-    }
+    kept_files = {n: next((tmp_path / "kept").rglob(f"{n}-*.npz")) for n in kept(tmp_path)}
+    scores = {name: np.load(file) for name, file in kept_files.items()}
     rows = {row["name"]: row for row in results["benchmarks"]["boxes"]}
     for name, bases in (("agreement", ("base-0", "base-1")), ("norm", ("base-0", "base-0"))):
         pairs = zip(bases, ("boxes-0", "boxes-1"), strict=True)
@@ -307,10 +298,8 @@ def test_an_arm_is_reported_with_the_seeds_that_are_finished(finished, tmp_path)
     next((tmp_path / "kept").rglob("first-0-*.npz")).unlink()
     assert run(tmp_path, "--report") == 0
     results = json.loads((tmp_path / "kept" / "results.json").read_text())
-    assert [(tower["label"], tower.get("seeds")) for tower in results["towers"][1:]] == [
-        ("boxes", 1),
-        ("half", 1),
-    ]
+    towers = [(tower["label"], tower.get("seeds")) for tower in results["towers"][1:]]
+    assert towers == [("boxes", 1), ("half", 1)]
     assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [("boxes", "half")]
 
 
@@ -322,26 +311,10 @@ def test_a_failed_run_is_named_and_what_is_finished_is_kept(tmp_path, caplog):
 
 
 def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path):
-    write(
-        tmp_path,
-        PLAN
-        | {
-            "suite": "dense text",
-            "arms": {"a": {"label": "a", "seeds": 1, "set": {"NO.SUCH": 1}}},
-            "against": [],
-        },
-    )
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--plan",
-        str(tmp_path / "arms.yaml"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(
-        [*command, "--results", str(tmp_path / "kept"), "--workers", "1"], capture_output=True, text=True
-    )
+    broken = {"a": {"label": "a", "seeds": 1, "set": {"NO.SUCH": 1}}}
+    write(tmp_path, PLAN | {"suite": "dense text", "arms": broken, "against": []})
+    command = [sys.executable, str(SCRIPT), *places(tmp_path), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "failed: a, seed 0; the same command tries them again" in done.stderr
     assert "NO.SUCH" in (tmp_path / "out" / "logs" / "a-0-test.log").read_text()
