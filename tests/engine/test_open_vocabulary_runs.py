@@ -63,7 +63,7 @@ def test_heads_are_scored_on_classes_that_they_were_not_trained_on(tiny, shapes_
     file.write_text(json.dumps(content))
     arguments = [*tiny[2:], "VISFT.DATA.TEST_JSON", str(file), "MODEL.CLIP_VIT.PRETRAINED", "demo"]
     cfg = settings.load_config(tiny[1], arguments)
-    with pytest.raises(DataError, match="it has moon, sun, star; rename or leave out classes"):
+    with pytest.raises(DataError, match="it has moon, sun, star; rename or remove classes"):
         checks.check(cfg)
     cfg = settings.load_config(tiny[1], [*arguments, KEY, "('test',)"])
     checks.check(cfg)

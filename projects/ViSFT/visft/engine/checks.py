@@ -129,7 +129,9 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
         _one_of("MODEL.VISFT.HEADS", head, known)
         _one_of(f"MODEL.VISFT.{head.upper()}.HEAD", node[head.upper()].HEAD, classes)
     if len(set(node.HEADS)) != len(node.HEADS):
-        raise ConfigError(f"MODEL.VISFT.HEADS is {', '.join(node.HEADS)}; expected each head once")
+        raise ConfigError(
+            f"MODEL.VISFT.HEADS names a head twice: {', '.join(node.HEADS)}; expected each once"
+        )
     if node.LOSS_WEIGHTS and len(node.LOSS_WEIGHTS) != len(node.HEADS):
         raise ConfigError(
             f"MODEL.VISFT.LOSS_WEIGHTS has {len(node.LOSS_WEIGHTS)} numbers for {len(node.HEADS)} heads; expected "

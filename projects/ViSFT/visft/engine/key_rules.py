@@ -46,7 +46,7 @@ def _at_least(least: int, words: str = "") -> Rule:
     return Rule(lambda value: value >= least, words or f"at least {least}")
 
 
-_NOT_NEGATIVE = Rule(lambda value: value >= 0, "a number not below 0")
+_NOT_NEGATIVE = Rule(lambda value: value >= 0, "a number of at least 0")
 _AUGMENTATIONS = ("detection", "lsj", "fixed", "square")
 
 TOWER = {
@@ -68,13 +68,13 @@ RUN = {
     "VISFT.STAGES": _some_of(*STAGES),
     "VISFT.TASK_MIXING": _one_of("joint", "ratio"),
     "VISFT.EXPORT": _any_of(*export.FORMATS),
-    "VISFT.PROCESS_TIMEOUT": Rule(lambda value: value > 0, "minutes, above 0"),
+    "VISFT.PROCESS_TIMEOUT": Rule(lambda value: value > 0, "a number of minutes above 0"),
     "VISFT.INPUT.AUGMENTATION": _one_of(*_AUGMENTATIONS),
     "VISFT.INPUT.SIZE": _at_least(1, "a length in pixels"),
     "VISFT.TASKS.{head}.AUGMENTATION": _one_of("", *_AUGMENTATIONS),
-    "VISFT.TASKS.{head}.IMS_PER_BATCH": _at_least(0, "0 (the common one) or a number above"),
-    "VISFT.TASKS.{head}.SIZE": _at_least(0, "0 (the common one) or a number above"),
-    "VISFT.TASKS.{head}.MAX_SIZE_TRAIN": _at_least(0, "0 (the common one) or a number above"),
+    "VISFT.TASKS.{head}.IMS_PER_BATCH": _at_least(0, "0 (the common value) or a number above 0"),
+    "VISFT.TASKS.{head}.SIZE": _at_least(0, "0 (the common value) or a number above 0"),
+    "VISFT.TASKS.{head}.MAX_SIZE_TRAIN": _at_least(0, "0 (the common value) or a number above 0"),
     "VISFT.TASKS.{head}.MIN_SIZE_TRAIN": Rule(
         lambda sizes: all(isinstance(size, int) and size >= 1 for size in sizes), "lengths in pixels, or ()"
     ),

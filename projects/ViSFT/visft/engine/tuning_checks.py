@@ -43,7 +43,7 @@ def check_objectives(cfg: CfgNode) -> None:
         objective_class(cfg, name).check(cfg, name)
     if len(set(node.OBJECTIVES)) != len(node.OBJECTIVES):
         raise ConfigError(
-            f"MODEL.VISFT.OBJECTIVES is {', '.join(node.OBJECTIVES)}; expected each tower loss once"
+            f"MODEL.VISFT.OBJECTIVES names a tower loss twice: {', '.join(node.OBJECTIVES)}; expected each once"
         )
     if node.HEADS:
         return
