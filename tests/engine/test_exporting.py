@@ -67,7 +67,7 @@ def test_what_a_run_could_not_export_is_said_before_it(cfg):
     cfg.VISFT.EXPORT = ("lora",)
     checks._exports(cfg)
     cfg.VISFT.STAGES = ("heads",)
-    with pytest.raises(ConfigError, match="VISFT.EXPORT has lora, which is LoRA alone"):
+    with pytest.raises(ConfigError, match="VISFT.EXPORT has lora, which only writes LoRA"):
         checks._exports(cfg)
     cfg.VISFT.EXPORT = ("timmm",)
     with pytest.raises(ConfigError, match="VISFT.EXPORT: `timmm` is unknown; the nearest is `timm`"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from annotated_images import annotated, rectangles
-from detectron2.structures import PolygonMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from query_heads import gradients, inputs, losses, maps, mask2former
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,7 @@ from torchvision.ops import masks_to_boxes
 from visft.errors import ConfigError
 from visft.modeling.heads.common import losses as formulas
 from visft.modeling.heads.mask2former import mask2former_head
-from visft.modeling.heads.mask2former.mask2former_head import MaskOutput, _sample_targets
+from visft.modeling.heads.mask2former.mask2former_head import MaskOutput, _sample_targets, tight_boxes
 from visft.modeling.heads.mask2former.mask_decoder import MaskDecoder
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -196,6 +196,12 @@ def test_predictions_are_tight_scored_and_limited(images):
             score = probability[query, best] * large.sigmoid()[large > 0].mean()
             torch.testing.assert_close(result.scores[0], score)
             assert result.pred_classes[0] == best and torch.equal(result.pred_masks[0], large > 0)
+
+
+def test_tight_boxes_are_detectron2s():
+    masks = torch.rand(20, 13, 17) > 0.97
+    masks[0] = False
+    assert torch.equal(tight_boxes(masks), BitMasks(masks).get_bounding_boxes().tensor)
 
 
 def test_no_mask_at_all_is_an_empty_prediction(images):
