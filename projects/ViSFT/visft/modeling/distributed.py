@@ -66,10 +66,11 @@ class _ZeroGradient(torch.autograd.Function):
 
 def row_counts(count: int, device: torch.device) -> list[int]:
     """How many rows each process has, by rank."""
+    if comm.get_world_size() == 1:
+        return [count]  # without waiting for the device
     counts = torch.zeros(comm.get_world_size(), dtype=torch.int64, device=device)
     counts[comm.get_rank()] = count
-    if len(counts) > 1:
-        torch.distributed.all_reduce(counts)
+    torch.distributed.all_reduce(counts)
     return counts.tolist()
 
 

@@ -268,16 +268,6 @@ def _load_own(name: str, json_file: str, image_root: str) -> list[dict] | Packed
     return load_coco_json(json_file, image_root, name)
 
 
-def register_coco_captions() -> None:
-    """Tell detectron2's own COCO names where COCO keeps its captions (metadata `caption_json`). Reads no file."""
-    for name in DatasetCatalog.list():
-        if name.startswith("coco_20") and not name.endswith(("_panoptic", "_separated", "_stuffonly")):
-            meta = MetadataCatalog.get(name)
-            folder, _, file = (meta.get("json_file") or "").rpartition("instances_")
-            if folder:
-                meta.caption_json = f"{folder}captions_{file}"
-
-
 def _check_name(name: str) -> None:
     known = DatasetCatalog.list()
     if name in known:
