@@ -273,10 +273,9 @@ class ViSFT(nn.Module):
             normalizers = self.heads[name].normalizers([batched_inputs[i] for i in rows])
             counts[name] = torch.cat([torch.tensor([float(bool(rows))]), normalizers.flatten()])
         means = distributed.means_over_processes(counts, self.device)
-        return (
-            {name: float(mean[0]) for name, mean in means.items()},
-            {name: mean[1:].float() for name, mean in means.items()},
-        )
+        shares = torch.stack([mean[0] for mean in means.values()]).tolist() if means else []  # one wait for all
+        normalizers = {name: mean[1:].float() for name, mean in means.items()}
+        return dict(zip(means, shares, strict=True)), normalizers
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """What each head predicts, in coordinates of the original images, under its name.
