@@ -101,6 +101,10 @@ def named_masks(
     drawn = visualizer(image).overlay_instances(
         masks=large, labels=labels, assigned_colors=colours, alpha=0.35
     )
+    for text in drawn.ax.texts:  # in colour on black, blue can hardly be read
+        text.set_color("white")
+        background = RIGHT if text.get_text().startswith("✓") else WRONG
+        text.get_bbox_patch().set_facecolor(np.array(background) / 255)
     return drawn.get_image()
 
 
