@@ -29,7 +29,12 @@ def test_a_killed_process_is_started_again(shapes_train, tmp_path):
     tool = [str(processes.ROOT / "tools" / "train_net.py"), *arguments("killed")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with open(tmp_path / "torchrun.log", "w") as log:
-        run = subprocess.Popen([*command, "--max-restarts", "1", *tool], stdout=log, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(
+            [*command, "--max-restarts", "1", *tool],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other run: sums round by the number of threads
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         try:
             while run.poll() is None and not list((tmp_path / "killed" / "lora").glob("model_*")):
                 time.sleep(0.01)
