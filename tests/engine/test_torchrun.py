@@ -31,7 +31,8 @@ def test_a_killed_process_is_started_again(shapes_train, tmp_path):
     with open(tmp_path / "torchrun.log", "w") as log:
         run = subprocess.Popen(
             [*command, "--max-restarts", "1", *tool],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other run: sums round by the number of threads
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1"},  # as in the other run: sums round by the number of threads
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -365,8 +365,8 @@ def test_peak_memory_does_not_grow_with_the_tower(two_depths, tmp_path, suffix):
         result = subprocess.run(run, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         peaks[depth] = int(result.stdout.split()[-1]) / 1024
-    # 141 MB more in the file. What is mapped of two files is given back after 32 MB, which the smaller does not reach.
-    assert peaks[24] - peaks[4] < 70, peaks
+    # 141 MB more in the file. Measured: 14 MB more, of a mapped .pt base 21 MB, which is given back after 32 MB.
+    assert peaks[24] - peaks[4] < 40, peaks
 
 
 def test_a_killed_export_leaves_nothing_at_its_target(two_depths, tmp_path):

@@ -275,6 +275,18 @@ def _read(path: Path, *, mapped: bool, quiet: bool = False) -> dict[str, Tensor]
         return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
 
 
+def safetensors_starts(path: str | os.PathLike) -> dict[str, int]:
+    """Where in a safetensors file the bytes of each tensor of `read_tensors` begin; `{}` for other files."""
+    path = require_file(path)
+    if not is_safetensors(path):
+        return {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return _without_wrappers({name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()})
+
+
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The strings in a safetensors file's header; `{}` for other files."""
     path = require_file(path)

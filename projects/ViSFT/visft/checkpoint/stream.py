@@ -3,8 +3,9 @@
 open_clip draws random weights, reads the whole file beside them and copies. That is twice the model, text tower
 included, for which towers of billions of parameters leave no room.
 
-Files are memory-mapped, and mapped anew every so often, which gives the pages that were touched back to the system.
-Processes of one machine share its cache of the file, so it is read from the disk once for all of them.
+A safetensors file is read a chunk at a time. A PyTorch file is memory-mapped, and mapped anew every so often, which
+gives the pages that were touched back to the system. Processes of one machine share its cache of the file, so it is
+read from the disk once for all of them.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visft.checkpoint.files import Lazy, map_tensors
+from visft.checkpoint.files import Lazy, local_path, map_tensors, safetensors_starts
 from visft.errors import CheckpointError
 
 CHUNK = 8 << 20
@@ -37,7 +38,7 @@ class TensorFile:
 
     Attributes:
         path: the file.
-        mapped: its tensors, whose values are read when used; other ones after each mapping.
+        mapped: its tensors, memory-mapped; other ones after each mapping.
 
     Raises:
         CheckpointError: as `files.read_tensors`.
@@ -46,6 +47,9 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike):
         self.path = path
         self.mapped: dict[str, Tensor] = map_tensors(path)
+        self._starts = safetensors_starts(path)
+        # One for all parts: memory for each, freed between other objects, would stay in pieces.
+        self._buffer = torch.empty(CHUNK if self._starts else 0, dtype=torch.uint8)
         self._touched = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,10 +57,13 @@ class TensorFile:
         return {name: tuple(tensor.shape) for name, tensor in self.mapped.items()}
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor's values in order, row by row: flat, mapped, about `CHUNK` bytes at a time.
+        """A tensor's values in order, row by row: flat, about `CHUNK` bytes at a time.
 
-        Who holds on to a part holds on to its mapping.
+        A part is there until the next one of the file is asked for.
         """
+        if name in self._starts:
+            yield from self._read(name)
+            return
         size, step = self.mapped[name].numel(), max(1, CHUNK // self.mapped[name].itemsize)
         for start in range(0, size, step):
             if self._touched > REMAP:
@@ -68,6 +75,22 @@ class TensorFile:
             self._touched += part.nbytes
             yield part
             del part
+
+    def _read(self, name: str) -> Iterator[Tensor]:
+        tensor, place = self.mapped[name], self._starts[name]
+        end, step = place + tensor.nbytes, CHUNK // tensor.itemsize * tensor.itemsize
+        while place < end:
+            part = self._buffer[: min(step, end - place)]
+            with open(
+                local_path(self.path), "rb"
+            ) as file:  # by itself for each part: a consumer may stop at any
+                file.seek(place)
+                if file.readinto(part.numpy()) < len(part):
+                    raise CheckpointError(
+                        f"{self.path}: was cut off while it was read; fetch or write it again."
+                    )
+            place += len(part)
+            yield part.view(tensor.dtype)
 
     def lazy(self, name: str, shape: tuple[int, ...]) -> Lazy:
         """A tensor as it is written to another file; `shape` has as many elements."""

@@ -113,9 +113,10 @@ def run(
     model = _model(cfg, clip.visual, known, adapters)
     file = stream.TensorFile(base)
     names = _names(file, expected, vit.NAME, format_name)
+    updates = load.tower_tensors(files.map_tensors(adapters, quiet=True), model)
     written = []
     for amount, path in outputs:
-        merged = _merged(file, names, expected, model, adapters, amount)
+        merged = _merged(file, names, expected, model, updates, adapters, amount)
         source = replace(
             untouched(model, amount),
             config=open_clip_models.open_clip().get_model_config(vit.NAME),
@@ -179,6 +180,7 @@ def _merged(
     names: Mapping[str, str],
     expected: Mapping[str, tuple[int, ...]],
     model: CLIPViT,
+    updates: Mapping[str, torch.Tensor],
     adapters: Path,
     amount: float,
 ) -> dict[str, Lazy]:
@@ -188,6 +190,8 @@ def _merged(
     in 16 bits the update would be rounded away.
 
     Args:
+        updates: the matrices of LoRA by the model's names, mapped.
+        adapters: their file, for messages.
         amount: a factor on the update: 1 tuned, 0 the base.
     """
     at: dict[str, list[lora.Site]] = {}
@@ -197,8 +201,9 @@ def _merged(
     def merged(name: str) -> Iterator[torch.Tensor]:
         weight = file.read_into(names[name], torch.empty(expected[name]))
         for site in at[name]:
+            place = f"{site.weight_name.removesuffix(site.projection.weight)}lora.{site.projection.key}"
             rows = weight[site.projection.start : site.projection.stop]
-            rows += amount * _delta(model, site, adapters)
+            rows += amount * site.adapter.update(updates[f"{place}.lora_A"], updates[f"{place}.lora_B"])
             if not torch.isfinite(rows).all():
                 raise ExportError(
                     f"{names[name]} with the update of {adapters} is not finite; nothing was exported."
@@ -211,17 +216,6 @@ def _merged(
         else file.lazy(source, expected[name])
         for name, source in names.items()
     }
-
-
-def _delta(model: CLIPViT, site: lora.Site, path: Path) -> torch.Tensor:
-    """An adapter's dense update. Its file is mapped anew for each, which gives the pages back to the system."""
-    tensors = load.tower_tensors(files.map_tensors(path, quiet=True), model)
-    place = f"{site.weight_name.removesuffix(site.projection.weight)}lora.{site.projection.key}"
-    own = {name: tensors[f"{place}.{name}"] for name in ("lora_A", "lora_B")}
-    site.adapter.load_state_dict(own, assign=True)
-    delta = site.adapter.delta()
-    site.adapter.to("meta")
-    return delta
 
 
 def _write(path: Path, source: Source, format_name: str, facts: Facts, verify: bool) -> Path:

@@ -56,8 +56,12 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """The dense update `[out_features, in_features]`, float32, within an autocast region too."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        return self.update(self.lora_A, self.lora_B)
+
+    def update(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`delta` of other matrices than its own."""
+        with torch.autocast(a.device.type, enabled=False):
+            return self.scaling * (b.float() @ a.float())
 
 
 class BlockLora(nn.ModuleDict):
