@@ -17,6 +17,7 @@ COUNTS, STEPS = (1, 2, 4), 5
 LABELS = ((2, BOTH), (1, BOXES), (3, MASKS), None)
 STAGES, MIXINGS, WAYS = ("heads", "lora", "lora balanced"), ("joint", "ratio"), ("ours", "ddp")
 KINDS = [(s, m) for s in STAGES for m in MIXINGS if (s, m) != ("lora balanced", "ratio")]  # which is refused
+LOGGED = ("total_loss", "grad_norm")  # the norm before clipping
 
 
 def ways(stage: str, mixing: str) -> tuple[str, ...]:
@@ -25,14 +26,14 @@ def ways(stage: str, mixing: str) -> tuple[str, ...]:
 
 
 class Notes(HookBase):
-    """What the trainer logs, and the averaged gradient, of each step."""
+    """What the trainer logs, and the averaged and clipped gradient, of each step."""
 
     def __init__(self) -> None:
         self.losses, self.gradients = [], []
 
     def after_step(self) -> None:
         latest = self.trainer.storage.latest()
-        self.losses.append({n: v for n, (v, _) in latest.items() if n == "total_loss" or "/" in n})
+        self.losses.append({n: v for n, (v, _) in latest.items() if "/" in n or n in LOGGED})
         grads = [p.grad for p in self.trainer.parameters]
         self.gradients.append([None if g is None else g.clone() for g in grads])
 
@@ -56,7 +57,8 @@ def train(rank: int, world: int, folder: str) -> None:
             optimizer = build_optimizer(model, CfgNode({"BASE_LR": 1e-3, "WEIGHT_DECAY": 1e-4}))
             wrapped = DistributedDataParallel(model, broadcast_buffers=False) if way == "ddp" else model
             stream = iter([batch(step, mixing, rank, world) for step in range(STEPS)])
-            # Clipped, as in the paper's recipe: a wrong norm would change all weights.
+            # Clipped, as in the paper's recipe. Elements whose true gradient is 0, such as those of a key's bias, are
+            # then below AdamW's eps; without it rounding would move them by as much as others.
             trainer = StageTrainer(wrapped, stream, optimizer, stage=stage, clip_norm=0.1)
             trainer.register_hooks([notes := Notes()])
             trainer.train(0, STEPS)
