@@ -86,7 +86,8 @@ IN_TURN = {
 
 @pytest.mark.parametrize("keys", [{}, IN_TURN], ids=["joint, --num-gpus", "in turn, as torchrun"])
 def test_two_processes_train_as_one_with_the_joined_batch(keys, shapes_train, tmp_path):
-    keys = keys | {"VISFT.STAGES": "('heads',)", "MODEL.VISFT.DETECTION.DROPOUT": 0.0}
+    keys = {"VISFT.SOLVER.HEADS.MAX_ITER": 4} | keys
+    keys |= {"VISFT.STAGES": "('heads',)", "MODEL.VISFT.DETECTION.DROPOUT": 0.0}
     started = []
     for count in (1, WORLD):
         arguments = [*tiny_arguments(shapes_train, None, tmp_path / str(count)), *runs.words(keys)]
@@ -100,6 +101,13 @@ def test_two_processes_train_as_one_with_the_joined_batch(keys, shapes_train, tm
     for process in started:
         process.join(300)
         assert process.exitcode == 0, [log.read_text() for log in tmp_path.glob("log*")]
-    one, two = (load_file(runs.newest(tmp_path / str(count), "heads")) for count in (1, WORLD))
-    for name, tensor in one.items():
-        assert (tensor - two[name]).abs().max() < 1e-3, name  # six AdamW steps of 1e-3 or less
+    ends = [load_file(runs.newest(tmp_path / str(count), "heads")) for count in (1, WORLD)]
+    # One process continues what two began.
+    for file in (tmp_path / str(WORLD) / "heads").glob(f"*{keys['VISFT.SOLVER.HEADS.MAX_ITER']:07d}*"):
+        file.unlink()
+    text = runs.train(runs.option(arguments, "--resume"), tmp_path / "log")
+    assert "was written by 2 processes, this run has 1" in text
+    ends.append(load_file(runs.newest(tmp_path / str(WORLD), "heads")))
+    for other in ends[1:]:
+        for name, tensor in ends[0].items():
+            assert (tensor - other[name]).abs().max() < 1e-3, name  # six AdamW steps of 1e-3 or less

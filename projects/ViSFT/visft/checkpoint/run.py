@@ -186,7 +186,7 @@ class RunCheckpointer:
         generators, rank = state["generators"], comm.get_rank()
         if comm.get_world_size() != len(generators):
             logger.warning(
-                "%s: was written by %d processes, now there are %d: random numbers go other ways from here",
+                "%s: was written by %d processes, this run has %d: dropout will differ, and the last bits of sums",
                 path,
                 len(generators),
                 comm.get_world_size(),
