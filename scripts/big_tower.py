@@ -4,7 +4,8 @@ in several processes, and a stage-2 step on the CPU.
 
     scripts/big_tower.py export --name EVA01-g-14 --folder DIR      5 GB in, 5 GB out (EVA02-E-14-plus: 20 and 20)
     scripts/big_tower.py start --name EVA01-g-14 --folder DIR       5 GB of disk, 10 GB of memory for 2 processes
-    scripts/big_tower.py step --name EVA01-g-14 --folder DIR        6 GB of memory
+    scripts/big_tower.py step --name EVA01-g-14 --folder DIR        5 GB of disk, 6 GB of memory (EVA02-E-14-plus: 20
+                                                                    and 21; with --dtype bfloat16 10 and 12)
 
 Each prints one line of JSON. DIR must be new or empty. The files written there are removed at the end.
 """
@@ -71,12 +72,12 @@ print(json.dumps({{key: round(value, 3) for key, value in found.items()}}), flus
 """
 
 
-def draw_base(name: str, path: Path, eva_clip: bool) -> None:
-    """Write a whole CLIP in float32 with open_clip's or EVA-CLIP's names, filled with normal numbers times 0.02.
+def draw_base(name: str, path: Path, eva_clip: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    """Write a whole CLIP with open_clip's or EVA-CLIP's names, filled with normal numbers times 0.02.
 
     A few million numbers repeat. Every tensor starts at a different one.
     """
-    numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    numbers = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensors = {}
     for i, (key, tensor) in enumerate(open_clip_models.meta_clip(name).state_dict().items()):
         size = tensor.numel()
@@ -87,7 +88,7 @@ def draw_base(name: str, path: Path, eva_clip: bool) -> None:
                 yield turned[: count - done]
 
         key = key.replace("visual.trunk.", "visual.") if eva_clip else key
-        tensors[key] = files.Lazy(torch.float32, tuple(tensor.shape), content)
+        tensors[key] = files.Lazy(dtype, tuple(tensor.shape), content)
     files.write_safetensors(path, tensors, {"format": "pt"})
 
 
@@ -183,7 +184,7 @@ def load(arguments: argparse.Namespace, base: Path) -> dict:
 def start(arguments: argparse.Namespace) -> dict:
     """Start stage `lora` with the anchor in gloo processes, up to the model of the first iteration."""
     base = arguments.folder / "base.safetensors"
-    draw_base(arguments.name, base, eva_clip=False)
+    draw_base(arguments.name, base)
     keys = {
         "MODEL.DEVICE": "cpu",
         "MODEL.CLIP_VIT.NAME": arguments.name,
@@ -238,17 +239,20 @@ def resident(process: int) -> dict[str, int]:
 
 
 def step(arguments: argparse.Namespace) -> dict:
-    """Run a few iterations of stage `lora` of the authors' recipe on the CPU in float32, on one rendered scene each.
+    """Run a few iterations of stage `lora` of the authors' recipe on the CPU, on one rendered scene each.
 
-    The mode is `joint`: the detection and segmentation heads share one pass.
+    The mode is `joint`: the detection and segmentation heads share one pass. With `--dtype bfloat16` the frozen weights
+    are stored in it and the step runs under autocast.
     """
+    base, low = arguments.folder / "base.safetensors", "" if arguments.dtype == "float32" else arguments.dtype
+    draw_base(arguments.name, base, dtype=getattr(torch, arguments.dtype))
     data = demo_world.make(arguments.folder / "scenes", num_train=8, num_val=2, seed=0)
     keys = {
         "OUTPUT_DIR": arguments.folder / "run",
         "MODEL.DEVICE": "cpu",
         "MODEL.CLIP_VIT.NAME": arguments.name,
-        "MODEL.CLIP_VIT.PRETRAINED": "",
-        "MODEL.CLIP_VIT.FROZEN_DTYPE": "",
+        "MODEL.CLIP_VIT.PRETRAINED": base,
+        "MODEL.CLIP_VIT.FROZEN_DTYPE": low,
         "MODEL.VISFT.HEADS": ("detection", "segmentation"),
         "VISFT.TASK_MIXING": "joint",
         "VISFT.TASK_RATIOS": (),
@@ -261,7 +265,7 @@ def step(arguments: argparse.Namespace) -> dict:
         "DATALOADER.NUM_WORKERS": 0,
         "VISFT.STAGES": ("lora",),
         "VISFT.EXPORT": (),
-        "VISFT.SOLVER.LORA.AMP": "",
+        "VISFT.SOLVER.LORA.AMP": low,
         "VISFT.SOLVER.LORA.IMS_PER_BATCH": 1,
         "VISFT.SOLVER.LORA.MAX_ITER": arguments.iterations,
         "VISFT.SOLVER.LORA.WARMUP_ITERS": 0,
@@ -279,10 +283,12 @@ def step(arguments: argparse.Namespace) -> dict:
     times = [line["time"] for line in lines if "time" in line]
     return {
         "pixels": arguments.size,
+        "dtype": arguments.dtype,
         "iterations": arguments.iterations,
         "seconds_an_iteration": round(times[-1], 1),
         "losses": [round(loss, 3) for loss in losses],
         "peak_gb": round(peak / 1e9, 2),
+        "peak_gib": round(peak / 2**30, 2),
         "seconds": round(seconds, 1),
     }
 
@@ -315,6 +321,9 @@ def main() -> None:
         help="step: number of iterations, at least 3, because the first two are not timed",
     )
     parser.add_argument("--processes", type=int, default=2, help="start: number of processes")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="step: of the base"
+    )
     parser.add_argument("--size", type=int, default=224, help="step: side of the images in pixels")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)

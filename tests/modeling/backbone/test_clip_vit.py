@@ -97,6 +97,38 @@ def loss_and_gradients(backbone, images):
     return loss.item(), {n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None}
 
 
+def kept(backbone, images) -> int:
+    """Bytes that a pass keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        backbone(images)
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "EVA01-g-14"])
+@pytest.mark.parametrize("low", ["", "bfloat16"])
+def test_lora_keeps_what_its_gradient_needs_and_no_more(name, low):
+    """By block: the inputs of both norms and of the activation, LoRA's input, q, k, v and the attention's output."""
+    backbone = CLIPViT(small_clip(name).visual, frozen_dtype=low)
+    lora.inject(backbone, rank=1).set_train("lora")
+    images = torch.randn(2, 3, 112, 112)
+    block, size = backbone.blocks[0], 2 * ((112 // backbone.stride) ** 2 + 1) * backbone.embed_dim
+    hidden = next(layer for layer in block.mlp.modules() if isinstance(layer, torch.nn.Linear)).out_features
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(low)):
+        found = kept(backbone, images) / len(backbone.blocks) / size
+    matrices = 5 + hidden / backbone.embed_dim * (2 if "quickgelu" in name else 1)  # its sigmoid, too
+    expected = 4 * (2 + matrices) if not low else 2 * 4 + 2 * matrices
+    assert expected <= found < 1.1 * expected
+
+
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(name, mode):

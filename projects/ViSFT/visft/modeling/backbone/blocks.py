@@ -127,13 +127,21 @@ def _qkv(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         if getattr(attn, "q_bias", None) is not None:  # EVA: the keys' bias is a constant zero
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         parts = _linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
-    return [_adapted(block, t, x, part) for t, part in zip("qkv", parts, strict=True)]
+    adapted = [_adapted(block, t, x, part) for t, part in zip("qkv", parts, strict=True)]
+    if all(new is part for new, part in zip(adapted, parts, strict=True)) or not torch.is_grad_enabled():
+        return adapted
+    # Attention keeps its inputs for the backward pass. A part of the fused product would keep all three.
+    return [new.clone() if new is part else new for new, part in zip(adapted, parts, strict=True)]
 
 
 def _attention(
     block: nn.Module, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None, prefix: int
 ) -> torch.Tensor:
     attn = block.attn
+    if torch.is_autocast_enabled(
+        x.device.type
+    ):  # else each of the products below would cast and keep its own copy
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in _qkv(block, x))
     if isinstance(attn, nn.MultiheadAttention):
         dropout = attn.dropout
