@@ -36,6 +36,9 @@ def _add_backbone(cfg: CN) -> None:
     vit.LAYER_DECAY = 1.0
     # Recompute each block's activations in the backward pass. Needs less memory and about a third more time.
     vit.ACTIVATION_CHECKPOINTING = False
+    # With ACTIVATION_CHECKPOINTING: GiB of activations that blocks may keep instead, on each GPU. What time recomputing
+    # costs shrinks by the part of the blocks that fit. 0: all blocks are recomputed.
+    vit.MEMORY_BUDGET_GIB = 0.0
     # Type in which the blocks' frozen weight matrices are stored and used: `float16` or `bfloat16`. `auto`: the type
     # of AMP, if all stages have the same. "": unchanged.
     vit.FROZEN_DTYPE = ""

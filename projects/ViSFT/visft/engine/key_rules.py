@@ -55,6 +55,7 @@ TOWER = {
     "MODEL.CLIP_VIT.FROZEN_DTYPE": _one_of(*mixed_precision.FROZEN_TYPES),
     "MODEL.CLIP_VIT.PATCH_SIZE": _at_least(0, "0 or a number of pixels"),
     "MODEL.CLIP_VIT.WINDOW_SIZE": _at_least(0, "0 or a number of patches"),
+    "MODEL.CLIP_VIT.MEMORY_BUDGET_GIB": _NOT_NEGATIVE,
     "MODEL.CLIP_VIT.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
 """Rules for a CLIP tower, also under a stock detector."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visft.checkpoint.open_clip_models import OPENAI_MEAN, OPENAI_STD, BaseTower, StoredClip, create_clip
 from visft.errors import ConfigError
+from visft.modeling.backbone.recompute import Budget
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.backbone.windows import Windows
 
@@ -37,7 +38,9 @@ class CLIPViT(Backbone):
         global_blocks: indices of blocks that attend globally although `window_size` is set; (): every fourth, the
             last included.
         train: `none`, `lora` or `full`; see `set_train`.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: recompute blocks in the backward pass.
+        memory_budget_gib: with `activation_checkpointing`, GiB of activations that blocks may keep instead, the last
+            blocks first. They are freed before the first recomputed block needs room for its own.
         frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train, and
             computed with outside of autocast; other types are kept between them. None or "": as they are.
         base: what the tower's weights came from, when known.
@@ -56,6 +59,7 @@ class CLIPViT(Backbone):
         global_blocks: Sequence[int] = (),
         train: str = "none",
         activation_checkpointing: bool = False,
+        memory_budget_gib: float = 0.0,
         frozen_dtype: str | None = None,
         base: BaseTower | None = None,
     ):
@@ -68,6 +72,11 @@ class CLIPViT(Backbone):
             )
         if (patch_size or 0) < 0 or window_size < 0:
             raise ConfigError("MODEL.CLIP_VIT.PATCH_SIZE and WINDOW_SIZE must be 0 (off) or positive.")
+        if memory_budget_gib < 0 or (memory_budget_gib and not activation_checkpointing):
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.MEMORY_BUDGET_GIB is {memory_budget_gib}; it must be 0, or positive with "
+                "ACTIVATION_CHECKPOINTING True."
+            )
         self._parts = adapt(tower)
         self.tower = tower
         depth = len(self._parts.blocks)
@@ -81,6 +90,7 @@ class CLIPViT(Backbone):
         every_fourth = [i for i in range(depth) if (depth - 1 - i) % 4 == 0]
         self.global_blocks = frozenset(global_blocks or every_fourth)
         self.activation_checkpointing = activation_checkpointing
+        self.memory_budget = Budget(memory_budget_gib)
         self.frozen_dtype = frozen_dtype or ""
         self.stride = patch_size or self._parts.patch_size
         self.base = base
@@ -305,13 +315,17 @@ class CLIPViT(Backbone):
         rope_and_mask = {False: (rope, None)}
         if window_size:
             rope_and_mask[True] = (windows.split_rope(rope, len(x)), windows.mask(len(x), x.device))
+        keep = None  # how many blocks, the last ones
         for i, (block, run) in enumerate(zip(self.blocks, self._parts.run, strict=True)):
             with nullcontext() if i >= first else torch.no_grad():
                 windowed = bool(window_size) and i not in self.global_blocks
                 if windowed != inside:  # neighbours with the same kind of attention share one permutation
                     x, inside = (windows.split(x) if windowed else windows.join(x)), windowed
                 arguments = (block, x, *rope_and_mask[inside], count)
-                if self.activation_checkpointing and torch.is_grad_enabled():
+                recompute = self.activation_checkpointing and torch.is_grad_enabled()
+                if recompute and keep is None:
+                    keep = self.memory_budget.blocks(run, *arguments)
+                if recompute and i < len(self.blocks) - keep:
                     x = checkpoint(run, *arguments, use_reentrant=False)
                 else:
                     x = run(*arguments)
