@@ -12,8 +12,9 @@ RUN := $(VENV)/bin/python
 demo: setup
 	$(RUN) tools/demo.py
 
+# Two processes, each of which runs whole files: their tests share what is slow to make.
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow tests

@@ -118,6 +118,7 @@ setup(
             "markdown-it-py>=3",
             "nbclient>=0.8",
             "pytest-timeout>=2.2",
+            "pytest-xdist>=3.3",
             "pytest>=7.4",
             "ruff>=0.6",
             "wheel>=0.40",
