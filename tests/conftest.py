@@ -9,8 +9,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before torch is imported anywhere. Two threads for models this small, of which more only wait for each other; one thread
-# beside another worker of pytest-xdist.
+# Before torch is imported anywhere. Two threads for models this small; more only wait for each other. One thread beside
+# another worker of pytest-xdist.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Child processes test this checkout, whatever `visft` is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
