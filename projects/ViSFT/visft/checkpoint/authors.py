@@ -1,4 +1,4 @@
-"""The layouts of the authors' released files (heads and LoRA), by name."""
+"""The layouts of the authors' released files (heads and LoRA), recognised by the names of tensors."""
 
 import os
 import re
@@ -34,14 +34,14 @@ _RENAMES = {
 
 
 def is_head_file(names: Iterable[str]) -> bool:
-    """Whether names are those of the authors' head files."""
+    """Whether these are names of the authors' head files."""
     return any(name.startswith(HEAD_PREFIX) for name in names)
 
 
 def head_of_file(path: str | os.PathLike) -> str | None:
-    """The one head that a released file counts for, by its name (`eva_g_segment_heads.ckpt`); None: its names tell.
+    """Return the head that a released file is used for, from its file name (`eva_g_segment_heads.ckpt`). None: unknown.
 
-    The authors' training saved all heads into each file; from the file of a head that head alone counts.
+    The authors' training saved all heads into each file. Only the head in the file's name is the trained one.
     """
     found = re.search(r"_(caption|segment|detection)_heads?\b", Path(path).name)
     return _FILES[found[1]] if found else None
@@ -54,7 +54,7 @@ def split_heads(tensors: Mapping[str, T], only: str | None = None) -> dict[str, 
     neither.
 
     Args:
-        only: the one head to take, as `head_of_file` says; None: all.
+        only: the head to take, from `head_of_file`. None: all.
     """
     heads: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
@@ -73,10 +73,10 @@ def split_heads(tensors: Mapping[str, T], only: str | None = None) -> dict[str, 
 def ignored_in_heads(
     names: Iterable[str], path: str | os.PathLike, only: str | None = None
 ) -> dict[str, str]:
-    """The names of a head file that `split_heads` passes over, each with the reason.
+    """Return the names of a head file that `split_heads` ignores, each with the reason.
 
     Raises:
-        CheckpointError: a name is neither a head's nor one that may be passed over.
+        CheckpointError: a name is neither a head's nor one that may be ignored.
     """
     ignored = {}
     for name in names:
@@ -104,12 +104,12 @@ _LORA = re.compile(r"(?:visual\.)?(?:trunk\.)?blocks\.(\d+)\.attn\.qkv\.lora_([A
 
 
 def is_lora_file(names: Iterable[str]) -> bool:
-    """Whether names are those of the authors' LoRA files."""
+    """Whether these are names of the authors' LoRA files."""
     return any(_LORA.fullmatch(name) for name in names)
 
 
 def lora_names(names: Iterable[str]) -> dict[int, tuple[str, str]]:
-    """The names of a LoRA file by block: those of A and B."""
+    """Return the names of A and B of each block in a LoRA file."""
     found: dict[int, dict[str, str]] = {}
     for name in names:
         if match := _LORA.fullmatch(name):
@@ -118,13 +118,13 @@ def lora_names(names: Iterable[str]) -> dict[int, tuple[str, str]]:
 
 
 def check_lora(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike) -> tuple[int, int, int]:
-    """Check that a LoRA file is whole: A `[2r, C]` and B `[2C, r]` of every block from 0 on, and nothing else.
+    """Check that a LoRA file has A `[2r, C]` and B `[2C, r]` of every block from 0 on, and nothing else.
 
     Returns:
         Width C, number of blocks, and rank r.
 
     Raises:
-        CheckpointError: a name is missing or unknown, or a shape is another; the message names it.
+        CheckpointError: names the tensor that is missing, unknown or of another shape.
     """
     odd = [name for name in shapes if not _LORA.fullmatch(name) and not name.startswith(HEAD_PREFIX)]
     if odd:
@@ -149,9 +149,9 @@ def check_lora(shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike) -
 
 
 def split_lora(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    """A LoRA file as `{(block, "q" or "v"): (A [r, C], B [C, r])}`.
+    """Return a LoRA file as `{(block, "q" or "v"): (A [r, C], B [C, r])}`.
 
-    Both of a block lie in one tensor, q above v. Their update is (1 / r) B A, whatever r is.
+    In the file, q and v of a block are one tensor, q above v. The update is (1 / r) B A for every r.
 
     Raises:
         CheckpointError: as `check_lora`.

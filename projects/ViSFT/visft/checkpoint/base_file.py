@@ -1,6 +1,6 @@
-"""Weight files of a base as they come from elsewhere, made what open_clip reads: names, layout and sizes.
+"""Converts foreign weight files of a base to what open_clip reads: names, layout and sizes.
 
-What open_clip reads by itself is left to it.
+Files that open_clip reads itself are left to it.
 """
 
 import logging
@@ -23,19 +23,19 @@ _POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
 def for_open_clip(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str
 ) -> dict[str, Tensor]:
-    """A file's tensors as open_clip reads them; those that need no change are the same ones.
+    """Return a file's tensors as open_clip reads them. Unchanged tensors are the same objects.
 
-    Seen through are, beside what training programs put around and in front of names (`files.read_tensors`): any prefix
-    of all names, as `model.` or `module.backbone.`; transformers' names of a CLIP; position embeddings of another image
-    size, which open_clip resamples in the file's type, half precision too, and timm's towers not at all.
+    Besides the wrappings of `files.read_tensors`, it handles any prefix of all names, such as `model.` or
+    `module.backbone.`; the names of a CLIP in transformers; and position embeddings of another image size. open_clip
+    resamples those in the file's type, even in half precision, and those of timm's towers not at all.
 
     Args:
         tensors: of the file.
-        expected: what the model has, by name, as its `state_dict`.
+        expected: the model's tensors by name, like its `state_dict`.
         path: the file.
 
     Raises:
-        CheckpointError: the file holds several models, or a part of one.
+        CheckpointError: the file holds several models, or only part of one.
     """
     said = []
     if prefix := common_prefix(tensors, expected, path):
@@ -68,12 +68,12 @@ def for_open_clip(
 
 
 def common_prefix(names: Collection[str], expected: Collection[str], path: str) -> str:
-    """What stands in front of the model's names in a file; "": nothing.
+    """Return the prefix of the model's names in a file; "": none.
 
-    It is found by the names: the one in front of most of the names of the model, or of a CLIP of transformers.
+    It is the prefix of most names of the model, or of a CLIP in transformers.
 
     Raises:
-        CheckpointError: the model is there twice, under two prefixes.
+        CheckpointError: the file holds the model twice, under two prefixes.
     """
     known = {*expected, *(name.removeprefix("text.") for name in expected)}
     counts: Counter[str] = Counter()
@@ -100,8 +100,8 @@ def common_prefix(names: Collection[str], expected: Collection[str], path: str) 
 
 
 def prefix_tokens(old: Sequence[int], new: Sequence[int]) -> int | None:
-    """How many tokens stand before the patches, where position embeddings `[.., n, C]` differ in the side of a square
-    grid alone; None: they are equal, or differ otherwise."""
+    """Return the number of tokens before the patches, if position embeddings `[.., n, C]` differ only in the side of a
+    square grid. None: they are equal, or differ in another way."""
     if len(old) != len(new) or old[-1] != new[-1] or old[-2] == new[-2]:
         return None
     return next(
@@ -110,7 +110,7 @@ def prefix_tokens(old: Sequence[int], new: Sequence[int]) -> int | None:
 
 
 def _resized_positions(embedding: Tensor, shape: Sequence[int], extra: int) -> Tensor:
-    """Position embeddings for another number of patches, by open_clip's and timm's resampling, in float32."""
+    """Resample position embeddings to another number of patches in float32, like open_clip and timm."""
     from timm.layers import resample_abs_pos_embed
 
     side, table = math.isqrt(shape[-2] - extra), embedding.float().reshape(1, *embedding.shape[-2:])
@@ -118,13 +118,13 @@ def _resized_positions(embedding: Tensor, shape: Sequence[int], extra: int) -> T
 
 
 def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """In what tensors that open_clip could not load differ from the model; "": not in names and shapes."""
+    """Describe how tensors that open_clip could not load differ from the model. "": not in names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not any(name.startswith("visual.") for name in found):
         return (
             f"it has no names of a vision tower, `visual.` (its own are like {', '.join(sorted(found)[:2])})"
         )
-    # Of older files the names of the text tower have no `text.` in front.
+    # In older files, names of the text encoder have no prefix `text.`.
     old = any(name.startswith("text.") for name in expected)
     known = {f"text.{name}" if old and name not in expected else name: found[name] for name in found}
     scales = ("logit_scale", "logit_bias")
@@ -148,7 +148,7 @@ def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
 
 
 def require_finite(model: nn.Module, path: str) -> None:
-    """Refuse weights that are not numbers. What is on `meta` has none.
+    """Refuse weights that are not finite. Tensors on `meta` have no values.
 
     Raises:
         CheckpointError: names the first tensor with NaN or infinity.
@@ -156,7 +156,7 @@ def require_finite(model: nn.Module, path: str) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
-        # Of a tensor with NaN both are NaN; nothing as large as the tensor is made.
+        # If a tensor has NaN, both are NaN. Nothing as large as the tensor is allocated.
         if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
             bad = tensor[~torch.isfinite(tensor)]
             raise CheckpointError(

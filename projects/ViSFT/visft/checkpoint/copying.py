@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LoadReport:
-    """What became of each tensor of a file and of a module.
+    """What happened to each tensor of a file and of a module.
 
     Attributes:
         loaded: names in the module.
-        ignored: names in the file, and why.
-        missing: names in the module that the file does not have.
-        wrong_shape: names in the module: shape found, shape expected.
-        fresh: names in the module that start anew because that was asked for.
+        ignored: names in the file, with the reason.
+        missing: names in the module that the file lacks.
+        wrong_shape: names in the module, with the shape found and the shape expected.
+        fresh: names in the module that were to start anew.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -32,14 +32,14 @@ class LoadReport:
     fresh: list[str] = field(default_factory=list)
 
     def log(self, what: str) -> None:
-        """Write the account in a few lines."""
+        """Log the report in a few lines."""
         logger.info("%s: loaded %d tensors%s", what, len(self.loaded), groups(self.loaded))
         self.log_ignored(what)
         if self.fresh:
             logger.info("%s: %d tensors start anew%s", what, len(self.fresh), groups(self.fresh))
 
     def log_ignored(self, what: str) -> None:
-        """Write what was passed over, a line a reason."""
+        """Log what was ignored, one line per reason."""
         for reason, count in Counter(self.ignored.values()).items():
             names = [name for name, why in self.ignored.items() if why == reason]
             logger.info("%s: ignored %d tensors (%s)%s", what, count, reason, groups(names))
@@ -63,10 +63,10 @@ def load_into(
         module: what is loaded into.
         tensors: by the module's names.
         what: file (and part) for messages.
-        names: the module's names that the tensors should cover; None: all.
-        ignore: prefixes of names in `tensors` that are passed over, each with the reason for the report.
+        names: the module's names that the tensors must cover. None: all.
+        ignore: prefixes of names in `tensors` to ignore, each with the reason for the report.
         reinit: names in the module that keep their fresh values when the shape differs.
-        hint: what to do about a misfit, for the error.
+        hint: what to do if it does not fit, for the error.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or has no place in the module.
@@ -111,12 +111,12 @@ def load_into(
 
 
 def some(items: Sequence[str], separator: str = ", ", limit: int = 4) -> str:
-    """The first of some names, and how many more there are."""
+    """Return the first of some names, and the number of others."""
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more
 
 
 def groups(names: Sequence[str]) -> str:
-    """Names counted by their first three parts: ` (heads.detection.transformer: 120, ...)`."""
+    """Count names by their first three parts: ` (heads.detection.transformer: 120, ...)`."""
     counts = Counter(".".join(name.split(".")[:-1][:3]) or name for name in names)
     return f" ({some([f'{group}: {count}' for group, count in counts.items()], limit=6)})" if names else ""

@@ -1,4 +1,4 @@
-"""Why a weight file cannot be read, as far as its bytes tell."""
+"""Finds out from its bytes why a weight file cannot be read."""
 
 import json
 import pickletools
@@ -9,24 +9,24 @@ from visft.errors import CheckpointError
 
 
 def names_code(path: Path) -> bool:
-    """Whether a bare pickle names a function or class; it is read opcode by opcode, and nothing is run."""
+    """Whether a bare pickle names a function or class. It is read by opcodes; nothing is run."""
     try:
         with open(path, "rb") as file:
             return any(
                 code.name in ("GLOBAL", "STACK_GLOBAL", "INST") for code, _, _ in pickletools.genops(file)
             )
-    except ValueError:  # no pickle, or cut off before anything was named
+    except ValueError:  # no pickle, or cut off too early
         return False
 
 
 def cut_off(path: Path, error: Exception) -> CheckpointError:
-    """The error for a PyTorch file that cannot be read."""
+    """Return the error for a PyTorch file that cannot be read."""
     reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
     return CheckpointError(f"{path}: is no whole weight file ({reason}); {fault(path)}: fetch it again.")
 
 
 def fault(path: Path) -> str:
-    """What is wrong with a file that cannot be read, as far as its bytes tell."""
+    """Describe what is wrong with a file that cannot be read, as far as its bytes show it."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(256)
@@ -49,7 +49,7 @@ def fault(path: Path) -> str:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a program of TorchScript, as OpenAI published its models."""
+    """Whether a file is a TorchScript program. OpenAI published its models as such."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""The exports' earlier place: `visft.checkpoint.export` is `visft.export`."""
+"""The earlier name of `visft.export`."""
 
 import sys
 

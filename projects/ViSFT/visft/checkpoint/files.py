@@ -1,4 +1,4 @@
-"""Files of tensors and JSON: read without running what is in them, written aside and renamed when whole."""
+"""Files of tensors and JSON: read without running code in them, written to a temporary file and renamed."""
 
 import contextlib
 import errno
@@ -27,13 +27,13 @@ from visft.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
-"""End of the names of files that are being written; they begin with a dot, too."""
+"""Suffix of files that are being written. Their names also begin with a dot."""
 
 _NESTS = ("state_dict", "model", "module", "model_state_dict", "ema", "model_ema", "state_dict_ema")
 """Keys below which training programs save a model's tensors."""
 
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put in front of every name."""
+"""Prefixes that DataParallel and torch.compile add to every name."""
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 _TYPES = {
@@ -54,7 +54,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names of types in safetensors files, in the order in which safetensors writes them."""
+"""Names of types in safetensors files, in the order that safetensors writes them in."""
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
     mode = partial.stat().st_mode
     try:
         yield partial
-        os.chmod(partial, mode)  # safetensors makes files that others may not read
+        os.chmod(partial, mode)  # safetensors writes files that other users may not read
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -83,9 +83,9 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder beside `path`, for writing files that are checked before `put_in_place` gives them their names.
+    """Make an empty folder beside `path`, for files that are checked before `put_in_place` moves them.
 
-    It is removed at the end, as is what earlier, killed writers of the same path left.
+    It is removed at the end. So are folders that killed writers of the same path left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def folder_aside(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def put_in_place(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Sync a file and rename it to `target`, on the same disk; a crash leaves the old `target` or the new one."""
+    """Sync a file and rename it to `target` on the same disk. A crash leaves the old or the new `target`."""
     with open(source, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
@@ -109,7 +109,7 @@ def put_in_place(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Make the renames and removals in a folder survive a power cut."""
+    """Sync a folder, so that its renames and removals survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -118,7 +118,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Remove what a killed writer left half-written in `folder`; returns the names."""
+    """Remove the half-written files that a killed writer left in `folder`, and return their names."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}"))
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read JSON.
 
     Raises:
-        CheckpointError: the file is missing or no JSON.
+        CheckpointError: the file is missing or is not JSON.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -156,11 +156,11 @@ def read_json(path: str | os.PathLike) -> Any:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor of a file to be written whose values are read or computed when their turn comes.
+    """A tensor for a file, whose values are read or computed only when they are written.
 
     Attributes:
         dtype, shape: of the tensor.
-        parts: gives its values in order, flat and in pieces, anew in every call.
+        parts: yields its values in order, as flat pieces, anew in every call.
     """
 
     dtype: torch.dtype
@@ -169,14 +169,14 @@ class Lazy:
 
 
 def parts(tensor: Tensor | Lazy) -> Iterator[Tensor]:
-    """A tensor's values in order, flat, on the CPU."""
+    """Yield a tensor's values in order, flat, on the CPU."""
     if isinstance(tensor, Lazy):
         return tensor.parts()
     return iter([tensor.detach().cpu().contiguous().view(-1)])
 
 
 def nbytes(tensor: Tensor | Lazy) -> int:
-    """Bytes of its values."""
+    """Return the number of bytes of its values."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
@@ -185,7 +185,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors atomically, one at a time, on any device and with any strides.
 
-    The bytes are those of safetensors' own writer, which has all tensors in memory and orders metadata anew each time.
+    The bytes equal those of safetensors' own writer, which holds all tensors in memory and shuffles the metadata.
 
     Raises:
         CheckpointError: the file cannot be written (disk full, no permission), or safetensors has no such type.
@@ -195,7 +195,7 @@ def write_safetensors(
         raise CheckpointError(
             f"{path}: {odd} is of {tensors[odd].dtype}, which safetensors files do not hold."
         )
-    # Wide types first: every tensor is then aligned to its type.
+    # Wide types first, so that every tensor is aligned to its type.
     names = sorted(tensors, key=lambda name: (list(_TYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -211,7 +211,7 @@ def write_safetensors(
             for name in names:
                 for part in parts(tensors[name]):
                     file.write(part.view(torch.uint8).numpy())
-                    del part  # before the next: with it goes what it was mapped in
+                    del part  # before the next part, so that its mapping is released
                 count = file.tell() - 8 - len(text) - header[name]["data_offsets"][0]
                 if count != nbytes(tensors[name]):
                     raise CheckpointError(f"{path}: {count} bytes came of {nbytes(tensors[name])} of {name}.")
@@ -222,7 +222,7 @@ def write_safetensors(
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -233,22 +233,22 @@ def sha256(path: str | os.PathLike) -> str:
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read all tensors of a safetensors or PyTorch file, on the CPU, as a flat dictionary.
 
-    The kind is told by the content, not by the name. Nothing but tensors is ever built from a pickle. Usual
-    wrappings (`{"model": ...}`, `{"state_dict": ...}`, `module.` or `_orig_mod.` in front of every name) are taken off.
+    The format is told by the content, not by the name. Only tensors are ever built from a pickle. Usual wrappings are
+    removed (`{"model": ...}`, `{"state_dict": ...}`, `module.` or `_orig_mod.` before every name).
 
     Raises:
-        CheckpointError: the file is missing, empty, cut off, or has objects other than tensors pickled in it.
+        CheckpointError: the file is missing, empty or cut off, or has pickled objects other than tensors.
     """
     return _read(require_file(path), mapped=False)
 
 
 def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Tensor]:
-    """As `read_tensors`, of tensors that stay in the file, memory-mapped: values are read when used.
+    """As `read_tensors`, but the tensors are memory-mapped: values are read when they are used.
 
-    Files older than PyTorch's zip format cannot be mapped and are read whole, which is logged.
+    Files older than PyTorch's zip format cannot be mapped. They are read as a whole, which is logged.
 
     Args:
-        quiet: log nothing, as for a file that was mapped before.
+        quiet: log nothing, for example because the file was mapped before.
 
     Raises:
         CheckpointError: as `read_tensors`.
@@ -260,7 +260,7 @@ def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Te
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file, without reading their values where the format allows it.
+    """Return names and shapes of the tensors in a file, without reading their values if the format allows it.
 
     Raises:
         CheckpointError: as `read_tensors`.
@@ -276,7 +276,7 @@ def _read(path: Path, *, mapped: bool, quiet: bool = False) -> dict[str, Tensor]
 
 
 def safetensors_starts(path: str | os.PathLike) -> dict[str, int]:
-    """Where in a safetensors file the bytes of each tensor of `read_tensors` begin; `{}` for other files."""
+    """Return the offset in a safetensors file of each tensor of `read_tensors`; `{}` for other files."""
     path = require_file(path)
     if not is_safetensors(path):
         return {}
@@ -288,7 +288,7 @@ def safetensors_starts(path: str | os.PathLike) -> dict[str, int]:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The strings in a safetensors file's header; `{}` for other files."""
+    """Return the metadata in a safetensors file's header; `{}` for other files."""
     path = require_file(path)
     if not is_safetensors(path):
         return {}
@@ -297,13 +297,13 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """Where a path, or an address that detectron2's PathManager knows (`visft://...`), lies on this machine."""
+    """Return the local path of a path or an address of detectron2's PathManager (`visft://...`)."""
     text = os.fspath(path)
     return Path(PathManager.get_local_path(text)) if "://" in text else Path(text)
 
 
 def require_file(path: str | os.PathLike) -> Path:
-    """The path of a file that is there and not empty.
+    """Return the path of a file, after checking that it exists and is not empty.
 
     Raises:
         CheckpointError: it is missing, a folder, empty, or unreadable.
@@ -321,7 +321,7 @@ def require_file(path: str | os.PathLike) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: eight bytes of header length, then a JSON object."""
+    """Whether a file begins like safetensors: eight bytes of header length, then a JSON object."""
     with open(path, "rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:2] != b"PK")
@@ -345,7 +345,7 @@ def _load_pickled(path: Path, mmap: bool) -> Any:
     mmap = mmap and _is_archive(path)
     try:
         with warnings.catch_warnings():
-            # Advice on pickle protocols, which a user of the file cannot act on.
+            # Advice on pickle protocols, which the user of a file cannot follow.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A CLIP under transformers' names (`CLIPModel`: `vision_model.encoder.layers...`) under open_clip's."""
+"""Converts a CLIP from its names in transformers (`CLIPModel`: `vision_model.encoder.layers...`) to open_clip's."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-"""Files of a model in a folder of Hugging Face's."""
+"""Weight files in a Hugging Face model folder."""
 
 _TOWERS = {"vision_model.": "visual.", "text_model.": ""}
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
@@ -47,10 +47,10 @@ _TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weigh
 
 
 def weights_in(folder: Path) -> Path:
-    """The weight file in a model's folder.
+    """Return the weight file in a model's folder.
 
     Raises:
-        CheckpointError: there is none, or it is in several parts.
+        CheckpointError: there is none, or there are several parts.
     """
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -68,32 +68,32 @@ def weights_in(folder: Path) -> Path:
 
 
 def is_clip(names: Iterable[str]) -> bool:
-    """Whether names are those of transformers' CLIP, or of a tower of it."""
+    """Whether these are names of a CLIP in transformers, or of one of its towers."""
     return any(name.startswith("vision_model.encoder.layers.") for name in names)
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What the `config.json` beside a weight file says; {}: there is none."""
+    """Return the `config.json` beside a weight file; {} if there is none."""
     file = path.with_name("config.json")
     content = files.read_json(file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
 def activation_of(path: Path) -> str:
-    """The activation in its MLPs: `gelu`, `quick_gelu`...; "": unknown, as without a config.json."""
+    """Return the activation in its MLPs: `gelu`, `quick_gelu`... "": unknown, for lack of a config.json."""
     config = config_of(path)
     if config.get("model_type") != "clip":
         return ""
     return config.get("vision_config", {}).get(
         "hidden_act", "quick_gelu"
-    )  # transformers' default is not written
+    )  # transformers does not write its default
 
 
 def to_open_clip(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A CLIP's tensors under open_clip's names.
+    """Return a CLIP's tensors by open_clip's names.
 
     Raises:
-        CheckpointError: it is no CLIP (SigLIP has other parts), a tower alone, or has a name that CLIP has not.
+        CheckpointError: it is not a CLIP (SigLIP has other parts), only a tower, or has a name that no CLIP has.
     """
     if any(name.startswith("vision_model.head.") for name in tensors):
         raise CheckpointError(
@@ -109,7 +109,7 @@ def to_open_clip(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_ids") or ".self_attn." in name and "out_proj" not in name:
-            continue  # numbers that follow from the length; joined below
+            continue  # indices that follow from the length; joined below
         if name in _OUTSIDE:
             found[_OUTSIDE[name]] = tensor
         elif name in _TRANSPOSED:
@@ -139,7 +139,7 @@ def _in_layer(name: str, path: Path) -> str:
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_open_clip`; what CLIP has no place for is left out."""
+    """The inverse of `to_open_clip`. Tensors that CLIP in transformers lacks are left out."""
     outside, transposed, in_block = (
         {ours: name for name, ours in table.items()} for table in (_OUTSIDE, _TRANSPOSED, _IN_LAYER)
     )

@@ -1,4 +1,4 @@
-"""Loading weights with an account of every tensor: loaded, ignored (and why), missing, of another shape."""
+"""Loads weights and reports on every tensor: loaded, ignored (and why), missing, or of another shape."""
 
 import logging
 import os
@@ -22,13 +22,13 @@ def load_heads(
 ) -> dict[str, LoadReport]:
     """Start heads from files (`MODEL.VISFT.HEAD_FILES`), ours or the authors'.
 
-    A file may hold several heads; those that the model has not are passed over. A head that no file holds
-    stays fresh, which is logged; a head that a file holds in part is an error.
+    A file may hold several heads. Those that the model lacks are ignored. A head that no file holds stays fresh, which
+    is logged. A head that a file holds only in part is an error.
 
     Args:
         model: has its heads in the module dictionary `heads`.
         files: weight files, or folders of runs.
-        reinit: names of the heads whose class layers may start anew where the number of classes differs.
+        reinit: names of the heads whose class layers may start anew if the number of classes differs.
 
     Returns:
         The report of each head that was loaded.
@@ -70,19 +70,19 @@ def load_heads(
 
 
 def class_layer_names(head: nn.Module) -> list[str]:
-    """Names of a head's tensors whose first dimension counts classes.
+    """Return the names of a head's tensors whose first dimension is the number of classes.
 
-    A head says so by `class_layers`, a tuple of names of modules or parameters within it.
+    A head lists its modules or parameters of this kind in `class_layers`.
     """
     layers = tuple(getattr(head, "class_layers", ()))
     return [name for name in head.state_dict() if f"{name}.".startswith(tuple(f"{x}." for x in layers))]
 
 
 def split_heads(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
-    """Sort a file's tensors by head, named as the head's own parameters.
+    """Sort a file's tensors by head, under the head's own parameter names.
 
     Raises:
-        CheckpointError: the file holds no head's tensors, or one of the authors' names that none of theirs has.
+        CheckpointError: the file has no tensors of a head, or an unknown name among the authors'.
     """
     heads: dict[str, dict[str, Tensor]] = {}
     if authors.is_head_file(tensors):
@@ -110,17 +110,17 @@ def load_run_weights(
     optional: Sequence[str] = ("backbone.",),
     hint: str = "Use the config that the run was started with.",
 ) -> LoadReport:
-    """Load what a run of ours trained (`MODEL.WEIGHTS`, `--weights`) into a whole model.
+    """Load what a ViSFT run trained (`MODEL.WEIGHTS`, `--weights`) into a whole model.
 
     Args:
         model: a ViSFT model (`backbone`, `heads`).
         path: a run's OUTPUT_DIR, a stage's folder, or a file (see `run_files`).
-        optional: prefixes of model names that the run need not hold, as LoRA before it was trained. Weights
-            of the base are never expected. Where heads are optional, they are not looked for beside a stage's folder.
-        hint: what to do about a misfit, for the error.
+        optional: prefixes of model names that the run may lack, such as LoRA before it was trained. Weights of the
+            base are never expected. If heads are optional, they are not searched beside a stage's folder.
+        hint: what to do if it does not fit, for the error.
 
     Raises:
-        CheckpointError: nothing whole is there, or it does not fit the model or its base.
+        CheckpointError: there is no whole checkpoint, or it does not fit the model or its base.
     """
     tensors: dict[str, Tensor] = {}
     paths = resolve(path) if "heads." in optional else run_files(path)
@@ -145,14 +145,14 @@ def load_run_weights(
 
 
 def load_tower(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
-    """Load what a run or a LoRA file says of the tower alone; heads are passed over.
+    """Load the tower's tensors of a run or a LoRA file. Heads are ignored.
 
     Args:
-        backbone: a CLIPViT; with LoRA injected, unmerged, where the file holds LoRA.
-        path: a run's folder, a stage's folder, or a file, of LoRA or of a whole model of ours, or of the authors.
+        backbone: a CLIPViT, with unmerged LoRA if the file holds LoRA.
+        path: a run's folder, a stage's folder, or a file with LoRA or a whole model, ours or the authors'.
 
     Raises:
-        CheckpointError: nothing of a tower is there, or it does not fit this one.
+        CheckpointError: there are no tensors of a tower, or they do not fit this one.
     """
     paths = resolve(path)
     tensors: dict[str, Tensor] = {}
@@ -178,9 +178,9 @@ def load_tower(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
 
 
 def tower_tensors(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """A file's tensors by a CLIPViT's names (`tower.`...); the rest under `heads.` or `other.`.
+    """Return a file's tensors by a CLIPViT's names (`tower.`...), and the others under `heads.` or `other.`.
 
-    The authors' LoRA, whose factor is 1 / rank, is scaled to the backbone's alpha / rank.
+    The authors' LoRA has the factor 1 / rank. It is scaled to the backbone's alpha / rank.
     """
     if authors.is_lora_file(tensors):
         trunk = "tower.trunk." if hasattr(backbone.tower, "trunk") else "tower."
@@ -207,7 +207,7 @@ def _is_lora(name: str) -> bool:
 
 
 def _check_lora(path: Path, backbone: nn.Module) -> None:
-    """Alpha leaves no trace in shapes, so it is compared by what the file says."""
+    """Alpha does not show in shapes, so the value in the file's header is compared."""
     named, config = (describe(path).get("settings") or {}).get("lora"), backbone.lora_config
     if named and config and (named["rank"], named["alpha"]) != (config.rank, config.alpha):
         raise CheckpointError(
@@ -217,7 +217,7 @@ def _check_lora(path: Path, backbone: nn.Module) -> None:
 
 
 def resolve(path: str | os.PathLike, stages: Sequence[str] = STAGES) -> list[Path]:
-    """The weight files that a path stands for: a file; a stage's folder; a run's folder, one file a stage.
+    """Return the weight files that a path stands for: a file, a stage's folder, or a run's folder.
 
     Raises:
         CheckpointError: a folder without a whole checkpoint.
@@ -244,22 +244,21 @@ def check_file(
     sha256: str | None = None,
     heads_only: bool = False,
 ) -> list[Path]:
-    """Check a weight file, or a run's folder, before any model is built: cheap, and no value is read.
+    """Check a weight file or a run's folder before any model is built. No value is read.
 
-    It must exist, not be empty, be whole, have no code pickled in it, hold something of ours or the authors',
-    and belong to this tower.
+    It must exist, be whole, contain no pickled code, hold tensors of ours or the authors', and belong to this tower.
 
     Args:
-        key: the config key or argument that named it, for the message.
+        key: the config key or argument with its path, for the message.
         architecture: `MODEL.CLIP_VIT.NAME`.
-        sha256: of the base's weight file, where known.
-        heads_only: for `MODEL.VISFT.HEAD_FILES`: it must hold heads; a base of the same architecture will do.
+        sha256: of the base's weight file, if known.
+        heads_only: for `MODEL.VISFT.HEAD_FILES`. It must hold heads; another base of the same architecture is allowed.
 
     Returns:
         The files that will be read.
 
     Raises:
-        CheckpointError: any of this does not hold.
+        CheckpointError: one of these does not hold.
     """
     try:
         files = resolve(path, ("heads",)) if heads_only else run_files(path)
@@ -282,7 +281,7 @@ def check_file(
 
 
 def check_base(path: str | os.PathLike, base: Any) -> None:
-    """Compare the base that a checkpoint names with a model's (`BaseTower`; None: nothing to compare).
+    """Compare the base in a checkpoint's header with a model's (`BaseTower`; None: nothing is compared).
 
     Raises:
         CheckpointError: another architecture, or other weights.

@@ -1,4 +1,4 @@
-"""open_clip, imported when first needed, knowing the demo tower `visft-tiny` and its weights."""
+"""Imports open_clip when it is first needed, with the demo tower `visft-tiny` and its weights registered."""
 
 import importlib
 import importlib.util
@@ -8,21 +8,21 @@ from types import ModuleType
 
 
 def register(open_clip: ModuleType) -> None:
-    """Make an imported open_clip know `visft-tiny` and its tag `demo`, the shipped weights. May be called again."""
+    """Register `visft-tiny` and its tag `demo`, the shipped weights, in open_clip. May be called again."""
     from demoworld import tower
 
     tower.register(open_clip)
 
 
 class _AfterImport:
-    """Finds open_clip as everybody does, and registers `visft-tiny` once its module has run."""
+    """Finds open_clip in the usual way, and registers `visft-tiny` after its import."""
 
     searching = False
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if fullname != "open_clip" or self.searching:
             return None
-        self.searching = True  # the other finders are asked now, not this one again
+        self.searching = True  # ask the other finders, not this one again
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
@@ -39,7 +39,7 @@ class _AfterImport:
 
 
 def install() -> None:
-    """Let open_clip know `visft-tiny`: now, if it is imported already, else as soon as it is. May be called again."""
+    """Register `visft-tiny` in open_clip, now if it is imported, otherwise at its import. May be called again."""
     if "open_clip" in sys.modules:
         register(sys.modules["open_clip"])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def open_clip() -> ModuleType:
-    """The module open_clip, imported now if need be, knowing `visft-tiny`."""
+    """Return the module open_clip with `visft-tiny` registered, importing it if necessary."""
     module = importlib.import_module("open_clip")
     register(module)
     return module

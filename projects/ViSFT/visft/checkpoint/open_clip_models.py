@@ -1,4 +1,4 @@
-"""Models of open_clip by name: their weight files, and the models made of them."""
+"""Models of open_clip by name: their weight files, and models built from them."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from visft.checkpoint import base_file, files, hugging_face_base, stream
-from visft.checkpoint.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's face)
+from visft.checkpoint.open_clip_import import install, open_clip, register  # noqa: F401  (part of this module's interface)
 from visft.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,12 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class BaseTower:
-    """What a tower's weights came from.
+    """The origin of a tower's weights.
 
     Attributes:
-        name: open_clip's name of the architecture.
-        pretrained: tag or file; None for random weights.
-        sha256: of the weight file; of the tower's tensors when they are random.
+        name: of the architecture in open_clip.
+        pretrained: tag or file. None: random weights.
+        sha256: of the weight file or, if weights are random, of the tower's tensors.
     """
 
     name: str
@@ -40,13 +40,13 @@ class BaseTower:
     _clip: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def clip(self, *, visual: bool = True) -> nn.Module:
-        """The whole CLIP, for what an export copies beside the tower.
+        """Return the whole CLIP, whose other parts an export copies.
 
-        Built anew from name and weights. Random weights cannot be: then it is the very model that the tower was taken
-        from, whose `visual` is that tower.
+        It is built again from name and weights. With random weights, it is the original model, whose `visual` is this
+        tower.
 
         Args:
-            visual: False: its `visual` is not needed, and not read from the file (`nn.Identity`).
+            visual: False: `visual` is not read from the file (it is `nn.Identity`).
         """
         if self._clip is not None:
             return self._clip
@@ -59,17 +59,17 @@ class BaseTower:
 
 
 class StoredClip:
-    """A pretrained CLIP in its file. `build` and `load` hold nothing in memory but what is asked for.
+    """A pretrained CLIP in its file. `build` and `load` keep in memory only what is asked for.
 
     Args:
-        name: an architecture that open_clip knows. Where the tag's weights want QuickGELU and it has none, the one with
-            `-quickgelu` in its name is taken, or, where open_clip has no such name, this one with QuickGELU.
-        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; what is seen through
-            says `base_file.for_open_clip`), or a folder with a CLIP of transformers.
+        name: an architecture that open_clip knows. If the tag's weights need QuickGELU and it has none, the one with
+            `-quickgelu` in its name is used or, if open_clip has none, this one with QuickGELU.
+        pretrained: a tag, a file (.safetensors, .pt; nothing is unpickled; also `visft://NAME`; see
+            `base_file.for_open_clip` for what is converted), or the folder of a CLIP in transformers.
 
     Raises:
         ConfigError: unknown name or tag.
-        CheckpointError: the weights cannot be had, or want another activation than the architecture's.
+        CheckpointError: the weights are not available, or need another activation than the architecture's.
     """
 
     def __init__(self, name: str, pretrained: str) -> None:
@@ -88,11 +88,11 @@ class StoredClip:
             logger.info("the weights '%s' of %s want QuickGELU: the tower is %s", pretrained, name, self.name)
 
     def base(self) -> BaseTower:
-        """What the weights are; reads the file once, for its hash."""
+        """Return the origin of the weights. Reads the file once, for its hash."""
         return BaseTower(self.name, self.pretrained, files.sha256(self.path))
 
     def build(self) -> nn.Module:
-        """The model in float32 and evaluation mode, its parameters on `meta`; see `stream.build`.
+        """Build the model in float32 and evaluation mode, with parameters on `meta`; see `stream.build`.
 
         big_vision's .npz, which open_clip loads itself, is loaded here.
 
@@ -113,7 +113,7 @@ class StoredClip:
         wanted: Callable[[str], bool] = lambda name: True,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Read the wanted parameters of what `build` made; see `stream.load`.
+        """Read the wanted parameters of the model from `build`; see `stream.load`.
 
         Raises:
             CheckpointError: the file cannot be read, or is of another model.
@@ -130,7 +130,7 @@ class StoredClip:
         with self._explained():
             try:
                 stream.load(clip, self.path, self.name, seen=seen, wanted=wanted, device=device)
-            except CheckpointError:  # a RuntimeError, too
+            except CheckpointError:  # this is a RuntimeError, too
                 raise
             except RuntimeError as error:
                 reason = base_file.misfit(found, expected) or _first_line(error)
@@ -169,7 +169,7 @@ def check_name(name: str) -> None:
 
 
 def check_pretrained(name: str, pretrained: str | None) -> None:
-    """Raise unless `pretrained` is a tag of this architecture, a file that can be had, or nothing.
+    """Raise an error unless `pretrained` is a tag of this architecture, an available file, or empty.
 
     Raises:
         ConfigError: an unknown tag.
@@ -197,13 +197,13 @@ def check_pretrained(name: str, pretrained: str | None) -> None:
 
 
 def local_file(pretrained: str) -> str:
-    """The file of a base that is given by an address which detectron2's PathManager knows, as `visft://NAME`, or by a
-    folder of a model of transformers.
+    """Return the file of a base that is given by an address of detectron2's PathManager, such as `visft://NAME`, or by
+    the folder of a model in transformers.
 
-    The former is downloaded if need be. A tag or another path is returned as it is.
+    The former is downloaded if necessary. A tag or another path is returned unchanged.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: it is not available.
     """
     try:
         if "://" in pretrained:
@@ -221,7 +221,7 @@ def _refuse_empty(path: str) -> None:
 
 
 def meta_tower(name: str) -> nn.Module:
-    """The vision tower of an architecture without memory for its weights, to check names and shapes by.
+    """Build an architecture's vision tower on `meta`, to check names and shapes.
 
     Raises:
         ConfigError: open_clip does not know the name.
@@ -235,7 +235,7 @@ def meta_tower(name: str) -> nn.Module:
 
 
 def weight_file(name: str, pretrained: str) -> str:
-    """The file of an architecture's weights: `pretrained` itself, or what is downloaded for that tag or address.
+    """Return the file of an architecture's weights: `pretrained` itself, or the download of this tag or address.
 
     Raises:
         ConfigError: an unknown tag.
@@ -262,12 +262,12 @@ def weight_file(name: str, pretrained: str) -> str:
 
 
 def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
-    """A whole CLIP of an architecture without memory for its weights, to check names and shapes by.
+    """Build an architecture's whole CLIP on `meta`, to check names and shapes.
 
     Args:
         name: of the architecture.
-        pretrained: a tag, whose preprocessing it gets.
-        options: further ones of open_clip's `create_model`.
+        pretrained: a tag, from which it gets its preprocessing.
+        options: further arguments of open_clip's `create_model`.
 
     Raises:
         ConfigError: open_clip does not know the name.
@@ -276,10 +276,12 @@ def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
     module, level = open_clip(), logging.root.manager.disable
     tag = pretrained if pretrained and module.get_pretrained_cfg(name, pretrained) else None
     options |= {"load_weights": False, "pretrained_text": False, "device": "meta"}
-    logging.disable(logging.WARNING)  # open_clip warns that the weights are random; there are none
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random, but there are none
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the activation, which is seen to elsewhere
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # warnings about the activation, which `trained_name` takes care of
             return module.create_model(name, pretrained=tag, **options)
     finally:
         logging.disable(level)
@@ -288,16 +290,16 @@ def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
 def create_clip(
     name: str, pretrained: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, BaseTower]:
-    """A whole CLIP of open_clip, on the CPU and in evaluation mode.
+    """Build a whole CLIP of open_clip, on the CPU and in evaluation mode.
 
     Args:
         name: an architecture that open_clip knows; see `StoredClip`.
-        pretrained: as `StoredClip`'s, or None for random weights.
+        pretrained: as in `StoredClip`, or None for random weights.
         dtype: of the parameters that are read.
 
     Raises:
         ConfigError: unknown name or tag.
-        CheckpointError: the weights cannot be had, cannot be read, or are of another model.
+        CheckpointError: the weights are not available, unreadable, or of another model.
     """
     if pretrained:
         stored = StoredClip(name, pretrained)
@@ -309,20 +311,20 @@ def create_clip(
     check_name(name)
     clip = open_clip().create_model(name, pretrained_text=False).eval()
     if hasattr(clip, "text_decoder"):
-        # open_clip leaves CoCa's projection to words as the memory was: not the same for a seed, perhaps nan.
+        # open_clip leaves CoCa's projection to words uninitialised: it differs for the same seed, and may be nan.
         projection = clip.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
 
 
 def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
-    """The architecture that weights were trained as, and whether QuickGELU must be forced on it.
+    """Return the architecture that weights were trained with, and whether to force QuickGELU on it.
 
-    Weights do not tell the activation that they were trained with; loaded under the other one they are worse, silently.
-    A tag tells it, or the `config.json` beside weights of transformers.
+    Weights do not show the activation that they were trained with. With the other one they silently get worse. The tag
+    says which it is, or the `config.json` beside weights of transformers.
 
     Raises:
-        CheckpointError: the weights want GELU, the architecture has QuickGELU.
+        CheckpointError: the weights need GELU, but the architecture has QuickGELU.
     """
     module = open_clip()
     tag = module.get_pretrained_cfg(name, pretrained) if pretrained else None

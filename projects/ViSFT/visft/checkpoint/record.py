@@ -1,7 +1,7 @@
-"""What makes a run's checkpoints a model without the config and data that it was trained with.
+"""The record in a run's checkpoints, with which they are a model without the run's config and data.
 
-Every model file of a run carries it in its header, so that a folder that was moved, or a stage's folder, still has it.
-It names the base (see `describe_base`); the base's weights are not in it.
+Every model file of a run has it in its header, so that a moved folder or a stage's folder still has it. It names the
+base (see `describe_base`), but does not hold its weights.
 """
 
 import json
@@ -14,19 +14,19 @@ from visft.checkpoint.run_folder import run_files
 from visft.errors import CheckpointError
 
 KEY = "visft_model"
-"""In a safetensors file's metadata."""
+"""The key in a safetensors file's metadata."""
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was trained with.
+    """Config, classes and seed of a run.
 
     Attributes:
-        config: its whole config, nested, as YAML holds it; of the tower's own mean and standard deviation the numbers.
-        classes: what its heads learnt (`visft.classes.dataset_classes.Classes`, as JSON).
-        seed: from which a tower of random weights is made again.
+        config: the whole config, nested as in YAML. The tower's own mean and standard deviation are given as numbers.
+        classes: of its heads (`visft.classes.dataset_classes.Classes`, as JSON).
+        seed: rebuilds a tower of random weights.
     """
 
     config: dict[str, Any]
@@ -34,19 +34,19 @@ class RunRecord:
     seed: int
 
     def to_metadata(self) -> dict[str, str]:
-        """For the header of a file."""
+        """Return the record as metadata for a file's header."""
         content = {"version": VERSION, "config": self.config, "classes": self.classes, "seed": self.seed}
         return {KEY: json.dumps(content)}
 
 
 def read_record(path: str | os.PathLike) -> RunRecord | None:
-    """What a run says of itself; None: nothing, as files of others and of older versions.
+    """Return the record of a run. None: there is none, as in foreign files and those of older versions.
 
     Args:
         path: a run's OUTPUT_DIR, a stage's folder, or a file of one.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a newer version wrote it.
+        CheckpointError: there is no checkpoint, or it is of a newer version.
     """
     file = run_files(path)[-1]
     text = read_metadata(file).get(KEY)

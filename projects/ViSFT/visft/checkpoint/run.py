@@ -1,8 +1,8 @@
-"""Checkpoints of a stage: what trained, the trainer's state beside it, and a way back from a kill at any point.
+"""Checkpoints of a stage: trained tensors and the trainer's state, safe against a kill at any point.
 
-The files of a checkpoint (see `run_folder`) are written in their order, each aside and renamed, and `last_checkpoint`
-after them. An older checkpoint is removed in the opposite order. A kill in between leaves files without their JSON,
-which are no checkpoint.
+The files of a checkpoint (see `run_folder`) are written in order, each to a temporary file that is then renamed, and
+`last_checkpoint` after them. Old checkpoints are removed in the opposite order. A kill in between leaves files without
+their JSON, which do not count as a checkpoint.
 """
 
 import json
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a stage changes: parameters that require gradients, and persistent buffers of modules owning one."""
+    """Return what a stage changes: parameters that require gradients, and persistent buffers of their modules."""
     owners = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     parameters = {n for n, p in model.named_parameters() if p.requires_grad}
     buffers = {n for n, _ in model.named_buffers() if n.rpartition(".")[0] in owners}
@@ -51,17 +51,17 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class RunCheckpointer:
-    """Saves and resumes one stage in one folder. Every process calls its methods; the main one writes.
+    """Saves and resumes one stage in one folder. All processes call its methods; the main process writes.
 
     Args:
         folder: OUTPUT_DIR/heads or OUTPUT_DIR/lora.
-        model: the model; under DistributedDataParallel the wrapped module.
-        optimizer, scheduler, grad_scaler: what has a `state_dict` to carry on with; None: not there.
+        model: the model. Under DistributedDataParallel, the wrapped module.
+        optimizer, scheduler, grad_scaler: objects with a `state_dict`. None: not used.
         stage: `heads` or `lora`.
         base: the tower's base (`CLIPViT.base`: name, pretrained, sha256), or None.
-        settings: anything that JSON can hold and that explains the weights, such as LoRA's rank and alpha.
-        record: what a model file says of the run besides (`RunRecord.to_metadata`).
-        keep: how many checkpoints stay; 0: all.
+        settings: JSON values that explain the weights, such as LoRA's rank and alpha.
+        record: the record of the run (`RunRecord.to_metadata`).
+        keep: number of checkpoints to keep. 0: all.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RunCheckpointer:
         self._current: int | None = None
 
     def save(self, iteration: int) -> Path:
-        """Write the checkpoint after `iteration` completed iterations; returns its model file."""
+        """Write the checkpoint after `iteration` completed iterations, and return its model file."""
         path = self.folder / f"model_{iteration:07d}.safetensors"
         generators = comm.gather(generator_state())
         if comm.is_main_process() and self._current != iteration:
@@ -96,7 +96,7 @@ class RunCheckpointer:
         return path
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; returns how many iterations it completed, 0 when there is none.
+        """Load the newest whole checkpoint. Returns its number of completed iterations, 0 if there is none.
 
         Raises:
             CheckpointError: it is of another stage, tower or base, or does not fit the model.
@@ -128,7 +128,7 @@ class RunCheckpointer:
         return self._current
 
     def set_aside(self) -> None:
-        """Move an earlier run's checkpoints to `earlier-N` in the folder: nothing resumes from them."""
+        """Move an earlier run's checkpoints to `earlier-N` in the folder, so that nothing resumes from them."""
         if comm.is_main_process() and self.folder.is_dir():
             remove_leftovers(self.folder)
             patterns = ("last_checkpoint", "model_*.json", "model_*.safetensors", "trainer_*.safetensors")
@@ -148,7 +148,7 @@ class RunCheckpointer:
     def _write(self, path: Path, iteration: int, generators: list[Any]) -> None:
         mark, trainer = path.with_suffix(".json"), trainer_file(path)
         if mark.exists():
-            # Written again with other values, the files must not pass for the old checkpoint half-way.
+            # Half-way through being overwritten, the files must not look like the old checkpoint.
             mark.unlink()
             sync_folder(self.folder)
         about = _about(self.stage, iteration, self.base, self.settings)
@@ -203,7 +203,7 @@ def keep_start(
     settings: Mapping[str, Any],
     record: Mapping[str, str],
 ) -> None:
-    """Keep in a run's folder what it starts from and does not train; called by the main process. Once is enough."""
+    """Save what a run starts from and does not train. The main process calls this; further calls do nothing."""
     folder = Path(folder) / START
     if tensors and newest_checkpoint(folder) is None:
         path = folder / "model_0000000.safetensors"
@@ -222,14 +222,14 @@ def _write_model(
     record: Mapping[str, str],
     beside: Sequence[Path] = (),
 ) -> None:
-    """A model file, and after it the JSON that makes it and what lies `beside` it a whole checkpoint."""
+    """Write a model file, and then the JSON that makes it and the files `beside` it a whole checkpoint."""
     write_safetensors(path, tensors, {"format": "pt", "visft": json.dumps(about), **record})
     sizes = {file.name: file.stat().st_size for file in (path, *beside)}
     write_json(path.with_suffix(".json"), {**about, "files": sizes})
 
 
 def generator_state() -> dict[str, Any]:
-    """The state of this process's global random generators: Python, numpy, torch on CPU and GPUs."""
+    """Return the state of this process's global random generators: Python, numpy, and torch on CPU and GPUs."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -240,7 +240,7 @@ def generator_state() -> dict[str, Any]:
 
 
 def set_generator_state(state: Mapping[str, Any]) -> None:
-    """Put back what `generator_state` returned."""
+    """Restore what `generator_state` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -254,7 +254,7 @@ def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     inverse.
 
     Raises:
-        TypeError: an object that is no container, tensor, number, string, bool or None.
+        TypeError: an object is not a container, tensor, number, string, bool or None.
     """
     if isinstance(tree, Tensor):
         name = f"{len(tensors):06d}"

@@ -1,13 +1,13 @@
-"""What lies in a run's folder: which checkpoints of a stage are whole, and what a file says of itself.
+"""The files in a run's folder: which checkpoints of a stage are whole, and what their headers say.
 
 A checkpoint of iteration i is three files in the stage's folder:
 
     trainer_i.safetensors   optimizer, scheduler, gradient scaler and random generators
     model_i.safetensors     the tensors that trained
-    model_i.json            what they are, on which base, and the sizes of both files: with it the checkpoint is whole
+    model_i.json            stage, base, and the sizes of both files; with it the checkpoint is whole
 
-What a run starts from and none of its stages trains, such as the heads of HEAD_FILES where stage `lora` alone runs, is
-in `start/model_0000000.safetensors`, with its JSON.
+Tensors that a run starts from and does not train, such as the heads of HEAD_FILES if only stage `lora` runs, are in
+`start/model_0000000.safetensors`, with its JSON.
 """
 
 import json
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 STAGES = ("heads", "lora")
 START = "start"
 PARTS = (START, *STAGES)
-"""The folders of a run whose newest checkpoints make up its model, each adding to those before it."""
+"""The folders whose newest checkpoints make up a run's model. Each adds to the ones before it."""
 _NAME = re.compile(r"model_(\d{7,})\.json")
 
 
 def describe_base(base: Any) -> dict[str, Any] | None:
-    """What names a base (`BaseTower`) in a file: architecture, tag or file, SHA-256; None for an unknown base."""
+    """Describe a base (`BaseTower`) for a header: architecture, tag or file, SHA-256. None: the base is unknown."""
     if base is None:
         return None
     return {"name": base.name, "pretrained": base.pretrained, "sha256": base.sha256}
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint says of itself (stage, iteration, base, settings); `{}` for files not ours."""
+    """Return the header of a checkpoint (stage, iteration, base, settings); `{}` for foreign files."""
     try:
         return json.loads(read_metadata(path).get("visft", "{}"))
     except ValueError:
@@ -45,7 +45,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint's model file in a stage's folder, or None; broken ones are logged."""
+    """Return the model file of the newest whole checkpoint in a stage's folder, or None. Broken ones are logged."""
     for mark in marks(folder):
         fault = _fault(mark)
         if fault is None:
@@ -55,11 +55,11 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
 
 
 def run_files(path: str | os.PathLike) -> list[Path]:
-    """The model files that make up a run's model, in the order in which they are loaded.
+    """Return the model files that make up a run's model, in loading order.
 
     Args:
-        path: a run's OUTPUT_DIR; a stage's folder; or a weight file. With a stage's come those of the earlier parts of
-            the run that lie beside its folder: LoRA alone is no model.
+        path: a run's OUTPUT_DIR; a stage's folder; or a weight file. A stage's files come
+            with those of earlier stages beside its folder, because LoRA alone is not a model.
 
     Raises:
         CheckpointError: a folder without a whole checkpoint.
@@ -85,23 +85,23 @@ def run_files(path: str | os.PathLike) -> list[Path]:
 
 
 def marks(folder: str | os.PathLike) -> list[Path]:
-    """The JSON files of a folder's checkpoints, newest first."""
+    """Return the JSON files of a folder's checkpoints, newest first."""
     found = [mark for mark in Path(folder).glob("model_*.json") if _NAME.fullmatch(mark.name)]
     return sorted(found, key=iteration_of, reverse=True)
 
 
 def iteration_of(mark: Path) -> int:
-    """How many iterations a checkpoint had completed, from the name of its JSON file."""
+    """Return the number of completed iterations of a checkpoint, from the name of its JSON file."""
     return int(_NAME.fullmatch(mark.name).group(1))
 
 
 def trainer_file(path: Path) -> Path:
-    """The trainer's state beside a model file."""
+    """Return the file of the trainer's state beside a model file."""
     return path.with_name("trainer_" + path.name.removeprefix("model_"))
 
 
 def _fault(mark: Path) -> str | None:
-    """Why a checkpoint is not whole; None: it is."""
+    """Return the reason why a checkpoint is not whole. None: it is whole."""
     try:
         about = read_json(mark)
         for name, size in about["files"].items():

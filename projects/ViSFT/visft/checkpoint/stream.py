@@ -1,7 +1,7 @@
-"""A base's weight file read a piece at a time: its tensors, their names in open_clip, and a CLIP built of them.
+"""Reads a base's weight file in pieces: its tensors, their names in open_clip, and a CLIP built from them.
 
-open_clip draws random weights, reads the whole file beside them and copies. That is twice the model, text tower
-included, for which towers of billions of parameters leave no room.
+open_clip draws random weights, reads the whole file and copies. This needs memory for twice the model, text encoder
+included, which is too much for towers with billions of parameters.
 
 A safetensors file is read a chunk at a time. A PyTorch file is memory-mapped, and mapped anew every so often, which
 gives the pages that were touched back to the system. Processes of one machine share its cache of the file, so it is
@@ -25,20 +25,20 @@ from visft.checkpoint.files import Lazy, local_path, map_tensors, safetensors_st
 from visft.errors import CheckpointError
 
 CHUNK = 8 << 20
-"""Bytes that are read of a tensor at a time."""
+"""Bytes that are read at a time."""
 
 REMAP = 32 << 20
-"""Bytes read of a mapped file after which it is mapped anew."""
+"""Bytes read from a mapped file before it is mapped anew."""
 
 
 class TensorFile:
-    """Tensors of a safetensors or PyTorch file by name, read when asked for.
+    """Tensors of a safetensors or PyTorch file, by name, read when they are used.
 
-    What is older than PyTorch's zip archives cannot be mapped and lies in memory as a whole.
+    PyTorch files older than its zip format cannot be mapped. They are in memory as a whole.
 
     Attributes:
         path: the file.
-        mapped: its tensors, memory-mapped; other ones after each mapping.
+        mapped: its tensors, memory-mapped. Each new mapping replaces them.
 
     Raises:
         CheckpointError: as `files.read_tensors`.
@@ -48,18 +48,18 @@ class TensorFile:
         self.path = path
         self.mapped: dict[str, Tensor] = map_tensors(path)
         self._starts = safetensors_starts(path)
-        # One for all parts: memory for each, freed between other objects, would stay in pieces.
+        # One buffer for all parts: freed between other objects, one for each would fragment the memory.
         self._buffer = torch.empty(CHUNK if self._starts else 0, dtype=torch.uint8)
         self._touched = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By name."""
+        """Return the shapes by name."""
         return {name: tuple(tensor.shape) for name, tensor in self.mapped.items()}
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor's values in order, row by row: flat, about `CHUNK` bytes at a time.
+        """Yield a tensor's values in order, flat, about `CHUNK` bytes at a time.
 
-        A part is there until the next one of the file is asked for.
+        A part is valid until the next part of this file is read.
         """
         if name in self._starts:
             yield from self._read(name)
@@ -67,7 +67,7 @@ class TensorFile:
         size, step = self.mapped[name].numel(), max(1, CHUNK // self.mapped[name].itemsize)
         for start in range(0, size, step):
             if self._touched > REMAP:
-                self.mapped.clear()  # before the new mapping, so that never two are there
+                self.mapped.clear()  # before the new mapping, so that there are never two
                 self.mapped, self._touched = map_tensors(self.path, quiet=True), 0
             # A transposed or cut-out view is copied, which is rare in weight files.
             self.mapped[name] = self.mapped[name].contiguous()
@@ -83,7 +83,7 @@ class TensorFile:
             part = self._buffer[: min(step, end - place)]
             with open(
                 local_path(self.path), "rb"
-            ) as file:  # by itself for each part: a consumer may stop at any
+            ) as file:  # opened for each part, because a consumer may stop at any
                 file.seek(place)
                 if file.readinto(part.numpy()) < len(part):
                     raise CheckpointError(
@@ -93,11 +93,11 @@ class TensorFile:
             yield part.view(tensor.dtype)
 
     def lazy(self, name: str, shape: tuple[int, ...]) -> Lazy:
-        """A tensor as it is written to another file; `shape` has as many elements."""
+        """Return a tensor for another file. `shape` must have as many elements."""
         return Lazy(self.mapped[name].dtype, tuple(shape), lambda: self.parts(name))
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Fill `out`, of as many elements and any type and device, with a tensor's values; returns `out`."""
+        """Fill and return `out`, a tensor of as many elements, of any type and device."""
         flat, start = out.view(-1), 0
         for part in self.parts(name):
             flat[start : start + len(part)].copy_(part)
@@ -110,7 +110,7 @@ class TensorFile:
 
 OPEN_CLIP, EVA_CLIP, BARE = "open_clip", "EVA-CLIP", "bare tower"
 
-# Below the tower, where EVA-CLIP's names differ from timm's, which open_clip takes the tower from.
+# EVA-CLIP's names in the tower that differ from timm's, which open_clip uses.
 _INNER = (
     (re.compile(r"\.mlp\.w1\."), ".mlp.fc1_g."),
     (re.compile(r"\.mlp\.w2\."), ".mlp.fc1_x."),
@@ -125,7 +125,7 @@ _OUTSIDE_BLOCKS = ("cls_token", "pos_embed", "patch_embed.", "norm.", "fc_norm."
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """Whose names they are; None: nobody's that is known here."""
+    """Return whose names these are. None: unknown."""
     names = list(names)
     if any(name.startswith(("visual.trunk.", "visual.transformer.", "visual.conv1.")) for name in names):
         return OPEN_CLIP
@@ -135,15 +135,15 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 
 def to_open_clip(names: Collection[str], expected: Collection[str], what: str) -> dict[str, str]:
-    """The names of a base's file by open_clip's names, without those that open_clip computes itself.
+    """Return the names in a base's file by open_clip's names, without tensors that open_clip computes itself.
 
     Args:
         names: in the file.
-        expected: all names of open_clip's model; they decide where the text tower lies.
+        expected: all names of open_clip's model. They show where its text encoder is.
         what: the file, for messages.
 
     Raises:
-        CheckpointError: no tower is in the file, or two of its names become the same.
+        CheckpointError: the file has no tower, or two of its names become the same.
     """
     kind = kind_of(names)
     if kind is None:
@@ -186,19 +186,19 @@ def check_names(
     architecture: str,
     optional: Collection[str] = (),
 ) -> None:
-    """Compare a base with an architecture, all names and shapes.
+    """Compare all names and shapes of a base with an architecture.
 
     Args:
-        sources: as `to_open_clip` gives them.
+        sources: from `to_open_clip`.
         found: shapes by the file's names.
         expected: shapes by open_clip's names.
         optional: open_clip's names that may be missing.
 
     Raises:
-        CheckpointError: a tensor has another shape, is missing, or has no place; the message names it.
+        CheckpointError: names the tensor that has another shape, is missing, or has no place.
     """
     hint = f"give the weights of {architecture}, or name the base's architecture in MODEL.CLIP_VIT.NAME."
-    # The tower before the text tower, in the architecture's order.
+    # The tower before the text encoder, in the architecture's order.
     for target in sorted(expected, key=lambda name: not name.startswith("visual.")):
         source = sources.get(target)
         if source is not None and not _alike(found[source], expected[target]):
@@ -219,7 +219,7 @@ def check_names(
 
 
 def _alike(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
-    # A scale is stored with and without a dimension.
+    # Some files store a scale with a dimension, some without.
     return left == right or {left, right} == {(), (1,)}
 
 
@@ -227,14 +227,14 @@ def _alike(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
 
 
 def build(described: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A CLIP whose parameters are on `meta` and whose buffers, rotary tables and masks among them, are real.
+    """Build a CLIP whose parameters are on `meta`, and whose buffers (rotary tables, masks...) are real.
 
-    torch's generator is left as open_clip's own construction leaves it: what is drawn afterwards (fresh heads, LoRA)
-    is the same whether weights are drawn or streamed.
+    It leaves torch's generator in the same state as open_clip's own construction. What is drawn afterwards (fresh
+    heads, LoRA) is therefore the same whether weights are drawn or streamed.
 
     Args:
-        described: the same CLIP with all on `meta`, as open_clip makes it: its class and preprocessing.
-        config: open_clip's description of the architecture.
+        described: the same CLIP by open_clip, all on `meta`. It gives class and preprocessing.
+        config: of the architecture, from open_clip.
     """
     config = copy.deepcopy(dict(config))
     config.pop("custom_text", None)
@@ -257,22 +257,21 @@ def load(
     wanted: Callable[[str], bool] = lambda name: True,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Give a CLIP of `build` the weights of a file, one at a time.
+    """Load the weights of a file into a CLIP from `build`, one at a time.
 
-    The whole file is compared with the whole model, by names and shapes; values are read of the wanted parameters
-    alone. Their types are the model's.
+    All names and shapes are compared. Values are read only of the wanted parameters, in the model's types.
 
     Args:
-        path: a complete CLIP under open_clip's or EVA-CLIP's names, or another's that open_clip converts; safetensors
-            or PyTorch's.
+        path: a whole CLIP with names of open_clip or EVA-CLIP, or others that open_clip converts, as safetensors or a
+            PyTorch file.
         name: of the architecture, for messages.
-        seen: makes of the file's tensors what open_clip reads; not asked about EVA-CLIP's.
+        seen: converts the file's tensors to what open_clip reads. Not used for EVA-CLIP's.
         wanted: whether a parameter is to be loaded; the others stay on `meta`.
         device: where the loaded parameters go.
 
     Raises:
-        CheckpointError: the file is broken, or of EVA-CLIP and does not fit.
-        RuntimeError: the file does not fit; open_clip's own.
+        CheckpointError: the file is broken, or it is EVA-CLIP's and does not fit.
+        RuntimeError: the file does not fit (raised by open_clip).
     """
     made: dict[int, nn.Parameter] = {}
     file = TensorFile(path)
@@ -284,7 +283,7 @@ def load(
         old = module._parameters.get(leaf)
         if not wanted(target) or leaf not in {**module._parameters, **module._buffers}:
             continue
-        if old is not None and id(old) in made:  # one parameter under two names
+        if old is not None and id(old) in made:  # one parameter with two names
             module._parameters[leaf] = made[id(old)]
             continue
         if old is None:
@@ -299,7 +298,7 @@ def load(
 
 
 def _by_name(clip: nn.Module, file: TensorFile, name: str) -> dict[str, str]:
-    """The file's names by the model's, of EVA-CLIP's files, which open_clip does not load."""
+    """Return the names in an EVA-CLIP file, which open_clip does not load, by the model's names."""
     expected = {n: tuple(t.shape) for n, t in clip.state_dict().items()}
     sources = to_open_clip(file.mapped, expected, str(file.path))
     check_names(sources, file.shapes(), expected, str(file.path), name)
@@ -309,10 +308,10 @@ def _by_name(clip: nn.Module, file: TensorFile, name: str) -> dict[str, str]:
 def _by_open_clip(
     clip: nn.Module, file: TensorFile, seen: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, str | Tensor]:
-    """By the model's names, the file's name of each tensor, or the tensor where open_clip makes another of it.
+    """Return for each of the model's names the name in the file, or a tensor if open_clip converts it.
 
-    open_clip loads the mapped tensors into the model: it converts names and resizes what it does, and complains where
-    they do not fit. Of values, parameters on `meta` take none.
+    open_clip loads the mapped tensors into the model, which converts names, resizes, and raises an error if they do not
+    fit. Parameters on `meta` take no values.
     """
     factory, found = importlib.import_module("open_clip.factory"), {}
     origin = {_place(tensor): source for source, tensor in file.mapped.items() if tensor.numel()}
@@ -339,11 +338,13 @@ def _place(tensor: Tensor) -> tuple:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters go to `meta` as modules take them; what is computed from none of them stays real."""
+    """Move parameters to `meta` when modules register them. Other tensors stay real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # else taken before: it is one for both names
+        if (
+            parameter is not None and not parameter.is_meta
+        ):  # otherwise it was registered before, under another name
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
@@ -355,11 +356,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 class _Draws(TorchDispatchMode):
-    """Random numbers for tensors on `meta` are drawn all the same, and thrown away."""
+    """Draws the random numbers for tensors on `meta`, too, and discards them."""
 
     def __init__(self) -> None:
         super().__init__()
-        # One for all: memory for each, freed between the model's own small objects, would stay in pieces.
+        # One buffer for all: freed between the model's small objects, one for each would fragment the memory.
         self._space = torch.empty(0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,7 +1,7 @@
-"""A tuned tower written for others: for open_clip, timm, transformers, onnxruntime and peft, and LoRA alone.
+"""Exports of a tuned tower: for open_clip, timm, transformers, onnxruntime and peft, and of LoRA alone.
 
-Every export is written aside, reopened by its reader in a fresh process and compared, and only then takes its place.
-The model is never changed.
+Every export is written to a temporary file, reopened by its library in a fresh process and compared. Only then does it
+get its name. The model is never changed.
 """
 
 import functools
@@ -31,20 +31,20 @@ lora = lora_file.write
 
 
 def _anything(visual: nn.Module) -> None:
-    """Fits every tower."""
+    """Accept every tower."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """An export by name.
+    """An export format.
 
     Attributes:
         write: `write(model, path, *, base=None, interpolate=1.0, facts=None)`, which returns the path.
-        file_name: what a run calls it below `OUTPUT_DIR/export`.
-        suffixes: how the path may end; `""` where it is a folder.
-        packages: what must be installed beside visft's own requirements.
-        fits: raises ExportError for a tower, on the device `meta` too, that the format has no place for.
-        needs_lora: whether there must be LoRA in the model.
+        file_name: its name below `OUTPUT_DIR/export` in a run.
+        suffixes: valid suffixes of the path; `""`: it is a folder.
+        packages: packages needed beyond visft's own requirements.
+        fits: raises ExportError for a tower that the format cannot hold. The tower may be on `meta`.
+        needs_lora: whether the model must have LoRA.
     """
 
     write: Callable[..., Path]
@@ -81,14 +81,14 @@ FORMATS = {
 
 
 def check(name: str, visual: nn.Module) -> None:
-    """Say before long work what would make an export fail at its end.
+    """Check, before long work, for what would make an export fail at its end.
 
     Args:
         name: of `FORMATS`.
-        visual: the tower; weights do not matter (they may be on `meta`).
+        visual: the tower. Its weights do not matter; they may be on `meta`.
 
     Raises:
-        ExportError: a package is missing, or the format has no place for such a tower.
+        ExportError: a package is missing, or the format cannot hold such a tower.
     """
     place.require(name, *FORMATS[name].packages)
     FORMATS[name].fits(visual)

@@ -1,4 +1,4 @@
-"""The CLIP that an export takes all but the tuned tower from, and which architecture of open_clip it is."""
+"""The base CLIP of an export, which supplies everything but the tuned tower, and its architecture in open_clip."""
 
 import os
 from typing import Any
@@ -13,13 +13,13 @@ from visft.modeling.backbone import CLIPViT, open_clip_models
 def whole_clip(
     model: CLIPViT, base: nn.Module | str | os.PathLike | None
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The whole base, open_clip's name of its architecture, and open_clip's description of it.
+    """Return the whole base, the name of its architecture in open_clip, and open_clip's config of it.
 
     Args:
-        base: an open_clip model, a file or a tag; None: what `from_open_clip` remembers.
+        base: an open_clip model, a file or a tag. None: the one that `from_open_clip` recorded.
 
     Raises:
-        ExportError: there is none, it is no whole CLIP, or no architecture that open_clip knows.
+        ExportError: there is no base, or it is not a whole CLIP of an architecture that open_clip knows.
     """
     name = model.base.name if model.base is not None else None
     if base is None:
@@ -48,22 +48,22 @@ def whole_clip(
 
 
 def named_tower(tower: nn.Module) -> str | None:
-    """An architecture of open_clip whose vision tower is like this one, or None."""
+    """Return the name of an open_clip architecture with a vision tower like this one, or None."""
     return next((n for n in _names(tower) if alike(open_clip_models.meta_tower(n), tower)), None)
 
 
 def alike(left: nn.Module, right: nn.Module) -> bool:
-    """Whether two modules have the same parts, shapes and settings, whatever their weights."""
+    """Whether two modules have the same submodules, shapes and settings. Weights do not matter."""
     return _shapes(left) == _shapes(right) and _kinds(left) == _kinds(right)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor's name is that of LoRA."""
+    """Whether this is the name of a LoRA tensor."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
 def _built(model: CLIPViT, base: str, name: str | None) -> tuple[nn.Module, str]:
-    """A CLIP from a tag or file, of the model's architecture; where that is unknown, of one that has such a tower."""
+    """Build a CLIP from a tag or file: of the model's architecture or, if unknown, of one with such a tower."""
     names = (
         [name]
         if name
@@ -79,7 +79,7 @@ def _built(model: CLIPViT, base: str, name: str | None) -> tuple[nn.Module, str]
 
 
 def _names(tower: nn.Module) -> list[str]:
-    """Architectures that may have this tower, by the sizes in their configuration: cheap to ask of all."""
+    """Architectures that may have this tower, judged by the sizes in their configs, which is cheap."""
     module, names = open_clip_models.open_clip(), []
     trunk = getattr(tower, "trunk", tower)
     timm_name = (getattr(trunk, "default_cfg", None) or {}).get("architecture")
@@ -97,7 +97,7 @@ def _names(tower: nn.Module) -> list[str]:
 
 
 def _fits(name: str, clip: nn.Module) -> bool:
-    """Whether an architecture is that of a CLIP, by its configuration and all names and shapes."""
+    """Whether a CLIP has this architecture, judged by the config and by all names and shapes."""
     module = open_clip_models.open_clip()
     config = module.get_model_config(name)
     if config["embed_dim"] != _embed_dim(clip) or "hf_model_name" in config["text_cfg"]:
@@ -121,11 +121,11 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _kinds(module: nn.Module) -> dict[str, Any]:
-    """Classes and plain settings of all submodules: what shapes do not tell (activations, pooling, image size)."""
+    """Classes and plain settings of all submodules, which shapes do not show (activations, pooling, image size)."""
     plain = (bool, int, float, str, tuple, type(None))
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
-        # Dropout of any kind does nothing in a tower that is evaluated.
+        # Dropout of any kind has no effect in evaluation mode.
         if ".lora" not in f".{name}" and "drop" not in name.rpartition(".")[2]:
             settings = {k: v for k, v in vars(part).items() if isinstance(v, plain) and k[0] != "_"}
             for changing in ("training", "image_mean", "image_std", "output_dict"):

@@ -12,12 +12,12 @@ MARK = "<!-- Written by visft with the weights; a card without this line is neve
 
 @dataclass(frozen=True)
 class Facts:
-    """What an export's card says of how the weights came to be; what is not known is said to be so.
+    """What a model card says about the origin of the weights. The card says what is unknown.
 
     Attributes:
-        data: names of the data sets that tuned the tower.
-        command: the command line that wrote the export.
-        figures: by step ("start", "lora", ...), a metric's name and its value, as the run measured them.
+        data: names of the data sets that the tower was tuned on.
+        command: the command line of the export.
+        figures: metrics as the run measured them, by step ("start", "lora", ...).
         run: the run's folder or the LoRA file.
     """
 
@@ -28,13 +28,13 @@ class Facts:
 
 
 def text(source: Source, facts: Facts, check: str, *, library: str, content: str, use: str) -> str:
-    """The card, in Markdown.
+    """Return the card, as Markdown.
 
     Args:
-        check: a sentence that says how the export was checked.
-        library: the Hub's name of the library that loads the export.
-        content: a phrase that says what the export holds.
-        use: Python that loads it.
+        check: a phrase that says how the export was checked.
+        library: the library that loads the export, by its name on the Hub.
+        content: a phrase that says what is in the export.
+        use: Python code that loads it.
     """
     base = source.model.base
     weights = "unknown (the model was made of a bare tower)"
@@ -117,7 +117,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A table with a column for each step of the run; none are made up."""
+    """Return a table with a column for each step of the run."""
     steps = [step for step, values in figures.items() if values]
     if not steps:
         return ["None were measured with this export."]

@@ -1,4 +1,4 @@
-"""Hugging Face: a folder that transformers' CLIP or SigLIP classes load."""
+"""Hugging Face: a folder that the CLIP or SigLIP classes of transformers load."""
 
 import os
 import re
@@ -34,12 +34,12 @@ _SIGLIP = {
     r"^attn_pool\.norm\b": "head.layernorm",
     r"^attn_pool\.mlp\b": "head.mlp",
 }
-"""Names of timm's VisionTransformer to those of transformers' SigLIP, one after the other."""
+"""Replacements, in this order, that turn timm's VisionTransformer names into names of SigLIP in transformers."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A model of transformers: `classes` that load it (the first is its own), configuration and tensors."""
+    """A transformers model: the `classes` that load it (the first is its own), config and tensors."""
 
     classes: tuple[str, ...]
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class Converted:
 
     @property
     def has_text(self) -> bool:
-        """Whether the text tower is in it."""
+        """Whether it includes the text encoder."""
         return "text_config" in self.config
 
 
@@ -59,7 +59,7 @@ def write(
     interpolate: float = 1.0,
     facts: card.Facts | None = None,
 ) -> Path:
-    """Write a folder that `from_pretrained` of transformers loads: configuration, weights, preprocessing, model card.
+    """Write a folder for `from_pretrained` of transformers: config, weights, preprocessing and model card.
 
     open_clip's own towers become a `CLIPModel` (which `CLIPVisionModelWithProjection` loads too), SigLIP's a
     `SiglipModel`, each with the base's text tower. Without a base, or where transformers lacks such a text tower, it is
@@ -71,8 +71,8 @@ def write(
         base: as `export.open_clip`; may be missing for a bare tower.
 
     Raises:
-        ExportError: transformers has no such tower (EVA, CoCa, PE-Core...), or it, in a process of its own, does not
-            load the folder, computes other embeddings or prepares images otherwise.
+        ExportError: transformers has no such tower (EVA, CoCa, PE-Core...). Or transformers, in a fresh process, cannot
+            load the folder, computes other embeddings or prepares images differently.
     """
     path = place.folder(path)
     place.require("hf", "transformers")
@@ -99,10 +99,10 @@ def write(
 
 
 def put_model(folder: Path, source: Source, converted: Converted) -> None:
-    """Write a model's files into a new folder.
+    """Write the files of a model into a new folder.
 
     Raises:
-        ExportError: images are prepared in a way that transformers lacks.
+        ExportError: transformers cannot prepare images this way.
     """
     folder.mkdir()
     write_safetensors(folder / WEIGHTS, converted.tensors, {"format": "pt"})
@@ -117,7 +117,7 @@ def _put_rest(folder: Path, source: Source, converted: Converted) -> None:
 
 
 def fits(visual: nn.Module) -> None:
-    """Raise ExportError, with the reason, unless transformers has such a tower; weights do not matter."""
+    """Raise ExportError, with the reason, unless transformers has such a tower. Weights do not matter."""
     reason = _clip_lacks(visual) if hasattr(visual, "transformer") else _siglip_lacks(visual)
     if reason:
         raise ExportError(
@@ -127,7 +127,7 @@ def fits(visual: nn.Module) -> None:
 
 
 def convert(source: Source) -> Converted:
-    """The tower, with the base's text tower where there is one that fits, as transformers has them.
+    """The tower, with the base's text encoder if it fits, in the layout of transformers.
 
     Raises:
         ExportError: as `fits`.
@@ -154,7 +154,8 @@ def convert(source: Source) -> Converted:
 
 
 def layer_scales(state: dict[str, Tensor], block: int) -> tuple[Tensor | None, Tensor | None]:
-    """LayerScale after attention and MLP of an open_clip block; transformers' CLIP has none, so weights take it in."""
+    """Return the LayerScale after attention and MLP of an open_clip block. CLIP in transformers has none, so it is
+    multiplied into the weights."""
     name = f"transformer.resblocks.{block}"
     return state.get(f"{name}.ls_1.gamma"), state.get(f"{name}.ls_2.gamma")
 
@@ -184,7 +185,7 @@ def _processor(source: Source, converted: Converted) -> dict[str, Any]:
     if clip:
         found |= {"do_center_crop": mode == "shortest", "crop_size": squash}
     elif mode == "shortest":
-        # SigLIP's own processor cannot cut.
+        # SigLIP's own processor cannot crop.
         found |= {
             "image_processor_type": "CLIPImageProcessor",
             "do_center_crop": True,
@@ -292,7 +293,7 @@ def _siglip_vision(visual: nn.Module, state: dict[str, Tensor]) -> tuple[dict[st
 
 
 def _siglip_name(name: str) -> str:
-    """transformers' name of a tensor of timm's trunk."""
+    """Return the name in transformers of a tensor of timm's trunk."""
     for old, new in _SIGLIP.items():
         name = re.sub(old, new, name)
     return name

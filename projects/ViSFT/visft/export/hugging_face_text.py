@@ -1,4 +1,4 @@
-"""The base's text tower and tokenizer as transformers has them, where it has them."""
+"""The base's text encoder and tokenizer in the layout of transformers, if it has such."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,18 @@ from visft.export.timm_file import activation
 _SENTENCES = ("a photo of a cat", "Two dogs, left of a banana!")
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _VOCABULARY = 49408
-"""Of OpenAI's byte-pair encoding, which open_clip brings and transformers' CLIPTokenizer reads."""
+"""Files of OpenAI's byte-pair encoding, which open_clip includes and CLIPTokenizer of transformers reads."""
 
 
 def convert(kind: str, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Configuration and tensors of a base's text tower, with projection, scale and bias.
+    """Return config and tensors of a base's text encoder, with projection, scale and bias.
 
     Args:
         kind: `clip` or `siglip`.
         model: the base.
 
     Returns:
-        None where there is no base, or transformers has no such text tower.
+        None if there is no base, or transformers has no such text encoder.
     """
     text = getattr(model, "text", model)
     if not hasattr(text, "token_embedding") or not _plain(text):
@@ -54,7 +54,7 @@ def convert(kind: str, model: nn.Module | None) -> tuple[dict[str, Any], dict[st
         "layer_norm_eps": text.ln_final.eps,
     }
     if kind == "clip":
-        # The end of a text is the largest id, which open_clip looks for; its tokenizer's start is the one before.
+        # open_clip takes the largest id as the end of a text; the id before it is the start token of its tokenizer.
         end = config["vocab_size"] - 1
         config |= {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
         config["projection_dim"] = projection.shape[1]
@@ -70,7 +70,7 @@ def _beside(name: str) -> bool:
 
 
 def put_tokenizer(folder: Path, source: Source) -> None:
-    """Write OpenAI's tokenizer where the base uses it; other bases name theirs in their own description."""
+    """Write OpenAI's tokenizer if the base uses it. Other bases name theirs in their own config."""
     from open_clip.tokenizer import SimpleTokenizer
 
     if not _has_tokenizer(source):
@@ -96,7 +96,7 @@ def put_tokenizer(folder: Path, source: Source) -> None:
 
 
 def sentences(source: Source, has_text: bool) -> dict[str, Any]:
-    """Two sentences and their tokens by open_clip's tokenizer, for the reader to compare; {} without a tokenizer."""
+    """Return two sentences and their tokens, for the reader to compare; {} without a tokenizer of open_clip."""
     if not (has_text and _has_tokenizer(source)):
         return {}
     tokens = open_clip_models.open_clip().get_tokenizer(source.name)(list(_SENTENCES))

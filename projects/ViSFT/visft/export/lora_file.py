@@ -1,4 +1,4 @@
-"""LoRA alone: our layout, the authors', and (in `peft_folder`) peft's."""
+"""Exports of LoRA alone: in our layout, in the authors', and (in `peft_folder`) in peft's."""
 
 import json
 import os
@@ -28,17 +28,17 @@ def write(
     interpolate: float = 1.0,
     facts: card.Facts | None = None,
 ) -> Path:
-    """Write LoRA alone.
+    """Write only LoRA.
 
     Args:
-        model: with LoRA, merged or not. It is left as it is.
-        path: `.safetensors`; for the authors' layout also `.pt`, which their code reads; for peft a folder.
-        base: the whole CLIP, as for `export.open_clip`; asked for by peft's layout alone.
+        model: with LoRA, merged or not. It is not changed.
+        path: `.safetensors`; for the authors' layout also `.pt`, which their code reads. For peft, a folder.
+        base: the whole CLIP, as for `export.open_clip`. Only peft's layout needs it.
         layout: `visft`: our names, with rank, alpha and base in the header. `authors`: q and v of every block under the
             released files' names, scaled so that the factor 1 / rank of their code is right. `peft`: an adapter folder
             for the tower in transformers.
         interpolate: a factor on the update.
-        facts: what the model card says of how the weights came to be.
+        facts: what the model card says about the origin of the weights.
 
     Returns:
         The path.
@@ -78,7 +78,7 @@ def write(
 
 
 def _described(model: CLIPViT, layout: str, path: Path) -> tuple[str, str, dict[str, str]]:
-    """What the card says of content and use, and the file's metadata."""
+    """Return what the card says about content and use, and the metadata of the file."""
     merging = (
         f"# merged into the base's weights, on the command line:\n# tools/export_backbone.py --weights {path.name} "
         "--format open_clip --output tower.safetensors MODEL.CLIP_VIT.PRETRAINED BASE\n"

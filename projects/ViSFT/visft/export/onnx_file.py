@@ -1,4 +1,4 @@
-"""ONNX: images in, CLIP embedding out, any batch size; checked by onnxruntime."""
+"""ONNX: a graph from images to CLIP embeddings, for any batch size, checked by onnxruntime."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ _LARGE = 1_500_000_000  # bytes; one ONNX file may hold 2 GB
 
 
 class _Embedding(nn.Module):
-    """A tower's own forward without what some return beside the embedding."""
+    """The forward pass of a tower that returns only the embedding."""
 
     def __init__(self, visual: nn.Module):
         super().__init__()
@@ -45,8 +45,8 @@ def write(
 ) -> Path:
     """Write the image embedding as an ONNX graph: `images` `[batch, 3, h, w]`, normalised, to `embedding` `[batch, D]`.
 
-    `h` and `w` are the tower's native size, `batch` is free. Preprocessing is in the file's metadata, as JSON under
-    `preprocess`. Weights of 1.5 GB and more lie beside the graph in `PATH.data`.
+    `h` and `w` are the tower's native size; `batch` is dynamic. Preprocessing is in the file's metadata, as JSON under
+    `preprocess`. Weights of 1.5 GB and more are in `PATH.data` beside the graph.
 
     Args:
         model, path, base, interpolate, facts: as `export.safetensors`; the path ends in `.onnx`.
@@ -76,7 +76,7 @@ def _export(source: Source, path: Path) -> None:
     tower = copy.deepcopy(source.visual).cpu().float()
     tower.load_state_dict(
         source.state, strict=False
-    )  # adapters of LoRA, which the tower's own forward does not ask
+    )  # LoRA adapters, which the tower's own forward pass does not use
     size = sum(tensor.numel() * tensor.element_size() for tensor in source.state.values())
     example = torch.zeros(2, 3, *source.preprocess["size"])
     try:

@@ -1,4 +1,4 @@
-"""open_clip: the complete CLIP in one safetensors file, its configuration beside it."""
+"""open_clip: the whole CLIP in one safetensors file, with its config beside it."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ def write(
     interpolate: float = 1.0,
     facts: card.Facts | None = None,
 ) -> Path:
-    """Write the complete CLIP, its vision tower tuned, as one safetensors file that open_clip loads by its path.
+    """Write the whole CLIP, with the tuned vision tower, as one safetensors file that open_clip loads by its path.
 
     `open_clip_config.json` is written beside it, so that `open_clip.create_model("local-dir:FOLDER")` needs no name,
     and a model card under the file's name. The text tower and all else is the base's. Patch and position embedding have
@@ -30,11 +30,11 @@ def write(
     weights.
 
     Args:
-        model: with LoRA, merged or not, or without. It is left as it is.
-        path: ends in `.safetensors`. What is there is replaced after the check alone.
-        base: the whole CLIP: an open_clip model, a file, or a tag. None: what `from_open_clip` remembers.
-        interpolate: 1 is the tuned tower, 0 the base's, in between a mixture of the weights (arXiv:2109.01903).
-        facts: what the model card says of how the weights came to be.
+        model: with LoRA, merged or not, or without LoRA. It is not changed.
+        path: ends in `.safetensors`. An existing file is replaced only after the check.
+        base: the whole CLIP: an open_clip model, a file, or a tag. None: the one that `from_open_clip` recorded.
+        interpolate: 1: the tuned weights, 0: the base's; values between mix the weights (arXiv:2109.01903).
+        facts: what the model card says about the origin of the weights.
 
     Returns:
         The path.
@@ -53,7 +53,7 @@ def write(
 
 
 def plan(source: Source, path: Path) -> Export:
-    """What is written to a path."""
+    """Return what will be written to a path."""
     preprocess = {key: source.preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     return Export(
         reader="open_clip",

@@ -1,4 +1,4 @@
-"""peft: LoRA as an adapter folder over the tower in transformers."""
+"""peft: LoRA as an adapter folder for the tower in transformers."""
 
 import os
 import re
@@ -102,7 +102,7 @@ def _tensors(model: CLIPViT, state: dict[str, Tensor], interpolate: float) -> di
         up = interpolate * site.adapter.lora_B.detach().cpu().float()
         after_attention, after_mlp = hugging_face_folder.layer_scales(state, site.block)
         scale = {"proj": after_attention, "fc2": after_mlp}.get(key)
-        if scale is not None:  # within the weight in transformers, hence within its update
+        if scale is not None:  # part of the weight in transformers, and therefore of its update
             up = scale[:, None] * up
         name = f"base_model.model.{_LAYERS}{site.block}.{_MODULES[key]}"
         found[f"{name}.lora_A.weight"] = site.adapter.lora_A.detach().cpu().float()

@@ -1,4 +1,4 @@
-"""Where exports go: names are checked first, files come from a folder aside, and nothing of the user's is removed."""
+"""Paths of exports: names are checked first, files come from a temporary folder, and no file of the user is removed."""
 
 import importlib.util
 import json
@@ -13,14 +13,14 @@ from visft.export import card
 logger = logging.getLogger(__name__)
 
 _ORDER = {".data": 0, ".onnx": 1, ".pt": 1, ".safetensors": 1, ".md": 3}
-"""When a file takes its place, by its suffix: first what others need."""
+"""The order in which files get their names, by suffix: first those that others need."""
 
 
 def file(path: str | os.PathLike, *suffixes: str) -> Path:
-    """The path of a file to be written.
+    """Return the path of a file to be written.
 
     Raises:
-        ExportError: another ending, or a folder is there.
+        ExportError: the suffix is wrong, or the path is a folder.
     """
     path = Path(path)
     if path.suffix not in suffixes:
@@ -31,10 +31,10 @@ def file(path: str | os.PathLike, *suffixes: str) -> Path:
 
 
 def folder(path: str | os.PathLike) -> Path:
-    """The path of a folder to be written.
+    """Return the path of a folder to be written.
 
     Raises:
-        ExportError: a file is there.
+        ExportError: the path is a file.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -43,10 +43,10 @@ def folder(path: str | os.PathLike) -> Path:
 
 
 def refuse_other(path: Path, content: dict, key: str) -> None:
-    """Raise ExportError where a description of another model lies: it speaks for all weights beside it.
+    """Raise ExportError if the description of another model is there. It applies to all weights beside it.
 
     Args:
-        content: of the file as it will be.
+        content: the new content of the file.
         key: the part of it that tells models apart; "": all of it.
     """
     if not path.exists():
@@ -61,9 +61,9 @@ def refuse_other(path: Path, content: dict, key: str) -> None:
 
 
 def put_all(source: Path, target: Path) -> None:
-    """Give the files of a folder aside their names in `target`, the weights first, the card last.
+    """Move the files of a temporary folder to `target`, weights first and card last.
 
-    Other files there stay, and so does one with the card's name that is no card of ours.
+    Other files in `target` stay. A file with the card's name stays, too, unless it is one of our cards.
     """
     if not target.exists():
         os.replace(source, target)

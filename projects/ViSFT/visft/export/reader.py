@@ -1,8 +1,8 @@
-"""Run in a process of its own, which has no visft: load an export as its users do, and say what it computes.
+"""Loads an export as its users do, in a process without visft, and writes what it computes.
 
 Argument: a JSON file with `reader` (of `READERS`), `folder` and `file` of the export, `given` and `found` (tensor
-files), `photographs`, and what that reader alone must know. Of the given `pictures` and `texts` the embeddings are
-found, of the photographs the `pixels`. Where nothing is given, a loaded model is compared with the file, tensor by
+files), `photographs`, and what only that reader needs. The reader computes embeddings of the given `pictures` and
+`texts`, and `pixels` of the photographs. If nothing is given, it compares the loaded model with the file, tensor by
 tensor.
 """
 
@@ -32,7 +32,7 @@ def open_clip(task, given):
 
 
 def timm(task, given):
-    """In both of its ways."""
+    """Loaded in both ways that timm has."""
     import timm
 
     model = timm.create_model(task["name"], checkpoint_path=task["file"], **task["arguments"]).eval()
@@ -48,7 +48,7 @@ def timm(task, given):
 
 
 def safetensors(task, given):
-    """A vision tower's file, in open_clip's tower (`config`) or timm's (`name`, `arguments`)."""
+    """The file of a vision tower, loaded into open_clip's tower (`config`) or timm's (`name`, `arguments`)."""
     if not given:  # a bare tower may lack parts that the library has
         with safe_open(task["file"], framework="pt") as file:
             return {name: file.get_tensor(name).reshape(-1)[:1] for name in file.keys()}
@@ -71,7 +71,7 @@ def safetensors(task, given):
 
 
 def hugging_face(task, given):
-    """By each of the `classes`."""
+    """Loaded by each of the `classes`."""
     transformers, found = quiet_transformers(), {}
     for name in task["classes"]:
         loaded = getattr(transformers, name).from_pretrained(task["folder"], output_loading_info=True)
@@ -94,7 +94,7 @@ def hugging_face(task, given):
 
 
 def peft(task, given):
-    """An adapter over a model of transformers (`class`), which lies in the folder `base` beside it."""
+    """An adapter on a transformers model (`class`), which is in the folder `base` beside it."""
     import peft
 
     base = os.path.join(os.path.dirname(task["folder"]), "base")
@@ -110,7 +110,7 @@ def peft(task, given):
 
 
 def onnx(task, given):
-    """In batches of several sizes."""
+    """Run with batches of several sizes."""
     import onnx
     import onnxruntime
 
@@ -128,7 +128,7 @@ def onnx(task, given):
 
 
 def lora(task, given):
-    """Each update multiplied out, `<block>.<projection>`.
+    """Return the dense update of each `<block>.<projection>`.
 
     Of the `layout` `visft` there is one pair a projection, `scaling` given; of `authors` q lies above v in one pair,
     scaled by 1 / rank.
@@ -185,7 +185,7 @@ READERS = {
     "onnx": (onnx, "onnxruntime"),
     "lora": (lora, "torch"),
 }
-"""What reads an export, and the packages that it is told to have been read by."""
+"""Readers by name, each with the packages that its check is attributed to."""
 
 
 def main(path):

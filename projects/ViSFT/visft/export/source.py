@@ -1,4 +1,4 @@
-"""What every export starts from: the tuned tower's tensors in float32, the base beside it, and how images come in."""
+"""What every export starts from: the tuned tower's tensors in float32, the base, and the preprocessing of images."""
 
 import os
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ class Source:
     """A tower to be exported.
 
     Attributes:
-        model: the CLIPViT, which nothing here changes.
-        clip: the whole base; None where the format needs the tower alone.
-        visual: a module that computes the embedding from `state` by its own forward: the base's tower, or the model's.
-        name, config: open_clip's name and description of the base's architecture; None where unknown.
+        model: the CLIPViT. It is not changed.
+        clip: the whole base. None: the format needs only the tower.
+        visual: a module whose forward pass computes the embedding from `state`: the base's tower, or the model's.
+        name, config: of the base's architecture in open_clip. None: unknown.
         interpolate: 1: the tuned weights, 0: the base's.
-        preprocess: `size` `[h, w]`, `mean`, `std`, `interpolation`, `resize_mode` of images, as open_clip names them.
-        state: the tower's tensors under open_clip's names below `visual.`, LoRA in the weights.
-        outside: those of the whole base that are not the tower's.
+        preprocess: `size` `[h, w]`, `mean`, `std`, `interpolation`, `resize_mode` of images, in open_clip's terms.
+        state: the tower's tensors with LoRA merged, by open_clip's names below `visual.`.
+        outside: tensors of the whole base outside the tower.
     """
 
     model: CLIPViT
@@ -41,13 +41,13 @@ class Source:
     outside: dict[str, Tensor | Lazy] = field(default_factory=dict, repr=False)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """The embedding that a reader must find: the model's own, LoRA beside its weights where it is not merged.
+        """The embedding that a reader must find: that of the model itself, with its LoRA merged or not.
 
-        Of a mixture with the base, and where the model holds weights in 16 bits, that of `state` in the tower's own
-        forward; the latter is first compared with the model's.
+        For a mixture with the base, or if the model holds 16-bit weights, it is computed from `state` by the tower's
+        own forward pass. In the second case it is first compared with the model's.
 
         Raises:
-            ExportError: the model, in its lower precision, computes something else.
+            ExportError: the model, in its lower precision, computes another embedding.
         """
         low = bool(self.model.frozen_dtype)
         if self.interpolate == 1 and not low:
@@ -66,14 +66,14 @@ def resolve(
     *,
     whole: bool,
 ) -> Source:
-    """Find what an export needs.
+    """Collect what an export needs.
 
     Args:
-        base: as `base.whole_clip`.
-        whole: whether the format holds more than the tower. Else the base is built only where its weights are needed.
+        base: as in `base_clip.whole_clip`.
+        whole: whether the format holds more than the tower. If not, the base is built only if its weights are needed.
 
     Raises:
-        ExportError: no base where one is needed, a base of another architecture, an amount outside 0 to 1.
+        ExportError: a needed base is missing or of another architecture, or `interpolate` is outside 0 to 1.
     """
     if not 0 <= interpolate <= 1:
         raise ExportError(
@@ -99,7 +99,7 @@ def resolve(
 
 
 def untouched(model: CLIPViT, interpolate: float) -> Source:
-    """A source without tensors, for what is told of a tower alone."""
+    """Return a source without tensors, for descriptions of the tower."""
     name = model.base.name if model.base is not None else None
     preprocess = _preprocess(model, model.tower)
     return Source(model, None, model.tower, name, None, interpolate, preprocess)
@@ -123,7 +123,7 @@ def _state(model: CLIPViT, visual: nn.Module, interpolate: float) -> dict[str, T
 
 
 def tuned(model: CLIPViT, base: dict[str, Tensor], interpolate: float) -> Iterator[tuple[str, Tensor]]:
-    """The tower's tensors by name, LoRA in the weights, mixed with the base's (arXiv:2109.01903), one at a time.
+    """Yield the tower's tensors by name, with LoRA merged and mixed with the base's (arXiv:2109.01903).
 
     A weight that the model stores in lower precision (`FROZEN_DTYPE`) is taken from the base, to which LoRA's update is
     added in float32.
@@ -174,7 +174,7 @@ def _preprocess(model: CLIPViT, visual: nn.Module) -> dict[str, Any]:
         "resize_mode": known.get("resize_mode") or "shortest",
     }
     if found["resize_mode"] == "shortest" and found["size"][0] != found["size"][1]:
-        found["interpolation"] = "bicubic"  # as open_clip does, whatever is asked for
+        found["interpolation"] = "bicubic"  # as open_clip does
     for part in ("mean", "std"):
         if found[part] != list(getattr(model, part)):
             raise ExportError(

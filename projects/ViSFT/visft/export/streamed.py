@@ -1,7 +1,7 @@
-"""Merging LoRA into a base from file to file, without building the model: for towers larger than memory likes.
+"""Merges LoRA into a base from file to file, without building the model, for towers that barely fit into memory.
 
-Tensors go one by one from the base's file, LoRA added, to a file aside, are read back and compared, and only then the
-file takes its name.
+Each tensor is read from the base's file, gets its LoRA, and is written to a temporary file. The file is read back and
+compared before it gets its name.
 """
 
 import logging
@@ -28,32 +28,32 @@ from visft.utils import memory, progress
 logger = logging.getLogger(__name__)
 
 LARGE = 1 << 30
-"""Bytes of a base from which on our own LoRA takes this way; smaller models are built and compared by embeddings."""
+"""Bytes of a base above which our own LoRA is merged this way. Smaller models are built and compared by embeddings."""
 
 _TRUNK = "visual.trunk."
 _PLANS = {"open_clip": open_clip_file.plan, "timm": timm_file.plan, "safetensors": tower_file.plan}
-"""The formats that need no model: each is a renaming of the merged tensors."""
+"""Formats that need no model: they only rename the merged tensors."""
 _MAY_LACK = {"timm": ("head.",), "safetensors": ("head.", "norm.", "fc_norm.", "cls_token")}
-"""What a bare tower may lack in a format, by the beginnings of timm's names."""
+"""Tensors that a bare tower may lack in a format, by the beginnings of their names in timm."""
 
 
 def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The base's file where this way is to be taken, None where the model is to be built.
+    """Return the base's file if the export is to be streamed, or None if the model is to be built.
 
-    The authors' LoRA always goes this way; ours where the base is `LARGE` or has names that open_clip does not load.
+    The authors' LoRA is always streamed. Ours is if the base is `LARGE` or has names that open_clip does not load.
 
     Args:
-        shapes: of what is in the LoRA file or run.
+        shapes: of the tensors in the LoRA file or run.
 
     Raises:
-        ExportError: only this way could read the base, and it does not lead to the format.
-        CheckpointError: the base cannot be had.
+        ExportError: only streaming can read the base, and it cannot write the format.
+        CheckpointError: the base is not available.
     """
     vit = cfg.MODEL.CLIP_VIT
     if not vit.PRETRAINED:
         return None
     can = format_name in _PLANS and _is_lora_alone(shapes)
-    if format_name == "timm":  # which has the tensors of open_clip's own towers under other names and shapes
+    if format_name == "timm":  # timm has the tensors of open_clip's own towers under other names and shapes
         can = can and hasattr(open_clip_models.meta_tower(vit.NAME), "trunk")
     if not can and not os.path.isfile(open_clip_models.local_file(vit.PRETRAINED)):
         return None
@@ -61,7 +61,7 @@ def base_file(cfg: CfgNode, format_name: str, shapes: Mapping[str, tuple[int, ..
     try:
         kind = stream.kind_of(files.read_shapes(path))
     except CheckpointError:
-        kind = None  # open_clip reads more formats than we do; it will say what is wrong
+        kind = None  # open_clip reads more formats than we do, and says what is wrong
     if kind == stream.BARE and format_name not in _MAY_LACK:
         raise ExportError(
             f"MODEL.CLIP_VIT.PRETRAINED: {path} is a bare tower (names beginning with `blocks.`) without a text tower: "
@@ -83,22 +83,22 @@ def run(
     *,
     verify: bool = False,
 ) -> list[Path]:
-    """Merge and write, once for each of `outputs` (a factor on LoRA's update, a file).
+    """Merge and write once for each of `outputs` (a factor on LoRA's update, and a file).
 
     Args:
-        cfg: names the architecture, and alpha of our LoRA.
-        weights: LoRA's file, and heads' beside it, which are passed over.
+        cfg: gives the architecture, and alpha of our LoRA.
+        weights: the file of LoRA, and perhaps files of heads, which are ignored.
         base: the base's file.
-        format_name: one that `base_file` gave a base for.
+        format_name: one for which `base_file` returns a base.
         facts: for the model card.
-        verify: let the format's own reader load each file in a process of its own.
+        verify: load each file by the library of its format, in a fresh process.
 
     Returns:
         The files written.
 
     Raises:
-        CheckpointError: base or LoRA is broken, or does not fit the architecture by name and shape.
-        ExportError: the format has no place for this tower; no space; a file reads back otherwise than written.
+        CheckpointError: base or LoRA is broken, or its names and shapes do not fit the architecture.
+        ExportError: the format cannot hold this tower, the disk is full, or a file reads back differently.
     """
     vit = cfg.MODEL.CLIP_VIT
     clip = open_clip_models.meta_clip(vit.NAME, vit.PRETRAINED)
@@ -128,14 +128,14 @@ def run(
 
 
 def _is_lora_alone(names: Mapping[str, object]) -> bool:
-    """Whether a file's names are LoRA's, heads' at most beside them; other weights of a tower are not."""
+    """Whether a file has LoRA and, beside it, at most heads: no other weights of a tower."""
     found = [name for name in names if authors.is_lora_file([name]) or base_clip.is_adapter(name)]
     others = set(names) - set(found)
     return bool(found) and all(name.startswith(("heads.", authors.HEAD_PREFIX)) for name in others)
 
 
 def _model(cfg: CfgNode, visual: torch.nn.Module, base: open_clip_models.BaseTower, path: Path) -> CLIPViT:
-    """The tower with LoRA as the file has it, all on `meta`: names and shapes are compared, values are not kept."""
+    """Return the tower with the file's LoRA on `meta`, after comparing names and shapes."""
     model, settings = CLIPViT(visual, base=base), cfg.MODEL.LORA
     theirs = authors.is_lora_file(files.read_shapes(path))
     lora.inject(
@@ -152,7 +152,7 @@ def _model(cfg: CfgNode, visual: torch.nn.Module, base: open_clip_models.BaseTow
 def _names(
     file: stream.TensorFile, expected: Mapping[str, tuple[int, ...]], architecture: str, format_name: str
 ) -> dict[str, str]:
-    """The base's names by open_clip's, all accounted for."""
+    """Return the base's names by open_clip's names, after checking that none is missing or left over."""
     what, kind = f"MODEL.CLIP_VIT.PRETRAINED: {file.path}", stream.kind_of(file.mapped)
     names = stream.to_open_clip(file.mapped, expected, what)
     optional: list[str] = []
@@ -184,15 +184,15 @@ def _merged(
     adapters: Path,
     amount: float,
 ) -> dict[str, Lazy]:
-    """The base's tensors by open_clip's names, LoRA in them.
+    """Return the base's tensors with LoRA merged, by open_clip's names.
 
-    What LoRA does not touch keeps the base's type and bytes. A weight that it does is computed and stored in float32:
-    in 16 bits the update would be rounded away.
+    Tensors without LoRA keep the base's type and bytes. Weights with LoRA are computed and stored in float32, because
+    16 bits would round the update away.
 
     Args:
         updates: the matrices of LoRA by the model's names, mapped.
         adapters: their file, for messages.
-        amount: a factor on the update: 1 tuned, 0 the base.
+        amount: a factor on the update. 1: the tuned tower, 0: the base.
     """
     at: dict[str, list[lora.Site]] = {}
     for site in lora.sites(model):
@@ -251,7 +251,7 @@ def _counted(tensor: torch.Tensor | Lazy, bar) -> Lazy:
 
 @dataclass
 class _ReadBack:
-    """How a file was checked, as `verification.Check`: `writing.write` has read it back; by whom else is `reader`."""
+    """How a file was checked, like `verification.Check`: by reading it back and, if there is one, by a `reader`."""
 
     tensors: int
     size: int
@@ -260,12 +260,12 @@ class _ReadBack:
 
     @property
     def phrase(self) -> str:
-        """For the card."""
+        """The check as a phrase for the card."""
         also = f", and {self.reader} in a process without visft" if self.reader else ""
         return f"reading it back, tensor by tensor{also}"
 
     def log(self, path: Path) -> None:
-        """Say that an export is in its place."""
+        """Log that the export is written."""
         peak = memory.peak()
         logger.info(
             "wrote %s: %d tensors, %.2f GB, checked by %s, in %.1f s%s",

@@ -32,7 +32,7 @@ _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "GELU": "gel
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `timm.create_model` is called with; `name` has a tag where one stands for the same number of outputs."""
+    """Arguments of `timm.create_model`. `name` has a tag if timm has one with the same number of outputs."""
 
     name: str
     arguments: dict[str, Any]
@@ -48,9 +48,9 @@ def write(
 ) -> Path:
     """Write the tower as one safetensors file that timm loads strictly.
 
-    The classifier `head` is the projection to the CLIP embedding where the tower has a linear one, its bias zero where
-    it has none; else there is none (`num_classes=0`). `config.json`, beside it, has architecture and preprocessing, so
-    that `timm.create_model("local-dir:FOLDER", pretrained=True)` needs no name.
+    The classifier `head` is the projection to the CLIP embedding if the tower has a linear one, with a zero bias if it
+    has none. Otherwise there is no head (`num_classes=0`). `config.json` beside it has architecture and preprocessing,
+    so that `timm.create_model("local-dir:FOLDER", pretrained=True)` needs no name.
 
     Args:
         model, path, base, interpolate, facts: as `export.safetensors`.
@@ -65,15 +65,13 @@ def write(
 
 
 def plan(source: Source, path: Path) -> Export:
-    """What is written to a path.
+    """Return what will be written to a path.
 
     Raises:
-        ExportError: timm has no such tower, or does not prepare images so.
+        ExportError: timm has no such tower, or cannot prepare images this way.
     """
     found, state = architecture(source.visual), tensors(source.visual, source.state)
-    if (
-        "head.weight" not in state and found.arguments["num_classes"]
-    ):  # of a bare tower without its projection
+    if "head.weight" not in state and found.arguments["num_classes"]:  # a bare tower without its projection
         found = Architecture(found.name.split(".")[0], {**found.arguments, "num_classes": 0})
     arguments = "".join(f", {key}={value!r}" for key, value in found.arguments.items())
     return Export(
@@ -91,7 +89,7 @@ def plan(source: Source, path: Path) -> Export:
 
 
 def architecture(visual: nn.Module) -> Architecture:
-    """timm's name of a tower and the arguments that give its sizes; weights do not matter (they may be on `meta`).
+    """Return the name of a tower in timm and the arguments that give its sizes. Its weights may be on `meta`.
 
     Args:
         visual: open_clip's VisionTransformer or TimmModel, or timm's own VisionTransformer or Eva.
@@ -105,7 +103,7 @@ def architecture(visual: nn.Module) -> Architecture:
 
 
 def tensors(visual: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tower's tensors under timm's names.
+    """Return a tower's tensors by timm's names.
 
     Args:
         state: by open_clip's names below `visual.`.
@@ -122,14 +120,14 @@ def tensors(visual: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def activation(module: nn.Module) -> str:
-    """timm's name of an activation function."""
+    """Return the name of an activation function in timm."""
     if isinstance(module, nn.GELU) and module.approximate == "tanh":
         return "gelu_tanh"
     return _ACTIVATIONS.get(type(module).__name__, type(module).__name__)
 
 
 def _config(preprocess: Mapping[str, Any], width: int, found: Architecture) -> dict[str, Any]:
-    """What timm reads beside the weights; `width` is that of the tower's tokens."""
+    """Return the config that timm reads beside the weights. `width` is that of the tower's tokens."""
     size, classes = preprocess["size"], found.arguments["num_classes"]
     if preprocess["resize_mode"] not in _CROPS:
         raise ExportError(
@@ -167,7 +165,7 @@ def _create(name: str, **arguments: Any) -> nn.Module:
 
 
 def _tagged(name: str, classes: int) -> str:
-    """The name with the tag of weights that have as many outputs, so that it need not be given."""
+    """Add a tag whose weights have as many outputs, so that the number of outputs need not be given."""
     import timm
 
     tags = [n for n in timm.list_models(f"{name}.*", pretrained=True) if n.split(".")[0] == name]
@@ -272,7 +270,7 @@ def _of_timm(visual: nn.Module) -> Architecture:
 
 
 def _arguments(trunk: nn.Module, name: str) -> dict[str, Any]:
-    """What `create_model` must be told for a trunk like this one; as little as possible."""
+    """Return the fewest arguments of `create_model` that give a trunk like this one."""
     pool = {"global_pool": trunk.global_pool}
     norm = {"fc_norm": not isinstance(trunk.fc_norm, nn.Identity)} if hasattr(trunk, "fc_norm") else {}
     attention = trunk.blocks[0].attn
@@ -290,7 +288,7 @@ def _arguments(trunk: nn.Module, name: str) -> dict[str, Any]:
         try:
             known = _create(name, num_classes=trunk.num_classes, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError):
-            continue  # an argument that this kind of tower does not take
+            continue  # this kind of tower has no such argument
         if bases.alike(known, trunk):
             return arguments
         resized = (len(known.blocks), known.embed_dim) != (len(trunk.blocks), trunk.embed_dim)

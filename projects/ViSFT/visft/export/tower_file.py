@@ -1,4 +1,4 @@
-"""safetensors: the vision tower alone, under open_clip's `visual.*` names."""
+"""safetensors: only the vision tower, under open_clip's `visual.*` names."""
 
 import json
 import os
@@ -22,14 +22,14 @@ def write(
     interpolate: float = 1.0,
     facts: card.Facts | None = None,
 ) -> Path:
-    """Write the vision tower alone: what is below `visual` in open_clip's model, with `visual.` before each name.
+    """Write only the vision tower: the tensors below `visual` in open_clip's model, with `visual.` before each name.
 
     Preprocessing (mean, std, size, interpolation) is in the file's header, as JSON under `preprocess`.
 
     Args:
         model, path, interpolate, facts: as `export.open_clip`.
-        base: needed only where the base's weights are, for a mixture or a model in 16 bits, and the model does not
-            remember it.
+        base: needed only if the base's weights are (for a mixture, or a model in 16 bits) and the model does not know
+            its base.
 
     Raises:
         ExportError: neither open_clip nor timm has such a tower, or it, in a process of its own, does not load the file
@@ -41,12 +41,12 @@ def write(
 
 
 def plan(source: Source, path: Path) -> Export:
-    """What is written to a path.
+    """Return what will be written to a path.
 
     Raises:
         ExportError: neither open_clip nor timm has such a tower.
     """
-    # A tower of timm that is not within open_clip's wrapper has the names below `trunk`.
+    # A timm tower outside of open_clip's wrapper has the names below `trunk`.
     prefix = "visual.trunk." if hasattr(source.visual, "blocks") else "visual."
     builder = _builder(source)
     return Export(
@@ -63,7 +63,7 @@ def plan(source: Source, path: Path) -> Export:
 
 
 def _builder(source: Source) -> dict:
-    """What the reader makes the tower from."""
+    """Return what the reader builds the tower from."""
     name = source.name or bases.named_tower(source.model.tower)
     if name is not None:
         source.name = name

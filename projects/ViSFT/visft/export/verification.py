@@ -1,4 +1,4 @@
-"""Is what was written what was meant? Read back tensor by tensor, and run by its reader in a fresh process."""
+"""Checks of a written export: it is read back tensor by tensor, and run by its library in a fresh process."""
 
 import contextlib
 import json
@@ -27,11 +27,11 @@ READER = Path(__file__).with_name("reader.py")
 PHOTOGRAPHS = tuple(sorted((Path(__file__).parent / "pictures").glob("*.jpg")))
 
 TOLERANCE = 2e-5
-"""Largest distance of embeddings relative to their length: several times what float32 leaves between LoRA beside the
-weights and within them (5e-7 to 3e-6 on towers of 3 to 24 blocks), far below what a wrong weight does."""
+"""Largest distance of embeddings, relative to their length. It is several times the rounding of merged LoRA in float32
+(5e-7 to 3e-6 on towers of 3 to 24 blocks), and far below the effect of a wrong weight."""
 
 LOW_PRECISION_TOLERANCE = 3e-2
-"""The same where the model itself computes with weights in 16 bits and the export holds them in 32."""
+"""The same for a model that computes with 16-bit weights, while the export holds them in 32 bits."""
 
 EXACT, SIMILAR = 1e-6, 2e-3
 """Largest mean difference of normalised pixels from open_clip's: by the same resizing of Pillow, and by that of another
@@ -40,7 +40,7 @@ library (under 1e-4 by torchvision's; a grey level, 1/255, is 1.5e-2 after norma
 
 @dataclass(frozen=True)
 class Check:
-    """A reader's name and version, and how far at most its results are from what they should be."""
+    """The result of a check: name and version of the reader, and the largest distance of what it computes."""
 
     version: str
     distance: float
@@ -48,11 +48,11 @@ class Check:
 
     @property
     def phrase(self) -> str:
-        """For the card."""
+        """The check as a phrase for the card."""
         return f"{self.version}, in a process without visft: largest relative distance {self.distance:.1e} {self.what}"
 
     def log(self, path: Path) -> None:
-        """Say that an export is in its place."""
+        """Log that the export is written."""
         logger.info(
             "wrote %s: read by %s in a process of its own, largest relative distance %.1e %s",
             path,
@@ -63,12 +63,12 @@ class Check:
 
 
 def stored(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
-    """Raise ExportError unless a file holds these tensors to the bit; they are compared a part at a time."""
+    """Raise ExportError unless a file holds exactly these tensors. They are compared in parts."""
     try:
         file = stream.TensorFile(path)
     except CheckpointError as error:
         raise ExportError(f"What was just written does not read back: {error}") from error
-    if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's cache
+    if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from the cache of the system
         with open(path, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     wrong = [name for name in sorted(tensors) if not _holds(file, name, tensors[name])]
@@ -87,13 +87,13 @@ def _holds(file: stream.TensorFile, name: str, tensor: Tensor | Lazy) -> bool:
         return False
     found, there = file.parts(name), None
     for part in parts(tensor):
-        while len(part):  # however both are cut
+        while len(part):  # the two are cut into different parts
             there = next(found) if there is None else there
             count = min(len(there), len(part))
             if not torch.equal(there[:count].view(torch.uint8), part[:count].view(torch.uint8)):
                 return False
             there, part = there[count:] if count < len(there) else None, part[count:]
-        del part  # before the next: with it goes what it was mapped in
+        del part  # before the next part, so that its mapping is released
     return True
 
 
@@ -107,20 +107,20 @@ def run(
     task: Mapping[str, Any] | None = None,
     pixels: float | None = None,
 ) -> Check:
-    """Let a reader, in a process without us, embed three photographs, and texts; compare.
+    """Let a reader, in a process without visft, embed three photographs and texts, and compare.
 
     Args:
         reader: of `reader.py`.
-        path: the file that it loads, alone or with others of its folder.
+        path: the file that it loads, perhaps with others in its folder.
         embed: normalised images `[N, 3, h, w]` to the embeddings `[N, D]` that it must find.
         preprocess: `size`, `mean`, `std`, `interpolation`, `resize_mode`.
-        clip: what embeds the texts; None: the reader has no text tower.
-        task: what else the reader must know.
-        pixels: how far the images may be that the reader prepares from the photographs by what the export says of
-            them; None: the reader prepares none.
+        clip: embeds the texts. None: the reader has no text encoder.
+        task: what else the reader needs.
+        pixels: the tolerance of images that the reader prepares from the photographs by the export's own
+            preprocessing. None: it prepares none.
 
     Raises:
-        ExportError: it does not load, or an embedding, an image or a text's tokens differ.
+        ExportError: the file does not load, or an embedding, an image or the tokens of a text differ.
     """
     images = photographs(preprocess)
     given, expected = {"pictures": images}, {"images": embed(images)}
@@ -142,14 +142,14 @@ def run(
 
 
 def run_updates(path: Path, updates: Mapping[str, Tensor], task: Mapping[str, Any]) -> Check:
-    """Let torch alone, in a process without us, multiply out the LoRA in a file; compare.
+    """Compute the dense updates of a LoRA file in a process without visft, and compare.
 
     Args:
         updates: `<block>.<projection>` to the dense update `[out, in]` that it must find; others must be zero.
         task: `layout` and `scaling`, see `reader.lora`.
 
     Raises:
-        ExportError: it cannot be read, or an update differs.
+        ExportError: the file cannot be read, or an update differs.
     """
     found, version = ask("lora", path, {}, task)
     distance = 0.0
@@ -168,10 +168,10 @@ def run_updates(path: Path, updates: Mapping[str, Tensor], task: Mapping[str, An
 
 
 def compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """The largest relative distance between rows of embeddings `[N, D]`.
+    """Return the largest relative distance between rows of embeddings `[N, D]`.
 
     Raises:
-        ExportError: it is above the tolerance, or not a number.
+        ExportError: it is above the tolerance or not a number.
     """
     if found.shape != expected.shape:
         raise ExportError(f"The reader's {what} are {list(found.shape)}, expected {list(expected.shape)}.")
@@ -185,7 +185,7 @@ def compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> flo
 
 
 def _compare_pixels(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Libraries round the place of a cut differently where it falls between two pixels: one pixel off is the same."""
+    """Compare images. A shift by one pixel is allowed, because libraries round the corner of a crop differently."""
     distance = float("inf")
     if found.shape == expected.shape:
         inner = expected[:, :, 1:-1, 1:-1]
@@ -207,7 +207,7 @@ def _compare_pixels(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def _compare_tokens(found: Tensor, expected: list[list[int]]) -> None:
-    """Up to the end of the text, which has the largest id; what fills up the rest does not matter."""
+    """Compare tokens up to the end of the text, which has the largest id. Padding does not matter."""
     for got, want in zip(found.long().tolist(), expected, strict=True):
         length = want.index(max(want)) + 1
         if got[:length] != want[:length]:
@@ -219,10 +219,10 @@ def _compare_tokens(found: Tensor, expected: list[list[int]]) -> None:
 def ask(
     reader: str, path: Path, given: Mapping[str, Tensor], task: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str]:
-    """What a reader finds of a file, by name, and its version; arguments as `run`.
+    """Return what a reader computes from a file, by name, and its version. Arguments as in `run`.
 
     Raises:
-        ExportError: it does not load.
+        ExportError: the file does not load.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.tensors" for name in ("given", "found")}
@@ -236,10 +236,10 @@ def ask(
 
 
 def read(reader: str, task: Path) -> str:
-    """Run `reader.py` in a fresh process that cannot see this package; returns what it prints, JSON.
+    """Run `reader.py` in a fresh process without this package, and return the JSON that it prints.
 
     Raises:
-        ExportError: it fails; the message has its last line.
+        ExportError: it fails. The message has its last line.
     """
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = {
@@ -247,7 +247,7 @@ def read(reader: str, task: Path) -> str:
         "PYTHONPATH": os.pathsep.join(p for p in paths if p and not (Path(p) / "visft").is_dir()),
         "HF_HUB_OFFLINE": "1",  # all it needs is there
     }
-    # By its text, not as a file: a script's own folder would be searched for modules.
+    # Given as text, because Python searches the folder of a script for modules.
     command = [sys.executable, "-c", READER.read_text(encoding="utf-8") + _ALONE, str(task)]
     result = subprocess.run(
         command, env=environment, cwd=task.parent, capture_output=True, text=True, check=False
@@ -266,7 +266,7 @@ if "visft" in sys.modules:
 
 
 def photographs(preprocess: Mapping[str, Any]) -> Tensor:
-    """The three photographs as open_clip prepares them, normalised, `[3, 3, h, w]`."""
+    """Return the three photographs as open_clip prepares them, normalised, `[3, 3, h, w]`."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     size = tuple(preprocess["size"])
@@ -280,7 +280,7 @@ def photographs(preprocess: Mapping[str, Any]) -> Tensor:
 
 
 def fixed_texts(clip: nn.Module) -> Tensor:
-    """Two rows of token ids `[2, context]`, with the largest id where the text ends, as CLIP's tokenizer has it."""
+    """Return two rows of token ids `[2, context]`. The largest id ends the text, as with CLIP's tokenizer."""
     text = getattr(clip, "text", clip)
     context = int(getattr(text, "context_length", None) or clip.context_length)
     vocabulary = int(getattr(text, "vocab_size", None) or text.config.vocab_size)
@@ -292,14 +292,14 @@ def fixed_texts(clip: nn.Module) -> Tensor:
 
 
 def embed(model: nn.Module, pictures: Tensor) -> Tensor:
-    """The embeddings of a CLIPViT `[N, D]`, float32, on the CPU; the model is left in its mode."""
+    """Return the embeddings of a CLIPViT, float32 `[N, D]` on the CPU. The mode of the model does not change."""
     device = next(model.parameters()).device
     with _evaluating(model, device):
         return model.image_embedding(pictures.to(device)).float().cpu()
 
 
 def embed_state(visual: nn.Module, pictures: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """The embeddings that a tower's own forward computes with other weights, which it does not keep."""
+    """Return the embeddings that a tower's own forward pass computes with other weights. The tower keeps its own."""
     device = next(visual.parameters()).device
     own = {name: tensor.to(device) for name, tensor in state.items()}
     with _evaluating(visual, device):
@@ -316,7 +316,7 @@ def _texts(clip: nn.Module, texts: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, without gradients and reduced precision; each submodule's mode is put back."""
+    """Evaluate a module without gradients and reduced precision, and restore the mode of each submodule."""
     modes = {part: part.training for part in module.modules()}
     precision = torch.get_float32_matmul_precision()
     try:

@@ -1,4 +1,4 @@
-"""How an export is written: aside, read back, run by its reader in a fresh process, and only then put in its place."""
+"""Writes an export to a temporary folder, checks it there, and then moves it to its place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,27 +14,27 @@ from visft.export.source import Source
 
 
 def _nothing(folder: Path) -> None:
-    """Writes no further files."""
+    """Write no further files."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a format makes of a tower.
+    """A tower in a format, ready to be written.
 
     Attributes:
         reader: of `reader.py`.
-        tensors: of its weights, by the format's names.
-        library: the Hub's name of the library that loads the export.
-        content: a phrase that says what the export holds.
-        use: Python that loads it.
-        weights: the name of the weights where the export is a folder; "": it is that file.
-        metadata: of a safetensors file's header.
-        described: the name of a JSON file beside the weights and its content; None: there is none.
-        owner: the part of it that tells models apart; "": all of it.
-        fill: writes further files into a folder.
-        task: what the reader must know.
-        texts: whether the reader embeds texts, too.
-        pixels: how far the images may be that it prepares; None: it prepares none.
+        tensors: by the format's names.
+        library: the library that loads the export, by its name on the Hub.
+        content: a phrase that says what is in the export.
+        use: Python code that loads it.
+        weights: file name of the weights if the export is a folder. "": the export is that file.
+        metadata: for the header of a safetensors file.
+        described: name and content of a JSON file beside the weights. None: there is none.
+        owner: the part of that JSON that tells models apart. "": all of it.
+        fill: writes further files into the folder.
+        task: what the reader needs.
+        texts: whether the reader also embeds texts.
+        pixels: the tolerance of images that it prepares. None: it prepares none.
     """
 
     reader: str
@@ -59,16 +59,16 @@ def write(
     facts: card.Facts | None,
     check: Callable[[Path], verification.Check] | None = None,
 ) -> Path:
-    """Write an export; returns its path.
+    """Write an export and return its path.
 
     Args:
-        path: of the weights, or of the folder that gets them.
+        path: of the weights, or of the folder for them.
         facts: for the model card.
-        check: given the weights aside, how they are checked beside reading them back; None: by the reader's embeddings.
+        check: checks the temporary weights, after they were read back. None: the reader's embeddings are compared.
 
     Raises:
-        ExportError: a description of another model lies there; what was written reads back otherwise or its reader
-            disagrees. What was there stays.
+        ExportError: the description of another model is there, the written file reads back differently, or the reader
+            disagrees. Existing files stay.
     """
     target = path if export.weights else path.parent
     if export.described is not None:
