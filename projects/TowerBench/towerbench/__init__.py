@@ -1,7 +1,7 @@
 """Benchmarks of CLIP towers on tasks that they were not tuned on, compared in pairs.
 
-A benchmark is one file in `demo/` (images made here) or `real/` (the user's data). Importing this package is cheap:
-torch is imported with the first name that is taken from it.
+A benchmark is one file in `demo/` (rendered images) or `real/` (the user's data). Importing this package is cheap:
+torch is imported when a name of the package is first used.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m towerbench`: see `arguments`. The towers are open_clip's, and so is their forward pass."""
+"""`python -m towerbench` (see `arguments`), with open_clip's towers and their own forward pass."""
 
 import logging
 import sys
@@ -8,14 +8,16 @@ from towerbench import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = arguments.parse(argv, prog="python -m towerbench")
     from demoworld.errors import DemoWorldError
     from towerbench import command
     from towerbench.errors import TowerBenchError
 
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("towerbench").setLevel(logging.INFO)  # open_clip tells much of every model, at the root
+    logging.getLogger("towerbench").setLevel(
+        logging.INFO
+    )  # open_clip logs much about every model to the root logger
     try:
         command.run(args)
     except (TowerBenchError, DemoWorldError) as error:

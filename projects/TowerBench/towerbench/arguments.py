@@ -1,4 +1,4 @@
-"""The arguments of a comparison of towers. Imports nothing that takes time, so that `--help` answers at once."""
+"""The arguments of a comparison of towers. All imports are fast, so that `--help` answers at once."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ SPLITS = ("test", "development")
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """What `command.run` takes."""
+    """Parse the arguments of `command.run`."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Compare CLIP towers on tasks that they were not tuned on; the same command again continues.",

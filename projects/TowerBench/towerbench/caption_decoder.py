@@ -1,4 +1,4 @@
-"""A small Transformer that says what cells of a feature map show, and the words that it knows."""
+"""A small Transformer that captions the cells of a feature map, and its vocabulary."""
 
 import math
 import re
@@ -13,11 +13,11 @@ _NO_WORD = re.compile(r"[^\w\s]|_")
 
 
 class Words:
-    """Words by number: 0 is padding, then the words, the most frequent first; the last three are none.
+    """A vocabulary. Id 0 is padding, then come the words by falling frequency; the last three ids are special.
 
     Args:
-        captions: what is to be said.
-        min_count: how often a word must occur in them.
+        captions: of the training images.
+        min_count: number of occurrences from which a word is known.
     """
 
     def __init__(self, captions: Iterable[str], min_count: int) -> None:
@@ -31,12 +31,12 @@ class Words:
         return len(self._words) + 3
 
     def encode(self, text: str, length: int) -> Tensor:
-        """Numbers between start and end, of at most `length` words."""
+        """Return ids between start and end, of at most `length` words."""
         numbers = [self._numbers.get(word, self.unknown) for word in _split(text)[:length]]
         return torch.tensor([self.start, *numbers, self.end])
 
     def decode(self, numbers: list[int]) -> str:
-        """The words before the end."""
+        """Return the words before the end."""
         return " ".join(self._words[number] for number in numbers[: numbers.index(self.end)])
 
 
@@ -50,8 +50,8 @@ class CaptionDecoder(nn.Module):
 
     Args:
         channels: of a cell.
-        words: their number.
-        length: most words of a caption.
+        words: number of ids.
+        length: maximum number of words in a caption.
         dim: width of words and cells.
     """
 
@@ -60,7 +60,7 @@ class CaptionDecoder(nn.Module):
         self.length = length
         self.input_proj = nn.Linear(channels, dim)
         self.embedding = nn.Embedding(words, dim)
-        self.position = nn.Embedding(length + 1, dim)  # of the start and each word
+        self.position = nn.Embedding(length + 1, dim)  # for the start and each word
         self.dropout = nn.Dropout(0.1)
         self.layers = nn.ModuleList(_Layer(dim, 4, 0.1) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
@@ -69,16 +69,20 @@ class CaptionDecoder(nn.Module):
             nn.init.normal_(table.weight, std=dim**-0.5)
 
     def forward(self, cells: Tensor, tokens: Tensor) -> Tensor:
-        """What the word after each of `tokens` `[N, T]` is told by, `[N, T, dim]`. `cells`: `[N, P, C]` of a square."""
+        """Return the states `[N, T, dim]` that predict the word after each of `tokens` `[N, T]`.
+
+        Args:
+            cells: of a square, `[N, P, C]`.
+        """
         return self.read(self.memory(cells), tokens)
 
     def memory(self, cells: Tensor) -> Tensor:
-        """Cells as words attend to them."""
+        """Return the keys and values that words attend to."""
         memory = self.input_proj(cells)
         return memory + _positions(math.isqrt(cells.shape[1]), memory.shape[2])
 
     def read(self, memory: Tensor, tokens: Tensor) -> Tensor:
-        """As `forward`, the cells' part done."""
+        """As `forward`, from the result of `memory`."""
         length = tokens.shape[1]
         x = self.dropout(self.embedding(tokens) + self.position.weight[:length])
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -87,12 +91,12 @@ class CaptionDecoder(nn.Module):
         return self.norm(x)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Of each word to come next, from what `forward` gives: `[..., dim]` -> `[..., words]`."""
+        """Return the scores of the next word from the states of `forward`: `[..., dim]` -> `[..., words]`."""
         return F.linear(hidden, self.embedding.weight, self.bias)
 
     @torch.no_grad()
     def say(self, cells: Tensor, words: Words) -> list[str]:
-        """The most probable word at each step, of each of `[N, P, C]`; no caption is empty."""
+        """Decode greedily, for each of `[N, P, C]`. No caption is empty."""
         memory = self.memory(cells)
         tokens = torch.full((len(cells), 1), words.start)
         for step in range(self.length):
@@ -105,7 +109,7 @@ class CaptionDecoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Words attend to those before them, then to the cells, then an MLP; each on the normalised input, added to it."""
+    """Causal self-attention, attention to the cells and an MLP, each on the normalised input and added to it."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -119,16 +123,16 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, later: Tensor) -> Tensor:
-        """Words `[N, T, D]`, memory `[N, P, D]`, mask `[T, T]` of what a word may not see."""
+        """Words `[N, T, D]`, memory `[N, P, D]`, and mask `[T, T]` of words that a word may not see."""
         y = self.norms[0](x)
         x = x + self.dropout(self.to_words(y, y, y, attn_mask=later, need_weights=False)[0])
-        # With weights PyTorch computes it in another way, to the last bits: published figures were measured so.
+        # With weights, PyTorch computes attention in another way, which the published figures were measured with.
         x = x + self.dropout(self.to_cells(self.norms[1](x), memory, memory)[0])
         return x + self.dropout(self.mlp(self.norms[2](x)))
 
 
 def _positions(side: int, dim: int) -> Tensor:
-    """Places of a square's cells `[side * side, dim]` as sines of many wavelengths (DETR, arXiv:2005.12872, A.4)."""
+    """Return sine position encodings of a square's cells, `[side * side, dim]` (DETR, arXiv:2005.12872, A.4)."""
     half = dim // 2
     frequency = 10000.0 ** (-2 * torch.arange(half).div(2, rounding_mode="floor") / half)
     angle = (torch.arange(1.0, side + 1) / (side + 1e-6) * 2 * math.pi)[:, None] * frequency

@@ -1,4 +1,4 @@
-"""A fresh caption decoder on frozen features: what the captioning benchmarks of both suites share."""
+"""A caption decoder trained on frozen features, for the captioning benchmarks of both suites."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ Captioned = tuple[torch.Tensor, Sequence[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a decoder is made and trained; the same for every tower.
+    """Size and training of a decoder, the same for every tower.
 
     Args:
         dim: width of words and cells. layers: of the decoder.
-        epochs: most of them; the best by the validation split is kept.
-        rate: the peak of the learning rate, which rises and falls once.
-        length: most words of a caption.
-        min_count: how often the training captions must have a word for the decoder to know it.
-        grid: images are seen in `grid` x `grid` cells.
+        epochs: their number. The best one by the validation split is kept.
+        rate: peak of the learning rate, which rises and falls once.
+        length: maximum number of words in a caption.
+        min_count: number of occurrences in the training captions from which a word is known.
+        grid: the decoder sees an image as `grid` x `grid` cells.
     """
 
     dim: int = 96
@@ -41,17 +41,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Captioner:
-    """A trained decoder and its words."""
+    """A trained decoder with its vocabulary."""
 
     decoder: CaptionDecoder
     words: Words
 
     def said(self, cells: torch.Tensor) -> list[str]:
-        """Captions of images `[N, P, C]`."""
+        """Return captions of images `[N, P, C]`."""
         return [text for part in cells.split(100) for text in self.decoder.say(part, self.words)]
 
     def loss(self, side: Captioned, rows: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Of one caption of each image, another every epoch: the mean over words, each after the right ones."""
+        """Return the teacher-forcing loss of one caption per image, another one every epoch: the mean over words."""
         texts = [side[1][i] for i in rows.tolist()]
         chosen = [each[(epoch + i) % len(each)] for i, each in zip(rows.tolist(), texts, strict=True)]
         tokens = [self.words.encode(text, self.decoder.length) for text in chosen]
@@ -60,13 +60,13 @@ class Captioner:
         # Cells of many images are kept in half precision.
         hidden = self.decoder(side[0][rows].float(), padded[:, :-1])
         there = torch.arange(hidden.shape[1]) < lengths[:, None]
-        # Only where there is a word: the words make scores the largest tensor by far.
+        # Only for positions with a word, because the scores of all words are by far the largest tensor.
         scores = self.decoder.scores(hidden[there])
         return F.cross_entropy(scores, padded[:, 1:][there], reduction="sum") / lengths.sum()
 
 
 def trained(train: Captioned, validation: Captioned, recipe: Recipe, seed: int) -> Captioner:
-    """The decoder after the epoch whose loss on the validation split is lowest; the same start for every tower."""
+    """Train a decoder from the same start for every tower. The epoch with the lowest validation loss is kept."""
     words = Words((text for texts in train[1] for text in texts), recipe.min_count)
     torch.manual_seed(seed)
     decoder = CaptionDecoder(

@@ -1,15 +1,14 @@
-"""Words as COCO's caption evaluation counts them, without Java.
+"""Splits captions into words like COCO's caption evaluation, without Java.
 
-COCO's server cuts captions by Stanford's PTBTokenizer (`-preserveLines -lowerCase`) and drops punctuation. This module
-writes the same rules down as far as captions use them: tests/evaluation/caption_sample.json holds what the Java
-program makes of them.
+COCO's server splits captions by Stanford's PTBTokenizer (`-preserveLines -lowerCase`) and drops punctuation. This
+module implements those rules that captions need. tests/evaluation/caption_sample.json has the results of the Java program.
 """
 
 import re
 
 _PUNCTUATION = frozenset(("''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00b4": "'"})
-# Upper case in the list of punctuation that COCO drops, lower case when it gets there: these stay, as words.
+# COCO's list of dropped punctuation has these in upper case, but they are lower case by then, so they stay as words.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _ABBREVIATIONS = "mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ave|co|corp|inc|ltd|gen|col|sgt|prof|rev|gov|sen|dept|ft"
 _TOKEN = re.compile(
@@ -34,7 +33,7 @@ _JOINED = {
 
 
 def ptb_words(text: str) -> str:
-    """A caption as lower-case words with single spaces between, clitics apart (`man 's`), without punctuation."""
+    """Return a caption as lower-case words and single spaces, with clitics split off (`man 's`) and no punctuation."""
     words: list[str] = []
     for token in _TOKEN.findall(text.translate(_QUOTES).lower()):
         clitics: list[str] = []

@@ -1,4 +1,4 @@
-"""Captions scored by CIDEr-D, image by image, with pycocoevalcap's scorer."""
+"""CIDEr-D of captions, image by image, by pycocoevalcap."""
 
 import contextlib
 import io
@@ -9,18 +9,18 @@ from towerbench.caption_tokens import ptb_words
 
 
 def missing() -> str | None:
-    """Why captions cannot be scored; None: they can."""
+    """Return the reason why captions cannot be scored. None: they can."""
     return None if find_spec("pycocoevalcap") else "needs pycocoevalcap (pip install 'visft[eval]')"
 
 
 def cider_by_image(references: Mapping, candidates: Mapping) -> dict:
-    """CIDEr-D of each image by its id, not times 100; their mean is the figure. It can be above 1.
+    """Return CIDEr-D of each image by id, not times 100. The figure is their mean; it can be above 1.
 
-    How rare words are is counted in these references.
+    Word frequencies are counted in these references.
 
     Args:
-        references: the captions of each image, a list of texts by its id.
-        candidates: what is scored, a text by id, of the same images.
+        references: a list of captions for each image id.
+        candidates: the caption to score for each image id.
     """
     from pycocoevalcap.cider.cider import Cider
 

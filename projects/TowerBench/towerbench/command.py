@@ -1,4 +1,4 @@
-"""A comparison of towers from its arguments to its reports."""
+"""Runs a comparison of towers, from its arguments to its reports."""
 
 import argparse
 import logging
@@ -19,12 +19,12 @@ def run(
     check: Callable[[str, str, Sequence[str]], None] = towers.check,
     load: Callable[..., towers.Tower] = towers.Tower.load,
 ) -> dict[str, Any]:
-    """Check the arguments, run the suite, write the reports; returns what is in results.json.
+    """Check the arguments, run the suite, write the reports, and return the content of results.json.
 
     Args:
-        args: of `arguments.parse`.
-        check: of the architecture, the base and the tuned files before one is loaded.
-        load: what makes a tower of an architecture's name, a tag or file, and a `label`.
+        args: from `arguments.parse`.
+        check: checks the architecture, the base and the tuned files before one is loaded.
+        load: makes a tower from the name of an architecture, a tag or file, and a `label`.
 
     Raises:
         ConfigError, DataError, CheckpointError: an argument, a data set or a weight file is wrong.
@@ -43,7 +43,7 @@ def run(
     check(args.model, args.pretrained, args.compare)
     context = Context(
         images=Path(args.pictures) if args.pictures else None,
-        # In full: hashes of scores contain the paths of images.
+        # The absolute path, because hashes of scores contain the paths of images.
         data=Path(args.data).resolve() if args.data else None,
         split=args.split,
     )
@@ -58,13 +58,13 @@ def run(
 
 
 def _check_something_runs(names: str, reasons: Mapping[str, str | None]) -> None:
-    """Tell what is left out and why, before hours pass.
+    """Log at the start what is left out, and why.
 
     Args:
-        reasons: by benchmark; None: it can be run.
+        reasons: by benchmark. None: it can be run.
 
     Raises:
-        ConfigError: none can be.
+        ConfigError: no benchmark can be run.
     """
     if len(reasons) == 1 and all(reasons.values()):
         [(name, reason)] = reasons.items()

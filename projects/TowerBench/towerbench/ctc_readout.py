@@ -1,4 +1,4 @@
-"""Words read from maps of features by CTC: what the ocr benchmarks of both suites share."""
+"""Reads words from feature maps by CTC, for the OCR benchmarks of both suites."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,21 +13,21 @@ from towerbench.dense_maps import in_chunks
 from towerbench.features import FeatureStore, Images
 
 LINES = 4
-"""Words below each other in an image."""
+"""Number of words below each other in an image."""
 
 BATCH, RATE = 32, 3e-3
 WEIGHT_DECAYS = (0.01, 0.1)
 HIDDEN = 128
 BLANK = 3.0
-"""What every column leans to at the start. Without it, most of the starts that were tried learned letters at wrong
-columns, from their neighbours: words of training were then known by heart, and others not read."""
+"""Initial bias of every column towards blank. Without it, most of the tried starts learned letters at wrong columns,
+from their neighbours: they knew the training words by heart and could not read others."""
 
 Words = tuple[torch.Tensor, Sequence[str]]
-"""Columns `[N, C, w]` of lines, and the word of each."""
+"""Columns `[N, C, w]` of lines, and the word in each."""
 
 
 class Reader(nn.Module):
-    """Columns of features -> letters: one hidden layer that sees a column and its neighbours.
+    """Maps columns of features to letters by one hidden layer, which sees a column and its neighbours.
 
     Args:
         channels: of a column.
@@ -43,7 +43,7 @@ class Reader(nn.Module):
             self.letters.bias.view(2, -1)[:, 0] = BLANK
 
     def forward(self, columns: torch.Tensor) -> torch.Tensor:
-        """`[N, C, w]` -> logarithmic probabilities `[2 w, N, 1 + letters]`; each column says two, of which the first is
+        """`[N, C, w]` -> logarithmic probabilities `[2 w, N, 1 + letters]`; two per column. The first letter is
         blank."""
         found = self.letters(F.relu(self.hidden(columns)))
         halves = found.unflatten(1, (2, -1)).permute(3, 1, 0, 2).flatten(0, 1)
@@ -51,19 +51,19 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def read(self, columns: torch.Tensor) -> list[str]:
-        """The word in each of `[N, C, w]`."""
+        """Return the word in each of `[N, C, w]`."""
         return spelled(self(columns), self.alphabet)
 
 
 def encoded(found: Sequence[str], alphabet: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Letters of all words, one after the other, from 1; their lengths."""
+    """Return the letters of all words in a row, as ids from 1, and the lengths of the words."""
     return torch.tensor([1 + alphabet.index(c) for word in found for c in word]), torch.tensor(
         [len(word) for word in found]
     )
 
 
 def spelled(scores: torch.Tensor, alphabet: str) -> list[str]:
-    """The most probable path of each `[T, N, 1 + letters]`, repeats and blanks taken out."""
+    """Decode the most probable path of each of `[T, N, 1 + letters]`, without repeats and blanks."""
     read = []
     for path in scores.argmax(-1).T:
         kept = [int(c) for c in torch.unique_consecutive(path)]
@@ -72,7 +72,7 @@ def spelled(scores: torch.Tensor, alphabet: str) -> list[str]:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Letters inserted, deleted and replaced (Levenshtein)."""
+    """Return the number of inserted, deleted and replaced letters (Levenshtein)."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         previous, row = row, [i]
@@ -82,7 +82,7 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def accuracies(read: Sequence[str], truth: Sequence[str]) -> np.ndarray:
-    """`[N, 2]`: whether a word is right, and the share of its letters that need no edit."""
+    """Return `[N, 2]`: whether a word is right, and the share of its letters that need no edit."""
     return np.array(
         [(r == t, max(0.0, 1 - edit_distance(r, t) / len(t))) for r, t in zip(read, truth, strict=True)],
         np.float64,
@@ -90,7 +90,7 @@ def accuracies(read: Sequence[str], truth: Sequence[str]) -> np.ndarray:
 
 
 def trained(train: Words, validation: Words, alphabet: str, seed: int, epochs: int) -> Reader:
-    """The reader, of those with each weight decay, whose characters are best on the validation split."""
+    """Train a reader with each weight decay, and return the one with the best characters on the validation split."""
     best, accuracy = None, -1.0
     for decay in WEIGHT_DECAYS:
         torch.manual_seed(seed)
@@ -121,11 +121,11 @@ def _loss(reader: Reader, side: Words, rows: torch.Tensor, epoch: int) -> torch.
 
 
 def columns(tower: FeatureStore, images: Images, least: int) -> Iterator[torch.Tensor]:
-    """The columns of each line, whose rows are averaged to two: `[n * LINES, 2 * C, w]` of some images at a time.
+    """Yield the columns of each line, with its rows averaged to two: `[n * LINES, 2 * C, w]` for some images at a time.
 
     Args:
         images: of `LINES` lines of equal height, squashed, `dense`.
-        least: columns that are made where the map has fewer: enough for the longest word, whatever the tower's patch.
+        least: minimum number of columns: enough for the longest word, whatever the tower's patch size.
     """
     for _, maps in in_chunks(tower, images):
         maps = F.interpolate(maps, (2 * LINES, max(least, maps.shape[3])), mode="area")

@@ -1,4 +1,4 @@
-"""A tower's maps of a set of images, some images at a time: as they are, or averaged to cells of a grid."""
+"""A tower's maps of a set of images, some images at a time, unchanged or averaged to the cells of a grid."""
 
 from collections.abc import Iterator
 
@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from towerbench.features import FeatureStore, Images
 
 CHUNK = 64
-"""Images whose maps are in memory at a time."""
+"""Number of images whose maps are in memory at a time."""
 
 
 def in_chunks(
     tower: FeatureStore, images: Images, stop: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Maps `[n, C, h, w]` of `CHUNK` images at a time, each with the number of its first image.
+    """Yield maps `[n, C, h, w]` of `CHUNK` images at a time, each with the index of its first image.
 
     Args:
         images: `dense`.
-        stop: how many of them, from the first; None: all.
+        stop: number of images, from the first. None: all.
     """
     stop = images.count if stop is None else stop
     for start in range(0, stop, CHUNK):
@@ -26,6 +26,6 @@ def in_chunks(
 
 
 def grid_cells(tower: FeatureStore, images: Images, grid: int) -> Iterator[torch.Tensor]:
-    """Maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` images at a time."""
+    """Yield maps averaged to `grid` x `grid` cells, row by row: `[n, grid * grid, C]` of `CHUNK` images at a time."""
     for _, maps in in_chunks(tower, images):
         yield F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Maps of features and embeddings from one pass of an image tower, and patches in the space of texts."""
+"""Feature maps and embeddings from one pass of an image tower, and patch features in the space of texts."""
 
 import copy
 from typing import Protocol
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Encoder(Protocol):
-    """What a tower's pass is asked for. visft's CLIPViT is one, and `OpenClipEncoder`."""
+    """Interface of a tower's forward pass. `OpenClipEncoder` and visft's CLIPViT have it."""
 
     stride: int
-    """Pixels between cells of the map."""
+    """Stride of the map in pixels."""
 
     def map_and_embedding(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images `[N, 3, H, W]`, sides multiples of the stride, to the map `[N, C, h, w]` after the tower's
@@ -21,7 +21,7 @@ class Encoder(Protocol):
 
 
 class OpenClipEncoder:
-    """open_clip's own forward pass, at any size: the position embedding is resized as open_clip and timm do it.
+    """open_clip's own forward pass, at any image size. The position embedding is resized like in open_clip and timm.
 
     Args:
         visual: `visual` of an open_clip model.
@@ -35,7 +35,7 @@ class OpenClipEncoder:
 
     @staticmethod
     def fits(visual: nn.Module) -> bool:
-        """Whether it is a plain vision transformer: patches of one size, and a token for each after the last block."""
+        """Whether it is a plain vision transformer: with one patch size, and a token per patch after the last block."""
         from open_clip.transformer import VisionTransformer
         from timm.layers import PatchEmbed
         from timm.models import eva, vision_transformer
@@ -59,7 +59,7 @@ class OpenClipEncoder:
 
 
 def _resized(visual: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """A copy that sees images of another size."""
+    """Return a copy for another image size."""
     visual = copy.deepcopy(visual)
     if hasattr(visual, "trunk"):
         visual.set_input_size(size)
@@ -74,7 +74,7 @@ def _resized(visual: nn.Module, size: tuple[int, int]) -> nn.Module:
 
 
 def _last_norm(visual: nn.Module) -> nn.Module:
-    """The norm of the last block's tokens. CoCa's comes after its pooler: the pooler's norm of its input stands in."""
+    """Return the norm after the last block. CoCa's comes after its pooler, so the pooler's input norm replaces it."""
     if hasattr(visual, "trunk"):
         trunk = visual.trunk
         return trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm
@@ -83,9 +83,9 @@ def _last_norm(visual: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Embeddings of patches, as MaskCLIP has them but for its change of the last block (arXiv:2112.01071, section 3.2).
+    """Return embeddings of patches like MaskCLIP, without its change of the last block (arXiv:2112.01071, section 3.2).
 
-    An attention pooler is given one patch to pool: it then returns its value.
+    An attention pooler gets one patch to pool, and returns its value.
 
     Args:
         visual: `visual` of an open_clip model, in float32.
@@ -100,13 +100,13 @@ def patch_embeddings(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
         trunk = visual.trunk
         if getattr(trunk, "attn_pool", None) is not None:
             rows = trunk.attn_pool(rows[:, None])
-        # With average pooling `fc_norm` is the last norm, which the features have passed.
+        # With average pooling, `fc_norm` is the last norm, which was already applied.
         if not isinstance(trunk.norm, nn.Identity):
             rows = trunk.fc_norm(rows)
         rows = visual.head(trunk.head(rows))
     else:
         if visual.attn_pool is not None:
-            # The pooler norms its input first, which the features have passed: its attention is called without that.
+            # The pooler's input norm was already applied, so its attention is called without it.
             pool, keys = visual.attn_pool, rows[:, None]
             query = pool.ln_q(pool.query)[:1].expand(len(rows), 1, -1)
             if not pool.attn.batch_first:

@@ -1,8 +1,8 @@
-"""What this package raises on bad input: each message names the option or file, what was found and what to do."""
+"""Errors for bad input. Each message names the option or file, what was found and what to do."""
 
 
 class TowerBenchError(Exception):
-    """Base of the others; commands print its message and exit with 1."""
+    """Base class. Commands print its message and exit with 1."""
 
 
 class ConfigError(TowerBenchError, ValueError):
@@ -14,4 +14,4 @@ class DataError(TowerBenchError, ValueError):
 
 
 class CheckpointError(TowerBenchError, RuntimeError):
-    """A weight file or file of scores is missing, unreadable or of another model."""
+    """A weight file or score file is missing, unreadable or of another model."""

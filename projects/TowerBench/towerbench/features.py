@@ -1,4 +1,4 @@
-"""Sets of images, and a tower's features of them: each image passes a tower once, whoever asks for it."""
+"""Sets of images, and a tower's features of them. Each image passes a tower only once, for all benchmarks."""
 
 import itertools
 import logging
@@ -25,27 +25,27 @@ logger = logging.getLogger(__name__)
 _Made = TypeVar("_Made")
 
 BATCH_PIXELS, BATCH_PIXELS_CPU = 64 * 128 * 128, 8 * 128 * 128
-"""Pixels that pass a tower at once: a GPU wants much work at a time, a CPU no more than its caches hold."""
+"""Pixels per batch: much for a GPU, for a CPU no more than its caches hold."""
 
 FITS = ("squash", "crop")
 
 FOLDER = ".features-"
-"""A store's temporary folder is named by this, its machine and its process."""
+"""Prefix of a store's temporary folder, before its machine and process."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set of images that can be made again.
+    """A reproducible set of images.
 
     Args:
-        key: says everything that the images depend on (source, seed, size, what was done to them): two sets of one
-            key, scale and fit are taken for the same, and are encoded once.
-        count: how many.
+        key: everything that the images depend on (source, seed, size, processing). Two sets with the same key, scale
+            and fit count as the same, and are encoded once.
+        count: number of images.
         make: a function that yields them in order, `[H, W, 3]` uint8 RGB, of any sizes.
-        scale: side of what the tower sees, in its native sides.
+        scale: side of the tower's input, relative to its native side.
         fit: `squash`: both sides are resized to it, so that coordinates scale alone. `crop`: the shorter side is, and
             the middle is cut out, as CLIP is evaluated.
-        dense: whether `FeatureStore.dense` will be asked for, else only embeddings are kept.
+        dense: whether `FeatureStore.dense` will be called. If not, only embeddings are kept.
     """
 
     key: str
@@ -57,20 +57,20 @@ class Images:
 
     @property
     def identity(self) -> tuple[str, float, str]:
-        """What makes two sets the same."""
+        """Equal for two sets that count as the same."""
         return self.key, self.scale, self.fit
 
 
 class FeatureStore:
-    """A tower's features of sets of images, computed when first asked for and kept until released.
+    """A tower's features of sets of images, computed when they are first needed and kept until released.
 
     Embeddings are in memory, dense features in float16 in a temporary file, which the system pages in and out.
 
     Args:
-        tower: what computes them.
-        announced: all sets that will be asked for: where one of several with the same identity is `dense`, the images
-            pass the tower once for both kinds of features.
-        folder: for the temporary file; None: the system's. What a killed process left in it is removed.
+        tower: computes them.
+        announced: all sets that will be used. If one of several with the same identity is `dense`, the images pass the
+            tower once for both kinds of features.
+        folder: for the temporary file. None: the system's. Leftovers of killed processes are removed.
         texts: embeddings of lines by this tower's text tower, which are added to; towers that share it may share them.
         progress: called after each batch, with the set and how many of its images have passed in it.
     """
@@ -97,12 +97,12 @@ class FeatureStore:
         self._made: dict[Hashable, Any] = {}
 
     def embeddings(self, images: Images) -> torch.Tensor:
-        """The CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
+        """Return the CLIP embeddings `[count, D]`, float32 on the CPU, of unit length."""
         self._compute(images)
         return self._embeddings[images.identity]
 
     def dense(self, images: Images, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The last map `[stop - start, C, h, w]` of images `start` to `stop`, float32 on the CPU.
+        """Return the last map `[stop - start, C, h, w]` of images `start` to `stop`, float32 on the CPU.
 
         Raises:
             ConfigError: the tower has no map (it is no plain vision transformer).
@@ -111,7 +111,7 @@ class FeatureStore:
         return torch.from_numpy(self._maps[images.identity][start:stop].astype(np.float32))
 
     def text(self, lines: Sequence[str]) -> torch.Tensor:
-        """The text tower's embeddings `[len(lines), D]`, of unit length; each line is encoded once."""
+        """Return the text encoder's embeddings `[len(lines), D]`, of unit length. Each line is encoded once."""
         new = [line for line in dict.fromkeys(lines) if line not in self._texts]
         if new:
             self._texts |= dict(zip(new, self.tower.text(new), strict=True))
@@ -120,24 +120,24 @@ class FeatureStore:
     def class_embeddings(
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> torch.Tensor:
-        """Zero-shot classifiers `[len(names), D]`: the mean over templates, of unit length (CLIP, section 3.1.4)."""
+        """Return zero-shot classifiers `[len(names), D]`: means over templates, of unit length (CLIP, 3.1.4)."""
         total = sum(self.text([template.format(name) for name in names]) for template in templates)
         return torch.nn.functional.normalize(total, dim=-1)
 
     @torch.no_grad()
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Features of patches, or means of them, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
+        """Project features of patches, or their means, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
         return patch_embeddings(self.tower.clip.visual, features).cpu()
 
     def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
-        """What `make` gives when a key is first asked for: benchmarks share a readout that is trained on this tower's
-        features alone."""
+        """Return the result of the first `make` for a key, so that benchmarks share a readout that depends only on this
+        tower's features."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def release(self, images: Images) -> None:
-        """Forget a set's features."""
+        """Drop a set's features."""
         self._embeddings.pop(images.identity, None)
         held = self._maps.pop(images.identity, None)
         if held is not None:
@@ -174,7 +174,7 @@ class FeatureStore:
         self._embeddings[identity] = torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
     def _batches(self, images: Images) -> Iterator[torch.Tensor]:
-        """`[N, 3, H, W]` uint8 of the size that the tower sees."""
+        """Yield `[N, 3, H, W]` uint8 batches of the tower's input size."""
         height, width = self.tower.input_size(images.scale)
         pixels = BATCH_PIXELS_CPU if torch.device(self.tower.device).type == "cpu" else BATCH_PIXELS
         size, rows = max(1, pixels // (height * width)), []
@@ -188,7 +188,7 @@ class FeatureStore:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders in `folder` whose processes, of this machine, are no more."""
+    """Remove the temporary folders in `folder` of processes of this machine that no longer exist."""
     for path in folder.glob(f"{FOLDER}*"):
         owner = re.fullmatch(f"{re.escape(FOLDER + socket.gethostname())}-(\\d+)-[^-]*", path.name)
         if owner is None:
@@ -203,7 +203,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def fitted(image: np.ndarray, height: int, width: int, fit: str = "squash") -> np.ndarray:
-    """An image `[H, W, 3]` uint8 resized (bicubic, antialiased, as CLIP's) to `[height, width, 3]`; see `Images`."""
+    """Resize an image `[H, W, 3]` uint8 to `[height, width, 3]`, bicubic and antialiased like CLIP; see `Images`."""
     if fit not in FITS:
         raise ConfigError(f"a set of images has fit `{fit}`; choose one of {', '.join(FITS)}")
     if image.shape[:2] == (height, width):

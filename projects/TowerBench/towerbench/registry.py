@@ -1,4 +1,4 @@
-"""What a benchmark is, and the list of those there are."""
+"""The base class of benchmarks, and their registry."""
 
 import importlib
 import pkgutil
@@ -23,19 +23,19 @@ FAMILIES = (
     "dense",
     "robustness",
 )
-"""In the order of reports."""
+"""The families, in the order of reports."""
 
 SUITES = ("demo", "real")
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the user gave.
+    """The user's options.
 
     Args:
-        images: folder of another vendor's emoji, named by code points; None: not given.
-        data: folder of the real suite's data sets; None: not given.
-        split: `test`, or `development`: other items, to choose a recipe by.
+        images: folder of another vendor's emoji, named by code points. None: not given.
+        data: folder with the data sets of the real suite. None: not given.
+        split: `test`, or `development`: other items, for choosing a recipe.
     """
 
     images: Path | None = None
@@ -44,24 +44,24 @@ class Context:
 
 
 class Benchmark:
-    """One benchmark. A subclass sets the names and writes `images` and `items`; `@register` makes it known.
+    """A benchmark. A subclass sets the names and defines `images` and `items`; `@register` registers it.
 
-    An item is what is drawn anew in the bootstrap: an image, a class, a pair, whatever is independent of the
-    others. Item i must be the same thing for every tower and every seed. What was drawn at random for a seed (views,
-    shots, the start of a readout) depends on `seed` alone, so that towers are compared in pairs.
+    The bootstrap resamples items: images, classes, pairs, or anything else that is independent of the others. Item i
+    must be the same for every tower and every seed. Random choices (views, shots, the start of a readout) depend only on
+    `seed`, so that towers are compared in pairs.
 
     Attributes:
         name: unique, as `--suite` takes it.
         family: one of `FAMILIES`. A family's figure is the mean over its benchmarks.
-        metric: what the figure is, for people.
+        metric: name of the figure, for readers.
         suite: `demo` or `real`.
-        in_domain: whether it is tested on the fine-tuning's data set of images; reported, but counted in no mean.
-        max_seeds: how many seeds make a difference; None: as many as are asked for.
-        quick_seeds: how many of these a suite takes, where a readout is expensive; None: all.
-        item_set: a name that benchmarks share whose items are the same things in the same order; "": none do.
-        readout_seconds: what a seed takes besides the images that pass the tower, in seconds of one CPU core with the
-            demo's tower. The time that is left is told by it; a rough number will do.
-        version: raised when the same images give other figures than before, so that old results are not taken up.
+        in_domain: whether it uses the data set of the fine-tuning. It is reported, but not part of any mean.
+        max_seeds: number of seeds that give different results. None: any number.
+        quick_seeds: number of these that a suite uses, if a readout is expensive. None: all.
+        item_set: a name shared by benchmarks with the same items in the same order. "": there are none.
+        readout_seconds: time of a seed without the tower's passes, in seconds of one CPU core with the demo tower. It
+            is used to estimate the remaining time, so a rough number is enough.
+        version: increased when the same images give other figures than before, so that old results are not reused.
     """
 
     name = family = metric = ""
@@ -74,47 +74,47 @@ class Benchmark:
     version = 1
 
     def __init__(self, context: Context) -> None:
-        """Keep what is needed of the context.
+        """Read what is needed from the context.
 
         Raises:
-            DataError: the data are there, but broken.
+            DataError: the data exist, but are broken.
         """
         self.context = context
 
     @classmethod
     def missing(cls, context: Context) -> str | None:
-        """Why it cannot be run (`needs --pictures`, a folder that is not there); None: it can."""
+        """Return the reason why it cannot be run (`needs --pictures`, a missing folder). None: it can."""
         return None
 
     def images(self, seed: int) -> Mapping[str, Images]:
-        """The sets of images that `items` will ask features of, under names of its own choice. Renders none."""
+        """Return the sets of images that `items` needs, under names of its choice. Renders none."""
         raise NotImplementedError
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
-        """The items' scores, `[n]` or `[n, k]`, in 0..1 where they are shares.
+        """Return the items' scores, `[n]` or `[n, k]`, in 0..1 if they are shares.
 
         Args:
             tower: `embeddings(images["..."])`, `dense(...)`, `text([...])`.
-            images: what `images(seed)` returned.
+            images: from `images(seed)`.
         """
         raise NotImplementedError
 
     def figure(self, means: np.ndarray) -> np.ndarray:
-        """The figure (in 0..1) from the items' mean scores.
+        """Return the figure (in 0..1) from the items' mean scores.
 
-        Every metric that is a function of sums over items can be written so: mean IoU from intersections and unions by
-        class, class-mean accuracy from hits and counts by class.
+        Any metric that is a function of sums over items has this form, such as mean IoU (intersections and unions by
+        class) and class-mean accuracy (hits and counts by class).
 
         Args:
             means: `[..., k]`, the mean over (resampled) items.
 
         Returns:
-            `[...]`; here the mean over k.
+            `[...]`. By default, the mean over k.
         """
         return means.mean(-1)
 
     def baselines(self) -> Mapping[str, float]:
-        """Figures (in 0..1) that need no tower, by name: chance, what can be told without the image. Shown beside."""
+        """Return figures (in 0..1) without a tower, by name, for reports: chance, or the score without the image."""
         return {}
 
 
@@ -123,7 +123,7 @@ _Class = TypeVar("_Class", bound=type[Benchmark])
 
 
 def register(cls: _Class) -> _Class:
-    """Make a benchmark known (a class decorator).
+    """Register a benchmark (a class decorator).
 
     Raises:
         ConfigError: its family or suite is unknown, or its name is taken.
@@ -139,7 +139,7 @@ def register(cls: _Class) -> _Class:
 
 
 def variant(base: type[Benchmark], name: str, about: str, **attributes: object) -> type[Benchmark]:
-    """Make a benchmark known that differs from `base` in attributes alone.
+    """Register a benchmark that differs from `base` only in attributes.
 
     Args:
         about: its docstring.
@@ -149,7 +149,7 @@ def variant(base: type[Benchmark], name: str, about: str, **attributes: object) 
 
 
 def registered() -> dict[str, type[Benchmark]]:
-    """All benchmarks by name, in the order of their families; those of the package are imported now."""
+    """Return all benchmarks by name, in the order of their families. Imports those of the package."""
     for suite in SUITES:
         package = importlib.import_module(f"{__package__}.{suite}")
         for module in pkgutil.iter_modules(package.__path__):
@@ -159,10 +159,10 @@ def registered() -> dict[str, type[Benchmark]]:
 
 
 def resolve(suite: str | Sequence[str]) -> list[type[Benchmark]]:
-    """The benchmarks that `--suite` names: suites, families (of both suites, or `demo/FAMILY`), benchmarks, by commas.
+    """Return the benchmarks for `--suite`: suites, families (of both suites, or `demo/FAMILY`) and benchmarks, by commas.
 
     Raises:
-        ConfigError: a name is none of these.
+        ConfigError: an unknown name.
     """
     names = [name.strip() for name in (suite.split(",") if isinstance(suite, str) else suite)]
     known, found = registered(), []

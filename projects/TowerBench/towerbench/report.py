@@ -1,4 +1,4 @@
-"""What an evaluation leaves to read: results.json, report.md, report.html, forest.png; all from the results alone."""
+"""Writes results.json, report.md, report.html and forest.png from the results of an evaluation."""
 
 import base64
 import html
@@ -26,14 +26,14 @@ p.small { font-size: .9rem; opacity: .8; }
 
 _PLOT = "Differences with 95 % intervals"
 _WORDS = ("", "metric", "family", "verdict")
-"""Heads of columns that are not numbers."""
+"""Headings of columns without numbers."""
 
-# An underscore between two letters or digits is no emphasis.
+# An underscore between two letters or digits is not emphasis.
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write all four, each atomically."""
+    """Write all four files, each atomically."""
     files.write_json(folder / "results.json", results)
     image = forest_plot(results)
     if image is not None:
@@ -45,9 +45,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def comparisons(results: dict[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
-    """Label and tables (`families`, `mean`, `benchmarks`) of each tower that was compared with the base.
+    """Return label and tables (`families`, `mean`, `benchmarks`) of each tower that was compared with the base.
 
-    Where there is the base alone: one pair with the label None.
+    If there is only the base: one pair with the label None.
     """
     keys = ("families", "mean", "benchmarks")
     others = [tower["label"] for tower in results["towers"][1:]]
@@ -57,7 +57,7 @@ def comparisons(results: dict[str, Any]) -> list[tuple[str | None, dict[str, Any
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report as Markdown. Names are shown as they are, whatever is in them."""
+    """Return the report as Markdown. Names are escaped."""
     lines = [f"# {_plain(_title(results))}", "", _plain(_towers(results)), ""]
     for label, tables in comparisons(results):
         if label and len(results["towers"]) > 2:
@@ -73,7 +73,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def page(results: dict[str, Any], image: bytes | None) -> str:
-    """The report as one HTML file that needs no other."""
+    """Return the report as one self-contained HTML page."""
     title = html.escape(_title(results))
     body = [f"<h1>{title}</h1>", f"<p>{html.escape(_towers(results))}</p>"]
     if image is not None:
@@ -94,7 +94,7 @@ def page(results: dict[str, Any], image: bytes | None) -> str:
 
 
 def forest_plot(results: dict[str, Any]) -> bytes | None:
-    """PNG: each family's difference with its interval, the mean below; None where nothing was compared."""
+    """Return a PNG with each family's difference and interval, and the mean below. None: nothing was compared."""
     shown = [(label, tables) for label, tables in comparisons(results) if label]
     if not shown or not any(_rows(tables) for _, tables in shown):
         return None
@@ -105,7 +105,7 @@ def forest_plot(results: dict[str, Any]) -> bytes | None:
 
 
 def text_table(results: dict[str, Any]) -> str:
-    """The families' table for a terminal."""
+    """Return the table of families for a terminal."""
     blocks = []
     for label, tables in comparisons(results):
         head, rows = _head(label), [_cells(row, label) for row in _rows(tables)]
@@ -148,7 +148,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 
 def _tables(label: str | None, tables: dict[str, Any]) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
-    """Title, head and rows of the families' table, and of the benchmarks'."""
+    """Return title, headings and rows of the table of families, and of the table of benchmarks."""
     families = [_cells(row, label) for row in _rows(tables)]
     details = [[row["family"], *_cells(row, label, verdict=False)] for row in tables["benchmarks"]]
     return [
@@ -178,7 +178,7 @@ def _cells(row: dict[str, Any], label: str | None, verdict: bool = True) -> list
 
 
 def _plain(text: str) -> str:
-    """Text in Markdown that is shown as it is, in one line."""
+    """Escape a text for Markdown, in one line."""
     return _SPECIAL.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
 
 

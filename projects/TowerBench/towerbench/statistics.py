@@ -17,10 +17,10 @@ RULE = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of two towers in percentage points; replicates are those of the bootstrap.
+    """Figures of two towers in percentage points, with bootstrap replicates.
 
     Attributes:
-        base, tuned: `tuned` is None where there is one tower.
+        base, tuned: the figures. `tuned` is None if there is only one tower.
         replicates: `[REPLICATES]` differences.
         n: number of items.
     """
@@ -43,7 +43,7 @@ class Comparison:
         return float(low), float(high)
 
     def p_value(self) -> float | None:
-        """Two-sided: twice the smaller share of replicates on either side of 0, none of them counted as 0."""
+        """The two-sided p-value: twice the smaller share of replicates on either side of 0, and never 0."""
         if self.replicates is None:
             return None
         below, above = (self.replicates <= 0).sum(), (self.replicates >= 0).sum()
@@ -62,12 +62,12 @@ def compare(
     """Compare two towers on one benchmark.
 
     Args:
-        name: the benchmark's; draws depend on it alone where it shares no set.
+        name: of the benchmark. Without a shared set, it alone seeds the draws.
         base, tuned: scores `[seeds, items, k]` of the same seeds and items.
         figure: maps means `[..., k]` to figures `[...]` in 0..1.
-        item_set: a name that benchmarks on the same items share, so that each replicate draws the same of them for all
-            and `mean` counts their common luck once, not as several independent ones; "": the benchmark's own.
-        seed_set: the same for seeds: those of a training, whose luck all benchmarks share.
+        item_set: a name shared by benchmarks with the same items. Each replicate draws the same items for all of them,
+            so that `mean` does not count their common luck as independent. "": the benchmark's own.
+        seed_set: the same for seeds, for example those of a training, whose luck all benchmarks share.
     """
     n = base.shape[1]
     value = 100 * float(figure(base.mean((0, 1))))
@@ -86,7 +86,7 @@ def compare(
 
 
 def mean(parts: Sequence[Comparison]) -> Comparison:
-    """The mean of comparisons, replicate by replicate (see `item_set` of `compare`); n is the sum."""
+    """Return the mean of comparisons, replicate by replicate (see `item_set` of `compare`). n is their sum."""
     tuned = [part.tuned for part in parts]
     paired = all(value is not None for value in tuned)
     return Comparison(
@@ -98,7 +98,7 @@ def mean(parts: Sequence[Comparison]) -> Comparison:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979)."""
+    """Return Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979)."""
     adjusted, running = {}, 0.0
     for place, name in enumerate(sorted(p_values, key=p_values.get)):
         running = max(running, min(1.0, (len(p_values) - place) * p_values[name]))
@@ -120,12 +120,12 @@ def _generator(purpose: str) -> np.random.Generator:
 
 
 def _weights(generator: np.random.Generator, count: int, n: int) -> np.ndarray:
-    """How often each of n is drawn when n are drawn with replacement, as shares, `[count, n]`."""
+    """Return the shares `[count, n]` of n items in `count` draws of n with replacement."""
     return generator.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64) / n
 
 
 def _resampled(scores: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """Means `[count, k]` of scores `[seeds, items, k]` under weights `[count, seeds]` and `[count, items]`."""
+    """Return means `[count, k]` of scores `[seeds, items, k]` under weights `[count, seeds]` and `[count, items]`."""
     total = np.zeros((len(items), scores.shape[2]))
     for s in range(scores.shape[0]):
         total += seeds[:, s : s + 1] * (items @ scores[s])

@@ -1,4 +1,4 @@
-"""Runs benchmarks on towers: tower by tower, benchmark by benchmark, seed by seed; what is finished is not repeated."""
+"""Runs benchmarks on towers, tower by tower, benchmark by benchmark, seed by seed. Finished parts are not repeated."""
 
 import hashlib
 import io
@@ -30,12 +30,12 @@ SCHEMA = 1
 SCORES = "scores"
 
 IMAGE_SECONDS = 0.0085
-"""What an image of the native size takes to be made and to pass, as `Benchmark.readout_seconds` are measured."""
+"""Seconds for an image of the native size to be made and to pass the tower, like `Benchmark.readout_seconds`."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tower to be compared: its label, and the tag or file of its CLIP."""
+    """A tower to compare: its label, and the tag or file of its CLIP."""
 
     label: str
     pretrained: str
@@ -51,14 +51,14 @@ def run(
     output: str | os.PathLike,
     load: Callable[..., Tower] = Tower.load,
 ) -> dict[str, Any]:
-    """Evaluate, compare with the first tower, and return what `results.json` holds.
+    """Evaluate, compare with the first tower, and return the content of `results.json`.
 
     Args:
         name: open_clip's name of the architecture.
         towers: the first is the base.
         seeds: 0 to seeds - 1 are used.
-        output: gets `scores/TOWER/BENCHMARK.safetensors`, from which an interrupted run goes on.
-        load: as `Tower.load`: what makes a tower of its architecture's name, a tag or file, and a label.
+        output: folder for `scores/TOWER/BENCHMARK.safetensors`, from which an interrupted run continues.
+        load: makes a tower from the name of an architecture, a tag or file, and a label, like `Tower.load`.
 
     Raises:
         TowerBenchError: a tower or data set is broken.
@@ -97,8 +97,8 @@ class Task:
     """A benchmark with its sets of images for every seed.
 
     Args:
-        seeds: those that are asked for; a benchmark that knows fewer takes them modulo its number.
-        every_seed: readouts too are trained once a seed, however long it takes (`quick_seeds` is not asked).
+        seeds: the requested seeds. A benchmark with fewer seeds takes them modulo its number.
+        every_seed: train readouts for every seed, too, however long it takes (`quick_seeds` is ignored).
     """
 
     def __init__(self, benchmark: Benchmark, seeds: Sequence[int], *, every_seed: bool = False) -> None:
@@ -117,7 +117,7 @@ class Task:
         return any(images.dense or images.scale != 1 for images in self.images)
 
     def fingerprint(self) -> str:
-        """Hash of what decides the scores besides the tower."""
+        """Hash of everything but the tower that affects the scores."""
         cls = type(self.benchmark)
         sets = [[(n, *p.identity, p.count, p.dense) for n, p in named.items()] for named in self.sets]
         parts = [cls.name, cls.version, self.benchmark.context.split, self.seeds, sets]
@@ -125,14 +125,14 @@ class Task:
 
 
 def _seconds(tasks: Sequence[Task]) -> float:
-    """What tasks cost a tower together: each image once, and every readout."""
+    """Return the cost of tasks for a tower: each image once, and every readout."""
     passed = {images.identity: images for task in tasks for images in task.images}
     readouts = sum(task.benchmark.readout_seconds * len(task.seeds) for task in tasks)
     return readouts + sum(_passing_seconds(images, images.count) for images in passed.values())
 
 
 def _passing_seconds(images: Images, count: int) -> float:
-    """What `count` of a set's images cost."""
+    """Return the cost of `count` images of a set."""
     return IMAGE_SECONDS * images.scale**2 * count
 
 
@@ -143,12 +143,12 @@ def evaluate(
     texts: dict[str, torch.Tensor] | None = None,
     progress: "Progress | None" = None,
 ) -> dict[str, np.ndarray]:
-    """Scores `[seeds, items, k]` of one tower by benchmark; what `output` has of them is not computed again.
+    """Return scores `[seeds, items, k]` of one tower by benchmark. Those in `output` are not computed again.
 
     Args:
-        tasks: all on data that are there.
+        tasks: whose data exist.
         texts: text embeddings, shared among towers of one text tower.
-        progress: None: one of its own.
+        progress: None: a new one.
     """
     progress = Progress(_seconds(tasks)) if progress is None else progress
     folder = output / SCORES / tower.sha256[:16]
@@ -251,10 +251,10 @@ def _results(
 
 
 def compared(benchmarks: Sequence[Benchmark], parts: dict[str, statistics.Comparison]) -> dict[str, Any]:
-    """`families`, `mean` (over those that are out of domain) and `benchmarks` of results.json.
+    """Return `families`, `mean` (over families out of domain) and `benchmarks` of results.json.
 
     Args:
-        parts: one comparison a benchmark, by its name.
+        parts: one comparison per benchmark, by name.
     """
     families, in_domain, metrics = {}, {}, {}
     for family in FAMILIES:
@@ -313,10 +313,10 @@ def _rounded(value: float | None) -> float | None:
 
 
 class Progress(tqdm):
-    """One line that says how far it is: rewritten in place on a terminal, else one line a benchmark and seed.
+    """A line that shows progress, rewritten in place on a terminal; otherwise one line per benchmark and seed.
 
     Args:
-        total: what all will cost, in seconds of the machine that costs were measured on.
+        total: the total cost, in seconds of the machine that costs were measured on.
     """
 
     monitor_interval = 0  # no thread
@@ -329,11 +329,11 @@ class Progress(tqdm):
         self.terminal = terminal
 
     def skip(self, cost: float) -> None:
-        """What would cost so much need not be done."""
+        """Count a cost as done without doing it."""
         self.n, self.initial = self.n + cost, self.initial + cost
 
     def say(self, what: str) -> None:
-        """What is done now."""
+        """Show what is being done."""
         self.set_description_str(what)
         if not self.terminal:
             logger.info("%s", self)

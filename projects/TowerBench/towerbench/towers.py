@@ -1,4 +1,4 @@
-"""The towers that are compared: whole CLIPs of one architecture."""
+"""The compared towers: whole CLIPs of one architecture."""
 
 import difflib
 import hashlib
@@ -16,15 +16,15 @@ from towerbench.errors import CheckpointError, ConfigError
 
 
 class Tower:
-    """A CLIP in evaluation mode: embeddings of its images and texts, and its map of features.
+    """A CLIP in evaluation mode, with embeddings of images and texts, and feature maps.
 
     Args:
         clip: a model of open_clip, in float32.
-        encoder: what gives its maps, at any size; None: nothing does, as it is no plain vision transformer.
-        name: its architecture's.
-        sha256: of its weights; scores are kept under it.
+        encoder: computes its maps at any size. None: it has no maps, because it is not a plain vision transformer.
+        name: of its architecture.
+        sha256: of its weights. Scores are stored under it.
         label: for reports.
-        device: None: a GPU where there is one.
+        device: None: a GPU if there is one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tower:
 
     @classmethod
     def load(cls, name: str, pretrained: str, *, label: str = "base", device: str | None = None) -> "Tower":
-        """As open_clip loads it; nothing is unpickled.
+        """Load a CLIP by open_clip. Nothing is unpickled.
 
         Args:
             name: an architecture that open_clip knows, or `visft-tiny`.
@@ -62,7 +62,7 @@ class Tower:
 
         Raises:
             ConfigError: an unknown name or tag.
-            CheckpointError: the weights cannot be had, or are of another model.
+            CheckpointError: the weights are not available, or are of another model.
         """
         check(name, pretrained)
         module = open_clip()
@@ -71,9 +71,9 @@ class Tower:
             file = module.download_pretrained(tag) if tag else pretrained
             quick = bool(
                 (tag or {}).get("quick_gelu")
-            )  # weights are worse, silently, under the other activation
+            )  # with the other activation, weights silently get worse
             clip = module.create_model(name, pretrained, weights_only=True, force_quick_gelu=quick)
-        except Exception as error:  # open_clip, its hub and torch raise what they happen to
+        except Exception as error:  # open_clip, its hub and torch raise many kinds of errors
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(
                 f"{pretrained}: cannot be had or loaded as a whole {name} ({reason}); give a file of this "
@@ -88,7 +88,7 @@ class Tower:
         return self.encoder is not None
 
     def input_size(self, scale: float) -> tuple[int, int]:
-        """`(height, width)` in pixels: the native size times `scale`, in whole patches where it is not native."""
+        """Return `(height, width)` in pixels: the native size times `scale`, in whole patches if it is not native."""
         if scale == 1:
             return self.image_size
         if self.encoder is None:
@@ -101,11 +101,11 @@ class Tower:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass.
+        """Run one forward pass.
 
         Args:
             images: `[N, 3, H, W]` uint8 RGB.
-            dense: whether the map is wanted.
+            dense: whether to return the map.
 
         Returns:
             Embeddings `[N, D]`, not of unit length, and the map `[N, C, h, w]` or None; float32 on the CPU.
@@ -118,7 +118,7 @@ class Tower:
 
     @torch.no_grad()
     def text(self, lines: Sequence[str], batch: int = 256) -> torch.Tensor:
-        """Text embeddings `[len(lines), D]`, of unit length, float32 on the CPU."""
+        """Return text embeddings `[len(lines), D]`, of unit length, float32 on the CPU."""
         if self._tokenizer is None:
             self._tokenizer = open_clip().get_tokenizer(self.name)
         parts = []
@@ -129,7 +129,7 @@ class Tower:
 
 
 def open_clip() -> ModuleType:
-    """The module open_clip, imported now if need be, knowing the demo's tower."""
+    """Return the module open_clip with the demo tower registered, importing it if necessary."""
     from demoworld import tower
 
     module = importlib.import_module("open_clip")
@@ -138,7 +138,7 @@ def open_clip() -> ModuleType:
 
 
 def _digest(clip: nn.Module) -> str:
-    """SHA-256 of all tensors but the vision tower's: fine-tuning leaves them, and text embeddings can be shared."""
+    """SHA-256 of all tensors outside the vision tower. Fine-tuning keeps them, so text embeddings can be shared."""
     digest = hashlib.sha256()
     for name, tensor in clip.state_dict().items():
         if not name.startswith("visual."):
@@ -178,7 +178,7 @@ def check(name: str, pretrained: str, compare: Sequence[str] = ()) -> None:
 
 
 def labels(compare: Sequence[str]) -> list[str]:
-    """Short names for files: the stem, with as many folders before it as tell them apart."""
+    """Return short names for files: the stem, with as many folders before it as are needed to distinguish them."""
     if not compare:
         return []
     parts = [Path(file).resolve().with_suffix("").parts for file in compare]
