@@ -1,7 +1,7 @@
 """Splits captions into words like COCO's caption evaluation, without Java.
 
 COCO's server splits captions by Stanford's PTBTokenizer (`-preserveLines -lowerCase`) and drops punctuation. This
-module implements those rules that captions need. tests/evaluation/caption_sample.json has the results of the Java program.
+module implements the rules that captions need. tests/evaluation/caption_sample.json has the Java program's results.
 """
 
 import re

@@ -126,7 +126,7 @@ class FeatureStore:
 
     @torch.no_grad()
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Project features of patches, or their means, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
+        """Project patch features, or their means, `[..., C]` -> `[..., D]` of unit length, comparable with `text`."""
         return patch_embeddings(self.tower.clip.visual, features).cpu()
 
     def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:

@@ -47,8 +47,8 @@ class Benchmark:
     """A benchmark. A subclass sets the names and defines `images` and `items`; `@register` registers it.
 
     The bootstrap resamples items: images, classes, pairs, or anything else that is independent of the others. Item i
-    must be the same for every tower and every seed. Random choices (views, shots, the start of a readout) depend only on
-    `seed`, so that towers are compared in pairs.
+    must be the same for every tower and every seed. Random choices (views, shots, the start of a readout) depend only
+    on `seed`, so that towers are compared in pairs.
 
     Attributes:
         name: unique, as `--suite` takes it.
@@ -159,7 +159,7 @@ def registered() -> dict[str, type[Benchmark]]:
 
 
 def resolve(suite: str | Sequence[str]) -> list[type[Benchmark]]:
-    """Return the benchmarks for `--suite`: suites, families (of both suites, or `demo/FAMILY`) and benchmarks, by commas.
+    """Return the benchmarks for `--suite`: comma-separated suites, families (or `demo/FAMILY`) and benchmarks.
 
     Raises:
         ConfigError: an unknown name.
