@@ -39,6 +39,22 @@ image preparation and the optimizer's step."""
 
 def run(args: argparse.Namespace) -> None:
     """Check, measure, print the table of `summary`."""
+    cfg = checked_config(args)
+    model, loader = build(cfg, args.stage, args.images)
+    images = next(loader)
+    found = summary(measure(trainer_of(cfg, model), images, rounds=args.rounds))
+    found |= conditions(args, cfg, images, model.device) | {"stage": args.stage}
+    if args.output:
+        files.write_json(args.output, found)
+    print(table(found), flush=True)
+
+
+def checked_config(args: argparse.Namespace) -> CfgNode:
+    """The config of one stage, checked as before a run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: there is nothing to measure.
+    """
     cfg = settings.load_config(args.config_file, args.opts)
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
         raise ConfigError(
@@ -51,42 +67,22 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--rounds is a number of rounds, at least 1, and --images of images, at least 0")
     cfg.VISFT.STAGES = (args.stage,)
     checks.check(cfg, test=False)
-    solver = cfg.VISFT.SOLVER[args.stage.upper()]
+    return cfg
+
+
+def build(cfg: CfgNode, stage: str, size: int) -> tuple[nn.Module, TrainLoader]:
+    """The model of a stage, and batches of DATASETS.TRAIN's images with labels for every head, mapped for training.
+
+    Args:
+        size: images a batch; 0: the stage's IMS_PER_BATCH.
+
+    Raises:
+        DataError: there is no such image.
+    """
     with tempfile.TemporaryDirectory() as folder:  # for a vocabulary that is built from the captions
         cfg = with_vocabulary(cfg, folder)
         model = stages.initial_model(cfg, max(cfg.SEED, 0))
-    model.set_stage(args.stage)
-    images = labelled_batch(cfg, model, args.images or solver.IMS_PER_BATCH)
-    trainer = StageTrainer(
-        model,
-        iter(()),
-        build_optimizer(model, solver),
-        stage=args.stage,
-        clip_norm=solver.CLIP_NORM,
-        amp=mixed_precision.amp_type(cfg, args.stage),
-    )
-    found = summary(measure(trainer, images, rounds=args.rounds))
-    found |= {
-        "config": Path(args.config_file).stem,
-        "tower": cfg.MODEL.CLIP_VIT.NAME,
-        "stage": args.stage,
-        "images": [list(image["image"].shape[1:]) for image in images],
-        "rounds": args.rounds,
-        "device": _device_name(trainer.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if args.output:
-        files.write_json(args.output, found)
-    print(table(found), flush=True)
-
-
-def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
-    """The first images of DATASETS.TRAIN with labels for every head, mapped for training.
-
-    Raises:
-        DataError: there is none.
-    """
+    model.set_stage(stage)
     images = load_labelled(cfg, {name: head.has_labels for name, head in model.heads.items()})
     rows = functools.reduce(np.intersect1d, images.rows.values())
     if not len(rows):
@@ -95,7 +91,34 @@ def labelled_batch(cfg: CfgNode, model: nn.Module, size: int) -> list[dict]:
             f"{', '.join(model.heads)}; name a data set with all of them, or fewer of MODEL.VISFT.HEADS"
         )
     records, mapper = Subset(images.records, rows), ViSFTMapper(cfg, is_train=True)
-    return next(TrainLoader(records, mapper, batch_size=size, seed=max(cfg.SEED, 0)))
+    size = size or cfg.VISFT.SOLVER[stage.upper()].IMS_PER_BATCH
+    return model, TrainLoader(records, mapper, batch_size=size, seed=max(cfg.SEED, 0))
+
+
+def trainer_of(cfg: CfgNode, model: nn.Module) -> StageTrainer:
+    """The trainer of a model in its stage, without batches."""
+    solver = cfg.VISFT.SOLVER[model.stage.upper()]
+    return StageTrainer(
+        model,
+        iter(()),
+        build_optimizer(model, solver),
+        stage=model.stage,
+        clip_norm=solver.CLIP_NORM,
+        amp=mixed_precision.amp_type(cfg, model.stage),
+    )
+
+
+def conditions(args: argparse.Namespace, cfg: CfgNode, images: list[dict], device: torch.device) -> dict:
+    """What figures were measured on."""
+    return {
+        "config": Path(args.config_file).stem,
+        "tower": cfg.MODEL.CLIP_VIT.NAME,
+        "images": [list(image["image"].shape[1:]) for image in images],
+        "rounds": args.rounds,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def measure(trainer: StageTrainer, images: list[dict], *, rounds: int) -> list[dict[str, dict[str, float]]]:
@@ -157,7 +180,6 @@ def _one_of_each(row: dict[str, dict[str, float]]) -> dict[str, float]:
 def table(found: dict) -> str:
     """The figures of `summary` and what they were measured on, as text."""
     heads = [kind for kind in found["kinds"] if kind not in (JOINT, "ratio")]
-    height, width = (max(sides) for sides in zip(*found["images"], strict=True))
     names = {JOINT: "joint, all heads"} | {head: f"ratio, {head}" for head in heads}
     names["ratio"] = f"ratio, {len(heads)} iterations"
     rows = []
@@ -166,11 +188,19 @@ def table(found: dict) -> str:
         rows.append([name, 1 / row["total"], *(row[part] for part in ("total", *PARTS)), row["memory"]])
     columns = ["", "iterations/s", "total s", *(f"{part} s" for part in PARTS), "peak GiB"]
     return (
-        f"{found['tower']}, stage {found['stage']}, {len(found['images'])} images in {height} x {width}; "
-        f"{found['device']}, {found['threads']} threads, torch {found['torch']}; medians of {found['rounds']} "
-        f"interleaved rounds\n{tabulate(rows, columns, tablefmt='plain', floatfmt='.3f')}\n"
+        f"{heading(found, found['stage'])}\n{tabulate(rows, columns, tablefmt='plain', floatfmt='.3f')}\n"
         f"One joint iteration is {found['speed']:.2f} times as fast as {len(heads)} of ratio, one a task; its tower "
         f"takes {found['tower_speed']:.2f} times less."
+    )
+
+
+def heading(found: dict, stage: str) -> str:
+    """What `conditions` found, in a line."""
+    height, width = (max(sides) for sides in zip(*found["images"], strict=True))
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return (
+        f"{found['tower']}, stage {stage}, {len(found['images'])} images in {height} x {width}; {found['device']}, "
+        f"{threads}, torch {found['torch']}; medians of {found['rounds']} interleaved rounds"
     )
 
 
@@ -200,7 +230,7 @@ class _Probe:
         """One step of the trainer; its seconds and its peak memory (see `measure`)."""
         self.trainer.batches = iter([images])
         self._marks.clear()
-        self._reset_memory()
+        reset_peak(self.trainer.device)
         self._mark("start")
         self.trainer.run_step()
         self._mark("end")
@@ -211,7 +241,7 @@ class _Probe:
         if "gradient" in self._marks:
             tower += self._between("gradient", "backward")
         row = {"total": total, "tower": tower, "heads": heads, "other": total - tower - heads}
-        return row | {"memory": self._peak_memory()}
+        return row | {"memory": peak(self.trainer.device)}
 
     def _after_tower(self, module: nn.Module, inputs: tuple, output: dict[str, Tensor]) -> None:
         features = output[self.trainer.model.feature]
@@ -231,17 +261,21 @@ class _Probe:
         a, b = self._marks[first], self._marks[second]
         return a.elapsed_time(b) / 1000 if self.cuda else b - a
 
-    def _reset_memory(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            memory.reset_peak()
 
-    def _peak_memory(self) -> float:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**30
-        return (memory.peak() or 0) / 2**30
+def reset_peak(device: torch.device) -> None:
+    """Count the peak memory from now on, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        memory.reset_peak()
+
+
+def peak(device: torch.device) -> float:
+    """Peak memory in GiB: what tensors took on the GPU, else what the process held (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (memory.peak() or 0) / 2**30
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,393 @@
+"""`tools/benchmark.py --against reference`: our training step beside the authors' way, with the same weights.
+
+The reference recipe is in tests/reference of the repository. Each way has a process of its own, so that the system's
+count of its peak memory is of one way. The processes take turns, part by part.
+"""
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from detectron2.utils.events import EventStorage
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import visft
+from visft.applications import speed
+from visft.checkpoint import files
+from visft.engine.feature_cache import cached_features
+from visft.engine.trainer import seeded_iteration
+from visft.errors import ConfigError, TrainingError
+from visft.modeling.meta_arch import ViSFT
+from visft.utils import markdown
+
+OURS, REFERENCE, STAGE_1 = "ours", "reference", "ours, stage heads"
+STEP, CHECKPOINTED, CACHED = "LoRA step", "LoRA step, checkpointed", "stage-1 iteration, cached features"
+FORWARD, ALL, RATIO, HEADS = (
+    "tower forward",
+    "iteration of all tasks",
+    "an iteration per task",
+    "stage-1 iteration",
+)
+LOADER, INFERENCE = "loader", "inference"
+
+_LOADED = 16
+"""Batches that `loader` reads."""
+_CACHE = 8.0
+"""GiB for the features of one batch: more than any takes."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, measure, print tables as Markdown, write figures and plot."""
+    reference_folder()
+    args.stage = "lora"
+    cfg = speed.checked_config(args)
+    with contextlib.ExitStack() as running:
+        ways = {name: running.enter_context(_Worker(name, args)) for name in (OURS, REFERENCE, STAGE_1)}
+        conditions = {name: worker.answer() for name, worker in ways.items()}[OURS]
+        rounds = []
+        for number in range(args.rounds + 1):
+            row = {
+                part: {name: ways[name].measure(part) for name in names}
+                for part, names in parts(cfg.MODEL.VISFT.HEADS).items()
+            }
+            if number:
+                rounds.append(row)
+    found = conditions | summary(rounds)
+    if args.output:
+        files.write_json(args.output, found)
+    image = args.plot or (args.output and str(Path(args.output).with_suffix(".png")))
+    if image:
+        plot(found, Path(image))
+    print(report(found), flush=True)
+
+
+def reference_folder() -> Path:
+    """Where the reference recipe is.
+
+    Raises:
+        ConfigError: this is no checkout of the repository.
+    """
+    folder = Path(visft.__file__).resolve().parents[3] / "tests" / "reference"
+    if not (folder / "reference_recipe.py").is_file():
+        raise ConfigError(
+            f"--against reference: the reference recipe is a part of the repository's tests, and {folder} has no "
+            "reference_recipe.py; run tools/benchmark.py of a checkout with its own package (pip install -e .)"
+        )
+    return folder
+
+
+def as_reference(model: ViSFT) -> ViSFT:
+    """See `tests/reference/reference_recipe.py`."""
+    sys.path.insert(0, str(reference_folder()))
+    return importlib.import_module("reference_recipe").as_reference(model)
+
+
+def parts(heads: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """What is measured, and the ways that do it.
+
+    `iteration of all tasks` is one joint iteration of ours, and of the reference an iteration for each task.
+    """
+    both = [FORWARD, STEP, CHECKPOINTED, *(f"head {name}" for name in heads), ALL]
+    return (
+        {part: (OURS, REFERENCE) for part in both}
+        | {RATIO: (OURS,)}
+        | {part: (STAGE_1,) for part in (HEADS, CACHED)}
+        | {part: (OURS,) for part in (LOADER, INFERENCE)}
+    )
+
+
+class _Worker:
+    """A process that measures one way. A context manager; the process ends with it, and with this process."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self._name, (self._connection, theirs) = name, context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, name, args, torch.get_num_threads()), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
+
+    def measure(self, part: str) -> dict:
+        """Seconds, peak GiB, losses if there are some (see `Way.measure`)."""
+        self._connection.send(part)
+        return self.answer()
+
+    def answer(self) -> dict:
+        """What the process sends.
+
+        Raises:
+            Exception: what stopped it.
+        """
+        try:
+            found = self._connection.recv()
+        except EOFError:
+            raise TrainingError(f"the process that measures `{self._name}` ended without an answer") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _serve(connection: Connection, name: str, args: argparse.Namespace, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError):  # the other end is closed
+        try:
+            way = Way(name, args)
+            connection.send(speed.conditions(args, way.cfg, way.images, way.device))
+            while True:
+                connection.send(way.measure(connection.recv()))
+        except EOFError:
+            raise
+        except Exception as error:
+            connection.send(error)
+
+
+class Way:
+    """One way to train, and its parts.
+
+    Args:
+        name: OURS, REFERENCE or STAGE_1.
+        args: of the command.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        args.stage = "heads" if name == STAGE_1 else "lora"
+        self.cfg = speed.checked_config(args)
+        self.name, (self.model, self.loader) = name, speed.build(self.cfg, args.stage, args.images)
+        self.backbone, self.device = self.model.backbone, self.model.device
+        self.images = next(self.loader)
+        _move_lora(self.backbone)
+        if name == REFERENCE:
+            as_reference(self.model)
+        self.trainer = speed.trainer_of(self.cfg, self.model)
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = 0.0  # every iteration does the same, and both ways stay equal
+        self._losses: dict[str, float] = {}
+        with torch.no_grad(), _first_input(self.backbone) as seen:
+            self.inputs = self.model.extract(self.images)
+        [self.pixels] = seen
+
+    def measure(self, part: str) -> dict:
+        """`seconds`, `memory` (peak, GiB), `images` (how many passed) and `losses` (by name; of iterations)."""
+        self._losses = {}
+        with self._prepared(part) as work:
+            speed.reset_peak(self.device)  # waits for the GPU
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        found = {"seconds": seconds, "memory": speed.peak(self.device), "losses": self._losses}
+        self.model.zero_grad(set_to_none=True)
+        return found | {"images": len(self.images) * (_LOADED if part == LOADER else 1)}
+
+    def _prepared(self, part: str) -> contextlib.AbstractContextManager[Callable[[], object]]:
+        """A context that does what is not timed, with the work to time."""
+        tasks = [[image | {"task": name} for image in self.images] for name in self.model.heads]
+        if part.startswith("head "):
+            return nullcontext(lambda: self._head(self.model.heads[part.removeprefix("head ")]))
+        return {
+            FORWARD: lambda: nullcontext(self._forward),
+            STEP: lambda: self._step(checkpointing=False),
+            CHECKPOINTED: lambda: self._step(checkpointing=True),
+            ALL: lambda: nullcontext(
+                lambda: self._iterations(tasks if self.name == REFERENCE else [self.images])
+            ),
+            RATIO: lambda: nullcontext(lambda: self._iterations(tasks)),
+            HEADS: lambda: nullcontext(lambda: self._iterations([self.images])),
+            CACHED: self._cached,
+            LOADER: lambda: nullcontext(lambda: [next(self.loader) for _ in range(_LOADED)]),
+            INFERENCE: self._inference,
+        }[part]()
+
+    @torch.no_grad()
+    def _forward(self) -> Tensor:
+        return self.backbone(self.pixels)[self.model.feature]
+
+    @contextlib.contextmanager
+    def _step(self, checkpointing: bool) -> Iterator[Callable[[], None]]:
+        """Forward, backward from a fixed gradient on the features, optimizer."""
+        before, self.backbone.activation_checkpointing = self.backbone.activation_checkpointing, checkpointing
+        gradient = torch.ones_like(self.inputs.features)
+
+        def step() -> None:
+            self.backbone(self.pixels)[self.model.feature].backward(gradient)
+            self.trainer.optimizer.step()
+
+        yield step
+        self.backbone.activation_checkpointing = before
+
+    def _head(self, head: nn.Module) -> None:
+        """A head's losses on fixed features, and their gradient on these."""
+        inputs = replace(self.inputs, features=self.inputs.features.detach().requires_grad_())
+        with seeded_iteration(0, "lora", 0):
+            head.draw()
+            sum(head.losses(inputs, head.normalizers(self.images)).values()).backward()
+
+    def _iterations(self, batches: list[list[dict]]) -> None:
+        """The trainer's iterations, all with the random numbers of the first."""
+        self.trainer.iter = 0
+        for batch in batches:
+            self.trainer.batches = iter([batch])
+            with EventStorage() as self.trainer.storage:
+                self.trainer.run_step()
+                latest = self.trainer.storage.latest()
+            self._losses |= {name: value for name, (value, _) in latest.items() if "/" in name}
+
+    @contextlib.contextmanager
+    def _cached(self) -> Iterator[Callable[[], None]]:
+        with cached_features(self.backbone, _CACHE):
+            self.model.extract(self.images)
+            yield lambda: self._iterations([self.images])
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[Callable[[], object]]:
+        self.model.eval()
+        with torch.inference_mode():
+            yield lambda: self.model(self.images)
+        self.model.train()
+
+
+@contextlib.contextmanager
+def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, what a module is called with is collected."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    yield seen
+    handle.remove()
+
+
+@torch.no_grad()
+def _move_lora(backbone: nn.Module) -> None:
+    """Move fresh adapters away from zero, where B A has no effect."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
+    """Medians, with the least and the most, over the rounds.
+
+    Returns:
+        `parts`: by part and way `seconds`, `memory`, and `images` that passed. `ratios`: by what they say, of each
+        round's quotient. `loss_difference`: the largest between the ways, relative to the loss.
+    """
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    figures = {
+        part: {
+            name: {key: spread([row[part][name][key] for row in rounds]) for key in ("seconds", "memory")}
+            | {"images": rounds[0][part][name]["images"]}
+            for name in names
+        }
+        for part, names in rounds[0].items()
+    }
+
+    def seconds(row: dict, part: str, name: str) -> float:
+        return row[part][name]["seconds"]
+
+    tasks = len([part for part in figures if part.startswith("head ")])
+    quotients = {
+        f"one joint iteration is faster than {tasks} of the reference": ((ALL, REFERENCE), (ALL, OURS)),
+        f"one joint iteration is faster than {tasks} of our own": ((RATIO, OURS), (ALL, OURS)),
+        "LoRA step is faster than the reference's, which is checkpointed": (
+            (CHECKPOINTED, REFERENCE),
+            (STEP, OURS),
+        ),
+        "LoRA step, checkpointed, is faster than the reference's": (
+            (CHECKPOINTED, REFERENCE),
+            (CHECKPOINTED, OURS),
+        ),
+        "LoRA step is faster than the reference's without checkpointing": ((STEP, REFERENCE), (STEP, OURS)),
+        "LoRA step takes as many forward passes": ((STEP, OURS), (FORWARD, OURS)),
+        "LoRA step, checkpointed, takes as many forward passes": ((CHECKPOINTED, OURS), (FORWARD, OURS)),
+        "stage-1 iteration is faster with cached features": ((HEADS, STAGE_1), (CACHED, STAGE_1)),
+    }
+    ratios = {
+        name: spread([seconds(row, *a) / seconds(row, *b) for row in rounds])
+        for name, (a, b) in quotients.items()
+    }
+    ours, theirs = (rounds[0][ALL][name]["losses"] for name in (OURS, REFERENCE))
+    difference = max(
+        abs(ours[name] - theirs[name]) / max(abs(ours[name]), 1e-6) for name in ours.keys() | theirs.keys()
+    )
+    return {"parts": figures, "ratios": ratios, "loss_difference": difference}
+
+
+def report(found: dict) -> str:
+    """The figures of `summary` as Markdown."""
+    lines = [speed.heading(found, "lora"), "", "| | ours | the reference | faster |", "|---|---|---|---:|"]
+    for part, ways in found["parts"].items():
+        cells = [_cell(ways[name]) if name in ways else "" for name in (OURS, REFERENCE)]
+        if STAGE_1 in ways:
+            cells[0] = _cell(ways[STAGE_1])
+        faster = ""
+        if REFERENCE in ways:
+            faster = f"{ways[REFERENCE]['seconds']['median'] / ways[OURS]['seconds']['median']:.2f} x"
+        lines.append(markdown.row([_title(part, ways), *cells, faster]))
+    lines += ["", "| medians of the rounds' quotients (least to most) | |", "|---|---:|"]
+    for name, ratio in found["ratios"].items():
+        lines.append(
+            markdown.row([name, f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"])
+        )
+    note = f"The losses of both ways differ by {found['loss_difference']:.1e} of their value at most."
+    return "\n".join([*lines, "", note])
+
+
+def _title(part: str, ways: dict) -> str:
+    [figures, *_] = ways.values()
+    per_second = figures["images"] / figures["seconds"]["median"]
+    return f"{part} ({per_second:.3g} images/s)" if part in (LOADER, INFERENCE) else part
+
+
+def _cell(figures: dict) -> str:
+    seconds = figures["seconds"]
+    return (
+        f"{seconds['median']:.3g} s ({seconds['least']:.3g} to {seconds['most']:.3g}), "
+        f"{figures['memory']['median']:.2f} GiB"
+    )
+
+
+def plot(found: dict, path: Path) -> None:
+    """Bars of seconds by part and way, with lines from the least to the most; the suffix is the format."""
+    shown = [part for part in found["parts"] if part != LOADER]
+    image = Figure(figsize=(8, 0.45 * len(shown) + 1.2), layout="constrained")
+    axes = image.subplots()
+    for row, part in enumerate(shown):
+        ways = found["parts"][part]
+        for (name, figures), place in zip(
+            ways.items(), (-0.19, 0.19) if len(ways) > 1 else (0,), strict=True
+        ):
+            seconds = figures["seconds"]
+            colour = "tab:orange" if name == REFERENCE else "tab:blue"
+            axes.barh(row + place, seconds["median"], height=0.36, color=colour)
+            axes.plot([seconds["least"], seconds["most"]], [row + place] * 2, color="black", linewidth=1)
+            axes.text(seconds["most"], row + place, f" {seconds['median']:.3g}", va="center", fontsize=7)
+    axes.set_yticks(range(len(shown)), shown)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds (blue: ours, orange: the reference recipe)")
+    axes.set_title(f"{found['tower']}, {len(found['images'])} images, medians of {found['rounds']} rounds")
+    with files.write_aside(path) as partial:
+        image.savefig(partial, dpi=120, format=path.suffix.removeprefix(".") or "png")
