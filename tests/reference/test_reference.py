@@ -91,7 +91,7 @@ def test_command(arguments, tmp_path, capsys):
     assert {part: tuple(ways) for part, ways in found["parts"].items()} == against_reference.parts(heads)
     for ways in found["parts"].values():
         for figures in ways.values():
-            assert 0 < figures["seconds"]["median"] < 60 and figures["memory"]["median"] > 0.1
+            assert 0 < figures["seconds"]["median"] < 60 and figures["memory"] > 0.1
             assert f"{figures['seconds']['median']:.3g} s" in shown
     for name, ratio in found["ratios"].items():
         assert f"| {name} | {ratio['median']:.2f} (" in shown

@@ -6,6 +6,7 @@ count of its peak memory is of one way. The processes take turns, part by part.
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import statistics
@@ -55,14 +56,13 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as running:
         ways = {name: running.enter_context(_Worker(name, args)) for name in (OURS, REFERENCE, STAGE_1)}
         conditions = {name: worker.answer() for name, worker in ways.items()}[OURS]
-        rounds = []
-        for number in range(args.rounds + 1):
-            row = {
-                part: {name: ways[name].measure(part) for name in names}
+        rounds = [
+            {
+                part: {name: ways[name].measure(part, memory=number == 0) for name in names}
                 for part, names in parts(cfg.MODEL.VISFT.HEADS).items()
             }
-            if number:
-                rounds.append(row)
+            for number in range(args.rounds + 1)
+        ]
     found = conditions | summary(rounds)
     if args.output:
         files.write_json(args.output, found)
@@ -127,9 +127,9 @@ class _Worker:
         self._process.join(10)
         self._process.kill()
 
-    def measure(self, part: str) -> dict:
-        """Seconds, peak GiB, losses if there are some (see `Way.measure`)."""
-        self._connection.send(part)
+    def measure(self, part: str, memory: bool) -> dict:
+        """See `Way.measure`."""
+        self._connection.send((part, memory))
         return self.answer()
 
     def answer(self) -> dict:
@@ -152,9 +152,10 @@ def _serve(connection: Connection, name: str, args: argparse.Namespace, threads:
     with contextlib.suppress(EOFError):  # the other end is closed
         try:
             way = Way(name, args)
-            connection.send(speed.conditions(args, way.cfg, way.images, way.device))
+            found = speed.conditions(args, way.cfg, way.images, way.device)
+            connection.send(found | {"clock": way.clock.__name__})
             while True:
-                connection.send(way.measure(connection.recv()))
+                connection.send(way.measure(*connection.recv()))
         except EOFError:
             raise
         except Exception as error:
@@ -163,6 +164,8 @@ def _serve(connection: Connection, name: str, args: argparse.Namespace, threads:
 
 class Way:
     """One way to train, and its parts.
+
+    On a CPU with one thread, times are those of the processor, which other programs on the machine affect less.
 
     Args:
         name: OURS, REFERENCE or STAGE_1.
@@ -175,6 +178,8 @@ class Way:
         self.name, (self.model, self.loader) = name, speed.build(self.cfg, args.stage, args.images)
         self.backbone, self.device = self.model.backbone, self.model.device
         self.images = next(self.loader)
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.process_time if alone else time.perf_counter
         _move_lora(self.backbone)
         if name == REFERENCE:
             as_reference(self.model)
@@ -186,16 +191,26 @@ class Way:
             self.inputs = self.model.extract(self.images)
         [self.pixels] = seen
 
-    def measure(self, part: str) -> dict:
-        """`seconds`, `memory` (peak, GiB), `images` (how many passed) and `losses` (by name; of iterations)."""
+    def measure(self, part: str, memory: bool) -> dict:
+        """Do a part once.
+
+        Args:
+            memory: whether its peak memory is wanted. Freed memory is given back to the system for that; the part gets
+                it anew, which takes time.
+
+        Returns:
+            `seconds`, `memory` (peak, GiB), `images` (how many passed) and `losses` (by name; of iterations).
+        """
         self._losses = {}
+        if memory:
+            _give_back_memory()
         with self._prepared(part) as work:
             speed.reset_peak(self.device)  # waits for the GPU
-            start = time.perf_counter()
+            start = self.clock()
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
+            seconds = self.clock() - start
         found = {"seconds": seconds, "memory": speed.peak(self.device), "losses": self._losses}
         self.model.zero_grad(set_to_none=True)
         return found | {"images": len(self.images) * (_LOADED if part == LOADER else 1)}
@@ -267,6 +282,12 @@ class Way:
         self.model.train()
 
 
+def _give_back_memory() -> None:
+    """glibc keeps what was freed, and the system counts it."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """Within the block, what a module is called with is collected."""
@@ -286,7 +307,10 @@ def _move_lora(backbone: nn.Module) -> None:
 
 
 def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
-    """Medians, with the least and the most, over the rounds.
+    """Medians, with the least and the most.
+
+    Args:
+        rounds: of each part and way what `Way.measure` found; the first for memory, the others for times.
 
     Returns:
         `parts`: by part and way `seconds`, `memory`, and `images` that passed. `ratios`: by what they say, of each
@@ -296,13 +320,17 @@ def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
+    first, *rounds = rounds
     figures = {
         part: {
-            name: {key: spread([row[part][name][key] for row in rounds]) for key in ("seconds", "memory")}
-            | {"images": rounds[0][part][name]["images"]}
-            for name in names
+            name: {
+                "seconds": spread([row[part][name]["seconds"] for row in rounds]),
+                "memory": of_memory["memory"],
+                "images": of_memory["images"],
+            }
+            for name, of_memory in ways.items()
         }
-        for part, names in rounds[0].items()
+        for part, ways in first.items()
     }
 
     def seconds(row: dict, part: str, name: str) -> float:
@@ -329,7 +357,7 @@ def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
         name: spread([seconds(row, *a) / seconds(row, *b) for row in rounds])
         for name, (a, b) in quotients.items()
     }
-    ours, theirs = (rounds[0][ALL][name]["losses"] for name in (OURS, REFERENCE))
+    ours, theirs = (first[ALL][name]["losses"] for name in (OURS, REFERENCE))
     difference = max(
         abs(ours[name] - theirs[name]) / max(abs(ours[name]), 1e-6) for name in ours.keys() | theirs.keys()
     )
@@ -338,7 +366,13 @@ def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
 
 def report(found: dict) -> str:
     """The figures of `summary` as Markdown."""
-    lines = [speed.heading(found, "lora"), "", "| | ours | the reference | faster |", "|---|---|---|---:|"]
+    clock = "processor time" if found["clock"] == "process_time" else "wall time"
+    lines = [
+        f"{speed.heading(found, 'lora')}; {clock}",
+        "",
+        "| | ours | the reference | faster |",
+        "|---|---|---|---:|",
+    ]
     for part, ways in found["parts"].items():
         cells = [_cell(ways[name]) if name in ways else "" for name in (OURS, REFERENCE)]
         if STAGE_1 in ways:
@@ -366,7 +400,7 @@ def _cell(figures: dict) -> str:
     seconds = figures["seconds"]
     return (
         f"{seconds['median']:.3g} s ({seconds['least']:.3g} to {seconds['most']:.3g}), "
-        f"{figures['memory']['median']:.2f} GiB"
+        f"{figures['memory']:.2f} GiB"
     )
 
 
