@@ -3,7 +3,7 @@
 Written to be read, not to be fast:
 
 - the LoRA of a block is one dense matrix B A, applied beside the frozen projection (loralib's MergedLinear);
-- attention is explicit: scores, softmax, product with the values;
+- attention is explicit, as in its EVA-G: scores, softmax, product with the values;
 - blocks are checkpointed reentrantly, which needs a graph from the patch embedding on;
 - an iteration is one task: the tower's pass serves one head;
 - losses are computed layer by layer, predictions are matched image by image on the CPU.

@@ -421,6 +421,7 @@ def plot(found: dict, path: Path) -> None:
             axes.text(seconds["most"], row + place, f" {seconds['median']:.3g}", va="center", fontsize=7)
     axes.set_yticks(range(len(shown)), shown)
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set_xlabel("seconds (blue: ours, orange: the reference recipe)")
     axes.set_title(f"{found['tower']}, {len(found['images'])} images, medians of {found['rounds']} rounds")
     with files.write_aside(path) as partial:
