@@ -119,6 +119,9 @@ def test_command(shapes_train, shapes_captions, tmp_path, capsys):
     ("extra", "words"),
     [
         (["--rounds", "0"], "--rounds"),
+        (["--plot", "a.png"], "--plot"),
+        (["--against", "reference", "--stage", "heads"], "leave out --stage"),
+        (["--against", "reference", "--plot", "a.txt"], ".svg"),
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "MODEL.META_ARCHITECTURE"),
         (["MODEL.VISFT.HEADS", "('detection', 'captioning')"], "captioning"),
     ],

@@ -1,6 +1,7 @@
 """The reference recipe computes what ours does, and the benchmark compares the two."""
 
 import json
+import multiprocessing
 
 import pytest
 import runs
@@ -111,6 +112,12 @@ def test_what_the_reference_is_not(arguments, keys, words):
     model, _ = model_and_images(arguments, *keys)
     with pytest.raises(ConfigError, match=words.replace("(", "\\(")):
         as_reference(model)
+
+
+def test_an_error_of_a_process_is_the_commands(arguments, capsys):
+    assert command.main([*arguments, "MODEL.LORA.TARGETS", "('q', 'fc1')"]) == 1
+    assert "error: the reference recipe has LoRA in q, k or v" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
 
 
 def test_outside_of_a_checkout(arguments, tmp_path, monkeypatch, capsys):

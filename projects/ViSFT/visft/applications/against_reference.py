@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -51,7 +52,11 @@ _CACHE = 8.0
 def run(args: argparse.Namespace) -> None:
     """Check, measure, print tables as Markdown, write figures and plot."""
     reference_folder()
-    args.stage = "lora"
+    if args.stage != "lora":
+        raise ConfigError("--against reference has parts of both stages in one table; leave out --stage")
+    image = args.plot or (args.output and str(Path(args.output).with_suffix(".png")))
+    if image and Path(image).suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot is {image}; expected a file with the suffix .png or .svg")
     cfg = speed.checked_config(args)
     with contextlib.ExitStack() as running:
         ways = {name: running.enter_context(_Worker(name, args)) for name in (OURS, REFERENCE, STAGE_1)}
@@ -66,7 +71,6 @@ def run(args: argparse.Namespace) -> None:
     found = conditions | summary(rounds)
     if args.output:
         files.write_json(args.output, found)
-    image = args.plot or (args.output and str(Path(args.output).with_suffix(".png")))
     if image:
         plot(found, Path(image))
     print(report(found), flush=True)
@@ -123,9 +127,9 @@ class _Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._process.kill()  # it has nothing to lose
+        self._process.join()
         self._connection.close()
-        self._process.join(10)
-        self._process.kill()
 
     def measure(self, part: str, memory: bool) -> dict:
         """See `Way.measure`."""
@@ -149,6 +153,7 @@ class _Worker:
 
 def _serve(connection: Connection, name: str, args: argparse.Namespace, threads: int) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, the parent speaks
     with contextlib.suppress(EOFError):  # the other end is closed
         try:
             way = Way(name, args)
@@ -425,4 +430,4 @@ def plot(found: dict, path: Path) -> None:
     axes.set_xlabel("seconds (blue: ours, orange: the reference recipe)")
     axes.set_title(f"{found['tower']}, {len(found['images'])} images, medians of {found['rounds']} rounds")
     with files.write_aside(path) as partial:
-        image.savefig(partial, dpi=120, format=path.suffix.removeprefix(".") or "png")
+        image.savefig(partial, dpi=120, format=path.suffix[1:])

@@ -39,6 +39,8 @@ image preparation and the optimizer's step."""
 
 def run(args: argparse.Namespace) -> None:
     """Check, measure, print the table of `summary`."""
+    if args.plot:
+        raise ConfigError("--plot is for --against reference; add that, or leave --plot out")
     cfg = checked_config(args)
     model, loader = build(cfg, args.stage, args.images)
     images = next(loader)
