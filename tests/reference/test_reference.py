@@ -9,7 +9,7 @@ import torch
 from reference_recipe import as_reference
 from tiny_run import tiny_arguments
 
-from visft.applications import against_reference, speed
+from visft.applications import against_reference, reference_report, speed
 from visft.commands import benchmark as command
 from visft.engine.trainer import seeded_iteration
 from visft.errors import ConfigError
@@ -89,7 +89,7 @@ def test_command(arguments, tmp_path, capsys):
     assert found["images"] == [[64, 64]] * 3 and found["rounds"] == 1
     assert found["loss_difference"] < 1e-4
     heads = ("detection", "segmentation", "captioning")
-    assert {part: tuple(ways) for part, ways in found["parts"].items()} == against_reference.parts(heads)
+    assert {part: tuple(ways) for part, ways in found["parts"].items()} == reference_report.parts(heads)
     for ways in found["parts"].values():
         for figures in ways.values():
             assert 0 < figures["seconds"]["median"] < 60 and figures["memory"] > 0.1
