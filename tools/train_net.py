@@ -3,6 +3,7 @@
 
 tools/train_net.py --config-file configs/visft_vit_b16.yaml --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
 tools/train_net.py --eval-only --weights RUN [KEY VALUE ...]
+tools/train_net.py --config-file F --plan [--gpu-memory GIB] [--output FILE.json] [KEY VALUE ...]    whether it fits
 """
 
 import sys

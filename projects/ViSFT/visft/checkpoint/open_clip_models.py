@@ -317,6 +317,20 @@ def create_clip(
     return clip, BaseTower(name, None, _sha256_tensors(clip.visual), clip)
 
 
+def undrawn_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, BaseTower]:
+    """A whole CLIP as `create_clip` makes it, in float32, but on `meta`: no weights are read, drawn or fetched.
+
+    Args:
+        name, pretrained: as `create_clip`'s.
+
+    Raises:
+        ConfigError: unknown name or tag.
+    """
+    name, quick_gelu = trained_name(name, pretrained)
+    clip = meta_clip(name, force_quick_gelu=quick_gelu).eval()
+    return clip, BaseTower(name, pretrained, "", clip)
+
+
 def trained_name(name: str, pretrained: str | None) -> tuple[str, bool]:
     """Return the architecture that weights were trained with, and whether to force QuickGELU on it.
 

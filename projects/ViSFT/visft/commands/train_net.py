@@ -4,6 +4,7 @@ import argparse
 import os
 
 from visft.commands.tool import add_opts, add_resume, tool
+from visft.errors import ConfigError
 from visft.utils.cli import RESUME
 
 parser = argparse.ArgumentParser(
@@ -21,6 +22,26 @@ parser.add_argument(
     help="MODEL.WEIGHTS: a run's OUTPUT_DIR, a stage's folder or a file; with --eval-only its own config is taken "
     "where --config-file is left out",
 )
+parser.add_argument(
+    "--plan",
+    action="store_true",
+    default=argparse.SUPPRESS,
+    help="train nothing: print parameters, memory and operations of the run, which needs neither weights, data nor GPU",
+)
+parser.add_argument(
+    "--gpu-memory",
+    type=float,
+    action="append",
+    default=argparse.SUPPRESS,
+    metavar="GIB",
+    help="with --plan: also the largest image and batch that fit in so much memory (can be repeated)",
+)
+parser.add_argument(
+    "--output",
+    default=argparse.SUPPRESS,
+    metavar="FILE",
+    help="with --plan: a JSON file for the figures",
+)
 parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine")
 parser.add_argument("--num-machines", type=int, default=1, metavar="N")
 parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="of this machine, from 0")
@@ -35,7 +56,15 @@ add_opts(parser)
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Train (or with --eval-only evaluate) what the config file describes."""
+    """Train (or with --eval-only evaluate, with --plan only plan) what the config file describes."""
+    if getattr(arguments, "plan", False):
+        from visft.applications import plan
+
+        plan.run(arguments)
+        return
+    for option in ("gpu_memory", "output"):
+        if hasattr(arguments, option):
+            raise ConfigError(f"--{option.replace('_', '-')} belongs to --plan, which is missing: add it")
     from visft.engine import launch
 
     launch.train(arguments)

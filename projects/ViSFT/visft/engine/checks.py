@@ -29,7 +29,13 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def check(
-    cfg: CfgNode, *, processes: int = 1, local_processes: int = 1, train: bool = True, test: bool = True
+    cfg: CfgNode,
+    *,
+    processes: int = 1,
+    local_processes: int = 1,
+    train: bool = True,
+    test: bool = True,
+    here: bool = True,
 ) -> None:
     """Raise an error for the first fault of a config, before anything is built or written.
 
@@ -38,31 +44,33 @@ def check(
             DATASETS.TRAIN / TEST.
         processes: number of processes on all machines. local_processes: on this machine.
         train, test: whether the images of DATASETS.TRAIN, DATASETS.TEST will be read.
+        here: whether the run is on this machine, whose GPUs and data sets are then checked.
 
     Raises:
         ConfigError, DataError, CheckpointError: the first fault.
     """
-    _device(cfg, local_processes)
+    _device(cfg, local_processes, here)
     _names(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _visft_names(cfg, processes)
-    _data_sets(cfg, train, test)
-    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
+    _data_sets(cfg, train and here, test and here)
+    if cfg.MODEL.META_ARCHITECTURE == "ViSFT" and here:
         run_vocabulary.check(cfg, train=train)
         if train and "lora" in cfg.VISFT.STAGES:
             check_captions_of_objectives(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _class_losses(cfg)
     _weight_files(cfg)
 
 
-def _device(cfg: CfgNode, local_processes: int) -> None:
+def _device(cfg: CfgNode, local_processes: int, here: bool) -> None:
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"MODEL.DEVICE is `{cfg.MODEL.DEVICE}`; expected `cpu` or `cuda`") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"MODEL.DEVICE is `{cfg.MODEL.DEVICE}`; only `cpu` and `cuda` are supported")
-    if device.type == "cpu":
+    if device.type == "cpu" or not here:
         return
     if not torch.cuda.is_available():
         raise ConfigError(

@@ -72,10 +72,20 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         raise ConfigError(
             f"--num-gpus is {args.num_gpus} and --num-machines is {args.num_machines}; expected at least 1 each"
         )
-    processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
-    checks.check(cfg, processes=processes, local_processes=args.num_gpus, train=not args.eval_only)
+    checks.check(
+        cfg,
+        processes=processes(args),
+        local_processes=args.num_gpus,
+        train=not args.eval_only,
+        here=not getattr(args, "plan", False),
+    )
     cfg.freeze()
     return cfg
+
+
+def processes(args: argparse.Namespace) -> int:
+    """The number of a run's processes on all machines."""
+    return int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:

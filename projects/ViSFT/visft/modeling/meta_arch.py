@@ -112,8 +112,12 @@ class ViSFT(nn.Module):
         self.set_stage(stage)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        """Heads and objectives by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`."""
+    def from_config(cls, cfg: CfgNode, backbone: Backbone | None = None) -> dict:
+        """Heads and objectives by `MODEL.VISFT`, weights of `HEAD_FILES` included; the first of `VISFT.STAGES`.
+
+        Args:
+            backbone: instead of the one that the config describes.
+        """
         node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
         alone = tuple(cfg.VISFT.STAGES) == ("lora",) and node.OBJECTIVES
         if not (names or alone) or len(set(names)) != len(names):
@@ -123,7 +127,7 @@ class ViSFT(nn.Module):
             )
         if cfg.INPUT.FORMAT != "RGB":
             raise ConfigError(f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; a CLIP tower sees RGB: set it to RGB")
-        backbone = build_backbone(cfg)
+        backbone = build_backbone(cfg) if backbone is None else backbone
         heads = {name: build_head(cfg, name, backbone.output_shape()) for name in names}
         reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
         load_heads(SimpleNamespace(heads=heads), node.HEAD_FILES, reinit)

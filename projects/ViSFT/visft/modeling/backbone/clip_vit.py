@@ -11,7 +11,14 @@ from detectron2.modeling import Backbone
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from visft.checkpoint.open_clip_models import OPENAI_MEAN, OPENAI_STD, BaseTower, StoredClip, create_clip
+from visft.checkpoint.open_clip_models import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    BaseTower,
+    StoredClip,
+    create_clip,
+    undrawn_clip,
+)
 from visft.errors import ConfigError
 from visft.modeling.backbone.recompute import Budget
 from visft.modeling.backbone.tower_adapters import adapt
@@ -114,13 +121,16 @@ class CLIPViT(Backbone):
         Args:
             name: an architecture that open_clip knows, or `visft-tiny`.
             pretrained: a tag of open_clip, `demo` for `visft-tiny`, a file, or None for random weights.
-            device: where the tower goes, tensor by tensor.
+            device: where the tower goes, tensor by tensor. `meta`: no weights are read or drawn, and no file is needed.
             options: the constructor's keywords.
 
         Raises:
             ConfigError: unknown name or tag, or a tower that is no plain vision transformer.
             CheckpointError: the weights are missing, unreadable or of another model.
         """
+        if torch.device(device).type == "meta":
+            clip, base = undrawn_clip(name, pretrained)
+            return cls(clip.visual, base=base, **options)
         if not pretrained:
             clip, base = create_clip(name)
             return cls(clip.visual, base=base, **options).to(device)

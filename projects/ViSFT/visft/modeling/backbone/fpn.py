@@ -54,7 +54,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
         memory_budget_gib=node.MEMORY_BUDGET_GIB,
         frozen_dtype=mixed_precision.frozen_type(cfg),
         # Where the whole model will go: with eight processes the machine's memory would not hold eight towers.
-        device=cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu",
+        device=cfg.MODEL.DEVICE if torch.cuda.is_available() or cfg.MODEL.DEVICE == "meta" else "cpu",
     )
     if wants_lora(cfg):
         adapters = cfg.MODEL.LORA
