@@ -297,6 +297,10 @@ def _add_run(cfg: CN) -> None:
     # unchanged (`fixed`, `square`) is computed only once. Each image then passes the tower by itself. 0: off.
     run.FEATURE_CACHE = 0.0
 
+    # `blocks`: training compiles the tower's blocks and the heads' layers with torch.compile, which needs a C++
+    # compiler. "": off.
+    run.COMPILE = ""
+
     run.SOLVER = CN()
     run.SOLVER.HEADS = _solver(base_lr=5e-5, max_iter=150000)
     run.SOLVER.LORA = _solver(base_lr=1e-5, max_iter=100000)

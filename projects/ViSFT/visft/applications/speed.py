@@ -27,6 +27,7 @@ from visft.engine.optimizer import build_optimizer
 from visft.engine.run_vocabulary import with_vocabulary
 from visft.engine.trainer import StageTrainer
 from visft.errors import ConfigError, DataError
+from visft.modeling.compiled import compiled
 from visft.utils import memory, mixed_precision
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = checked_config(args)
     model, loader = build(cfg, args.stage, args.images)
     images = next(loader)
-    found = summary(measure(trainer_of(cfg, model), images, rounds=args.rounds))
+    with compiled(model, cfg.VISFT.COMPILE):
+        found = summary(measure(trainer_of(cfg, model), images, rounds=args.rounds))
     found |= conditions(args, cfg, images, model.device) | {"stage": args.stage}
     if args.output:
         files.write_json(args.output, found)

@@ -21,6 +21,7 @@ from visft.modeling.backbone import lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
 from visft.modeling.backbone.fpn import wants_lora
 from visft.modeling.backbone.tower_adapters import adapt
+from visft.modeling.compiled import check_compiler
 from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.modeling.heads.common.federated import class_image_counts
 from visft.modeling.heads.region_text_head import LOSSES, REGIONS
@@ -55,6 +56,7 @@ def check(
         _visft_names(cfg, processes)
     _data_sets(cfg, train and here, test and here)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT" and here:
+        check_compiler(cfg.VISFT.COMPILE if train else "")
         run_vocabulary.check(cfg, train=train)
         if train and "lora" in cfg.VISFT.STAGES:
             check_captions_of_objectives(cfg)

@@ -91,7 +91,7 @@ def run_config(weights: str, opts: Sequence[str] = (), *, test: bool = False) ->
             f"{weights}: the config that it was trained with does not fit this visft ({error}); give --config-file"
         ) from error
     cfg.set_new_allowed(False)
-    for key in ("SOLVER", "EXPORT", "TASKS", "TASK_MIXING", "TASK_RATIOS"):
+    for key in ("SOLVER", "COMPILE", "EXPORT", "TASKS", "TASK_MIXING", "TASK_RATIOS"):
         cfg.VISFT[key] = defaults.VISFT[key]
     node = cfg.MODEL.VISFT
     node.BALANCE_GRADIENTS = False

@@ -10,6 +10,7 @@ from visft import export
 from visft.checkpoint.run_folder import STAGES
 from visft.engine.settings import unknown
 from visft.errors import ConfigError
+from visft.modeling import compiled
 from visft.modeling.heads.common.classification import CLASS_LOSSES
 from visft.modeling.meta_arch import TUNES
 from visft.utils import mixed_precision
@@ -68,6 +69,7 @@ RUN = {
     "MODEL.VISFT.{head}.MIN_WORD_COUNT": _at_least(1),
     "VISFT.STAGES": _some_of(*STAGES),
     "VISFT.TASK_MIXING": _one_of("joint", "ratio"),
+    "VISFT.COMPILE": _one_of(*compiled.WHAT),
     "VISFT.EXPORT": _any_of(*export.FORMATS),
     "VISFT.PROCESS_TIMEOUT": Rule(lambda value: value > 0, "a number of minutes above 0"),
     "VISFT.INPUT.AUGMENTATION": _one_of(*_AUGMENTATIONS),

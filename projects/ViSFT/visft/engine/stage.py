@@ -22,6 +22,7 @@ from visft.engine.optimizer import build_optimizer, learning_rate
 from visft.engine.run_state import RunState
 from visft.engine.run_vocabulary import words_of
 from visft.engine.trainer import StageTrainer
+from visft.modeling.compiled import compiled
 from visft.utils import mixed_precision
 from visft.visualization import run_report
 
@@ -78,7 +79,8 @@ def run_stage(
     with cached_features(model.backbone, gibibytes) as cache:
         if start < solver.MAX_ITER:
             trainer.register_hooks(_hooks(cfg, model, solver, folder, checkpointer, cache))
-            trainer.train(start, solver.MAX_ITER)
+            with compiled(model, cfg.VISFT.COMPILE):
+                trainer.train(start, solver.MAX_ITER)
     # With new heads, the report compares with the first evaluation.
     wanted = cfg.VISFT.EVAL_BETWEEN_STAGES or stage == cfg.VISFT.STAGES[-1] or not state.evaluations
     metrics = state.evaluate(stage, cfg, model) if wanted else {}
@@ -95,7 +97,7 @@ def _hooks(cfg: CfgNode, model: nn.Module, solver: CfgNode, folder: Path, checkp
         )
 
     def periodic_evaluation() -> dict[str, float]:
-        with stopping.released(), cache.bypassed():
+        with stopping.released(), cache.bypassed(), compiled(model, ""):
             return run_report.finite_only(evaluate.evaluate(cfg, model))
 
     made = [

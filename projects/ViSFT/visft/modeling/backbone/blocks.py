@@ -5,6 +5,8 @@ timm's knows one rotary grid and one number of prefix tokens. What is computed i
 `scaled_dot_product_attention`.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -199,3 +201,21 @@ def run_eva_post_norm_block(block, x, rope=None, mask=None, prefix=0):
     """timm's EvaBlockPostNorm: the norm is on each branch's output (EVA02-E)."""
     x = x + block.drop_path1(block.norm1(_attention(block, x, rope, mask, prefix)))
     return x + block.drop_path2(block.norm2(_mlp(block, x)))
+
+
+def run_by_call(block: nn.Module, run: Runner) -> None:
+    """Let `block(x, rope, mask, prefix=n)` call `run`, so that hooks and `block.compile()` act on it.
+
+    A call without `prefix`, as in the tower's own forward, still runs the block's own.
+    """
+    block.forward = types.MethodType(_forward(type(block).forward, run), block)
+
+
+@functools.cache  # blocks that share a function share what torch.compile makes of it
+def _forward(own: Runner, run: Runner) -> Runner:
+    def forward(self, *args, prefix: int | None = None, **kwargs):
+        if prefix is None:
+            return own(self, *args, **kwargs)
+        return run(self, *args, prefix=prefix, **kwargs)
+
+    return forward

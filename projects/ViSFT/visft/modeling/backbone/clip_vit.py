@@ -1,5 +1,6 @@
 """The vision tower of a CLIP as a detectron2 backbone."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -326,12 +327,12 @@ class CLIPViT(Backbone):
         if window_size:
             rope_and_mask[True] = (windows.split_rope(rope, len(x)), windows.mask(len(x), x.device))
         keep = None  # how many blocks, the last ones
-        for i, (block, run) in enumerate(zip(self.blocks, self._parts.run, strict=True)):
+        for i, block in enumerate(self.blocks):
             with nullcontext() if i >= first else torch.no_grad():
                 windowed = bool(window_size) and i not in self.global_blocks
                 if windowed != inside:  # neighbours with the same kind of attention share one permutation
                     x, inside = (windows.split(x) if windowed else windows.join(x)), windowed
-                arguments = (block, x, *rope_and_mask[inside], count)
+                run, arguments = functools.partial(block, prefix=count), (x, *rope_and_mask[inside])
                 recompute = self.activation_checkpointing and torch.is_grad_enabled()
                 if recompute and keep is None:
                     keep = self.memory_budget.blocks(run, *arguments)

@@ -14,7 +14,7 @@ from torch import nn
 
 from visft.errors import ConfigError
 from visft.modeling.backbone.blocks import (
-    Runner,
+    run_by_call,
     run_eva_block,
     run_eva_post_norm_block,
     run_open_clip_block,
@@ -58,7 +58,7 @@ class Tower:
         patch_size: side of a patch in pixels.
         image_size: `(height, width)` the tower was made for, in pixels.
         num_prefix_tokens: class and register tokens before the patches.
-        blocks: the transformer blocks.
+        blocks: the transformer blocks, called as `block(x, rope, mask, prefix=n)` (see `run_by_call`).
     """
 
     embed_dim: int
@@ -66,7 +66,6 @@ class Tower:
     image_size: tuple[int, int]
     num_prefix_tokens: int
     blocks: list[nn.Module]
-    run: list[Runner]
 
     def patch_layer(self) -> nn.Conv2d:
         """The convolution that embeds the patches."""
@@ -153,7 +152,7 @@ class OpenClipTower(Tower):
                     f"MODEL.CLIP_VIT.NAME: the tower's blocks are {type(block).__name__} with options that no CLIP of "
                     f"open_clip uses; {SUPPORTED}."
                 )
-        self.run = [run_open_clip_block] * len(self.blocks)
+            run_by_call(block, run_open_clip_block)
         self.embed_dim = tower.conv1.out_channels
         self.patch_size = _square(tower.patch_size)
         self.image_size = tuple(tower.image_size)
@@ -229,7 +228,8 @@ class TimmTower(Tower):
             raise ConfigError(
                 f"MODEL.CLIP_VIT.NAME: the tower's rotary embedding is learned per block; {SUPPORTED}."
             )
-        self.run = [runners[type(block)] for block in self.blocks]
+        for block in self.blocks:
+            run_by_call(block, runners[type(block)])
         self.embed_dim = trunk.embed_dim
         self.patch_size = _square(embed.patch_size)
         self.image_size = tuple(embed.img_size)

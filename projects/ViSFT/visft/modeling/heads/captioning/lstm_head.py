@@ -108,7 +108,7 @@ class SoftAttentionDecoder(CaptionDecoder):
         hidden, attention = [], []
         for word in words.unbind(1):
             read = F.linear(h, weight, bias).split(sizes, dim=1)
-            h, c, alpha = self._advance(cells, compared, c, read, word, seen_weight)
+            h, c, alpha = self.attention(cells, compared, c, read, word, seen_weight)
             hidden.append(h)
             attention.append(alpha)
         return torch.stack(hidden, dim=1), torch.stack(attention, dim=1)
@@ -127,7 +127,7 @@ class SoftAttentionDecoder(CaptionDecoder):
         cells, compared, h, c = state
         lstm = self.decode_step
         read = self.attention.decoder_att(h), self.f_beta(h), F.linear(h, lstm.weight_hh, lstm.bias_hh)
-        h, c, alpha = self._advance(cells, compared, c, read, *self._words(tokens))
+        h, c, alpha = self.attention(cells, compared, c, read, *self._words(tokens))
         return h, alpha, (cells, compared, h, c)
 
     def _words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,17 @@ class SoftAttentionDecoder(CaptionDecoder):
         )
         return F.linear(self.embedding(tokens), weight[0], self.decode_step.bias_ih), weight[1]
 
-    def _advance(
+
+class SoftAttention(nn.Module):
+    """One step of the LSTM with its additive attention (equations 4 and 5), where cells and state meet in a ReLU."""
+
+    def __init__(self, in_channels: int, hidden_dim: int, attention_dim: int):
+        super().__init__()
+        self.encoder_att = nn.Linear(in_channels, attention_dim)
+        self.decoder_att = nn.Linear(hidden_dim, attention_dim)
+        self.full_att = nn.Linear(attention_dim, 1)
+
+    def forward(
         self,
         cells: Tensor,
         compared: Tensor,
@@ -146,31 +156,18 @@ class SoftAttentionDecoder(CaptionDecoder):
         word: Tensor,
         seen_weight: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advance by one word: the new h and c, and the attention.
+        """Advance by one word: the new h and c, and the attention on the cells `[N, P]`, which sums to 1.
 
         Args:
-            read: linear in h: for the attention `[N, A]`, the gate beta `[N, C]` and the LSTM's gates `[N, 4 H]`.
-            word, seen_weight: as `_words` gives them, of one word.
+            cells, compared: `[N, P, C]`, and `encoder_att` of them `[N, P, A]`.
+            read: linear in h: for the attention (`decoder_att`) `[N, A]`, the gate beta `[N, C]` and the LSTM's gates
+                `[N, 4 H]`.
+            word, seen_weight: as `SoftAttentionDecoder._words` gives them, of one word.
         """
         attended, beta, recurrent = read
-        alpha = self.attention(compared, attended)
+        alpha = self.full_att(F.relu(compared + attended[:, None])).squeeze(2).softmax(1)
         seen = torch.bmm(alpha[:, None], cells)[:, 0]
         gates = word + recurrent + F.linear(beta.sigmoid() * seen, seen_weight)
         i, f, g, o = gates.chunk(4, dim=1)  # as nn.LSTMCell has them
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c, alpha
-
-
-class SoftAttention(nn.Module):
-    """Additive attention (equations 4 and 5): cells and the LSTM's state meet in a ReLU."""
-
-    def __init__(self, in_channels: int, hidden_dim: int, attention_dim: int):
-        super().__init__()
-        self.encoder_att = nn.Linear(in_channels, attention_dim)
-        self.decoder_att = nn.Linear(hidden_dim, attention_dim)
-        self.full_att = nn.Linear(attention_dim, 1)
-
-    def forward(self, compared: Tensor, attended: Tensor) -> Tensor:
-        """`encoder_att` of the cells `[N, P, A]`, `decoder_att` of the state `[N, A]` -> weights `[N, P]` that sum
-        to 1."""
-        return self.full_att(F.relu(compared + attended[:, None])).squeeze(2).softmax(1)
