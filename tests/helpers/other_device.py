@@ -4,10 +4,12 @@ A GPU's operations refuse tensors of two devices. On a machine without one a for
 it raises as it would there. `with other_device():` makes `DEVICE` usable: what is made on it or moved to it is a tensor
 that holds one of the CPU's and lets none of the CPU's beside it.
 
-It stands in for a GPU in one respect only, where tensors are. Nothing is said about kernels, types or memory.
+It stands in for a GPU in one respect only, where tensors are. Nothing is said about kernels, types or memory. With
+VISFT_TEST_DEVICE=cuda in the environment, `DEVICE` is a real GPU instead; tests that count waits need the stand-in.
 """
 
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import visft
 
 # A type of device that needs no driver, and whose backward pass runs in the calling thread.
-DEVICE = torch.device("lazy")
+DEVICE = torch.device(os.environ.get("VISFT_TEST_DEVICE", "lazy"))
 
 _aten = torch.ops.aten
 _MOVES = {_aten._to_copy.default, _aten.copy_.default}
@@ -154,6 +156,9 @@ class _Functions(TorchFunctionMode):
 @contextlib.contextmanager
 def other_device() -> Iterator[torch.device]:
     """Gives `DEVICE`, which can be used within."""
+    if DEVICE.type != "lazy":
+        yield DEVICE
+        return
     generator, enabled, autocast = torch.Generator, torch.is_autocast_enabled, torch.autocast
 
     def is_autocast_enabled(*device_type):
