@@ -225,7 +225,7 @@ def _at_full_depth(backbone: CLIPViT, run: Callable[[], tuple[int, ...]]) -> tup
     computes is the same for all of a kind, so numbers grow by a straight line. Windows make further kinds; then the
     whole tower runs.
     """
-    parts, blocks, runners = backbone._parts, backbone.blocks, backbone._parts.run
+    parts, blocks = backbone._parts, backbone.blocks
     second_kind = (hasattr(b, "lora") or any(p.requires_grad for p in b.parameters()) for b in blocks)
     first = next((i for i, found in enumerate(second_kind) if found), len(blocks))
     counts = [first, len(blocks) - first]
@@ -234,11 +234,11 @@ def _at_full_depth(backbone: CLIPViT, run: Callable[[], tuple[int, ...]]) -> tup
 
     def with_blocks(frozen: int, trained: int) -> tuple[int, ...]:
         chosen = [*range(frozen), *range(len(blocks) - trained, len(blocks))]
-        parts.blocks, parts.run = [blocks[i] for i in chosen], [runners[i] for i in chosen]
+        parts.blocks = [blocks[i] for i in chosen]
         try:
             return run()
         finally:
-            parts.blocks, parts.run = blocks, runners
+            parts.blocks = blocks
 
     few = [min(count, _FEW) for count in counts]
     found = base = with_blocks(*few)
