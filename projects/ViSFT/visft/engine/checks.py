@@ -65,7 +65,7 @@ def check(
     _weight_files(cfg)
 
 
-def _device(cfg: CfgNode, local_processes: int, here: bool) -> None:
+def _device(cfg: CfgNode, local_processes: int, here: bool = True) -> None:
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except (RuntimeError, TypeError) as error:
