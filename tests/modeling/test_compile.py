@@ -54,7 +54,9 @@ def step(model, images: list[dict]) -> tuple[dict[str, torch.Tensor], dict[str, 
     ("stage", "heads", "captions", "kinds"),
     [
         ("heads", ("captioning",), "TransformerCaptionHead", 2),
-        ("lora", ("detection", "segmentation", "captioning"), "CaptionHead", 8),
+        pytest.param(
+            *("lora", ("detection", "segmentation", "captioning"), "CaptionHead", 8), marks=pytest.mark.slow
+        ),
     ],
     ids=["heads", "lora"],
 )
