@@ -1,7 +1,7 @@
 """How many blocks may keep their activations, where the others are computed again (arXiv:1604.06174).
 
 Blocks are kept or recomputed as a whole. Selective checkpointing, which keeps the products inside a block and computes
-the rest again, would gain little: a frozen layer does not keep its input, so products are most of what a block keeps.
+the rest again, would save little memory: a frozen layer does not keep its input, so a block keeps little but products.
 """
 
 from collections.abc import Callable
@@ -23,22 +23,22 @@ class Budget:
         self.gib = gib
         self._sizes: dict[tuple, int] = {}
 
-    def blocks(self, run: Callable[..., torch.Tensor], *arguments: Any) -> int:
+    def blocks(self, run: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> int:
         """How many blocks may keep their activations.
 
         Args:
-            run: computes one block; all keep about the same.
-            arguments: its arguments. The first tensor among them decides the size.
+            run: computes one block of tokens `x` and further arguments; all blocks keep about the same.
         """
         if not self.gib:
             return 0
-        x = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
         key = (x.shape, x.dtype, torch.is_autocast_enabled(x.device.type))
         if key not in self._sizes:  # one more pass of one block for each size of images
             devices = [x.device] if x.device.type == "cuda" else []
             # A resumed run measures again; its dropout must stay the same.
             with torch.random.fork_rng(devices):
-                self._sizes[key] = max(1, kept_bytes(run, *arguments))
+                # With a gradient for its input, without which the first block that trains keeps less than the others.
+                x = x.detach().requires_grad_()
+                self._sizes[key] = max(1, kept_bytes(run, x, *arguments))
         return int(self.gib * GIB) // self._sizes[key]
 
 
