@@ -119,6 +119,15 @@ def test_few_blocks_stand_for_all(root, monkeypatch):
     assert plan.plan(cfg)["steps"] == short
 
 
+def test_a_memory_budget_is_in_the_plan(root, planned):
+    [usual] = [row for row in planned[1]["steps"] if row["stage"] == "lora"]
+    kept, recomputed = usual["tower_without_checkpointing"], usual["tower_with_checkpointing"]
+    keys = {"MODEL__CLIP_VIT__ACTIVATION_CHECKPOINTING": True, "VISFT__STAGES": "('lora',)"}
+    budget = (kept - recomputed) / 2
+    found = rows(config(root, **keys, MODEL__CLIP_VIT__MEMORY_BUDGET_GIB=budget / 2**30))["lora"]
+    assert recomputed < found["tower"] < recomputed + 1.01 * budget < kept
+
+
 def test_what_is_said_to_fit_fits(root, planned):
     for row in planned[1]["steps"]:
         [fit] = row["fits"]
