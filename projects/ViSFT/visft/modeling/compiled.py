@@ -63,8 +63,8 @@ def compiled(model: nn.Module, what: str) -> Iterator[None]:
 
 
 def check_compiler(what: str) -> None:
-    """Raise ConfigError if something is to be compiled and there is no C++ compiler, which torch.compile calls."""
-    if not what:
+    """Raise ConfigError if something is to be compiled and there is no C++ compiler, which inductor calls."""
+    if not what or BACKEND != "inductor":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
