@@ -279,9 +279,8 @@ def meta_clip(name: str, pretrained: str | None = None, **options) -> nn.Module:
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random, but there are none
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # warnings about the activation, which `trained_name` takes care of
+            # It warns about the activation, which `trained_name` takes care of.
+            warnings.simplefilter("ignore", UserWarning)
             return module.create_model(name, pretrained=tag, **options)
     finally:
         logging.disable(level)

@@ -81,9 +81,8 @@ class TensorFile:
         end, step = place + tensor.nbytes, CHUNK // tensor.itemsize * tensor.itemsize
         while place < end:
             part = self._buffer[: min(step, end - place)]
-            with open(
-                local_path(self.path), "rb"
-            ) as file:  # opened for each part, because a consumer may stop at any
+            # Opened for each part, because a consumer may stop at any.
+            with open(local_path(self.path), "rb") as file:
                 file.seek(place)
                 if file.readinto(part.numpy()) < len(part):
                     raise CheckpointError(

@@ -277,9 +277,8 @@ class ViSFT(nn.Module):
             normalizers = self.heads[name].normalizers([batched_inputs[i] for i in rows])
             counts[name] = torch.cat([torch.tensor([float(bool(rows))]), normalizers.flatten()])
         means = distributed.means_over_processes(counts, self.device)
-        shares = (
-            torch.stack([mean[0] for mean in means.values()]).tolist() if means else []
-        )  # one wait for all
+        # One wait for all.
+        shares = torch.stack([mean[0] for mean in means.values()]).tolist() if means else []
         normalizers = {name: mean[1:].float() for name, mean in means.items()}
         return dict(zip(means, shares, strict=True)), normalizers
 

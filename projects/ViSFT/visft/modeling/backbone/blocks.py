@@ -140,9 +140,8 @@ def _attention(
     block: nn.Module, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None, prefix: int
 ) -> torch.Tensor:
     attn = block.attn
-    if torch.is_autocast_enabled(
-        x.device.type
-    ):  # else each of the products below would cast and keep its own copy
+    # Otherwise each of the products below would cast and keep its own copy.
+    if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in _qkv(block, x))
     if isinstance(attn, nn.MultiheadAttention):
