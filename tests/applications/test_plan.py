@@ -178,3 +178,26 @@ def test_the_largest_tower_takes_little_memory(root):
     shown = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     assert "4350.56" in shown  # open_clip's count of EVA02-E-14-plus's vision tower
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 3e9
+
+
+def test_pieces_of_the_tower_leave_the_rest_whole(root):
+    """With as many processes as make a piece small, what is left is two blocks and the rest of the model."""
+    whole, pieces = (
+        plan.plan(
+            config(root, VISFT__STRATEGY=s, VISFT__STAGES="('lora',)", MODEL__VISFT__FREEZE_HEADS=True),
+            processes=2,
+        )
+        for s in ("DDP", "FSDP2")
+    )
+    one, other = whole["steps"][0], pieces["steps"][0]
+    model = build_model(config(root))
+    model.set_stage("lora")
+    parts = [[p.numel() * 4 for p in block.parameters()] for block in model.backbone.blocks]
+    trains = [
+        [p.numel() * 4 for p in block.parameters() if p.requires_grad] for block in model.backbone.blocks
+    ]
+    inside, trained = sum(map(sum, parts)), sum(map(sum, trains))
+    assert one["trained"] == trained and other["trained"] == trained / 2
+    frozen = sum(one["frozen"].values()) - sum(other["frozen"].values())
+    assert frozen == (inside - trained) / 2
+    assert one["peak"] - other["peak"] == frozen + 4 * trained / 2 - 2 * max(map(sum, parts))

@@ -9,20 +9,22 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch.nn.parallel import DistributedDataParallel
 
+from visft.checkpoint import shards
 from visft.engine.optimizer import build_optimizer
 from visft.engine.trainer import StageTrainer
+from visft.modeling.backbone import sharding
 
 COUNTS, STEPS = (1, 2, 4), 5
 # Of four images, one for each of four processes. The last process never has labels.
 LABELS = ((2, BOTH), (1, BOXES), (3, MASKS), None)
-STAGES, MIXINGS, WAYS = ("heads", "lora", "lora balanced"), ("joint", "ratio"), ("ours", "ddp")
+STAGES, MIXINGS, WAYS = ("heads", "lora", "lora balanced"), ("joint", "ratio"), ("ours", "fsdp2", "ddp")
 KINDS = [(s, m) for s in STAGES for m in MIXINGS if (s, m) != ("lora balanced", "ratio")]  # which is refused
 LOGGED = ("total_loss", "grad_norm")  # the norm before clipping
 
 
 def ways(stage: str, mixing: str) -> tuple[str, ...]:
     # DistributedDataParallel gives the head whose turn it is not a zero gradient, so that AdamW's momentum moves it.
-    return WAYS[:1] if (stage, mixing) == ("heads", "ratio") else WAYS
+    return WAYS[:2] if (stage, mixing) == ("heads", "ratio") else WAYS
 
 
 class Notes(HookBase):
@@ -35,7 +37,11 @@ class Notes(HookBase):
         latest = self.trainer.storage.latest()
         self.losses.append({n: v for n, (v, _) in latest.items() if "/" in n or n in LOGGED})
         grads = [p.grad for p in self.trainer.parameters]
-        self.gradients.append([None if g is None else g.clone() for g in grads])
+        self.gradients.append([None if g is None else whole(g).clone() for g in grads])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if shards.is_piece(tensor) else tensor
 
 
 def batch(step: int, mixing: str, rank: int, world: int) -> list[dict]:
@@ -54,6 +60,8 @@ def train(rank: int, world: int, folder: str) -> None:
     for stage, mixing in KINDS:
         for way in ways(stage, mixing) if world > 1 else WAYS[:1]:
             model = build(stage)
+            if way == "fsdp2":
+                sharding.shard(model.backbone)
             optimizer = build_optimizer(model, CfgNode({"BASE_LR": 1e-3, "WEIGHT_DECAY": 1e-4}))
             wrapped = DistributedDataParallel(model, broadcast_buffers=False) if way == "ddp" else model
             stream = iter([batch(step, mixing, rank, world) for step in range(STEPS)])
@@ -62,7 +70,7 @@ def train(rank: int, world: int, folder: str) -> None:
             trainer = StageTrainer(wrapped, stream, optimizer, stage=stage, clip_norm=0.1)
             trainer.register_hooks([notes := Notes()])
             trainer.train(0, STEPS)
-            weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+            weights = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
             found[stage, mixing, way] = (notes.losses, notes.gradients, weights)
     torch.save(found, f"{folder}/{world}_{rank}.pt")
     if world > 1:

@@ -15,9 +15,11 @@ LAST = "lora/model_0000012.safetensors"
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_started_again(shapes_train, tmp_path):
+@pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
+def test_a_killed_process_is_started_again(shapes_train, tmp_path, strategy):
     def arguments(name: str) -> list[str]:
         keys = {f"VISFT.SOLVER.{stage}.MAX_ITER": "12" for stage in ("HEADS", "LORA")}
+        keys["VISFT.STRATEGY"] = strategy
         words = [word for pair in keys.items() for word in pair]
         return [*tiny_arguments(shapes_train, None, tmp_path / name), *words]
 

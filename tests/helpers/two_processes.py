@@ -11,11 +11,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from visft.checkpoint.shards import is_piece
 from visft.engine.optimizer import average_gradients
+from visft.modeling.backbone import sharding
 
 WORLD = 2
-WAYS = ("ddp", "ours")
-"""By DistributedDataParallel and by our own averaging."""
+WAYS = ("ddp", "ours", "fsdp2")
+"""By DistributedDataParallel, by our own averaging, and with the tower in pieces."""
 
 Gradients = dict[str, torch.Tensor | None]
 Step = tuple[dict[str, float], Gradients]
@@ -34,7 +36,8 @@ def step(model: nn.Module, images: list[dict]) -> Step:
 
 
 def gradients(model: nn.Module) -> Gradients:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: g.full_tensor() if g is not None and is_piece(g) else g for name, g in trained.items()}
 
 
 def alone(builds: Builds, batches: Batches) -> dict[tuple[str, str], Step]:
@@ -60,7 +63,8 @@ def _work(rank: int, store: str, folder: str, builds: Builds, batches: Batches) 
     try:
         found = {}
         for kind, build in builds.items():
-            ours = build()
+            ours, pieces = build(), build()
+            sharding.shard(pieces.backbone)
             # As detectron2's create_ddp_model makes it: without find_unused_parameters.
             ddp = DistributedDataParallel(build(), broadcast_buffers=False)
             for name, parts in batches.items():
@@ -70,9 +74,10 @@ def _work(rank: int, store: str, folder: str, builds: Builds, batches: Batches) 
                 with EventStorage():
                     tensors = {key: torch.tensor(value) for key, value in losses.items()}
                     SimpleTrainer.write_metrics(tensors, 0.0, 0)
-                losses, _ = step(ours, parts[rank])
-                average_gradients(p for p in ours.parameters() if p.requires_grad)
-                found[kind, name, "ours"] = (losses, gradients(ours))
+                for way, model in (("ours", ours), ("fsdp2", pieces)):
+                    losses, _ = step(model, parts[rank])
+                    average_gradients(p for p in model.parameters() if p.requires_grad)
+                    found[kind, name, way] = (losses, gradients(model))
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()

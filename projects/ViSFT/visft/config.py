@@ -297,6 +297,10 @@ def _add_run(cfg: CN) -> None:
     # unchanged (`fixed`, `square`) is computed only once. Each image then passes the tower by itself. 0: off.
     run.FEATURE_CACHE = 0.0
 
+    # How several processes share the model. `DDP`: each has all of it. `FSDP2`: each has a piece of every block of the
+    # tower, which is gathered while the block computes, and all of the rest.
+    run.STRATEGY = "DDP"
+
     # `blocks`: training compiles the tower's blocks and the heads' layers with torch.compile, which needs a C++
     # compiler. "": off.
     run.COMPILE = ""

@@ -14,10 +14,8 @@ from visft.checkpoint import authors, files, load
 from visft.checkpoint.run_folder import describe
 from visft.engine import exporting
 from visft.engine.settings import load_config
-from visft.engine.trainer import seed_iteration
 from visft.errors import CheckpointError, ConfigError, ExportError
-from visft.export import streamed
-from visft.modeling.backbone import CLIPViT, lora, open_clip_models
+from visft.modeling.backbone import open_clip_models
 from visft.modeling.backbone.tower_adapters import adapt
 
 logger = logging.getLogger(__name__)
@@ -40,22 +38,17 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     _check_shapes(cfg, shapes, arguments.weights)
     load.check_file(arguments.weights, key="--weights", architecture=vit.NAME)
     outputs = _outputs(arguments)
-    about = exporting.facts(cfg, arguments.weights)
-    base = streamed.base_file(cfg, arguments.format, shapes)
-    if base is not None:
-        return streamed.run(cfg, paths, base, arguments.format, outputs, about, verify=arguments.verify)
-
-    export.check(arguments.format, open_clip_models.meta_tower(vit.NAME))
-    seed = _seed(arguments.weights)
     if not vit.PRETRAINED:
         logger.warning("MODEL.CLIP_VIT.PRETRAINED is empty: the base has random weights")
-    backbone = _build(
-        cfg, seed, with_lora=any(".lora_" in name or name.startswith("lora_") for name in shapes)
+    return exporting.export_files(
+        cfg,
+        arguments.weights,
+        arguments.format,
+        outputs,
+        exporting.facts(cfg, arguments.weights),
+        seed=_seed(arguments.weights),
+        verify=arguments.verify,
     )
-    load.load_tower(backbone, arguments.weights)
-    backbone.eval()
-    writer = export.FORMATS[arguments.format].write
-    return [writer(backbone, path, interpolate=amount, facts=about) for amount, path in outputs]
 
 
 def _config(arguments: argparse.Namespace, paths: Sequence[Path]) -> CfgNode:
@@ -161,19 +154,3 @@ def _seed(weights: str | os.PathLike) -> int | None:
     """A run's seed, from which its random base can be rebuilt; None if there is none."""
     state = Path(weights) / "run.json"
     return files.read_json(state).get("seed") if state.is_file() else None
-
-
-def _build(cfg: CfgNode, seed: int | None, with_lora: bool) -> CLIPViT:
-    if seed is not None:
-        seed_iteration(seed, "build", 0)
-    vit, settings = cfg.MODEL.CLIP_VIT, cfg.MODEL.LORA
-    backbone = CLIPViT.from_open_clip(vit.NAME, vit.PRETRAINED or None)
-    if with_lora:
-        lora.inject(
-            backbone,
-            rank=settings.RANK,
-            alpha=settings.ALPHA,
-            targets=tuple(settings.TARGETS),
-            last_blocks=settings.LAST_BLOCKS,
-        )
-    return backbone

@@ -127,6 +127,7 @@ class _Simulation:
         self.amp = mixed_precision.amp_type(cfg, stage)
         self.gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         heads = [model.heads[task]] if task in model.heads else model.heads.values()
+        self.pieces = processes if cfg.VISFT.STRATEGY == "FSDP2" else 1
         self.learns = stage == "lora" or any(head.trainable for head in heads)
 
     def tower(self, checkpointing: bool) -> int:
@@ -160,31 +161,41 @@ class _Simulation:
     @functools.cache  # noqa: B019  it ends with the plan
     def peak(self, images: int, size: tuple[int, int]) -> int:
         """Bytes at most."""
-        return self.step(images, size).peak
+        return self.step(images, size).peak - self.absent()
+
+    def absent(self) -> int:
+        """Bytes of the tower's blocks that other processes have, less two blocks that are gathered at a time."""
+        if self.pieces == 1:
+            return 0
+        blocks = [[_state(p) for p in block.parameters()] for block in self.model.backbone.blocks]
+        weights = max(_bytes(block.parameters()) for block in self.model.backbone.blocks)
+        return sum(map(sum, blocks)) * (self.pieces - 1) // self.pieces - 2 * weights
 
     def row(self, memories: Iterable[float]) -> dict:
         """The figures of the config's own batch and largest image, with checkpointing as it says and the other way."""
         step = self.step(self.images, self.size)
-        weights = _resident(self.cfg, self.model, self.gpu)
-        weights += [*self.model.parameters(), *self.model.buffers()]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        frozen: dict[str, int] = {}
-        for tensor in weights:
-            if tensor.is_floating_point() and not tensor.requires_grad:
+        resident = _resident(self.cfg, self.model, self.gpu)
+        inside = {id(p) for block in self.model.backbone.blocks for p in block.parameters()}
+        trained, frozen = 0, {}
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *(t.detach() for t in resident)):
+            own = _bytes([tensor]) // (self.pieces if id(tensor) in inside else 1)
+            if tensor.requires_grad:
+                trained += own
+            elif tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
-                frozen[kind] = frozen.get(kind, 0) + _bytes([tensor])
+                frozen[kind] = frozen.get(kind, 0) + own
         found = {
             "stage": self.stage,
             "task": self.task or "joint",
             "images": self.images,
             "size": list(self.size),
             "frozen": frozen,
-            "trained": _bytes(trained),
-            "gradients": _bytes(trained),
-            "optimizer": 2 * _bytes(trained),
+            "trained": trained,
+            "gradients": trained,
+            "optimizer": 2 * trained,
             "tower": step.tower,
             "heads": step.heads,
-            "peak": step.peak,
+            "peak": step.peak - self.absent(),
             "forward_flop": step.forward,
             "step_flop": step.total,
         }
@@ -210,8 +221,9 @@ class _Simulation:
             side = stride * math.isqrt(cells)
             return self.peak(self.images, (side, side))
 
-        images = largest(of_batch, limit, (1, self.images, 2 * self.images), step.peak)
-        cells = largest(of_cells, limit, (sides[0] ** 2, height * width, sides[1] ** 2), step.peak)
+        peak = step.peak - self.absent()
+        images = largest(of_batch, limit, (1, self.images, 2 * self.images), peak)
+        cells = largest(of_cells, limit, (sides[0] ** 2, height * width, sides[1] ** 2), peak)
         return {"memory": memory, "images": int(images), "side": stride * math.isqrt(int(cells))}
 
 
@@ -245,6 +257,11 @@ def _resident(cfg: CfgNode, model: ViSFT, gpu: bool) -> list[Tensor]:
     if original is not None and original._copy is not None:
         found += original._copy.parameters()
     return found
+
+
+def _state(parameter: Tensor) -> int:
+    """Bytes of a parameter with its gradient and its two momenta, if it trains."""
+    return _bytes([parameter]) * (4 if parameter.requires_grad else 1)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

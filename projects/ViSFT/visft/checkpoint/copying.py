@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from visft.checkpoint.shards import is_piece, local, piece_of
 from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ def load_into(
 
     with torch.no_grad():
         for name in report.loaded:
-            state[name].copy_(tensors[name])
+            if is_piece(state[name]):
+                local(state[name]).copy_(piece_of(tensors[name], state[name]))
+            else:
+                state[name].copy_(tensors[name])
     report.log(what)
     return report
 

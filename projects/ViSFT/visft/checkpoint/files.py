@@ -118,10 +118,13 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Remove the half-written files that a killed writer left in `folder`, and return their names."""
+    """Remove the half-written files and folders that a killed writer left in `folder`, and return their names."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}"))
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return [leftover.name for leftover in leftovers]
 
 

@@ -19,6 +19,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from visft.checkpoint.files import (
+    Lazy,
+    map_tensors,
     read_metadata,
     read_tensors,
     remove_leftovers,
@@ -37,6 +39,7 @@ from visft.checkpoint.run_folder import (
     newest_checkpoint,
     trainer_file,
 )
+from visft.checkpoint.shards import cut, is_piece, joined
 from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -89,8 +92,18 @@ class RunCheckpointer:
         """Write the checkpoint after `iteration` completed iterations, and return its model file."""
         path = self.folder / f"model_{iteration:07d}.safetensors"
         generators = comm.gather(generator_state())
-        if comm.is_main_process() and self._current != iteration:
-            self._write(path, iteration, generators)
+        if self._current != iteration:
+            trainer: dict[str, Tensor] = {}
+            # In this order: names in the file count from the first, and only the main process has generators.
+            parts = {"optimizer": self.optimizer, **self.parts}
+            state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+            tree = pack({**state, "generators": generators}, trainer)
+            with (
+                joined(self.folder, "model", trained_tensors(self.model)) as model_tensors,
+                joined(self.folder, "trainer", trainer) as trainer_tensors,
+            ):
+                if comm.is_main_process():
+                    self._write(path, iteration, model_tensors, trainer_tensors, tree)
         self._current = iteration
         comm.synchronize()
         return path
@@ -117,7 +130,7 @@ class RunCheckpointer:
         check_base(path, self.base)
         load_into(
             self.model,
-            read_tensors(path),
+            self._read(path),
             what=str(path),
             names=trained_tensors(self.model),
             hint="Resume with the config that the run was started with.",
@@ -145,21 +158,22 @@ class RunCheckpointer:
                 logger.info("moved the checkpoints of an earlier run to %s", target)
         comm.synchronize()
 
-    def _write(self, path: Path, iteration: int, generators: list[Any]) -> None:
+    def _write(
+        self,
+        path: Path,
+        iteration: int,
+        model_tensors: Mapping[str, Tensor | Lazy],
+        trainer_tensors: Mapping[str, Tensor | Lazy],
+        trainer_state: Any,
+    ) -> None:
         mark, trainer = path.with_suffix(".json"), trainer_file(path)
         if mark.exists():
             # Half-way through being overwritten, the files must not look like the old checkpoint.
             mark.unlink()
             sync_folder(self.folder)
         about = _about(self.stage, iteration, self.base, self.settings)
-        tensors: dict[str, Tensor] = {}
-        state = {name: part.state_dict() for name, part in self.parts.items() if part is not None}
-        state["generators"] = generators
-        if self.optimizer is not None:
-            state["optimizer"] = self.optimizer.state_dict()
-        tree = pack(state, tensors)
-        write_safetensors(trainer, tensors, {"state": json.dumps(tree)})
-        _write_model(path, trained_tensors(self.model), about, self.record, beside=[trainer])
+        write_safetensors(trainer, trainer_tensors, {"state": json.dumps(trainer_state)})
+        _write_model(path, model_tensors, about, self.record, beside=[trainer])
         with write_aside(self.folder / "last_checkpoint") as partial:
             partial.write_text(path.name)
         if self.keep:
@@ -169,11 +183,16 @@ class RunCheckpointer:
                     file.unlink(missing_ok=True)
         logger.info("saved %s", path)
 
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        # Of tensors in pieces, a process reads its own.
+        sharded = any(map(is_piece, self.model.parameters()))
+        return map_tensors(path) if sharded else read_tensors(path)
+
     def _load_trainer(self, path: Path) -> None:
-        state = unpack(json.loads(read_metadata(path)["state"]), read_tensors(path))
+        state = unpack(json.loads(read_metadata(path)["state"]), self._read(path))
         try:
             if self.optimizer is not None:
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.optimizer.load_state_dict(_in_pieces(state["optimizer"], self.optimizer))
             for name, part in self.parts.items():
                 if part is not None:
                     part.load_state_dict(state[name])
@@ -217,7 +236,7 @@ def _about(stage: str, iteration: int, base: Any, settings: Mapping[str, Any]) -
 
 def _write_model(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Lazy],
     about: Mapping[str, Any],
     record: Mapping[str, str],
     beside: Sequence[Path] = (),
@@ -226,6 +245,19 @@ def _write_model(
     write_safetensors(path, tensors, {"format": "pt", "visft": json.dumps(about), **record})
     sizes = {file.name: file.stat().st_size for file in (path, *beside)}
     write_json(path.with_suffix(".json"), {**about, "files": sizes})
+
+
+def _in_pieces(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state, with the momenta of parameters in pieces cut like these."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state["state"])
+    for index, entry in entries.items():
+        if index < len(parameters) and is_piece(like := parameters[index]):
+            entries[index] = {
+                key: cut(value, like) if getattr(value, "shape", None) == like.shape else value
+                for key, value in entry.items()
+            }
+    return {**state, "state": entries}
 
 
 def generator_state() -> dict[str, Any]:

@@ -15,7 +15,12 @@ from visft.data.repeat_factor import check_sampler
 from visft.engine import key_rules, run_vocabulary
 from visft.engine.settings import unknown
 from visft.engine.task_checks import check_tasks
-from visft.engine.tuning_checks import check_captions_of_objectives, check_objectives, check_tuning
+from visft.engine.tuning_checks import (
+    check_captions_of_objectives,
+    check_objectives,
+    check_strategy,
+    check_tuning,
+)
 from visft.errors import CheckpointError, ConfigError, DataError
 from visft.modeling.backbone import lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
@@ -52,6 +57,7 @@ def check(
     """
     _device(cfg, local_processes, here)
     _names(cfg)
+    check_strategy(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "ViSFT":
         _visft_names(cfg, processes)
     _data_sets(cfg, train and here, test and here)

@@ -15,6 +15,7 @@ from visft.classes.open_names import names_of
 from visft.data import build_test_loader, build_test_mapper
 from visft.errors import ConfigError
 from visft.evaluation import build_evaluator, demo_zero_shot
+from visft.modeling.backbone.sharding import gathered
 from visft.modeling.open_vocabulary import KEY, configured_names
 from visft.utils import mixed_precision, progress
 from visft.visualization.predictions import draw_predictions
@@ -35,7 +36,12 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     for name in cfg.DATASETS.TEST if cfg.MODEL.VISFT.HEADS else ():
         _set_names(cfg, model, name)
         loader, evaluator = build_test_loader(cfg, name), build_evaluator(cfg, name, model.class_names)
-        with progress.bar(f"evaluation on {name}", len(loader)) as bar, mixed_precision.evaluating(cfg):
+        whole = gathered(model)  # processes have different numbers of images
+        with (
+            whole,
+            progress.bar(f"evaluation on {name}", len(loader)) as bar,
+            mixed_precision.evaluating(cfg),
+        ):
             found = inference_on_dataset(model, loader, evaluator, callbacks={"after_inference": bar.update})
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         figures |= {
@@ -48,9 +54,10 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 def evaluate_with_zero_shot(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Like `evaluate`, with zero-shot metrics of emoji if the data is the demo world."""
     metrics = evaluate(cfg, model)
-    if comm.is_main_process() and demo_zero_shot.applies(cfg):
-        with mixed_precision.evaluating(cfg):
-            metrics |= demo_zero_shot.demo_zero_shot(model.backbone)
+    if demo_zero_shot.applies(cfg):
+        with gathered(model), mixed_precision.evaluating(cfg):
+            if comm.is_main_process():
+                metrics |= demo_zero_shot.demo_zero_shot(model.backbone)
     comm.synchronize()
     return metrics
 
@@ -64,14 +71,18 @@ def log_metrics(step: str, metrics: Mapping[str, float]) -> None:
 
 
 def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
-    """Draw ground truth beside each head's predictions for images of DATASETS.TEST[0]. Without heads, draw nothing."""
-    if not cfg.MODEL.VISFT.HEADS:
+    """Draw ground truth beside each head's predictions for images of DATASETS.TEST[0], in the main process.
+
+    Without heads or DATASETS.TEST, draw nothing. All processes call this if the tower is in pieces.
+    """
+    if not cfg.MODEL.VISFT.HEADS or not cfg.DATASETS.TEST:
         return
     _set_names(cfg, model, cfg.DATASETS.TEST[0])
     mapper = build_test_mapper(cfg)
     heads, classes = cfg.MODEL.VISFT.HEADS, named_classes(model)
-    with mixed_precision.evaluating(cfg):
-        draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
+    with gathered(model), mixed_precision.evaluating(cfg):
+        if comm.is_main_process():
+            draw_predictions(model, mapper, cfg.DATASETS.TEST[0], folder, heads=heads, classes=classes)
 
 
 def named_classes(model: nn.Module) -> Metadata:

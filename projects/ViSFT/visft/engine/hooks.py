@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from visft.checkpoint.shards import local
 from visft.engine import stopping
 from visft.engine.optimizer import set_learning_rate
 from visft.errors import TrainingError
@@ -49,7 +51,7 @@ class Checkpoints(HookBase):
         stop = stopping.requested()
         if stop or done == end or any(done % period == 0 for period in self._periods):
             # With a learning rate that is far too high, a finite gradient can still give infinite weights.
-            if not all(torch.isfinite(parameter).all() for parameter in self.trainer.parameters):
+            if not all(comm.all_gather(all(torch.isfinite(local(p)).all() for p in self.trainer.parameters))):
                 raise TrainingError(
                     f"stage {self.trainer.stage}, iteration {self.trainer.iter}: a trained weight is not finite, so "
                     "nothing is saved; lower BASE_LR"

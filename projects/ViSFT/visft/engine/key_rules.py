@@ -69,6 +69,7 @@ RUN = {
     "MODEL.VISFT.{head}.MIN_WORD_COUNT": _at_least(1),
     "VISFT.STAGES": _some_of(*STAGES),
     "VISFT.TASK_MIXING": _one_of("joint", "ratio"),
+    "VISFT.STRATEGY": _one_of("DDP", "FSDP2"),
     "VISFT.COMPILE": _one_of(*compiled.WHAT),
     "VISFT.EXPORT": _any_of(*export.FORMATS),
     "VISFT.PROCESS_TIMEOUT": Rule(lambda value: value > 0, "a number of minutes above 0"),

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from visft.checkpoint.shards import is_piece, local
 from visft.modeling.backbone import lr_factor
 
 
@@ -32,6 +33,7 @@ def build_optimizer(
             own = heads if heads is not None and name.startswith("heads.") else solver
             scale = factor(name) * (1.0 if own is solver else own.BASE_LR / solver.BASE_LR)
             groups.setdefault((scale, own.WEIGHT_DECAY), []).append(parameter)
+    kinds = {is_piece(parameter) for parameters in groups.values() for parameter in parameters}
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "lr": scale * solver.BASE_LR}
@@ -39,6 +41,9 @@ def build_optimizer(
             for (scale, decay), parameters in groups.items()
         ],
         eps=1e-8,
+        foreach=False
+        if len(kinds) > 1
+        else None,  # one call for many takes no whole parameters beside pieces
     )
 
 
@@ -65,7 +70,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], bucket: int = 1 << 23)
 
     A missing gradient counts as zero if another process has it. A parameter without a gradient in any process keeps
     none, so a head without labels stays unchanged, as in one process with the joined batch. Call this once per step,
-    after the accumulated batches.
+    after the accumulated batches. Gradients in pieces have been averaged already, in the backward pass.
 
     Args:
         parameters: the same parameters in the same order on every process.
@@ -74,7 +79,9 @@ def average_gradients(parameters: Iterable[nn.Parameter], bucket: int = 1 << 23)
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if not is_piece(parameter)]
+    if not parameters:
+        return
     device = parameters[0].device
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(present)
@@ -91,6 +98,32 @@ def average_gradients(parameters: Iterable[nn.Parameter], bucket: int = 1 << 23)
             _mean_over_processes(pieces)
             pieces, size = [], 0
     _mean_over_processes(pieces)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor | None:
+    """Scale the gradients so that their joint L2 norm is at most `limit`.
+
+    Args:
+        parameters: whole ones and pieces (see `sharding`); all processes give the same.
+        limit: infinity: nothing is scaled.
+
+    Returns:
+        The norm before, or None if no parameter has a gradient.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not parameters:
+        return None
+    if not any(map(is_piece, parameters)):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    squares = torch.zeros(2, device=parameters[0].device)  # of pieces, of whole gradients
+    for parameter in parameters:
+        squares[0 if is_piece(parameter) else 1] += torch.linalg.vector_norm(local(parameter.grad)) ** 2
+    torch.distributed.all_reduce(squares[:1])
+    norm = squares.sum().sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        local(parameter.grad).mul_(factor)
+    return norm
 
 
 def _mean_over_processes(tensors: list[torch.Tensor]) -> None:

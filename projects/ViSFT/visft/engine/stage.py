@@ -14,6 +14,7 @@ from detectron2.utils.events import CommonMetricPrinter, JSONWriter, Tensorboard
 from torch import nn
 
 from visft.checkpoint.run import RunCheckpointer
+from visft.checkpoint.shards import is_piece
 from visft.data import LabelledImages, build_stage_loader
 from visft.engine import evaluate, stopping
 from visft.engine.feature_cache import cached_features
@@ -139,12 +140,13 @@ def checkpoint_settings(cfg: CfgNode, stage: str) -> dict:
 def share_weights(model: nn.Module) -> None:
     """Send the main process's weights to all processes, because new weights can differ between platforms.
 
-    A tower that all processes read from the same file is not sent.
+    A tower that all processes read from the same file is not sent, nor are weights in pieces, which differ.
     """
     if comm.get_world_size() > 1:
         base = getattr(model.backbone, "base", None)
         hashes = comm.all_gather(base.sha256 if base and base.pretrained else None)
         read = hashes[0] is not None and len(set(hashes)) == 1
         for name, tensor in model.state_dict().items():
-            if not (read and name.startswith("backbone.tower.") and ".lora." not in name):
+            sent = not (read and name.startswith("backbone.tower.") and ".lora." not in name)
+            if sent and not is_piece(tensor):
                 torch.distributed.broadcast(tensor, 0)

@@ -20,8 +20,9 @@ from visft.engine import evaluate, exporting
 from visft.engine.from_run import record_of, seed_of
 from visft.engine.run_state import RunState, start_or_continue, write_logs
 from visft.engine.run_vocabulary import with_vocabulary
-from visft.engine.stage import checkpoint_settings, run_stage
+from visft.engine.stage import checkpoint_settings, run_stage, share_weights
 from visft.engine.trainer import seed_iteration
+from visft.modeling.backbone import sharding
 from visft.utils import mixed_precision
 from visft.visualization import run_report
 
@@ -43,6 +44,10 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = initial_model(cfg, state.seed)
     state.record = record_of(cfg, model, state.seed).to_metadata()
     _keep_start(cfg, model, state)
+    if cfg.VISFT.STRATEGY == "FSDP2" and comm.get_world_size() > 1:
+        share_weights(model)
+        model.set_stage(cfg.VISFT.STAGES[-1])
+        sharding.shard(model.backbone)
     images = functools.cache(lambda: _load_images(cfg, model))
     if not state.evaluations:
         images()  # stop before anything is computed if a head has no labels
@@ -51,10 +56,15 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     for stage in cfg.VISFT.STAGES:
         if _has_weights_to_train(model, stage):
             run_stage(cfg, model, stage, state, images)
+    model.eval()
+    sharded = sharding.is_sharded(model)
+    if sharded:  # drawing takes all processes, exporting and reporting none of their pieces
+        evaluate.draw(cfg, model, state.folder / "predictions")
     if _is_last_process():
-        model.eval()
-        exporting.export(cfg, model.backbone, state.folder / "export")
-        _report(cfg, model, state)
+        exporting.export(cfg, model.backbone, state.folder / "export", seed=state.seed)
+        if not sharded:
+            evaluate.draw(cfg, model, state.folder / "predictions")
+        _report(cfg, state)
     return state.evaluations
 
 
@@ -143,9 +153,7 @@ def _is_last_process() -> bool:
     return main
 
 
-def _report(cfg: CfgNode, model: nn.Module, state: RunState) -> None:
-    if cfg.DATASETS.TEST:
-        evaluate.draw(cfg, model, state.folder / "predictions")
+def _report(cfg: CfgNode, state: RunState) -> None:
     run_report.draw_loss_curves(state.folder, cfg.VISFT.STAGES)
     title = f"ViSFT of {cfg.MODEL.CLIP_VIT.NAME} ({cfg.MODEL.CLIP_VIT.PRETRAINED or 'random weights'})"
     evaluations = {step: metrics for step, metrics in state.evaluations.items() if metrics}

@@ -15,7 +15,7 @@ from torch import nn
 
 from visft.engine import stopping
 from visft.engine.hooks import Writers
-from visft.engine.optimizer import average_gradients
+from visft.engine.optimizer import average_gradients, clip_gradients
 from visft.errors import TrainingError
 from visft.utils import mixed_precision, progress, shared_random
 
@@ -145,8 +145,7 @@ class StageTrainer(TrainerBase):
         if all(parameter.grad is None for parameter in self.parameters):
             return None
         self.scaler.unscale_(self.optimizer)
-        limit = self.clip_norm if self.clip_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return clip_gradients(self.parameters, self.clip_norm if self.clip_norm > 0 else float("inf"))
 
     def _read(
         self, passes: list[tuple[list[dict], dict[str, torch.Tensor]]], norm: torch.Tensor | None

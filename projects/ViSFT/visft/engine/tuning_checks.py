@@ -32,6 +32,43 @@ def check_tuning(cfg: CfgNode) -> None:
         )
 
 
+def check_strategy(cfg: CfgNode) -> None:
+    """Check VISFT.STRATEGY against keys that a tower in pieces cannot follow: its processes run it equally often.
+
+    Raises:
+        ConfigError: names the first conflict.
+    """
+    run = cfg.VISFT
+    if run.STRATEGY != "FSDP2":
+        return
+    if cfg.MODEL.META_ARCHITECTURE != "ViSFT":
+        raise ConfigError(
+            f"VISFT.STRATEGY is FSDP2 and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, whose trainer is "
+            "detectron2's, with DistributedDataParallel; set STRATEGY to DDP"
+        )
+    mixed = "lora" in run.STAGES and (cfg.MODEL.VISFT.TUNE == "full" or not cfg.MODEL.VISFT.FREEZE_HEADS)
+    for key, wrong, why, expected in (
+        ("VISFT.FEATURE_CACHE", run.FEATURE_CACHE > 0, "computes an image in one process alone", "0"),
+        (
+            "MODEL.CLIP_VIT.MEMORY_BUDGET_GIB",
+            cfg.MODEL.CLIP_VIT.MEMORY_BUDGET_GIB > 0,
+            "runs a block once more",
+            "0",
+        ),
+        ("VISFT.COMPILE", bool(run.COMPILE), "was not tried with blocks in pieces", '""'),
+        (
+            "VISFT.SOLVER.LORA.AMP",
+            mixed and run.SOLVER.LORA.AMP == "float16",
+            "scales whole gradients and pieces by different calls, and TUNE or FREEZE_HEADS make both train",
+            "bfloat16",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"VISFT.STRATEGY is FSDP2, and {key} {why}; set {key} to {expected}, or STRATEGY to DDP"
+            )
+
+
 def check_objectives(cfg: CfgNode) -> None:
     """Check MODEL.VISFT.OBJECTIVES and their keys, and the keys that need heads.
 

@@ -16,6 +16,7 @@ from visft.checkpoint.load import load_heads
 from visft.classes.dataset_classes import Classes
 from visft.errors import ConfigError, nearest
 from visft.modeling import distributed
+from visft.modeling.backbone.sharding import is_sharded
 from visft.modeling.gradient_balance import balanced_copies
 from visft.modeling.heads import Caption, HeadInputs, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
 from visft.modeling.heads.build import single_map
@@ -250,6 +251,11 @@ class ViSFT(nn.Module):
         weights = {name: self.loss_weights[name] for name, share in shares.items() if share}
         balanced = self.balance_gradients and self.stage == "lora" and len(weights) > 1
         union = tuple(sorted({i for rows in labelled.values() for i in rows}))
+        idle = bool(weights) and not union
+        if weights and is_sharded(
+            self.backbone
+        ):  # the others need this process's pieces, forward and backward
+            union = tuple(range(len(batched_inputs)))
         losses: dict[str, Tensor] = {}
         if union:
             inputs = extract(union)
@@ -262,6 +268,8 @@ class ViSFT(nn.Module):
                     losses |= {f"{name}/{key}": self.loss_weights[name] * loss for key, loss in found.items()}
         if any(0 < share < 1 for share in shares.values()):
             losses = distributed.with_all_names(losses, self.device)
+        if idle and union:
+            distributed.add_zero(losses, 0 * sum(f.sum() for f in (maps or {"": inputs.features}).values()))
         if balanced and not union:  # the other processes wait for this one's norms, in their backward pass
             copies = balanced_copies(distributed.zero_for(self.backbone.parameters(), self.device), weights)
             distributed.add_zero(losses, 0 * sum(copies.values()))

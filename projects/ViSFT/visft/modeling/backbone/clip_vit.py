@@ -218,7 +218,7 @@ class CLIPViT(Backbone):
         # Vectors (norms, biases) stay: they weigh nothing, and norms suffer most from low precision.
         for block in self.blocks:
             for name, parameter in block.named_parameters():
-                if parameter.ndim > 1 and not name.startswith("lora."):
+                if parameter.ndim > 1 and parameter.dtype != dtype and not name.startswith("lora."):
                     parameter.data = parameter.data.to(dtype)
 
     def train(self, mode: bool = True) -> "CLIPViT":

@@ -62,7 +62,8 @@ class Objective:
 
         Args:
             batch: what the tower makes of the images.
-            rows: indices of the images that have labels; [] only if `collective`.
+            rows: indices of the images that have labels; [] only if `collective`. With `batch.sharded`, a process that
+                has none gives its first image, for a loss that does not count.
             normalizer: mean of `count` over processes, above 0.
         """
         raise NotImplementedError

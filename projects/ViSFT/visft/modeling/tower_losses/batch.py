@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft.modeling.backbone import CLIPViT, lora
+from visft.modeling.backbone.sharding import is_sharded
 from visft.modeling.heads.base import HeadInputs
 from visft.utils import shared_random
 
@@ -45,6 +46,8 @@ class Batch:
     Attributes:
         original: the tower before tuning, for the objectives that need it.
         ran: whether the tower has run for an objective.
+        sharded: whether the tower is in pieces. All images then take part in every pass, so that all processes run
+            the same passes, whichever images have labels.
     """
 
     def __init__(
@@ -58,12 +61,15 @@ class Batch:
         self.backbone, self.images, self.draw, self.device = backbone, images, draw, device
         self.original: OriginalTower | None = None
         self.ran = False
+        self.sharded = is_sharded(backbone)
         self._extract = extract
         self._kept: dict[tuple, Tensor] = {}
 
     def features(self, rows: Sequence[int]) -> HeadInputs:
         """The tuned tower's map of images, as heads see it."""
         self.ran = True
+        if self.sharded:
+            return self._extract(tuple(range(len(self.images)))).select(list(rows))
         return self._extract(tuple(rows))
 
     def embeddings(self, rows: Sequence[int], size: int = 0) -> Tensor:
@@ -94,6 +100,9 @@ class Batch:
         return shared_random.image_generator(self.draw, self.images[row], row, purpose)
 
     def _once(self, kind: str, rows: Sequence[int], size: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        everyone = range(len(self.images))
+        if self.sharded and list(rows) != list(everyone):
+            return self._once(kind, everyone, size, compute)[list(rows)]
         images, result = ("images", tuple(rows), size), (kind, tuple(rows), size)
         if images not in self._kept:
             self._kept[images] = self.prepared([self.images[row]["image"] for row in rows], size)

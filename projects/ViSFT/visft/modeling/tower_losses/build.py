@@ -59,9 +59,12 @@ class ObjectiveGroup:
             mean = float(means[name][0])
             if mean == 0:
                 continue
-            if rows[name] or objective.collective:
+            if rows[name] or objective.collective or batch.sharded:
                 normalizer = torch.tensor(mean, dtype=torch.float32, device=batch.device)
-                losses[f"{name}/loss"] = objective.weight * objective.loss(batch, rows[name], normalizer)
+                # The other processes need this one's pieces of the tower, for as many passes as they run.
+                stand_in = not (rows[name] or objective.collective)
+                loss = objective.loss(batch, [0] if stand_in else rows[name], normalizer)
+                losses[f"{name}/loss"] = objective.weight * loss * (0 if stand_in else 1)
             else:
                 losses[f"{name}/loss"] = torch.zeros((), device=batch.device, requires_grad=True)
         return losses

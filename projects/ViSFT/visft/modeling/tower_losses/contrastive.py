@@ -45,10 +45,11 @@ class Contrastive(Objective):
     def loss(self, batch: Batch, rows: list[int], normalizer: Tensor) -> Tensor:
         tokens = self.text.tokens([self.caption(batch, row) for row in rows] or [""], batch.device)
         texts = self.text(tokens)
-        if rows:
-            images = F.normalize(batch.embeddings(rows, self.size).float(), dim=-1)
-        else:  # only its shape is needed, to take part
+        if not rows:  # only their shape is needed, to take part
             tokens, texts = tokens[:0], texts[:0]
+        if rows or batch.sharded:
+            images = F.normalize(batch.embeddings(rows, self.size).float(), dim=-1)
+        else:
             images = texts + zero_for(batch.backbone.parameters(), batch.device)
         counts = row_counts(len(rows), batch.device)
         everyone = [gather_rows(part, counts) for part in (images, texts, tokens)]

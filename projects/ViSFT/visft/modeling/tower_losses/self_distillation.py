@@ -67,7 +67,7 @@ class SelfDistillation(Objective):
     def regions(self, batch: Batch, row: int) -> Tensor:
         """Boxes of an image `[R, 4]` (x0, y0, x1, y1 in pixels of the resized image), at least one."""
         image, generator = batch.images[row], batch.generator(row, "regions")
-        if self.kind == "boxes":
+        if self.kind == "boxes" and self.has_labels(image):
             boxes = image["instances"].gt_boxes.tensor.float().cpu()
         else:
             down, across = (int(n) for n in torch.randint(1, self.grid + 1, (2,), generator=generator))
