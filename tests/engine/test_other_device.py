@@ -57,6 +57,10 @@ CASES = {
     "lora, balanced": ("lora", {"MODEL.VISFT.BALANCE_GRADIENTS": True}),
     "lora, in turn": ("lora", {"MODEL.VISFT.HEADS": ALL, "VISFT.TASK_MIXING": "ratio"}),
     "lora, windows": ("lora", WINDOWS),
+    "lora, offloaded": (
+        "lora",
+        {f"MODEL.CLIP_VIT.{key}": True for key in ("ACTIVATION_CHECKPOINTING", "OFFLOAD_ACTIVATIONS")},
+    ),
     "lora, frozen bfloat16": ("lora", {"MODEL.CLIP_VIT.FROZEN_DTYPE": "bfloat16"}),
     "lora, objectives": ("lora", WITHOUT_HEADS | {"MODEL.VISFT.OBJECTIVES": OBJECTIVES}),
     "lora, regions": (

@@ -15,6 +15,7 @@ from visft.engine.tuning_checks import check_strategy
 from visft.errors import ConfigError
 
 PLAIN = {
+    "MODEL.CLIP_VIT.ACTIVATION_CHECKPOINTING": True,
     "MODEL.LORA.DROPOUT": 0.0,
     "MODEL.VISFT.DETECTION.DROPOUT": 0.0,
     "MODEL.VISFT.OBJECTIVES": "('anchor', 'self_distillation')",

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver.build import get_default_optimizer_params
 from families import NATIVE, TIMM, images_for, relative, small_clip
+from other_device import DEVICE, other_device
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
 
 from visft.errors import ConfigError
 from visft.modeling.backbone import CLIPViT, lora, lr_factor
@@ -130,6 +132,8 @@ def test_lora_keeps_what_its_gradient_needs_and_no_more(name, low):
     assert expected <= found < 1.1 * expected
 
 
+# `kept` counts by such hooks, which do not see the attention that is kept.
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(name, mode):
@@ -152,6 +156,63 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(name
         loss_again, gradients_again = loss_and_gradients(backbone, images)
         assert loss == loss_again and gradients.keys() == gradients_again.keys()
         assert all(torch.equal(gradients[n], gradients_again[n]) for n in gradients)
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_is_not_computed_again(name, rate):
+    """Unless it drops something, by which it moves the generator that other dropout draws from."""
+    plain = lora.inject(CLIPViT(small_clip(name).visual), rank=2, dropout=0.3)
+    for site in lora.sites(plain):
+        torch.nn.init.normal_(site.adapter.lora_B)
+    for block in plain.blocks:
+        if isinstance(block.attn, torch.nn.MultiheadAttention):
+            block.attn.dropout = rate
+        else:
+            block.attn.attn_drop.p = rate
+    plain.set_train("full")
+    for adapters in plain.adapters:
+        adapters.requires_grad_(True).train()
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing = True
+    images = torch.randn(2, 3, 64, 64)
+    with Attentions() as once:
+        expected = loss_and_gradients(plain, images)
+    with Attentions() as again:
+        found = loss_and_gradients(saving, images)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][n], expected[1][n]) for n in expected[1])
+    if rate:
+        assert again.count == once.count == 0  # by products
+    else:
+        assert again.count == once.count == len(plain.blocks)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_inputs_of_blocks_are_not_kept_on_the_device(offload):
+    options = {"activation_checkpointing": True, "offload_activations": offload}
+    backbone = lora.inject(CLIPViT(small_clip("ViT-B-16-quickgelu").visual, **options), rank=2)
+    inputs = []
+    for block in backbone.blocks[1:]:  # the first one's input needs no gradient
+        block.register_forward_pre_hook(lambda module, arguments: inputs.append(TensorWeakRef(arguments[0])))
+    with other_device():
+        backbone.to(DEVICE)
+        found = backbone(torch.randn(2, 3, 64, 64).to(DEVICE))
+        assert [ref() is None for ref in inputs] == [offload] * (len(backbone.blocks) - 1)
+        found["last_feat"].sum().backward()
+    assert len(inputs) == 2 * (len(backbone.blocks) - 1)
+
+
+class Attentions(TorchDispatchMode):
+    """Counts the forward passes of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", SOME)

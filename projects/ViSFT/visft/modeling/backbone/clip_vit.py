@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from visft.checkpoint.open_clip_models import (
     OPENAI_MEAN,
@@ -21,7 +20,7 @@ from visft.checkpoint.open_clip_models import (
     undrawn_clip,
 )
 from visft.errors import ConfigError
-from visft.modeling.backbone.recompute import Budget
+from visft.modeling.backbone.recompute import Budget, recomputed
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.backbone.windows import Windows
 
@@ -46,9 +45,10 @@ class CLIPViT(Backbone):
         global_blocks: indices of blocks that attend globally although `window_size` is set; (): every fourth, the
             last included.
         train: `none`, `lora` or `full`; see `set_train`.
-        activation_checkpointing: recompute blocks in the backward pass.
+        activation_checkpointing: recompute blocks in the backward pass, but for their attention.
         memory_budget_gib: with `activation_checkpointing`, GiB of activations that blocks may keep instead, the last
             blocks first. They are freed before the first recomputed block needs room for its own.
+        offload_activations: with `activation_checkpointing`, keep the inputs of recomputed blocks in the host's memory.
         frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train, and
             computed with outside of autocast; other types are kept between them. None or "": as they are.
         base: what the tower's weights came from, when known.
@@ -68,6 +68,7 @@ class CLIPViT(Backbone):
         train: str = "none",
         activation_checkpointing: bool = False,
         memory_budget_gib: float = 0.0,
+        offload_activations: bool = False,
         frozen_dtype: str | None = None,
         base: BaseTower | None = None,
     ):
@@ -85,6 +86,10 @@ class CLIPViT(Backbone):
                 f"MODEL.CLIP_VIT.MEMORY_BUDGET_GIB is {memory_budget_gib}; it must be 0, or positive with "
                 "ACTIVATION_CHECKPOINTING True."
             )
+        if offload_activations and not activation_checkpointing:
+            raise ConfigError(
+                "MODEL.CLIP_VIT.OFFLOAD_ACTIVATIONS is True; it needs ACTIVATION_CHECKPOINTING True, too."
+            )
         self._parts = adapt(tower)
         self.tower = tower
         depth = len(self._parts.blocks)
@@ -98,6 +103,7 @@ class CLIPViT(Backbone):
         every_fourth = [i for i in range(depth) if (depth - 1 - i) % 4 == 0]
         self.global_blocks = frozenset(global_blocks or every_fourth)
         self.activation_checkpointing = activation_checkpointing
+        self.offload_activations = offload_activations
         self.memory_budget = Budget(memory_budget_gib)
         self.frozen_dtype = frozen_dtype or ""
         self.stride = patch_size or self._parts.patch_size
@@ -337,7 +343,7 @@ class CLIPViT(Backbone):
                 if recompute and keep is None:
                     keep = self.memory_budget.blocks(run, *arguments)
                 if recompute and i < len(self.blocks) - keep:
-                    x = checkpoint(run, *arguments, use_reentrant=False)
+                    x = recomputed(block, run, *arguments, offload=self.offload_activations)
                 else:
                     x = run(*arguments)
         return (windows.join(x) if inside else x), grid, count

@@ -52,6 +52,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
         global_blocks=node.GLOBAL_BLOCKS,
         activation_checkpointing=node.ACTIVATION_CHECKPOINTING,
         memory_budget_gib=node.MEMORY_BUDGET_GIB,
+        offload_activations=node.OFFLOAD_ACTIVATIONS,
         frozen_dtype=mixed_precision.frozen_type(cfg),
         # Where the whole model will go: with eight processes the machine's memory would not hold eight towers.
         device=cfg.MODEL.DEVICE if torch.cuda.is_available() or cfg.MODEL.DEVICE == "meta" else "cpu",

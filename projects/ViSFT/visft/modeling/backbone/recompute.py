@@ -1,15 +1,63 @@
-"""How many blocks may keep their activations, where the others are computed again (arXiv:1604.06174).
+"""Computing blocks again in the backward pass instead of keeping their activations (arXiv:1604.06174).
 
-Blocks are kept or recomputed as a whole. Selective checkpointing, which keeps the products inside a block and computes
-the rest again, would save little memory: a frozen layer does not keep its input, so a block keeps little but products.
+A recomputed block keeps its input and its attention's output. Attention is the one part that costs much to compute and
+little to keep; the products keep nothing, because a frozen layer does not need its input.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 GIB = 1 << 30
+
+_ATEN = torch.ops.aten
+_ATTENTION = [
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def recomputed(
+    block: nn.Module, run: Callable[..., torch.Tensor], *arguments: Any, offload: bool = False
+) -> torch.Tensor:
+    """`run(*arguments)`, which is computed again in the backward pass, but for its attention.
+
+    Args:
+        block: what runs. If it is compiled or has dropout in its attention, attention is computed again, too: the
+            first hides it from torch's dispatcher, the second would shift what other dropout draws.
+        offload: keep the arguments in the host's memory, and nothing of the attention.
+    """
+    if offload:
+        with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+            return checkpoint(run, *arguments, use_reentrant=False)
+    attention = block.attn
+    rate = attention.dropout if isinstance(attention, nn.MultiheadAttention) else attention.attn_drop.p
+    keep = block._compiled_call_impl is None and not (attention.training and rate)
+    return checkpoint(run, *arguments, use_reentrant=False, context_fn=_contexts if keep else noop_context_fn)
+
+
+def _contexts() -> tuple:
+    return create_selective_checkpoint_contexts(_ATTENTION)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+    if tensor.device.type == "cpu":
+        return tensor
+    # Copied in the order of the device's work, which the host does not wait for.
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return tensor.device, host.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def _from_host(kept: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    device, host = kept
+    return host.to(device, non_blocking=True)
 
 
 class Budget:
