@@ -16,6 +16,7 @@ from visft.errors import ConfigError
 
 PLAIN = {
     "MODEL.CLIP_VIT.ACTIVATION_CHECKPOINTING": True,
+    "MODEL.VISFT.FREEZE_HEADS": False,  # whole weights train beside pieces
     "MODEL.LORA.DROPOUT": 0.0,
     "MODEL.VISFT.DETECTION.DROPOUT": 0.0,
     "MODEL.VISFT.OBJECTIVES": "('anchor', 'self_distillation')",

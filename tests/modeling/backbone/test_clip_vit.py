@@ -132,8 +132,6 @@ def test_lora_keeps_what_its_gradient_needs_and_no_more(name, low):
     assert expected <= found < 1.1 * expected
 
 
-# `kept` counts by such hooks, which do not see the attention that is kept.
-@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(name, mode):
@@ -186,6 +184,26 @@ def test_attention_is_not_computed_again(name, rate):
         assert again.count == once.count == 0  # by products
     else:
         assert again.count == once.count == len(plain.blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("retain", [False, True])
+def test_checkpointing_under_autocast_of_two_passes(dtype, retain):
+    """Autocast casts LoRA's weights once for both passes, but for each when they are computed again."""
+    plain = lora.inject(CLIPViT(small_clip("ViT-B-16-quickgelu").visual), rank=2)
+    for site in lora.sites(plain):
+        torch.nn.init.normal_(site.adapter.lora_B)
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing = True
+    images, found = torch.randn(2, 3, 64, 64), []
+    for backbone in (plain, saving):
+        with torch.autocast("cpu", dtype):
+            loss = sum(backbone(part)["last_feat"].float().square().mean() for part in (images, images + 1))
+        for again in range(1 + retain):
+            backbone.zero_grad()
+            loss.backward(retain_graph=retain and not again)
+        found.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    assert found[0] and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("offload", [True, False])

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
-import torch
 from detectron2.utils import comm
 from torch import Tensor
 
@@ -65,8 +64,11 @@ def joined(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Iterator[M
         aside.mkdir(parents=True)
     comm.synchronize()
     try:
-        torch.distributed.checkpoint.save(
-            pieces, storage_writer=_storage().HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        storage = _storage()
+        storage.save(
+            pieces,
+            storage_writer=storage.HuggingFaceStorageWriter(str(aside), save_distributed=True),
+            process_group=comm._get_global_gloo_group(),
         )
         comm.synchronize()
         yield {**tensors, **(_read(aside) if comm.is_main_process() else {})}

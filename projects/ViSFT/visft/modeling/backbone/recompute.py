@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 GIB = 1 << 30
 
 _ATEN = torch.ops.aten
-_ATTENTION = [
+_ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
-]
+}
 
 
 def recomputed(
@@ -41,8 +43,34 @@ def recomputed(
     return checkpoint(run, *arguments, use_reentrant=False, context_fn=_contexts if keep else noop_context_fn)
 
 
-def _contexts() -> tuple:
-    return create_selective_checkpoint_contexts(_ATTENTION)
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: list[Any] = []
+    return _Keeping(kept), _Giving(kept)
+
+
+# torch's own selective checkpointing compares all operations. Autocast may cast a weight once for two passes of a block
+# in the forward pass, but does so for each when it is computed again.
+class _Keeping(TorchDispatchMode):
+    """Keeps what attention gives in the forward pass."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ATTENTION:
+            self.kept.append(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
+        return result
+
+
+class _Giving(_Keeping):
+    """Gives what was kept, in its order, when the block is computed again; computes it when that was done before."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _ATTENTION and self.kept:
+            return self.kept.pop(0)
+        return func(*args, **(kwargs or {}))
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
