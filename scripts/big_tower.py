@@ -40,7 +40,7 @@ peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm
 print("measured", status, peak, time.perf_counter() - start)
 """
 STARTED = """
-import gc, json, sys, time
+import ctypes, gc, json, sys, time
 import torch
 from detectron2.utils import comm
 from visft.engine import settings, stage, stages
@@ -59,8 +59,10 @@ before, start, worked = resident("VmRSS"), time.perf_counter(), time.process_tim
 model = stages.initial_model(cfg, 0)
 built = time.perf_counter()
 stage.share_weights(model)
+stages.shard(cfg, model)
 seconds = time.perf_counter() - start
 gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
 tower = sum(p.numel() for p in model.backbone.tower.parameters())
 found = dict(
     parameters=tower, libraries_gb=before, keeps_gb=resident("VmRSS"), peak_gb=resident("VmHWM"),
@@ -194,6 +196,7 @@ def start(arguments: argparse.Namespace) -> dict:
         "MODEL.VISFT.OBJECTIVES": ("anchor",),
         "VISFT.STAGES": ("lora",),
         "VISFT.TASK_RATIOS": (),
+        "VISFT.STRATEGY": arguments.strategy,
     }
     words = [str(word) for pair in keys.items() for word in pair]
     code = STARTED.format(
@@ -321,6 +324,9 @@ def main() -> None:
         help="step: number of iterations, at least 3, because the first two are not timed",
     )
     parser.add_argument("--processes", type=int, default=2, help="start: number of processes")
+    parser.add_argument(
+        "--strategy", choices=("DDP", "FSDP2"), default="DDP", help="start: VISFT.STRATEGY of the processes"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="step: of the base"
     )

@@ -44,10 +44,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = initial_model(cfg, state.seed)
     state.record = record_of(cfg, model, state.seed).to_metadata()
     _keep_start(cfg, model, state)
-    if cfg.VISFT.STRATEGY == "FSDP2" and comm.get_world_size() > 1:
-        share_weights(model)
-        model.set_stage(cfg.VISFT.STAGES[-1])
-        sharding.shard(model.backbone)
+    shard(cfg, model)
     images = functools.cache(lambda: _load_images(cfg, model))
     if not state.evaluations:
         images()  # stop before anything is computed if a head has no labels
@@ -90,6 +87,14 @@ def initial_model(cfg: CfgNode, seed: int) -> nn.Module:
     if cfg.MODEL.WEIGHTS:
         load_run(cfg, model, cfg.MODEL.WEIGHTS)
     return model
+
+
+def shard(cfg: CfgNode, model: nn.Module) -> None:
+    """With `VISFT.STRATEGY FSDP2` and several processes, leave each of them its pieces of the tower."""
+    if cfg.VISFT.STRATEGY == "FSDP2" and comm.get_world_size() > 1:
+        share_weights(model)
+        model.set_stage(cfg.VISFT.STAGES[-1])
+        sharding.shard(model.backbone)
 
 
 def load_run(cfg: CfgNode, model: nn.Module, path: str | os.PathLike) -> None:
