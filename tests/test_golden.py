@@ -138,11 +138,14 @@ def annotated(pack) -> list[dict]:
     return images
 
 
+def head_inputs(pack, features) -> HeadInputs:
+    mask, sizes = pack.tensors["feature_padding_mask"], [tuple(size) for size in pack.sizes]
+    return HeadInputs(features, mask, annotated(pack), sizes, tuple(pack.batch().shape[-2:]))
+
+
 def detection_losses(pack, head, features) -> dict[str, torch.Tensor]:
-    images, sizes = annotated(pack), [tuple(size) for size in pack.sizes]
-    padded_size = tuple(pack.batch().shape[-2:])
-    mask = pack.tensors["feature_padding_mask"]
-    return head.losses(HeadInputs(features, mask, images, sizes, padded_size), head.normalizers(images))
+    inputs = head_inputs(pack, features)
+    return head.losses(inputs, head.normalizers(inputs.images))
 
 
 def test_position_encoding(pack):
@@ -158,8 +161,7 @@ def test_detection(pack, detector):
 
 def test_detection_matching(pack, detector):
     output = detector(pack.tensors["features"], pack.tensors["feature_padding_mask"])
-    targets = detector._targets(annotated(pack), pack.sizes, torch.device("cpu"))
-    matching = detector.match(output, targets)
+    matching = detector.match(output, detector.targets(head_inputs(pack, pack.tensors["features"])))
     queries, indices = (x[-1].split(matching.counts) for x in (matching.query, matching.target))
     for i in range(len(pack.sizes)):
         pairs = zip(queries[i].tolist(), indices[i].tolist(), strict=True)

@@ -134,8 +134,8 @@ def test_classification_is_pytorchs_weighted_mean(images):
     head = detr()
     features = maps()
     found = losses(head, features, images)
-    output, targets = head(features), head._targets(images, [(64, 64)] * 4, features.device)
-    matching = head.match(output, targets)
+    output = head(features)
+    matching = head.match(output, head.targets(inputs(features, images)))
     weight = torch.tensor([1.0] * 5 + [0.1])
     for layer, name in enumerate(("loss_ce_0", "loss_ce")):
         target = torch.full((4, 6), 5)

@@ -35,12 +35,8 @@ def test_losses_at_random_points_are_their_formulas(images):
     features = maps(4, 8)
     found = losses(head, features, images)
     torch.manual_seed(3)
-    points, output = head._random_points(images, features.device), head(features)
-    labels = torch.zeros(4, 5, dtype=torch.int64)
-    for row, image in zip(labels, images, strict=True):
-        row[: len(image["instances"])] = image["instances"].gt_classes
-    samples = [_sample_targets(image, at, (64, 64)) for image, at in zip(images, points, strict=True)]
-    matching = head.match(output, labels, samples, points)
+    output, targets = head(features), head.targets(inputs(features, images))
+    points, matching = targets.points, head.match(output, targets)
     for layer, suffix in ((0, "_0"), (1, "_1"), (2, "")):
         mask_sum = dice_sum = 0
         target, weight = torch.full((4, 6), 5), torch.full((4, 6), 0.1)
@@ -223,14 +219,12 @@ def test_matching_and_losses_are_exact_under_autocast(dtype):
         annotated(i, (64, 64), [[0, 0, 64, 64], [i, 2, 40, 60], [8, 8 + i, 62, 64]], [i, 1, 4])
         for i in range(3)
     ]
-    points = head._random_points(images, torch.device("cpu"))
-    samples = [_sample_targets(image, at, (64, 64)) for image, at in zip(images, points, strict=True)]
-    labels = torch.stack([image["instances"].gt_classes for image in images])
+    targets = head.targets(inputs(maps(3), images))
     normalizers = head.normalizers(images)
 
     def computed() -> tuple:
-        matching = head.match(output, labels, samples, points)
-        return matching, head.criterion(output, labels, samples, points, matching, normalizers)
+        matching = head.match(output, targets)
+        return matching, head.criterion(output, targets, matching, normalizers)
 
     expected, exact = computed()
     with torch.autocast("cpu", dtype):

@@ -8,6 +8,7 @@ import pytest
 import small_rcnn
 import torch
 from detectron2.structures import Instances
+from query_heads import inputs
 from torch.nn import functional as F
 
 from visft.modeling.backbone import CLIPViT
@@ -140,8 +141,8 @@ def test_boxes_are_matched_alike_under_autocast(kind, dtype, labelled):
     """The same predictions: the same pairs and losses, bit by bit. Of masks see test_mask2former.py."""
     torch.manual_seed(0)
     head = DETRHead(in_channels=CHANNELS, labels=LabelSpace(5), class_loss=kind, **QUERIES).eval()
-    output = head(torch.randn(3, CHANNELS, 8, 8))
-    targets = head._targets(labelled, [SIZE] * 3, torch.device("cpu"))
+    given = inputs(torch.randn(3, CHANNELS, 8, 8), labelled, SIZE)
+    output, targets = head.predictions(given), head.targets(given)
 
     def computed() -> tuple:
         matching = head.match(output, targets)

@@ -2,24 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
-from visft.modeling.heads.base import VisftHead, nonzero_count, num_targets
+from visft.modeling.heads.base import HeadInputs, VisftHead, nonzero_count, num_targets
 from visft.modeling.heads.common.classification import best_pairs, build_classification, class_weight_sum
 from visft.modeling.heads.common.federated import Federated, build_federated
+from visft.modeling.heads.common.full_precision import without_autocast
 from visft.modeling.heads.common.label_space import LabelSpace, label_space
 from visft.modeling.heads.common.matcher import Matching
 
-Output = TypeVar("Output")
-
 
 class QueryHead(VisftHead):
-    """A head with learned queries. Logits are `[..., Q, classes + 1]`, no-object last."""
+    """A head with learned queries. Logits are `[..., Q, classes + 1]`, no-object last.
+
+    A subclass says what it predicts, what it learns from, how both are matched, and its losses of matched pairs
+    (`predictions`, `targets`, `match`, `pair_losses`).
+    """
 
     def __init__(
         self,
@@ -83,19 +86,41 @@ class QueryHead(VisftHead):
             return sums
         return torch.cat((sums, self.federated.present(images, self.labels)))
 
-    def drawn_classes(self, normalizers: Tensor) -> Tensor | None:
-        """The classes that take part in this pass's class loss; None: all.
+    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+        # Drawn first: dropout draws from the same generator as often as this process has images.
+        chosen = None if self.federated is None else self.federated.draw(normalizers[2:])
+        output = self.predictions(inputs)
+        if chosen is not None:
+            output = replace(output, logits=Federated.leave_out(output.logits, chosen))
+        targets = self.targets(inputs)
+        return self.criterion(output, targets, self.match(output, targets), normalizers)
 
-        To be drawn first: dropout draws from the same generator as often as this process has images.
-        """
-        return None if self.federated is None else self.federated.draw(normalizers[2:])
+    @without_autocast
+    def criterion(
+        self, output: Any, targets: Any, matching: Matching, normalizers: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all layers: `loss_ce` and the pairs', auxiliary ones as `loss_ce_0`..."""
+        pairs = self.pair_losses(output, targets, matching)
+        num_objects, class_weights = nonzero_count(normalizers[:2].to(output.logits.device)).unbind()
+        ce = self.classification.losses(output.logits, targets.labels, matching)
+        ce = self.class_weight * ce / self.classification.divisor(num_objects, class_weights)
+        return by_layer({"loss_ce": ce} | {name: loss / num_objects for name, loss in pairs.items()})
 
-    @staticmethod
-    def with_classes(output: Output, chosen: Tensor | None) -> Output:
-        """An output in whose `logits` only the chosen classes count."""
-        if chosen is None:
-            return output
-        return replace(output, logits=Federated.leave_out(output.logits, chosen))
+    def predictions(self, inputs: HeadInputs) -> Any:
+        """Predictions of all layers, the last one last: `logits` `[layers, N, Q, classes + 1]` and more."""
+        raise NotImplementedError
+
+    def targets(self, inputs: HeadInputs) -> Any:
+        """What the annotations say: `labels` `[N, T]`, padded to the most targets of an image, and more."""
+        raise NotImplementedError
+
+    def match(self, output: Any, targets: Any) -> Matching:
+        """Assign targets to queries, in every layer anew."""
+        raise NotImplementedError
+
+    def pair_losses(self, output: Any, targets: Any, matching: Matching) -> dict[str, Tensor]:
+        """Weighted losses `[layers]`, by name: their sums over matched pairs."""
+        raise NotImplementedError
 
     def target_labels(self, images: list[dict], device: torch.device) -> list[Tensor]:
         """Of each image the class outputs `[T]` of its objects."""
@@ -104,19 +129,6 @@ class QueryHead(VisftHead):
             self.labels.encode(image["instances"].gt_classes).to(device) if num_targets(image) else none
             for image in images
         ]
-
-    def class_loss(
-        self, logits: Tensor, labels: Tensor, matching: Matching, normalizers: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`loss_ce` [layers], weighted, and the number of objects that the other losses are divided by.
-
-        Args:
-            logits: [layers, N, Q, classes + 1]. labels: [N, T], padded.
-        """
-        num_objects, class_weights = nonzero_count(normalizers[:2].to(logits.device)).unbind()
-        ce = self.classification.losses(logits, labels, matching)
-        divisor = self.classification.divisor(num_objects, class_weights)
-        return self.class_weight * ce / divisor, num_objects
 
     def class_probabilities(self, logits: Tensor) -> Tensor:
         """`[..., Q, K]` of the data set's classes."""

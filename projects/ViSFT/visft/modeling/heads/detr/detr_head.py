@@ -19,7 +19,7 @@ from visft.modeling.heads.common.layers import MLP, check_divisible
 from visft.modeling.heads.common.losses import generalized_iou
 from visft.modeling.heads.common.matcher import Matching, match
 from visft.modeling.heads.common.position_encoding import sine_position_encoding
-from visft.modeling.heads.common.query_head import QueryHead, by_layer
+from visft.modeling.heads.common.query_head import QueryHead
 from visft.modeling.heads.detr.detr_transformer import DETRTransformer
 
 
@@ -124,11 +124,23 @@ class DETRHead(QueryHead):
         """Features [N, C, h, w] and the padding mask [N, h, w] -> predictions of all layers."""
         return self._predict(self._hidden_states(features, padding_mask))
 
-    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
-        targets = self._targets(inputs.images, inputs.image_sizes, inputs.features.device)
-        chosen = self.drawn_classes(normalizers)
-        output = self.with_classes(self(inputs.features, _padding_mask(inputs)), chosen)
-        return self.criterion(output, targets, self.match(output, targets), normalizers)
+    def predictions(self, inputs: HeadInputs) -> DETROutput:
+        return self(inputs.features, _padding_mask(inputs))
+
+    def targets(self, inputs: HeadInputs) -> DETRTargets:
+        device = inputs.features.device
+        labels, boxes = self.target_labels(inputs.images, device), []
+        for image, (height, width) in zip(inputs.images, inputs.image_sizes, strict=True):
+            corners = torch.zeros(0, 4, device=device)
+            if num_targets(image):
+                corners = image["instances"].gt_boxes.tensor.to(device).float()
+            relative = corners / corners.new_tensor([width, height, width, height])
+            boxes.append(box_convert(relative, "xyxy", "cxcywh"))
+        return DETRTargets(
+            labels=pad_sequence(labels, batch_first=True),
+            boxes=pad_sequence(boxes, batch_first=True),
+            counts=tuple(map(len, labels)),
+        )
 
     def inference(self, inputs: HeadInputs) -> list[Instances]:
         output, results = self._last(inputs), []
@@ -166,7 +178,6 @@ class DETRHead(QueryHead):
     @torch.no_grad()
     @without_autocast
     def match(self, output: DETROutput, targets: DETRTargets) -> Matching:
-        """Assign targets to queries, in every layer anew."""
         costs, boxes = self.classification.costs(output.logits), output.boxes.float()
         index = targets.labels[None, :, None].expand(*costs.shape[:3], -1)
         cost = self.class_weight * costs.gather(-1, index)
@@ -176,21 +187,11 @@ class DETRHead(QueryHead):
         )
         return match([cost[:, i, :, :count] for i, count in enumerate(targets.counts)])
 
-    @without_autocast
-    def criterion(
-        self, output: DETROutput, targets: DETRTargets, matching: Matching, normalizers: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted losses of all layers: `loss_ce`, `loss_bbox`, `loss_giou`, auxiliary ones as `loss_ce_0`..."""
+    def pair_losses(self, output: DETROutput, targets: DETRTargets, matching: Matching) -> dict[str, Tensor]:
         found, expected = output.boxes[matching.predictions].float(), targets.boxes[matching.targets]
         l1 = (found - expected).abs().sum((1, 2))
         giou = generalized_iou(_corners(found), _corners(expected))
-        loss_ce, num_boxes = self.class_loss(output.logits, targets.labels, matching, normalizers)
-        losses = {
-            "loss_ce": loss_ce,
-            "loss_bbox": self.l1_weight * l1 / num_boxes,
-            "loss_giou": self.giou_weight * (1 - giou).sum(1) / num_boxes,
-        }
-        return by_layer(losses)
+        return {"loss_bbox": self.l1_weight * l1, "loss_giou": self.giou_weight * (1 - giou).sum(1)}
 
     def _hidden_states(self, features: Tensor, padding_mask: Tensor | None) -> Tensor:
         features = self.input_proj(features.to(self.input_proj.weight.dtype))
@@ -206,22 +207,6 @@ class DETRHead(QueryHead):
 
     def _predict(self, hidden: Tensor) -> DETROutput:
         return DETROutput(hidden, self.class_embeds(hidden), self.bbox_embeds(hidden).float().sigmoid())
-
-    def _targets(
-        self, images: list[dict], image_sizes: list[tuple[int, int]], device: torch.device
-    ) -> DETRTargets:
-        labels, boxes = self.target_labels(images, device), []
-        for image, (height, width) in zip(images, image_sizes, strict=True):
-            corners = torch.zeros(0, 4, device=device)
-            if num_targets(image):
-                corners = image["instances"].gt_boxes.tensor.to(device).float()
-            relative = corners / corners.new_tensor([width, height, width, height])
-            boxes.append(box_convert(relative, "xyxy", "cxcywh"))
-        return DETRTargets(
-            labels=pad_sequence(labels, batch_first=True),
-            boxes=pad_sequence(boxes, batch_first=True),
-            counts=tuple(map(len, labels)),
-        )
 
 
 def _corners(boxes: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Instance segmentation by Mask2Former (arXiv 2112.01527) on one scale."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +25,24 @@ from visft.modeling.heads.common.losses import (
     sample_points,
 )
 from visft.modeling.heads.common.matcher import Matching, match
-from visft.modeling.heads.common.query_head import QueryHead, by_layer
+from visft.modeling.heads.common.query_head import QueryHead
 from visft.modeling.heads.mask2former.mask_decoder import MaskDecoder, MaskOutput
 from visft.modeling.heads.mask2former.pixel_decoder import PixelDecoder
 from visft.utils import shared_random
 
 _CHUNK = 32
 """Annotated masks that are sampled at a time: hundreds of a large image take gigabytes."""
+
+
+@dataclass(frozen=True)
+class MaskTargets:
+    """Labels [N, T], padded; each image's masks at its random points."""
+
+    labels: Tensor
+    samples: list[Tensor]
+    """[T_i, P]"""
+    points: list[Tensor]
+    """[P, 2], 0..1 over the padded image: `num_points` for the matching, the candidates, then the random ones."""
 
 
 @VISFT_HEADS_REGISTRY.register()
@@ -121,17 +133,20 @@ class Mask2FormerHead(QueryHead):
         features = features.to(self.pixel_decoder.mask_features.weight.dtype)
         return self.predictor(*self.pixel_decoder(features))
 
-    def losses(self, inputs: HeadInputs, normalizers: Tensor) -> dict[str, Tensor]:
+    def predictions(self, inputs: HeadInputs) -> MaskOutput:
+        return self(inputs.features)
+
+    def targets(self, inputs: HeadInputs) -> MaskTargets:
         images, device = inputs.images, inputs.features.device
-        chosen = self.drawn_classes(normalizers)
-        output = self.with_classes(self(inputs.features), chosen)
         points = self._random_points(images, device)
-        labels = pad_sequence(self.target_labels(images, device), batch_first=True)
-        samples = [
-            _sample_targets(image, at, inputs.padded_size) for image, at in zip(images, points, strict=True)
-        ]
-        matching = self.match(output, labels, samples, points)
-        return self.criterion(output, labels, samples, points, matching, normalizers)
+        return MaskTargets(
+            labels=pad_sequence(self.target_labels(images, device), batch_first=True),
+            samples=[
+                _sample_targets(image, at, inputs.padded_size)
+                for image, at in zip(images, points, strict=True)
+            ],
+            points=points,
+        )
 
     def inference(self, inputs: HeadInputs) -> list[Instances]:
         output, results = self(inputs.features), []
@@ -166,19 +181,11 @@ class Mask2FormerHead(QueryHead):
 
     @torch.no_grad()
     @without_autocast
-    def match(
-        self, output: MaskOutput, labels: Tensor, samples: list[Tensor], points: list[Tensor]
-    ) -> Matching:
-        """Assign targets to queries, in every layer anew.
-
-        Args:
-            labels: [N, T], padded. samples: an image's targets [T_i, P] at its points [P, 2]; the first `num_points` of
-                them serve the matching.
-        """
+    def match(self, output: MaskOutput, targets: MaskTargets) -> Matching:
         class_costs, p = self.classification.costs(output.logits), self.num_points
         costs = []
-        for i, (sampled, at) in enumerate(zip(samples, points, strict=True)):
-            target_labels = labels[i, : len(sampled)]
+        for i, (sampled, at) in enumerate(zip(targets.samples, targets.points, strict=True)):
+            target_labels = targets.labels[i, : len(sampled)]
             logits = sample_points(output.masks[:, i].flatten(0, 1)[None].float(), at[None, :p])
             logits = logits.view(*output.masks.shape[:1], self.num_queries, p)
             mask, dice = pairwise_mask_costs(logits, sampled[:, :p])
@@ -186,23 +193,11 @@ class Mask2FormerHead(QueryHead):
             costs.append(cost + self.class_weight * class_costs[:, i][..., target_labels])
         return match(costs)
 
-    @without_autocast
-    def criterion(
-        self,
-        output: MaskOutput,
-        labels: Tensor,
-        samples: list[Tensor],
-        points: list[Tensor],
-        matching: Matching,
-        normalizers: Tensor,
-    ) -> dict[str, Tensor]:
-        """Weighted losses of all layers: `loss_ce`, `loss_mask`, `loss_dice`, auxiliary ones as `loss_ce_0`...
-
-        Arguments as for `match`; the points after the first `num_points` are the candidates, then the random ones.
-        """
+    def pair_losses(self, output: MaskOutput, targets: MaskTargets, matching: Matching) -> dict[str, Tensor]:
         matched = output.masks[matching.predictions].float()  # [L, M, h, w]
         mask, dice, start = [], [], 0
-        for sampled, at, masks in zip(samples, points, matched.split(matching.counts, dim=1), strict=True):
+        parts = zip(targets.samples, targets.points, matched.split(matching.counts, dim=1), strict=True)
+        for sampled, at, masks in parts:
             target = matching.target[:, start : start + masks.shape[1]]
             start += masks.shape[1]
             if target.numel():
@@ -213,13 +208,7 @@ class Mask2FormerHead(QueryHead):
             mask, dice = (torch.cat(values, dim=1).sum(1) for values in (mask, dice))
         else:
             mask = dice = matched.sum((1, 2, 3))
-        loss_ce, num_masks = self.class_loss(output.logits, labels, matching, normalizers)
-        losses = {
-            "loss_ce": loss_ce,
-            "loss_mask": self.mask_weight * mask / num_masks,
-            "loss_dice": self.dice_weight * dice / num_masks,
-        }
-        return by_layer(losses)
+        return {"loss_mask": self.mask_weight * mask, "loss_dice": self.dice_weight * dice}
 
     def _point_losses(
         self, masks: Tensor, sampled: Tensor, target: Tensor, points: Tensor
