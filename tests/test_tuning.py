@@ -106,5 +106,5 @@ def test_the_papers_recipe_has_one_group_in_the_order_of_the_parameters():
 
 
 def test_an_unknown_way_of_tuning_is_said():
-    with pytest.raises(ConfigError, match="MODEL.VISFT.TUNE is `fulll`; the nearest is `full`"):
+    with pytest.raises(ConfigError, match="MODEL.VISFT.TUNE: `fulll` is unknown; the nearest is `full`"):
         build("MODEL.VISFT.TUNE", "fulll")

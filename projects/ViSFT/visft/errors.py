@@ -64,4 +64,4 @@ def check_one_of(key: str, value: str, known: Iterable[str]) -> None:
         ConfigError: it is not.
     """
     if value not in known:
-        raise unknown(key, value, known)
+        raise unknown(key, value, filter(None, known))

@@ -78,7 +78,7 @@ def test_modes():
     assert not trains()
     backbone.set_train("lora")
     assert trains() == adapters
-    with pytest.raises(ConfigError, match="TRAIN is 'some'"):
+    with pytest.raises(ConfigError, match="TRAIN: `some` is unknown"):
         backbone.set_train("some")
 
 
@@ -318,10 +318,10 @@ def test_autocast(name, frozen_dtype):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"class_token": "maybe"}, "CLASS_TOKEN is 'maybe'"),
-        ({"frozen_dtype": "int8"}, "FROZEN_DTYPE is 'int8'"),
-        ({"patch_size": -1}, "PATCH_SIZE"),
-        ({"train": "all"}, "TRAIN is 'all'"),
+        ({"class_token": "maybe"}, "CLASS_TOKEN: `maybe` is unknown.*drop, keep"),
+        ({"frozen_dtype": "int8"}, "FROZEN_DTYPE: `int8` is unknown.*bfloat16, float16"),
+        ({"patch_size": -1}, "PATCH_SIZE is -1"),
+        ({"train": "all"}, "TRAIN: `all` is unknown.*full, lora, none"),
         ({"train": "full", "frozen_dtype": "float16"}, "FROZEN_DTYPE"),
     ],
 )

@@ -104,7 +104,7 @@ def test_label_spaces(cfg):
     ):
         label_space(cfg, "detection")
     node.LABEL_SPACE = "coco"
-    with pytest.raises(ConfigError, match="LABEL_SPACE is 'coco'.*`contiguous` or `dataset_id`"):
+    with pytest.raises(ConfigError, match="LABEL_SPACE: `coco` is unknown.*contiguous, dataset_id"):
         label_space(cfg, "detection")
 
 
@@ -134,10 +134,10 @@ def test_what_nothing_says_is_asked_for(cfg):
 
 
 def test_unknown_heads_are_named_with_the_known(cfg):
-    with pytest.raises(ConfigError, match="'detector'.*detection, segmentation"):
+    with pytest.raises(ConfigError, match="`detector` is unknown.*detection, .*segmentation"):
         build_head(cfg, "detector", SHAPE)
     cfg.MODEL.VISFT.DETECTION.HEAD = "DETRHeed"
-    with pytest.raises(ConfigError, match="MODEL.VISFT.DETECTION.HEAD is 'DETRHeed'.*DETRHead"):
+    with pytest.raises(ConfigError, match="MODEL.VISFT.DETECTION.HEAD: `DETRHeed` is unknown.*DETRHead"):
         build_head(cfg, "detection", SHAPE)
     with pytest.raises(ConfigError, match="gives 2.*p2, p3"):
         build_head(cfg, "segmentation", {"p2": SHAPE, "p3": SHAPE})

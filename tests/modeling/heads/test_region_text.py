@@ -312,8 +312,8 @@ def test_a_bare_tower_is_refused(tower, images):
         ({"prompts": ()}, "PROMPTS is empty"),
         ({"prompts": ("a dog",)}, "PROMPTS has `a dog`"),
         ({"prompts": ("{} and {}",)}, "each with one"),
-        ({"regions": "circles"}, "expected masks or boxes"),
-        ({"loss": "hinge"}, "expected one of auto, softmax, sigmoid"),
+        ({"regions": "circles"}, "known: boxes, masks"),
+        ({"loss": "hinge"}, "known: auto, sigmoid, softmax"),
         ({"logit_scale": -1.0}, "expected 0 or more"),
     ],
 )

@@ -21,15 +21,15 @@ from visft.engine.tuning_checks import (
     check_strategy,
     check_tuning,
 )
-from visft.errors import CheckpointError, ConfigError, DataError
-from visft.modeling.backbone import lora, open_clip_models
+from visft.errors import CheckpointError, ConfigError, DataError, check_one_of
+from visft.modeling import meta_arch
+from visft.modeling.backbone import CLIPViT, lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
-from visft.modeling.backbone.fpn import wants_lora
-from visft.modeling.backbone.tower_adapters import adapt
+from visft.modeling.backbone.fpn import tower_options, wants_lora
 from visft.modeling.compiled import check_compiler
-from visft.modeling.heads import VISFT_HEADS_REGISTRY, head_names
 from visft.modeling.heads.common.federated import class_image_counts
 from visft.modeling.heads.region_text_head import LOSSES, REGIONS
+from visft.utils import mixed_precision
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -91,20 +91,15 @@ def _device(cfg: CfgNode, local_processes: int, here: bool = True) -> None:
         )
 
 
-def _one_of(key: str, value: str, known: tuple[str, ...] | list[str]) -> None:
-    if value not in known:
-        raise unknown(key, value, [entry for entry in known if entry])
-
-
 def _names(cfg: CfgNode) -> None:
     import detectron2.modeling as modeling
 
     import visft  # noqa: F401  registers
 
     architectures = [name for name, _ in modeling.META_ARCH_REGISTRY]
-    _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    check_one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
     backbones = [name for name, _ in BACKBONE_REGISTRY]
-    _one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
+    check_one_of("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, backbones)
     if cfg.MODEL.BACKBONE.NAME.startswith("build_clip_vit"):
         _lora(cfg, depth=_tower(cfg))
     elif cfg.MODEL.META_ARCHITECTURE == "ViSFT":
@@ -123,9 +118,12 @@ def _tower(cfg: CfgNode) -> int:
     open_clip_models.check_name(vit.NAME)
     if not _is_file(vit.PRETRAINED):
         open_clip_models.check_pretrained(vit.NAME, vit.PRETRAINED)
-    parts = adapt(open_clip_models.meta_tower(vit.NAME))  # refuses anything but a plain vision transformer
+    options = tower_options(cfg, pyramid=cfg.MODEL.BACKBONE.NAME == "build_clip_vit_fpn_backbone")
+    backbone = CLIPViT(open_clip_models.meta_tower(vit.NAME), **options)
+    # LoRA draws its weights at random, so it is checked apart.
+    backbone.set_train("none" if vit.TRAIN == "lora" else vit.TRAIN)
     key_rules.check_keys(cfg, key_rules.TOWER)
-    return len(parts.blocks)
+    return len(backbone.blocks)
 
 
 def _lora(cfg: CfgNode, depth: int) -> None:
@@ -136,23 +134,7 @@ def _lora(cfg: CfgNode, depth: int) -> None:
 
 
 def _visft_names(cfg: CfgNode, processes: int) -> None:
-    node = cfg.MODEL.VISFT
-    known = head_names(cfg)
-    if not node.HEADS and not node.OBJECTIVES:
-        raise ConfigError(f"MODEL.VISFT.HEADS is empty; expected some of {', '.join(known)}")
-    classes = [name for name, _ in VISFT_HEADS_REGISTRY]
-    for head in node.HEADS:
-        _one_of("MODEL.VISFT.HEADS", head, known)
-        _one_of(f"MODEL.VISFT.{head.upper()}.HEAD", node[head.upper()].HEAD, classes)
-    if len(set(node.HEADS)) != len(node.HEADS):
-        raise ConfigError(
-            f"MODEL.VISFT.HEADS names a head twice: {', '.join(node.HEADS)}; expected each once"
-        )
-    if node.LOSS_WEIGHTS and len(node.LOSS_WEIGHTS) != len(node.HEADS):
-        raise ConfigError(
-            f"MODEL.VISFT.LOSS_WEIGHTS has {len(node.LOSS_WEIGHTS)} numbers for {len(node.HEADS)} heads; expected "
-            "one number per head in MODEL.VISFT.HEADS, or ()"
-        )
+    meta_arch.check_config(cfg)
     key_rules.check_keys(cfg, key_rules.RUN)
     for stage in cfg.VISFT.STAGES:
         _solver(cfg, stage, processes)
@@ -163,11 +145,6 @@ def _visft_names(cfg: CfgNode, processes: int) -> None:
     check_tasks(cfg, processes)
     _exports(cfg)
     check_sampler(cfg)
-    if cfg.INPUT.FORMAT != "RGB":
-        raise ConfigError(
-            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, like CLIP: set it to RGB, with "
-            "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
-        )
 
 
 def _exports(cfg: CfgNode) -> None:
@@ -188,7 +165,7 @@ def _exports(cfg: CfgNode) -> None:
 
 def _solver(cfg: CfgNode, stage: str, processes: int) -> None:
     key, solver = f"VISFT.SOLVER.{stage.upper()}", cfg.VISFT.SOLVER[stage.upper()]
-    if solver.AMP == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+    if mixed_precision.amp_type(cfg, stage) == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         raise ConfigError(f'{key}.AMP is float16, which needs a GPU; on the CPU use bfloat16 or ""')
     if solver.IMS_PER_BATCH % processes:
         raise ConfigError(
@@ -217,8 +194,8 @@ def _class_losses(cfg: CfgNode) -> None:
         key, node = f"MODEL.VISFT.{head.upper()}", cfg.MODEL.VISFT[head.upper()]
         if "PROMPTS" in node:
             check_prompts(f"{key}.PROMPTS", node.PROMPTS)
-            _one_of(f"{key}.REGIONS", node.REGIONS, REGIONS)
-            _one_of(f"{key}.LOSS", node.LOSS, LOSSES)
+            check_one_of(f"{key}.REGIONS", node.REGIONS, REGIONS)
+            check_one_of(f"{key}.LOSS", node.LOSS, LOSSES)
         if node.get("FED_LOSS_CLASSES") and node.HEAD != "RCNNHead":
             class_image_counts(cfg, head)
 

@@ -1,4 +1,7 @@
-"""A table of the valid values of config keys. `checks` covers rules that involve several keys."""
+"""A table of the valid values of config keys.
+
+Rules that involve several keys are in `checks`. Rules of what a class is built from are beside the class.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +15,7 @@ from visft.engine.settings import unknown
 from visft.errors import ConfigError
 from visft.modeling import compiled
 from visft.modeling.heads.common.classification import CLASS_LOSSES
-from visft.modeling.meta_arch import TUNES
-from visft.utils import mixed_precision
+from visft.modeling.heads.common.label_space import LABEL_SPACES
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,12 @@ _NOT_NEGATIVE = Rule(lambda value: value >= 0, "a number of at least 0")
 _AUGMENTATIONS = ("detection", "lsj", "fixed", "square")
 
 TOWER = {
-    "MODEL.CLIP_VIT.CLASS_TOKEN": _one_of("keep", "drop"),
-    "MODEL.CLIP_VIT.TRAIN": _one_of("none", "lora", "full"),
-    "MODEL.CLIP_VIT.FROZEN_DTYPE": _one_of(*mixed_precision.FROZEN_TYPES),
-    "MODEL.CLIP_VIT.PATCH_SIZE": _at_least(0, "0 or a number of pixels"),
-    "MODEL.CLIP_VIT.WINDOW_SIZE": _at_least(0, "0 or a number of patches"),
-    "MODEL.CLIP_VIT.MEMORY_BUDGET_GIB": _NOT_NEGATIVE,
     "MODEL.CLIP_VIT.LAYER_DECAY": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
 """Rules for a CLIP tower, also under a stock detector."""
 
 RUN = {
-    "MODEL.VISFT.TUNE": _one_of(*TUNES),
-    "MODEL.VISFT.{head}.LABEL_SPACE": _one_of("contiguous", "dataset_id"),
+    "MODEL.VISFT.{head}.LABEL_SPACE": _one_of(*LABEL_SPACES),
     "MODEL.VISFT.{head}.CLASS_LOSS": _one_of(*CLASS_LOSSES),
     "MODEL.VISFT.{head}.FED_LOSS_CLASSES": _at_least(0, "0 (all) or a number of classes"),
     "MODEL.VISFT.{head}.MIN_WORD_COUNT": _at_least(1),
@@ -82,7 +77,6 @@ RUN = {
     "VISFT.TASKS.{head}.MIN_SIZE_TRAIN": Rule(
         lambda sizes: all(isinstance(size, int) and size >= 1 for size in sizes), "lengths in pixels, or ()"
     ),
-    "VISFT.SOLVER.{stage}.AMP": _one_of(*mixed_precision.AMP_TYPES),
     "VISFT.SOLVER.{stage}.IMS_PER_BATCH": _at_least(1),
     "VISFT.SOLVER.{stage}.MAX_ITER": _at_least(1),
     "VISFT.SOLVER.{stage}.ACCUMULATE": _at_least(1),

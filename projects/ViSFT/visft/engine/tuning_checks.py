@@ -84,11 +84,6 @@ def check_objectives(cfg: CfgNode) -> None:
         )
     if node.HEADS:
         return
-    if tuple(run.STAGES) != ("lora",):
-        raise ConfigError(
-            f"MODEL.VISFT.HEADS is empty and VISFT.STAGES is {tuple(run.STAGES)}: without heads, only stage lora can "
-            "run; set STAGES to ('lora',)"
-        )
     for key, wrong, expected in (
         ("MODEL.VISFT.HEAD_FILES", node.HEAD_FILES, "()"),
         ("MODEL.VISFT.FREEZE_HEADS", not node.FREEZE_HEADS, "True"),

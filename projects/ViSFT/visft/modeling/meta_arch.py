@@ -1,7 +1,7 @@
 """The meta-architecture of ViSFT: one pass through the tower feeds every head that has labels."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,22 +13,57 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from visft.checkpoint.load import load_heads
+from visft.checkpoint.run_folder import STAGES
 from visft.classes.dataset_classes import Classes
-from visft.errors import ConfigError, nearest
+from visft.errors import ConfigError, check_one_of
 from visft.modeling import distributed
 from visft.modeling.backbone.sharding import is_sharded
 from visft.modeling.gradient_balance import balanced_copies
 from visft.modeling.heads import Caption, HeadInputs, build_head, head_names, rcnn_head  # noqa: F401  (registers RCNNHead)
-from visft.modeling.heads.build import single_map
+from visft.modeling.heads.build import head_class, single_map
 from visft.modeling.open_vocabulary import OpenVocabulary, build_open_vocabulary
 from visft.modeling.tower_losses import Batch, ObjectiveGroup, build_objectives
 from visft.utils import shared_random
 
-STAGES = ("heads", "lora")
 TUNES = ("lora", "full")
 
 UNLABELLED = "unlabelled"
 """Name of the loss, 0, of a batch without a label for any head: a trainer can still call `backward`."""
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check the keys that say what a `ViSFT` consists of. Nothing is built.
+
+    Raises:
+        ConfigError: names the first wrong key.
+    """
+    node, heads = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
+    for name in heads:
+        head_class(cfg, name)
+    if len(set(heads)) != len(heads):
+        raise ConfigError(f"MODEL.VISFT.HEADS names a head twice: {', '.join(heads)}; expected each once")
+    if not heads and not node.OBJECTIVES:
+        raise ConfigError(f"MODEL.VISFT.HEADS is empty; expected some of {', '.join(head_names(cfg))}")
+    if not heads and tuple(cfg.VISFT.STAGES) != ("lora",):
+        raise ConfigError(
+            f"MODEL.VISFT.HEADS is empty and VISFT.STAGES is {tuple(cfg.VISFT.STAGES)}: without heads, only stage lora "
+            "can run; set STAGES to ('lora',)"
+        )
+    _check_weights(node.LOSS_WEIGHTS, heads)
+    check_one_of("MODEL.VISFT.TUNE", node.TUNE, TUNES)
+    if cfg.INPUT.FORMAT != "RGB":
+        raise ConfigError(
+            f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; ViSFT reads images as RGB, like CLIP: set it to RGB, with "
+            "MODEL.PIXEL_MEAN and PIXEL_STD in this order"
+        )
+
+
+def _check_weights(loss_weights: Sequence[float], heads: Collection[str]) -> None:
+    if loss_weights and len(loss_weights) != len(heads):
+        raise ConfigError(
+            f"MODEL.VISFT.LOSS_WEIGHTS has {len(loss_weights)} numbers for {len(heads)} heads; expected one number per "
+            "head in MODEL.VISFT.HEADS, or ()"
+        )
 
 
 @META_ARCH_REGISTRY.register()
@@ -83,11 +118,8 @@ class ViSFT(nn.Module):
             ConfigError: more or fewer loss weights than heads, several maps, an unknown stage or `tune`.
         """
         super().__init__()
-        if loss_weights and len(loss_weights) != len(heads):
-            raise ConfigError(
-                f"MODEL.VISFT.LOSS_WEIGHTS has {len(loss_weights)} numbers for the {len(heads)} heads "
-                f"{', '.join(heads)}; give one for each of MODEL.VISFT.HEADS, or ()"
-            )
+        _check_weights(loss_weights, heads)
+        check_one_of("MODEL.VISFT.TUNE", tune, TUNES)
         self.backbone = backbone
         self.feature, _ = single_map(backbone.output_shape())
         self.heads = nn.ModuleDict(heads)
@@ -98,11 +130,6 @@ class ViSFT(nn.Module):
             open_vocabulary.bind(backbone)
         self._class_names = tuple(class_names)
         self.balance_gradients = balance_gradients
-        if tune not in TUNES:
-            raise ConfigError(
-                f"MODEL.VISFT.TUNE is `{tune}`; the nearest is `{nearest(tune, TUNES)}` (lora: the tower's adapters, "
-                "full: all its weights)"
-            )
         self.tune, self.freeze_heads = tune, freeze_heads
         self.objectives = ObjectiveGroup({}) if objectives is None else objectives
         self.loss_weights = dict(zip(heads, loss_weights or [1.0] * len(heads), strict=True))
@@ -118,16 +145,12 @@ class ViSFT(nn.Module):
 
         Args:
             backbone: instead of the one that the config describes.
+
+        Raises:
+            ConfigError: a key is wrong (see `check_config`).
         """
+        check_config(cfg)
         node, names = cfg.MODEL.VISFT, tuple(cfg.MODEL.VISFT.HEADS)
-        alone = tuple(cfg.VISFT.STAGES) == ("lora",) and node.OBJECTIVES
-        if not (names or alone) or len(set(names)) != len(names):
-            raise ConfigError(
-                f"MODEL.VISFT.HEADS is {names}; give one or more of {', '.join(head_names(cfg))}, each once (none only "
-                "with MODEL.VISFT.OBJECTIVES and VISFT.STAGES ('lora',))"
-            )
-        if cfg.INPUT.FORMAT != "RGB":
-            raise ConfigError(f"INPUT.FORMAT is `{cfg.INPUT.FORMAT}`; a CLIP tower sees RGB: set it to RGB")
         backbone = build_backbone(cfg) if backbone is None else backbone
         heads = {name: build_head(cfg, name, backbone.output_shape()) for name in names}
         reinit = [name for name in names if node[name.upper()].get("REINIT_CLASSES", False)]
@@ -171,11 +194,7 @@ class ViSFT(nn.Module):
         Raises:
             ConfigError: another name, or `lora` without LoRA in the tower where that is to train.
         """
-        if stage not in STAGES:
-            raise ConfigError(
-                f"VISFT.STAGES names `{stage}`; the nearest stage is `{nearest(stage, STAGES)}` (there are "
-                f"{' and '.join(STAGES)})"
-            )
+        check_one_of("VISFT.STAGES", stage, STAGES)
         adapters = any("lora_" in name for name, _ in self.backbone.named_parameters())
         if stage == "lora" and self.tune == "lora" and not adapters:
             raise ConfigError(

@@ -5,6 +5,8 @@ import contextlib
 import torch
 from detectron2.config import CfgNode
 
+from visft.errors import check_one_of
+
 AMP_TYPES = ("", "auto", "bfloat16", "float16")
 FROZEN_TYPES = ("", "auto", "bfloat16", "float16")
 
@@ -13,8 +15,12 @@ def amp_type(cfg: CfgNode, stage: str) -> str:
     """The AMP type of a stage on MODEL.DEVICE: "" (off), `bfloat16` or `float16`.
 
     `auto` is bfloat16 on a GPU that computes in it, else off.
+
+    Raises:
+        ConfigError: AMP is none of AMP_TYPES.
     """
     value = cfg.VISFT.SOLVER[stage.upper()].AMP
+    check_one_of(f"VISFT.SOLVER.{stage.upper()}.AMP", value, AMP_TYPES)
     if value != "auto":
         return value
     cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
@@ -25,8 +31,12 @@ def frozen_type(cfg: CfgNode) -> str:
     """The type in which frozen weights are stored: "" (unchanged), `bfloat16` or `float16`.
 
     `auto` is the AMP type if all stages of the run have the same and none trains these weights.
+
+    Raises:
+        ConfigError: FROZEN_DTYPE is none of FROZEN_TYPES.
     """
     vit = cfg.MODEL.CLIP_VIT
+    check_one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", vit.FROZEN_DTYPE, FROZEN_TYPES)
     if vit.FROZEN_DTYPE != "auto":
         return vit.FROZEN_DTYPE
     if cfg.MODEL.META_ARCHITECTURE != "ViSFT" or "full" in (cfg.MODEL.VISFT.TUNE, vit.TRAIN):

@@ -19,7 +19,7 @@ from visft.checkpoint.open_clip_models import (
     create_clip,
     undrawn_clip,
 )
-from visft.errors import ConfigError
+from visft.errors import ConfigError, check_one_of
 from visft.modeling.backbone.recompute import Budget, recomputed
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.backbone.windows import Windows
@@ -73,14 +73,12 @@ class CLIPViT(Backbone):
         base: BaseTower | None = None,
     ):
         super().__init__()
-        if class_token not in ("keep", "drop"):
-            raise ConfigError(f"MODEL.CLIP_VIT.CLASS_TOKEN is '{class_token}'; it must be 'keep' or 'drop'.")
-        if frozen_dtype and frozen_dtype not in FROZEN_DTYPES:
-            raise ConfigError(
-                f"MODEL.CLIP_VIT.FROZEN_DTYPE is '{frozen_dtype}'; it must be one of {', '.join(FROZEN_DTYPES)} or ''."
-            )
+        check_one_of("MODEL.CLIP_VIT.CLASS_TOKEN", class_token, ("keep", "drop"))
+        check_one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", frozen_dtype or "", ("", *FROZEN_DTYPES))
         if (patch_size or 0) < 0 or window_size < 0:
-            raise ConfigError("MODEL.CLIP_VIT.PATCH_SIZE and WINDOW_SIZE must be 0 (off) or positive.")
+            raise ConfigError(
+                f"MODEL.CLIP_VIT.PATCH_SIZE is {patch_size} and WINDOW_SIZE {window_size}; expected 0 (off) or more."
+            )
         if memory_budget_gib < 0 or (memory_budget_gib and not activation_checkpointing):
             raise ConfigError(
                 f"MODEL.CLIP_VIT.MEMORY_BUDGET_GIB is {memory_budget_gib}; it must be 0, or positive with "
@@ -196,8 +194,7 @@ class CLIPViT(Backbone):
         Raises:
             ConfigError: unknown mode; `lora` without adapters; `full` with `frozen_dtype`.
         """
-        if mode not in ("none", "lora", "full"):
-            raise ConfigError(f"MODEL.CLIP_VIT.TRAIN is '{mode}'; it must be 'none', 'lora' or 'full'.")
+        check_one_of("MODEL.CLIP_VIT.TRAIN", mode, ("none", "lora", "full"))
         if mode == "lora" and not self.adapters:
             raise ConfigError(
                 "MODEL.CLIP_VIT.TRAIN is 'lora', but the tower has no LoRA; call lora.inject first."

@@ -1,6 +1,7 @@
 """Builders for detectron2's configs: a CLIPViT alone, and under a feature pyramid."""
 
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -37,7 +38,33 @@ def wants_lora(cfg: CfgNode) -> bool:
     return cfg.MODEL.CLIP_VIT.TRAIN == "lora" or (visft and cfg.MODEL.VISFT.TUNE == "lora")
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
+def tower_options(cfg: CfgNode, *, pyramid: bool = False) -> dict[str, Any]:
+    """The keywords of `CLIPViT` that `cfg.MODEL.CLIP_VIT` gives. Under a pyramid, PATCH_SIZE is 16 unless it is set.
+
+    Raises:
+        ConfigError: there is no such FROZEN_DTYPE, or PATCH_SIZE is no power of two of 8 or more under a pyramid, whose
+            levels' names and poolers need it.
+    """
+    node = cfg.MODEL.CLIP_VIT
+    stride = node.PATCH_SIZE or (16 if pyramid else 0)
+    if pyramid and (stride < 8 or stride & (stride - 1)):
+        raise ConfigError(
+            f"MODEL.CLIP_VIT.PATCH_SIZE is {stride}; the feature pyramid needs a power of two, 8 or more (16 gives "
+            "p2 to p6)."
+        )
+    return {
+        "class_token": node.CLASS_TOKEN,
+        "patch_size": stride,
+        "window_size": node.WINDOW_SIZE,
+        "global_blocks": node.GLOBAL_BLOCKS,
+        "activation_checkpointing": node.ACTIVATION_CHECKPOINTING,
+        "memory_budget_gib": node.MEMORY_BUDGET_GIB,
+        "offload_activations": node.OFFLOAD_ACTIVATIONS,
+        "frozen_dtype": mixed_precision.frozen_type(cfg),
+    }
+
+
+def _build(cfg: CfgNode, input_shape: ShapeSpec, *, pyramid: bool = False) -> CLIPViT:
     node = cfg.MODEL.CLIP_VIT
     if input_shape is not None and input_shape.channels != 3:
         raise ConfigError(
@@ -46,14 +73,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
     backbone = CLIPViT.from_open_clip(
         node.NAME,
         node.PRETRAINED or None,
-        class_token=node.CLASS_TOKEN,
-        patch_size=patch_size,
-        window_size=node.WINDOW_SIZE,
-        global_blocks=node.GLOBAL_BLOCKS,
-        activation_checkpointing=node.ACTIVATION_CHECKPOINTING,
-        memory_budget_gib=node.MEMORY_BUDGET_GIB,
-        offload_activations=node.OFFLOAD_ACTIVATIONS,
-        frozen_dtype=mixed_precision.frozen_type(cfg),
+        **tower_options(cfg, pyramid=pyramid),
         # Where the whole model will go: with eight processes the machine's memory would not hold eight towers.
         device=cfg.MODEL.DEVICE if torch.cuda.is_available() or cfg.MODEL.DEVICE == "meta" else "cpu",
     )
@@ -74,7 +94,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, patch_size: int) -> CLIPViT:
 @BACKBONE_REGISTRY.register()
 def build_clip_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CLIPViT:
     """A CLIPViT with one map, `last_feat`, from `cfg.MODEL.CLIP_VIT` and `cfg.MODEL.LORA`."""
-    return _build(cfg, input_shape, cfg.MODEL.CLIP_VIT.PATCH_SIZE)
+    return _build(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
@@ -82,15 +102,9 @@ def build_clip_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ClipFea
     """A CLIPViT under ViTDet's simple feature pyramid: p2 to p6 at stride 16, which is PATCH_SIZE's default here.
 
     Raises:
-        ConfigError: PATCH_SIZE is no power of two of 8 or more, which the levels' names and poolers need.
+        ConfigError: PATCH_SIZE does not fit a pyramid (see `tower_options`).
     """
-    stride = cfg.MODEL.CLIP_VIT.PATCH_SIZE or 16
-    if stride < 8 or stride & (stride - 1):
-        raise ConfigError(
-            f"MODEL.CLIP_VIT.PATCH_SIZE is {stride}; the feature pyramid needs a power of two, 8 or more (16 gives "
-            "p2 to p6)."
-        )
-    return build_pyramid(_build(cfg, input_shape, stride), cfg.MODEL.CLIP_VIT.FPN_CHANNELS)
+    return build_pyramid(_build(cfg, input_shape, pyramid=True), cfg.MODEL.CLIP_VIT.FPN_CHANNELS)
 
 
 def build_pyramid(backbone: CLIPViT, out_channels: int = 256) -> ClipFeaturePyramid:

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from visft.errors import ConfigError, nearest
+from visft.errors import ConfigError, check_one_of
 from visft.modeling.heads.base import VisftHead
 
 VISFT_HEADS_REGISTRY = Registry("VISFT_HEADS")
@@ -22,6 +22,18 @@ def head_names(cfg: CfgNode) -> list[str]:
     return [key.lower() for key, value in nodes if isinstance(value, CfgNode) and "HEAD" in value]
 
 
+def head_class(cfg: CfgNode, name: str) -> type[VisftHead]:
+    """The class of the head `name`.
+
+    Raises:
+        ConfigError: there is no node MODEL.VISFT.<NAME>, or its HEAD is not registered.
+    """
+    check_one_of("MODEL.VISFT.HEADS", name, head_names(cfg))
+    wanted = cfg.MODEL.VISFT[name.upper()].HEAD
+    check_one_of(f"MODEL.VISFT.{name.upper()}.HEAD", wanted, [entry for entry, _ in VISFT_HEADS_REGISTRY])
+    return VISFT_HEADS_REGISTRY.get(wanted)
+
+
 def build_head(cfg: CfgNode, name: str, input_shape: ShapeSpec | Mapping[str, ShapeSpec]) -> VisftHead:
     """Build the head `name` of MODEL.VISFT.HEADS.
 
@@ -29,23 +41,10 @@ def build_head(cfg: CfgNode, name: str, input_shape: ShapeSpec | Mapping[str, Sh
         input_shape: of the map that the head reads, or what a backbone's `output_shape()` gives (one map).
 
     Raises:
-        ConfigError: if there is no node MODEL.VISFT.<NAME>, or its HEAD is not registered.
+        ConfigError: see `head_class`.
     """
-    known = head_names(cfg)
-    if name not in known:
-        raise ConfigError(
-            f"MODEL.VISFT.HEADS names {name!r}, which has no node in MODEL.VISFT; the nearest is "
-            f"{nearest(name, known)!r}, known are {', '.join(known)}"
-        )
-    node = cfg.MODEL.VISFT[name.upper()]
-    if node.HEAD not in VISFT_HEADS_REGISTRY:
-        known = [key for key, _ in VISFT_HEADS_REGISTRY]
-        raise ConfigError(
-            f"MODEL.VISFT.{name.upper()}.HEAD is {node.HEAD!r}, which is not registered: "
-            f"known are {', '.join(known)}"
-        )
     shape = input_shape if isinstance(input_shape, ShapeSpec) else single_map(input_shape)[1]
-    return VISFT_HEADS_REGISTRY.get(node.HEAD)(cfg, name, shape)
+    return head_class(cfg, name)(cfg, name, shape)
 
 
 def single_map(maps: Mapping[str, ShapeSpec]) -> tuple[str, ShapeSpec]:

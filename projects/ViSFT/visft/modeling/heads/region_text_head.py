@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft.classes.class_names import synonyms
-from visft.errors import ConfigError
+from visft.errors import ConfigError, check_one_of
 from visft.modeling.backbone import CLIPViT
 from visft.modeling.backbone.class_embeddings import PROMPTS, ClassText, check_prompts, class_text
 from visft.modeling.backbone.text_encoder import TextTower
@@ -67,10 +67,8 @@ class RegionTextHead(VisftHead):
             ConfigError: there are no names, or an argument is out of range.
         """
         super().__init__()
-        if regions not in REGIONS:
-            raise ConfigError(f"REGIONS is `{regions}`; expected {' or '.join(REGIONS)}")
-        if loss not in LOSSES:
-            raise ConfigError(f"LOSS is `{loss}`; expected one of {', '.join(LOSSES)}")
+        check_one_of("REGIONS", regions, REGIONS)
+        check_one_of("LOSS", loss, LOSSES)
         if logit_scale < 0 or weight < 0:
             raise ConfigError(f"LOGIT_SCALE is {logit_scale} and WEIGHT {weight}; expected 0 or more")
         if not names or not all(names):

@@ -8,8 +8,11 @@ from detectron2.data import DatasetCatalog, Metadata
 from torch import Tensor
 
 from visft.classes.dataset_classes import filled_metadata
-from visft.errors import ConfigError, DataError
+from visft.errors import ConfigError, DataError, check_one_of
 from visft.modeling.heads.base import num_targets
+
+LABEL_SPACES = ("contiguous", "dataset_id")
+"""Values of LABEL_SPACE."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ def label_space(cfg: CfgNode, name: str) -> LabelSpace:
         ConfigError: if the keys contradict each other, or the number of classes is not known.
     """
     node, key = cfg.MODEL.VISFT[name.upper()], f"MODEL.VISFT.{name.upper()}"
-    if node.LABEL_SPACE not in ("contiguous", "dataset_id"):
-        raise ConfigError(f"{key}.LABEL_SPACE is {node.LABEL_SPACE!r}: use `contiguous` or `dataset_id`")
+    check_one_of(f"{key}.LABEL_SPACE", node.LABEL_SPACE, LABEL_SPACES)
     if node.NUM_CLASSES < 0:
         raise ConfigError(f"{key}.NUM_CLASSES is {node.NUM_CLASSES}: give a number of classes, or 0")
     if node.LABEL_SPACE == "contiguous":
