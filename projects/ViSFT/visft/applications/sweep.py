@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from visft.applications.sweep_job import Job
 from visft.checkpoint import files, load
+from visft.checkpoint.run_folder import head_file
 from visft.data import register_own_data
 from visft.data.datasets import demo_world
 from visft.engine import checks, run_lock, settings
@@ -285,7 +286,7 @@ def _identity(sweep: Sweep, overrides: Mapping[str, Any], *more: str) -> str:
 @functools.cache
 def _content(path: str) -> str:
     if os.path.isdir(path):
-        return _hash([_content(str(file)) for file in load.resolve(path, stages=("heads",))])
+        return _hash([_content(str(head_file(path)))])
     return files.sha256(path)
 
 

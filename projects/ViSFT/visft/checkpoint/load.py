@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from visft.checkpoint import authors
 from visft.checkpoint.copying import LoadReport, groups, load_into, some
-from visft.checkpoint.files import local_path, read_shapes, read_tensors
-from visft.checkpoint.run_folder import STAGES, START, describe, newest_checkpoint, run_files
+from visft.checkpoint.files import read_shapes, read_tensors
+from visft.checkpoint.run_folder import describe, head_file, run_files
 from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def load_heads(
     """
     reinit, reports = set(reinit), {}
     for given in files:
-        path = resolve(given, stages=("heads",))[-1]
+        path = head_file(given)
         tensors = read_tensors(path)
         heads = split_heads(tensors, path)
         if authors.is_head_file(tensors):
@@ -123,7 +123,7 @@ def load_run_weights(
         CheckpointError: there is no whole checkpoint, or it does not fit the model or its base.
     """
     tensors: dict[str, Tensor] = {}
-    paths = resolve(path) if "heads." in optional else run_files(path)
+    paths = run_files(path, earlier="heads." not in optional)
     for file in paths:
         check_base(file, getattr(model.backbone, "base", None))
         if getattr(model.backbone, "lora_config", None) is not None:
@@ -154,7 +154,7 @@ def load_tower(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
     Raises:
         CheckpointError: there are no tensors of a tower, or they do not fit this one.
     """
-    paths = resolve(path)
+    paths = run_files(path, earlier=False)
     tensors: dict[str, Tensor] = {}
     for file in paths:
         check_base(file, backbone.base)
@@ -216,26 +216,6 @@ def _check_lora(path: Path, backbone: nn.Module) -> None:
         )
 
 
-def resolve(path: str | os.PathLike, stages: Sequence[str] = STAGES) -> list[Path]:
-    """Return the weight files that a path stands for: a file, a stage's folder, or a run's folder.
-
-    Raises:
-        CheckpointError: a folder without a whole checkpoint.
-    """
-    path = local_path(path)
-    if not path.is_dir():
-        return [path]
-    found = [newest_checkpoint(folder) for folder in (path, *(path / part for part in (START, *stages)))]
-    files = [file for file in found if file is not None]
-    if not files:
-        raise CheckpointError(
-            f"{path}: no whole checkpoint in this folder (nor in its "
-            f"{' or '.join(f'{s}/' for s in stages)}); "
-            "give a run's OUTPUT_DIR or a weight file."
-        )
-    return files
-
-
 def check_file(
     path: str | os.PathLike,
     *,
@@ -261,7 +241,7 @@ def check_file(
         CheckpointError: one of these does not hold.
     """
     try:
-        files = resolve(path, ("heads",)) if heads_only else run_files(path)
+        files = [head_file(path)] if heads_only else run_files(path)
         for file in files:
             shapes = read_shapes(file)
             _check_described_base(file, architecture, None if heads_only else sha256)

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
     return None
 
 
-def run_files(path: str | os.PathLike) -> list[Path]:
+def run_files(path: str | os.PathLike, *, earlier: bool = True) -> list[Path]:
     """Return the model files that make up a run's model, in loading order.
 
     Args:
-        path: a run's OUTPUT_DIR; a stage's folder; or a weight file. A stage's files come
-            with those of earlier stages beside its folder, because LoRA alone is not a model.
+        path: a run's OUTPUT_DIR, a stage's folder, or a weight file.
+        earlier: whether a stage's files come with those of earlier stages beside its folder, because LoRA alone is not
+            a model.
 
     Raises:
         CheckpointError: a folder without a whole checkpoint.
@@ -70,18 +72,33 @@ def run_files(path: str | os.PathLike) -> list[Path]:
         files = [file for file in found if file is not None]
         if files:
             return files
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise CheckpointError(
-                f"{path}: no whole checkpoint in this folder (nor in its {' or '.join(f'{p}/' for p in STAGES)}); "
-                "give a run's OUTPUT_DIR or a weight file."
-            )
-        path = newest
+        path = _newest((path,), path, STAGES)
     part = path.absolute().parent
-    if part.name not in PARTS or describe(path).get("stage") != part.name:
+    if not earlier or part.name not in PARTS or describe(path).get("stage") != part.name:
         return [path]
-    found = [newest_checkpoint(part.parent / earlier) for earlier in PARTS[: PARTS.index(part.name)]]
+    found = [newest_checkpoint(part.parent / name) for name in PARTS[: PARTS.index(part.name)]]
     return [*(file for file in found if file is not None), path]
+
+
+def head_file(path: str | os.PathLike) -> Path:
+    """Return the file that heads start from: a weight file itself, or the newest one of a run's or a stage's folder.
+
+    Raises:
+        CheckpointError: a folder without a whole checkpoint of heads.
+    """
+    path = local_path(path)
+    return _newest((path / "heads", path / START, path), path, ("heads",)) if path.is_dir() else path
+
+
+def _newest(folders: Iterable[Path], path: Path, stages: Iterable[str]) -> Path:
+    """Return the newest checkpoint of the first folder that has one."""
+    found = next(filter(None, map(newest_checkpoint, folders)), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: no whole checkpoint in this folder (nor in its {' or '.join(f'{s}/' for s in stages)}); "
+            "give a run's OUTPUT_DIR or a weight file."
+        )
+    return found
 
 
 def marks(folder: str | os.PathLike) -> list[Path]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from visft.checkpoint import load
-from visft.checkpoint.run_folder import PARTS, run_files
+from visft.checkpoint.run_folder import PARTS, head_file, run_files
 from visft.data.caption_vocabulary import build_vocabulary
 from visft.data.datasets.captions import check_captions
 from visft.errors import CheckpointError, ConfigError, DataError
@@ -152,4 +151,4 @@ def _weight_files(cfg: CfgNode) -> Iterator[Path]:
             yield from run_files(cfg.MODEL.WEIGHTS)
     for given in () if reinit else cfg.MODEL.VISFT.HEAD_FILES:
         with contextlib.suppress(CheckpointError):
-            yield from load.resolve(given)
+            yield head_file(given)

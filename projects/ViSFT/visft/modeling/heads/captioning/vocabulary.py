@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from visft.checkpoint import files, load, run_folder
+from visft.checkpoint import files, run_folder
 from visft.errors import CheckpointError, ConfigError, DataError
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
@@ -172,4 +172,4 @@ def _stored_words(file: str | os.PathLike) -> list[str] | None:
 def _head_files(cfg) -> Iterator[Path]:
     for given in cfg.MODEL.VISFT.HEAD_FILES:
         with contextlib.suppress(CheckpointError):
-            yield from load.resolve(given, stages=("heads",))
+            yield run_folder.head_file(given)
