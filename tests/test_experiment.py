@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arm_runs
+import arm_tables
+import arms
 import numpy as np
 import pytest
 import runs
@@ -192,7 +195,7 @@ def test_weights_that_are_gone_are_trained_again_when_asked_for(finished, tmp_pa
 
 def test_the_chosen_arm_is_the_demos_recipe():
     """What it trains with is visft_demo.yaml, word for word but for what every arm sets."""
-    plan = module().read(SCRIPT.with_name("region_text.yaml"))
+    plan = arms.read(SCRIPT.with_name("region_text.yaml"))
     arm = plan.arms["chosen"]
     chosen = settings.load_config(plan.config, settings.words(arm.opts))
     demo = model_zoo.get_config("visft_demo")
@@ -255,17 +258,16 @@ def test_the_report_needs_the_kept_scores_alone_and_is_drawn_again_from_its_resu
 
 
 def test_the_table_of_the_model_zoo_is_that_of_the_results():
-    script = module()
-    text, short = (document.read_text() for document in script.DOCUMENTS)
-    for folder, place in script.PLACES.items():
+    text, short = (document.read_text() for document in arm_tables.DOCUMENTS)
+    for folder, place in arm_tables.PLACES.items():
         found = json.loads((folder / "results.json").read_text())
-        assert script.filled(text, found, place) == text and script.overview(found) in text
-        assert script.filled(short, found, place) == short
-    found = json.loads((script.RESULTS / "results.json").read_text())
+        assert arm_tables.filled(text, found, place) == text and arm_tables.overview(found) in text
+        assert arm_tables.filled(short, found, place) == short
+    found = json.loads((arm_tables.RESULTS / "results.json").read_text())
     (row,) = [row for row in found["families"]["recipe"] if row["name"] == "goi"]
-    assert f"{row['difference']:+.2f}" in script.overview(found)
+    assert f"{row['difference']:+.2f}" in arm_tables.overview(found)
     # Every pair is in the row of its second arm, below the first one's name.
-    head, _, *table = script.overview(found).split("one arm minus another:\n\n")[1].splitlines()
+    head, _, *table = arm_tables.overview(found).split("one arm minus another:\n\n")[1].splitlines()
     columns = [cell.strip() for cell in head.split("|")]
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in table}
     assert found["pairs"]
@@ -322,7 +324,7 @@ def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path):
 
 
 def test_arms_of_some_families_are_in_no_pair(tmp_path):
-    plan = module().read(write(tmp_path, PLAN | {"arms": PLAN["arms"] | {"quarter": SOME_FAMILIES}}))
+    plan = arms.read(write(tmp_path, PLAN | {"arms": PLAN["arms"] | {"quarter": SOME_FAMILIES}}))
     assert plan.pairs == [("boxes", "half"), ("boxes", "first")]
 
 
@@ -335,15 +337,15 @@ ANIMALS = {
 
 def test_shuffled_names_leave_no_category_its_own():
     for seed in range(5):
-        found = module().changed(ANIMALS, 0, "shuffled", seed)
+        found = arms.changed(ANIMALS, 0, "shuffled", seed)
         before, after = ([row["name"] for row in c["categories"]] for c in (ANIMALS, found))
         assert sorted(before) == sorted(after) and all(a != b for a, b in zip(before, after, strict=True))
         assert found["annotations"] == ANIMALS["annotations"] and found["images"] == ANIMALS["images"]
-    assert module().changed(ANIMALS, 0, "shuffled", 1) != module().changed(ANIMALS, 0, "shuffled", 2)
+    assert arms.changed(ANIMALS, 0, "shuffled", 1) != arms.changed(ANIMALS, 0, "shuffled", 2)
 
 
 def test_fewer_categories_are_part_of_more():
-    three, two = (module().changed(ANIMALS, count, "", 0) for count in (3, 2))
+    three, two = (arms.changed(ANIMALS, count, "", 0) for count in (3, 2))
     ids = [{row["id"] for row in found["categories"]} for found in (three, two)]
     assert len(ids[0]) == 3 and len(ids[1]) == 2 and ids[1] < ids[0]
     assert {row["category_id"] for row in three["annotations"]} == ids[0]
@@ -362,10 +364,10 @@ def test_fewer_categories_are_part_of_more():
 )
 def test_broken_plans(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
-        module().read(write(tmp_path, PLAN | change))
+        arms.read(write(tmp_path, PLAN | change))
 
 
 def test_report_without_finished_arms_says_what_to_do(tmp_path):
-    plan = module().read(write(tmp_path, PLAN))
+    plan = arms.read(write(tmp_path, PLAN))
     with pytest.raises(ConfigError, match="no arm is finished"):
-        module().results(module().Runs(plan, tmp_path / "out", tmp_path / "kept", "test"))
+        arm_tables.results(arm_runs.Runs(plan, tmp_path / "out", tmp_path / "kept", "test"))
