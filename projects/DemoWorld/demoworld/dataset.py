@@ -4,7 +4,7 @@
     root/annotations/{instances,captions}_{train,val,unseen}.json
     root/demo_world.json     what the folder was made with; written last
 
-The images contain OpenMoji's, so the data set is under CC BY-SA 4.0 too; its files say so.
+The images contain OpenMoji's drawings, so the data set is under CC BY-SA 4.0 too. Its files say so.
 """
 
 import json
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "demo_world.json"
 VERSION = 2
-"""Increased when the same parameters give other files, so that old folders are rebuilt."""
+"""It is increased when the same parameters give other files, so that old folders are rebuilt."""
 
 FIRST_FRESH = 5001
 SCENES_OF_HEADS = 69_000
@@ -37,7 +37,7 @@ _QUALITY = 92
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the files of the demo world are."""
+    """The places of the demo world's files."""
 
     root: Path
 
@@ -60,19 +60,19 @@ def make(
     seed: int = 0,
     first_train: int = SCENES_OF_HEADS + 1,
 ) -> DemoData:
-    """Make the demo world, unless `root` already holds the one of these parameters.
+    """Make the demo world, unless `root` already has one with these parameters.
 
     The same parameters give the same bytes. The folder gets its name when it is complete.
 
     Args:
         root: the folder.
-        num_train, num_val: how many scenes.
-        num_unseen: how many scenes of unseen things, the first of the out-of-domain suite's.
-        seed: of the scenes; each depends only on the seed, its split and its number.
-        first_train: number of the first training scene; by default the first that the shipped heads have not seen.
+        num_train, num_val: numbers of scenes.
+        num_unseen: number of scenes of unseen things, which are the first of the out-of-domain suite.
+        seed: of the scenes. A scene depends only on the seed, its split and its number.
+        first_train: number of the first training scene. The default is the first that the shipped heads have not seen.
 
     Raises:
-        DemoWorldError: if `root` holds files that were not made here, or numbers are out of range.
+        DemoWorldError: `root` has files that were not made here, or numbers are out of range.
     """
     root = Path(root)
     if min(num_train, num_val, num_unseen) < 1:
@@ -107,7 +107,7 @@ def make(
         except OSError:
             if _made_with(root) != parameters:
                 raise
-            # Another process has just made the same.
+            # Another process has just made the same folder.
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     logger.info("%s: %d train and %d validation scenes", root, num_train, num_val)
@@ -137,12 +137,12 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def coco_categories() -> list[dict]:
-    """COCO's entries (id, name, supercategory) of the categories that the demo world shows, by id."""
+    """Return COCO's entries (id, name, supercategory) of the categories in the demo world, by id."""
     return [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in catalogue.COCO_CATEGORIES]
 
 
 def categories_of(split: str) -> list[dict]:
-    """The entries of a split's categories: COCO's, or for `unseen` its own, numbered from 1."""
+    """Return the entries of a split's categories: COCO's, or the own ones of `unseen`, numbered from 1."""
     if split != "unseen":
         return coco_categories()
     names = unseen_things.cast().names
@@ -160,7 +160,7 @@ def _write_split(data: DemoData, split: str, numbers: range, seed: int) -> None:
     emoji, categories = catalogue.catalogue(), categories_of(split)
     images, instances, captions = [], [], []
     data.images(split).mkdir()
-    # None: a bar on a terminal only.
+    # `disable=None` shows the bar only on a terminal.
     for image_id in tqdm(numbers, f"{split} scenes", disable=None, leave=False):
         # A longer data set starts with the shorter one.
         if split == "unseen":

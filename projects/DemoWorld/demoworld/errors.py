@@ -1,4 +1,4 @@
-"""What this package raises on bad input."""
+"""The errors of this package."""
 
 
 class DemoWorldError(ValueError):

@@ -1,4 +1,4 @@
-"""Atomic writing of files: written aside, synced, renamed."""
+"""Atomic writing of files: they are written to a temporary file, synced and renamed."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 PARTIAL_SUFFIX = ".partial"
-"""Ending of the names of files that are being written; they begin with a dot."""
+"""Suffix of files that are being written. Their names begin with a dot."""
 
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary file beside `path`. It is renamed to `path` when the block ends, and removed on an error."""
+    """Yield a temporary file beside `path`. It is renamed to `path` when the block ends, and removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
@@ -40,7 +40,7 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:
-    """Write JSON (two spaces, a final newline)."""
+    """Write JSON with an indent of two spaces and a final newline."""
     with write_aside(path) as partial:
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -48,7 +48,7 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors that share no memory as safetensors; equal tensors give equal bytes."""
+    """Write tensors that share no memory as safetensors. Equal tensors give equal bytes."""
     with write_aside(path) as partial:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata)
@@ -57,7 +57,7 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata by name, since safetensors writes them in a random order."""
+    """Sort the metadata by name, because safetensors writes them in random order."""
     with open(path, "rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

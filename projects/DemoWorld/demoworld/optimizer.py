@@ -1,4 +1,4 @@
-"""The optimizer of the pretraining: orthogonalised updates of the hidden matrices (Muon), Adam for the rest."""
+"""The optimizer of the pretraining: orthogonalised updates of the hidden matrices (Muon), and Adam for the rest."""
 
 import math
 
@@ -9,7 +9,8 @@ from demoworld.schedule import Settings
 
 
 def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n, by Muon's Newton-Schulz."""
+    """Return roughly the nearest semi-orthogonal matrix to each of `[K, m, n]`, m <= n, by Muon's Newton-Schulz
+    iteration."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.transpose(1, 2)
@@ -18,9 +19,9 @@ def _orthogonalised(g: torch.Tensor) -> torch.Tensor:
 
 
 class Optimizer:
-    """Muon for the transformers' matrices, AdamW for the rest. Its state is a dictionary of tensors.
+    """Muon for the transformers' matrices, and AdamW for the rest. Its state is a dictionary of tensors.
 
-    float32 throughout (bfloat16, which `torch.optim.Muon` uses, is slow on CPUs), and fused projections are
+    It computes in float32, because bfloat16, which `torch.optim.Muon` uses, is slow on CPUs. Fused projections are
     orthogonalised one by one.
     """
 
@@ -42,7 +43,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, step: int) -> None:
-        """One update; `step` counts from 0. Gradients are cleared."""
+        """Make one update and clear the gradients. `step` counts from 0."""
         for shape, names in self.matrices.items():
             momenta = [self.state[f"momentum/{n}"] for n in names]
             gradients = [self.parameters[n].grad for n in names]
@@ -55,7 +56,7 @@ class Optimizer:
             tall = rows // parts > columns
             update = _orthogonalised(update.mT if tall else update)
             update = (update.mT if tall else update).reshape(len(names), rows, columns)
-            # Scaled to the root mean square of AdamW's updates, so that both share a learning rate.
+            # Updates are scaled to the root mean square of AdamW's, so that both share a learning rate.
             size = 0.2 * math.sqrt(max(rows // parts, columns))
             for name, u in zip(names, update, strict=True):
                 self.parameters[name].mul_(1 - lr * self.settings.weight_decay).add_(u, alpha=-lr * size)

@@ -1,8 +1,8 @@
 """Contrastive pretraining of the demo tower on captioned, augmented single emoji.
 
-CLIP's loss (Radford et al. 2021, section 2.3), made fast on few cores by small images at first (CLIPA, Li et al. 2023),
-dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of hidden matrices (Muon, Jordan et al. 2024). Random
-numbers depend only on the seed and the step, so a resumed run needs no generator state.
+The loss is CLIP's (Radford et al. 2021, section 2.3). Three methods make it fast on few cores: small images at first
+(CLIPA, Li et al. 2023), dropped patches (FLIP, Li et al. 2022), and orthogonalised updates of hidden matrices (Muon,
+Jordan et al. 2024). Random numbers depend only on the seed and the step, so a resumed run needs no generator state.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ FINAL_FILE = tower.WEIGHTS_FILE.name
 
 
 def create_tower(seed: int) -> nn.Module:
-    """A new `visft-tiny` CLIP in float32, determined by the seed."""
+    """Return a new `visft-tiny` CLIP in float32, determined by the seed."""
     import open_clip
 
     tower.register_open_clip()
@@ -42,7 +42,7 @@ def create_tower(seed: int) -> nn.Module:
 
 
 def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Embeddings `[B, D]` of square images of any size; `keep` `[B, K]`: indices of the patches to keep."""
+    """Return embeddings `[B, D]` of square images of any size. `keep` `[B, K]`: indices of the patches to keep."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)
     grid = images.shape[-1] // visual.patch_size[0]
     position = visual.positional_embedding
@@ -63,17 +63,17 @@ def encode_image(visual: nn.Module, images: torch.Tensor, keep: torch.Tensor | N
 
 
 class Pretraining:
-    """A pretraining run in a folder, which `run()` starts or continues.
+    """A pretraining run in a folder. `run()` starts or continues it.
 
     Args:
-        output: folder of the run: settings (`run.json`), log (`log.jsonl`), checkpoint, finally weights.
+        output: folder of the run, with settings (`run.json`), log (`log.jsonl`), checkpoint, and finally weights.
         settings: of a new run.
         resume: continue the run in `output` with its settings.
-        images: folders of further vendors' images to train on as well.
+        images: folders of further vendors' images, which are trained on as well.
         held_out_images: folders of vendors that are only evaluated.
 
     Raises:
-        DemoWorldError: the folder holds a run and `resume` is not set, or its checkpoint cannot be read.
+        DemoWorldError: the folder has a run and `resume` is not set, or its checkpoint cannot be read.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Pretraining:
         """Train to the end and write the weights, or stop with a checkpoint after `stop_after` further steps.
 
         Returns:
-            The file of the weights, or None if stopped before the end.
+            The file of the weights, or None if the run stopped before the end.
 
         Raises:
             DemoWorldError: the loss is not finite.
@@ -192,7 +192,7 @@ class Pretraining:
         self.optimizer.step(lr, self.step)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
-            # A mean over about 1/(1 - average) steps, later divided by its total weight.
+            # This is a mean over about 1/(1 - average) steps. It is divided by its total weight later.
             decay = self.settings.average
             names = list(self.average)
             parameters = dict(self.model.named_parameters())
@@ -205,14 +205,14 @@ class Pretraining:
         return value
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The state of the complete CLIP with the running mean of the weights, float32."""
+        """Return the state of the complete CLIP with the running mean of the weights, in float32."""
         state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         if self.average_weight:
             state.update({k: v / self.average_weight for k, v in self.average.items()})
         return state
 
     def _evaluate(self, views: int, vendors: int | None = None) -> dict[str, float]:
-        """Zero-shot accuracy in per cent on the drawings of the first `vendors` vendors (None: all)."""
+        """Return the zero-shot accuracy in per cent on the drawings of the first `vendors` vendors (None: all)."""
         model = create_tower(0)
         model.load_state_dict(self.averaged())
         model.eval()

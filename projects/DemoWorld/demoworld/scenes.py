@@ -1,4 +1,4 @@
-"""Scenes of emoji on backgrounds, with visible masks and captions of counts and relations."""
+"""Scenes of emoji on backgrounds, with masks of the visible parts and captions of counts and relations."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from PIL import Image
 from demoworld import catalogue
 
 SIZES = ((128, 128), (112, 128), (128, 112))
-"""Heights and widths of scenes. The first is as frequent as the others together."""
+"""Heights and widths of scenes. The first pair is as frequent as the others together."""
 
 MIN_VISIBLE = 0.25
-"""An object with a smaller visible share is left out of the scene."""
+"""A scene leaves out objects with a smaller visible share."""
 
 TRAIN_BACKGROUNDS = ("plain", "gradient", "clouds", "stripes")
 HELD_OUT_BACKGROUNDS = ("checks", "dots")
-"""Kinds of background of the validation split alone, in one scene of three."""
+"""Kinds of background that only the validation split has, in one scene of three."""
 
 _COLOURS = {
     "white": (240, 240, 240), "grey": (150, 150, 150), "black": (40, 40, 40), "red": (200, 70, 60),
@@ -39,7 +39,7 @@ class SceneObject:
     """One visible object.
 
     Args:
-        category: index into the cast's names; by default into `catalogue.COCO_CATEGORIES`.
+        category: index into the cast's names, by default into `catalogue.COCO_CATEGORIES`.
         emoji: index into `catalogue.catalogue()`.
         mask: `[H, W]` bool, the visible part.
     """
@@ -50,7 +50,7 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """`(x, y, width, height)` of the visible part, pixels, tight."""
+        """The tight box `(x, y, width, height)` of the visible part, in pixels."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return (
             int(columns[0]),
@@ -72,8 +72,8 @@ class Cast:
 
     Args:
         names: of the categories.
-        train, every: each category's indices into `images`: drawings of training scenes, and all drawings.
-        images: each an index into `catalogue.catalogue()` and an image.
+        train, every: indices into `images` of each category's drawings: those in training scenes, and all.
+        images: for each drawing, an index into `catalogue.catalogue()` and an image.
         flips: whether each image may be flipped.
     """
 
@@ -95,7 +95,7 @@ class Scene:
 
 
 def count_phrase(name: str, count: int) -> str:
-    """`a dog`, `two dogs`, `an apple`, `three people`."""
+    """Return a number of things in words: `a dog`, `two dogs`, `an apple`, `three people`."""
     if count > 1:
         return f"{_NUMBERS[count]} {_IRREGULAR.get(name) or _plural(name)}"
     if name in _NO_ARTICLE:
@@ -106,7 +106,8 @@ def count_phrase(name: str, count: int) -> str:
 def cast_of(
     categories: Sequence[tuple[str, Sequence[str]]], held_out: Sequence[Sequence[str]] | None = None
 ) -> Cast:
-    """A cast of categories by name and emoji; `held_out`: further emoji of each that training scenes do not show."""
+    """Return a cast of categories by name and emoji. `held_out` has further emoji of each, which training scenes do not
+    show."""
     emoji, rendered = catalogue.catalogue(), catalogue.openmoji_images()
     train, every, images, flips = [], [], [], []
     for place, (_, texts) in enumerate(categories):
@@ -123,7 +124,7 @@ def cast_of(
 
 @functools.cache
 def coco_cast() -> Cast:
-    """COCO's categories with all their drawings."""
+    """Return the cast of COCO's categories with all their drawings."""
     categories = catalogue.COCO_CATEGORIES
     return cast_of([(c.name, c.train) for c in categories], [c.held_out for c in categories])
 
@@ -136,7 +137,7 @@ def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(kind: str, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """`([H, W, 3] uint8, the name of its main colour)`."""
+    """Return a background `[H, W, 3]` uint8 and the name of its main colour."""
     y, x = _grid(height, width)
     name, other = rng.choice(list(_COLOURS), 2, replace=False)
     first = np.clip(np.array(_COLOURS[name]) + rng.integers(-20, 21, 3), 0, 255).astype(np.float32)
@@ -169,7 +170,7 @@ def _background(kind: str, height: int, width: int, rng: np.random.Generator) ->
 
 
 def _layout(rng: np.random.Generator, categories: int) -> list[int]:
-    """Categories of a scene's objects: 1 to 8 objects of 1 to 3 categories, preferably few."""
+    """Return the categories of a scene's objects: 1 to 8 objects of 1 to 3 categories, preferably few."""
     count = int(rng.choice(np.arange(1, 9), p=(0.2, 0.22, 0.18, 0.14, 0.1, 0.08, 0.05, 0.03)))
     kinds = rng.choice(categories, min(count, int(rng.integers(1, 4))), replace=False)
     more = rng.choice(kinds, count - len(kinds))
@@ -177,12 +178,12 @@ def _layout(rng: np.random.Generator, categories: int) -> list[int]:
 
 
 def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | None = None) -> Scene:
-    """One random scene.
+    """Return one random scene.
 
     Args:
         rng: the only source of randomness.
-        held_out: whether drawings and backgrounds of the validation split alone may occur.
-        cast: the categories; None: COCO's.
+        held_out: whether drawings and backgrounds that only the validation split has may occur.
+        cast: the categories. None: COCO's.
 
     Returns:
         A scene with at least one object.
@@ -196,7 +197,7 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
     categories = _layout(rng, len(cast.names))
     largest = {1: 80, 2: 76, 3: 68, 4: 60}.get(len(categories), 52)
 
-    # From front to back, an object is kept if enough of it is visible.
+    # An object is kept if enough of it is visible. The first one is in front.
     covered = np.zeros((height, width), bool)
     kept: list[tuple[SceneObject, np.ndarray, slice, slice]] = []
     for category in categories:
@@ -210,7 +211,7 @@ def compose(rng: np.random.Generator, *, held_out: bool = False, cast: Cast | No
         scale = rng.uniform(28, largest) / max(image.size)
         w, h = (max(4, round(side * scale)) for side in image.size)
         rgba = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
-        # Up to an eighth may lie outside the frame.
+        # Up to an eighth of it may lie outside the frame.
         x, y = (
             int(rng.integers(-(side // 8), max(1, room - side + side // 8)))
             for side, room in ((w, width), (h, height))
@@ -239,7 +240,7 @@ def captions_of(
     rng: np.random.Generator,
     categories: Sequence[str] = tuple(category.name for category in catalogue.COCO_CATEGORIES),
 ) -> tuple[str, ...]:
-    """Three captions: the objects, their relation or place, and their background."""
+    """Return three captions: the objects, their relation or place, and their background."""
     groups: dict[int, list[SceneObject]] = {}
     for item in objects:
         groups.setdefault(item.category, []).append(item)

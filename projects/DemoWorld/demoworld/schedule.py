@@ -8,7 +8,7 @@ from demoworld.errors import DemoWorldError
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a schedule: its end (share of the whole), image size (pixels), and share of dropped patches."""
+    """A part of a schedule: its end (share of the whole), image size (pixels), and share of dropped patches."""
 
     until: float
     size: int
@@ -20,17 +20,17 @@ class Settings:
     """Everything that decides the result of a run.
 
     Args:
-        samples: length of the schedule in images. 0 where `minutes` is given.
-        minutes: length of the schedule in minutes, with evaluations. The schedule then follows the clock, which the
-            checkpoint keeps. A run by samples is instead repeatable to the bit however often it is interrupted.
-        batch_size: distinct emoji in a batch.
-        lr: peak learning rate of AdamW, and of Muon (whose updates are scaled to AdamW's usual size).
-        weight_decay: decoupled; matrices of the two transformers only.
+        samples: length of the schedule in images. 0 if `minutes` is given.
+        minutes: length of the schedule in minutes, with evaluations. The schedule then follows the clock, whose time
+            the checkpoint keeps. A run by samples can instead be repeated to the bit, however often it is interrupted.
+        batch_size: number of distinct emoji in a batch.
+        lr: peak learning rate of AdamW, and of Muon, whose updates are scaled to the usual size of AdamW's.
+        weight_decay: decoupled, and only for matrices of the two transformers.
         warmup: share of the schedule with a rising learning rate.
-        average: decay per step of the running mean of the weights, which is shipped.
+        average: decay per step of the running mean of the weights. This mean is shipped.
         phases: image sizes over the schedule.
         seed: of the initial weights and of all data.
-        classes: use only the first so many emoji (0: all). For tests.
+        classes: number of emoji to use, from the first (0: all). For tests.
     """
 
     samples: int = 0
@@ -58,7 +58,7 @@ class Settings:
         return next((p for p in self.phases if progress < p.until), self.phases[-1])
 
     def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then half a cosine to 0."""
+        """Return the learning rate after a share of the schedule: linear warm-up, then half a cosine to 0."""
         if progress < self.warmup:
             return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
         return (

@@ -15,11 +15,11 @@ WEIGHTS_FILE = Path(__file__).with_name("weights") / "visft_tiny_demo.safetensor
 def register(open_clip: ModuleType) -> None:
     """Register the architecture `visft-tiny` and its tag `demo`, the shipped weights, with an imported open_clip.
 
-    Then `open_clip.create_model("visft-tiny", pretrained="demo")` works offline. May be called again.
+    Then `open_clip.create_model("visft-tiny", pretrained="demo")` works offline. This function may be called again.
     """
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FILE)
-    # open_clip has no function to add a tag. Its table is a dictionary; "file" is the entry for local files.
+    # open_clip has no function to add a tag. Its table is a dictionary, in which `file` is the entry for local files.
     tags = open_clip.pretrained._PRETRAINED.setdefault(NAME, {})
     tags[TAG] = {
         "file": str(WEIGHTS_FILE),
@@ -47,14 +47,14 @@ TEMPLATES = (
     "a small {} on a coloured background",
     "one {}",
 )
-"""Captions of single emoji in pretraining, and the prompts of zero-shot classification."""
+"""Captions of single emoji in pretraining. They are also the prompts of zero-shot classification."""
 
 
 @torch.no_grad()
 def class_embeddings(
     model: nn.Module, names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> torch.Tensor:
-    """Unit text embeddings `[len(names), D]`, the mean over templates."""
+    """Return text embeddings of unit length `[len(names), D]`: means over templates."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=model.context_length)
@@ -70,12 +70,12 @@ def class_embeddings(
 def zero_shot(
     model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], classes: torch.Tensor
 ) -> dict[str, float]:
-    """Zero-shot accuracy, in per cent.
+    """Return the zero-shot accuracy in per cent.
 
     Args:
         model: an open_clip CLIP in evaluation mode.
-        batches: `(normalised images [B, 3, H, W], labels [B])` each.
-        classes: unit text embeddings `[C, D]`.
+        batches: pairs of normalised images `[B, 3, H, W]` and labels `[B]`.
+        classes: text embeddings of unit length `[C, D]`.
 
     Returns:
         `{"top1": ..., "top5": ..., "images": number of images}`.

@@ -1,4 +1,4 @@
-"""Scenes of things that are in no fine-tuning scene."""
+"""Scenes of things that no fine-tuning scene contains."""
 
 import functools
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from demoworld import catalogue, scenes
 
-# Things whose name has a regular plural.
+# The names of these things have a regular plural.
 _THINGS = (
     "🐒 🦍 🦊 🦁 🐅 🐆 🐖 🐪 🦘 🐇 🐿 🦔 🦇 🐼 🦥 🦨 🐓 🐧 🦅 🦢 🦩 🐸 🐊 "
     "🐢 🦎 🐍 🐳 🐬 🦈 🐙 🐌 🐛 🐜 🐝 🐞 🕷 🦂 🌹 🌻 🌷 🌵 🍄 🍉 🍋 🍍 🍐 "
@@ -18,7 +18,7 @@ _THINGS = (
 
 @functools.cache
 def cast() -> scenes.Cast:
-    """The categories: one per emoji, with its name."""
+    """Return the categories: one per emoji, with its name."""
     known = {emoji.text: emoji for emoji in catalogue.unseen_emoji()}
     return scenes.cast_of([(known[text].name, (text,)) for text in _THINGS if text in known])
 
@@ -28,5 +28,5 @@ TEST = 2
 
 
 def scene(part: int, number: int) -> scenes.Scene:
-    """One scene, which depends only on its part and its number."""
+    """Return one scene, which depends only on its part and its number."""
     return scenes.compose(np.random.default_rng([7, part, number]), held_out=True, cast=cast())

@@ -1,4 +1,4 @@
-"""Further vendors' drawings of the emoji, from npm packages, as folders of `1f415.svg`.
+"""Further vendors' drawings of the emoji, from npm packages, as folders of files like `1f415.svg`.
 
 The demo tower is pretrained on several vendors, so that it learns things rather than one vendor's style. Twemoji is
 held out for evaluation. The project contains none of these drawings.
@@ -29,7 +29,7 @@ class Vendor:
         package: name and version on npm.
         sha256: of the package's file.
         license: of the drawings.
-        iconify: whether the package is one of Iconify's (`icons.json` and `chars.json`), or SVG files.
+        iconify: whether the package is one of Iconify's (`icons.json` and `chars.json`). Otherwise it has SVG files.
     """
 
     package: str
@@ -45,13 +45,13 @@ VENDORS: dict[str, Vendor] = {
 
 
 def fetch(name: str, folder: str | Path, npm: str = "npm") -> Path:
-    """Write a vendor's drawings to `folder/name/*.svg`, named by code points; returns that folder.
+    """Write a vendor's drawings to `folder/name/*.svg`, named by code points, and return this folder.
 
-    Does nothing if they are there. `npm pack` fetches the package from npm's configured registry and runs none of its
-    scripts.
+    If they are already there, nothing is done. `npm pack` fetches the package from npm's configured registry and runs
+    none of its scripts.
 
     Raises:
-        DemoWorldError: the vendor is unknown, npm is missing or fails, or the file's hash differs.
+        DemoWorldError: the vendor is unknown, npm is missing or fails, or the file has another hash.
     """
     if name not in VENDORS:
         raise DemoWorldError(f"there is no vendor `{name}`; known are {', '.join(VENDORS)}")
@@ -91,7 +91,7 @@ def _packed(vendor: Vendor, folder: Path, npm: str) -> Path:
 
 
 def _iconify(tar: tarfile.TarFile, folder: Path) -> int:
-    """Drawings of an Iconify package; returns their number."""
+    """Write the drawings of an Iconify package and return their number."""
 
     def member(name: str) -> dict:
         return json.load(tar.extractfile(f"package/{name}"))
@@ -119,7 +119,7 @@ def _letters(name: str) -> str:
 
 
 def _files(tar: tarfile.TarFile, folder: Path) -> int:
-    """A package's SVG files, as they are; returns their number."""
+    """Write a package's SVG files unchanged and return their number."""
     count = 0
     for member in tar:
         path = Path(member.name)

@@ -10,18 +10,18 @@ from demoworld import augment, catalogue, tower
 
 
 def step_generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A generator that depends only on the three arguments."""
+    """Return a generator that depends only on the three arguments."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class Views:
-    """Batches of distinct emoji with captions, and the evaluation's batches, for any image size.
+    """Makes batches of distinct emoji with captions, and the evaluation's batches, for any image size.
 
     Args:
-        classes: use only the first so many emoji (0: all).
+        classes: number of emoji to use, from the first (0: all).
         folders: further vendors' images (`catalogue.other_images`), sampled as often as OpenMoji's.
-        held_out: folders of vendors for `evaluation` alone, numbered after the others.
+        held_out: folders of vendors that only `evaluation` shows, numbered after the others.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Views:
         return self._banks
 
     def batch(self, size: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """`(normalised images [count, 3, size, size], a caption each)` of distinct emoji."""
+        """Return normalised images `[count, 3, size, size]` of distinct emoji, and a caption of each."""
         classes = torch.randperm(len(self.names), generator=generator)[:count]
         vendor = torch.randint(self.trained, (len(classes),), generator=generator)
         vendor[self.where[vendor, classes] < 0] = 0
@@ -69,7 +69,7 @@ class Views:
         draws = torch.rand(len(classes), 2, generator=generator).tolist()
         captions = []
         for c, (a, b) in zip(classes.tolist(), draws, strict=True):
-            # Sometimes COCO's word, so that the text tower knows both.
+            # The caption sometimes has COCO's word, so that the text encoder knows both.
             name = self.coco_names[c] if self.coco_names[c] and a < 0.25 else self.names[c]
             captions.append(tower.TEMPLATES[int(b * len(tower.TEMPLATES))].format(name))
         return images, captions
@@ -77,7 +77,7 @@ class Views:
     def evaluation(
         self, vendor: int = 0, size: int = 64, views: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`(images, labels)` of every class `views` times, from seeds that training never uses."""
+        """Yield images and labels: every class `views` times, from seeds that training never uses."""
         images, classes = self.vendors[vendor]
         bank = self._banks_of(size)[vendor] if size == self._size else augment.premultiplied(images, size)
         for view in range(views):
