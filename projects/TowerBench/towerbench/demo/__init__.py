@@ -1,1 +1,1 @@
-"""The demo suite: on images that are made here or come with packages. Every module is imported by the registry."""
+"""The demo suite. Its images are made here or come with packages. The registry imports every module."""

@@ -1,4 +1,4 @@
-"""A fresh caption head on the frozen tower: scenes of things that no fine-tuning scene shows, scored by CIDEr-D."""
+"""A new caption head on the frozen tower, scored by CIDEr-D on scenes of things that no fine-tuning scene contains."""
 
 from collections.abc import Mapping
 
@@ -12,15 +12,15 @@ from towerbench.registry import Benchmark, Context, register
 
 RECIPE = Recipe(grid=regions.GRID)
 STARTS = 3
-"""Heads that are trained; scores are their mean. The start alone moves CIDEr-D by some 7 points."""
+"""Number of heads that are trained. Scores are their mean, because the start alone moves CIDEr-D by some 7 points."""
 
 
 @register
 class CaptioningScenes(Benchmark):
-    """Items are scenes, scores their CIDEr-D; it can be above 1.
+    """Items are scenes. The score of a scene is its CIDEr-D, which can be above 1.
 
-    The heads learn the last of a scene's captions, which names the things and the background, and are scored against
-    all. Were they to learn all kinds, the score would say which kind a head happens to prefer.
+    The heads learn the last caption of a scene, which names the things and the background, and are scored against all
+    captions. If they learned all kinds, the score would show which kind a head happens to prefer.
     """
 
     name, family, metric = "captioning scenes", "captioning", "CIDEr-D"

@@ -1,4 +1,4 @@
-"""What each patch tells of its place: segmentation by a linear probe and by names, and correspondence."""
+"""What each patch shows of its place: segmentation by a linear probe and by names, and correspondence."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,18 +17,19 @@ from towerbench.segmentation import mean_iou, sampled, segmented, training_cells
 
 L2 = (1e-2, 1e-3, 1e-4)
 ON_OBJECTS, ON_BACKGROUND = 6, 3
-"""Cells of a scene that the probe trains on."""
+"""Number of cells of a scene that the probe trains on."""
 
 SIDE = 64
-"""Segmentations are compared at SIDE x SIDE."""
+"""Segmentations are compared at SIDE x SIDE pixels."""
 
 WARPED, WARPED_SIDE = 200, 128
 NEAR = 0.1
-"""A match counts within this share of the image's side (PCK@0.1)."""
+"""A match counts if it is within this share of the image's side (PCK@0.1)."""
 
 
 def labels_at(scene, side: int) -> torch.Tensor:
-    """The category of each pixel `[side, side]` of a squashed scene; the background has their number."""
+    """Return the category of each pixel `[side, side]` of a squashed scene. The background has the number of
+    categories."""
     height, width = scene.image.shape[:2]
     labels = np.full((height, width), len(unseen.categories()))
     for item in scene.objects:
@@ -37,15 +38,16 @@ def labels_at(scene, side: int) -> torch.Tensor:
 
 
 class _Segmentation(Benchmark):
-    """Items are scenes, columns intersections and unions by class."""
+    """Items are scenes. Columns are intersections and unions by class."""
 
     family = "dense"
     max_seeds = 1
-    """What is drawn are places to train at, the same for every seed."""
+    """Only the places to train at are random, and they are the same for every seed."""
     item_set = unseen.ITEMS
 
     def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> tuple[Readout, int]:
-        """A function from cells `[N, h, w, C]` to scores of the classes `[N, h, w, classes]`, and their number."""
+        """Return a function from cells `[N, h, w, C]` to class scores `[N, h, w, classes]`, and how many classes there
+        are."""
         raise NotImplementedError
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
@@ -61,7 +63,7 @@ class _Segmentation(Benchmark):
 
 @register
 class DenseProbe(_Segmentation):
-    """Logistic regression on each cell, of all categories and the background."""
+    """A logistic regression on each cell, for all categories and the background."""
 
     name, metric = "dense probe", "mIoU of a linear probe"
     readout_seconds = 9
@@ -78,8 +80,8 @@ class DenseProbe(_Segmentation):
 
 @register
 class DenseText(_Segmentation):
-    """Each cell, brought into the space of texts, against the names of all categories; on objects, as the background
-    has no name."""
+    """Each cell is projected into the space of texts and compared with the names of all categories. Only cells on
+    objects count, because the background has no name."""
 
     name, metric = "dense text", "mIoU of patches against names, on objects"
     readout_seconds = 2.5
@@ -94,8 +96,10 @@ class DenseText(_Segmentation):
 
 @register
 class DenseCorrespondence(Benchmark):
-    """Cells on objects, found again by their nearest feature in the image turned, scaled, shifted and recoloured.
-    Items are scenes, columns how many were found and how many there are."""
+    """Cells on objects are found again in a turned, scaled, shifted and recoloured image, by their nearest feature.
+
+    Items are scenes. Columns are the number of cells that were found and their number in all.
+    """
 
     name, family, metric = "dense correspondence", "dense", "PCK@0.1 under augmentation"
     max_seeds = 1
@@ -126,7 +130,7 @@ class DenseCorrespondence(Benchmark):
 
     @staticmethod
     def _found(scene, matrix: np.ndarray, before: torch.Tensor, after: torch.Tensor) -> tuple[int, int]:
-        """Maps `[C, h, w]` before and after -> cells found, cells sought."""
+        """Return the numbers of cells found and of cells sought, given maps `[C, h, w]` before and after."""
         grid = before.shape[1:]
         centres = torch.stack(
             torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij"), -1
@@ -142,13 +146,13 @@ class DenseCorrespondence(Benchmark):
 
 
 def warped(image: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """A scene squashed to WARPED_SIDE, turned, scaled, shifted and recoloured, and the matrix `[2, 3]` that maps places
-    `(x, y)` in 0..1 of the scene to those of the result."""
+    """Return a scene that is squashed to WARPED_SIDE, turned, scaled, shifted and recoloured. Also return the matrix
+    `[2, 3]` that maps places `(x, y)` in 0..1 of the scene to places of the result."""
     rng = np.random.default_rng([11, number])
     angle, scale = math.radians(rng.uniform(-30, 30)), math.exp(rng.uniform(-0.25, 0.25))
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     shift = 0.5 + rng.uniform(-0.08, 0.08, 2) - turn @ (0.5, 0.5)
-    back = np.linalg.inv(turn)  # PIL asks where each pixel of the result comes from
+    back = np.linalg.inv(turn)  # PIL asks for the place of each pixel of the result in the source
     turned = Image.fromarray(fitted(image, WARPED_SIDE, WARPED_SIDE))
     coefficients = np.hstack((back, -WARPED_SIDE * (back @ shift)[:, None])).flatten().tolist()
     fill = tuple(int(value) for value in np.asarray(turned).mean((0, 1)))
@@ -162,7 +166,7 @@ def warped(image: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cells(tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features `[N, C]` and labels `[N]` of some cells of every scene, the same ones for every tower."""
+    """Return features `[N, C]` and labels `[N]` of some cells of every scene. All towers get the same cells."""
     scenes, background = unseen.scenes(part), len(unseen.categories())
 
     def chosen(number: int, label: torch.Tensor) -> np.ndarray:

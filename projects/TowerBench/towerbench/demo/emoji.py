@@ -1,4 +1,4 @@
-"""Single emoji that no fine-tuning scene shows, as augmented views: what several demo benchmarks share."""
+"""Augmented views of single emoji that no fine-tuning scene contains. Several demo benchmarks share them."""
 
 import functools
 import hashlib
@@ -21,25 +21,25 @@ _CHUNK = 128
 
 @functools.cache
 def unseen() -> tuple[int, ...]:
-    """Indices into `catalogue()` of the emoji that stand for no category of the scenes."""
+    """Return the indices into `catalogue()` of the emoji that are no category of the scenes."""
     return tuple(i for i, emoji in enumerate(catalogue.catalogue()) if emoji.coco_id is None)
 
 
 def names(indices: Sequence[int]) -> list[str]:
-    """Their English names."""
+    """Return the English names of emoji."""
     everything = catalogue.catalogue()
     return [everything[i].name for i in indices]
 
 
 def of_split(split: str) -> list[int]:
-    """One half of `unseen()`, the other in the other split."""
+    """Return one half of `unseen()`. The other split has the other half."""
     order = np.random.default_rng(0).permutation(len(unseen()))
     return [unseen()[i] for i in np.sort(order[(split == "development") :: 2])]
 
 
 @functools.cache
 def _bank(folder: Path | None) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A vendor's drawings `[N, 4, SIZE, SIZE]`, premultiplied, and the index into `catalogue()` of each."""
+    """Return a vendor's drawings `[N, 4, SIZE, SIZE]`, premultiplied, and the index into `catalogue()` of each."""
     if folder is None:
         rendered, indices = catalogue.openmoji_images(), range(len(catalogue.catalogue()))
     else:
@@ -48,7 +48,7 @@ def _bank(folder: Path | None) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 
 def drawn_by(folder: Path | None) -> set[int]:
-    """Indices into `catalogue()` of what a vendor has drawn; None: the base vendor."""
+    """Return the indices into `catalogue()` of what a vendor has drawn. None: the base vendor."""
     return set(_bank(folder)[1])
 
 
@@ -62,11 +62,11 @@ def _source(folder: Path | None) -> str:
 
 
 def views(indices: Sequence[int], per_emoji: int, seed: int, *, folder: Path | None = None) -> Images:
-    """`per_emoji` augmented views of each of the emoji, one emoji's after the other's.
+    """Return `per_emoji` augmented views of each emoji. The views of one emoji are next to each other.
 
     Args:
         indices: into `catalogue()`.
-        folder: another vendor's drawings; None: the base vendor's.
+        folder: another vendor's drawings. None: the base vendor's.
     """
     key = f"emoji views/{_source(folder)}/{_short(indices)}/{per_emoji}/{seed}"
 
@@ -84,7 +84,7 @@ def views(indices: Sequence[int], per_emoji: int, seed: int, *, folder: Path | N
 
 
 def as_images(images: torch.Tensor) -> np.ndarray:
-    """CLIP-normalised `[N, 3, H, W]` -> `[N, H, W, 3]` uint8."""
+    """Convert CLIP-normalised `[N, 3, H, W]` to `[N, H, W, 3]` uint8."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (augment.CLIP_MEAN, augment.CLIP_STD))
     pixels = ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""Few-shot classification by logistic regression: emoji that no fine-tuning scene shows, and digits."""
+"""Few-shot classification by logistic regression, on emoji that no fine-tuning scene contains and on digits."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -19,22 +19,23 @@ CLASSES, VALIDATION, TEST = 64, 4, 4
 
 @register
 class FewShotEmoji(Benchmark):
-    """Trained on 1 to 16 views of each of 64 emoji, tested on other views. Items are emoji, k the numbers of shots."""
+    """A classifier trained on 1 to 16 views of each of 64 emoji, tested on other views. Items are emoji, k the numbers
+    of shots."""
 
     name, family, metric = "few-shot emoji", "few-shot", "accuracy, mean over 1 to 16 shots"
     readout_seconds = 5.5
     version = 2
     quick_seeds = 2
-    """Each has 1,536 views, which take a fifth of a tower's time in the suite."""
+    """Each seed has 1,536 views, which take a fifth of a tower's time in the suite."""
     vendor: Path | None = None
-    """Whose drawings are tested; None: the base vendor's."""
+    """The vendor whose drawings are tested. None: the base vendor."""
 
     def trained(self) -> list[int]:
-        """The emoji that there are views to train on of; indices into `catalogue()`."""
+        """Return the emoji that have views to train on, as indices into `catalogue()`."""
         return emoji.of_split(self.context.split)[:CLASSES]
 
     def indices(self) -> list[int]:
-        """The classes: what the vendor has drawn of them."""
+        """Return the classes: those of these emoji that the vendor has drawn."""
         return [i for i in self.trained() if i in emoji.drawn_by(self.vendor)]
 
     def images(self, seed: int) -> Mapping[str, Images]:
@@ -60,7 +61,7 @@ class FewShotEmoji(Benchmark):
 
 @register
 class FewShotVendor(FewShotEmoji):
-    """Trained on the same views, tested on another vendor's drawings."""
+    """A classifier trained on the same views, tested on another vendor's drawings."""
 
     name, metric = "few-shot vendor", "accuracy on another vendor, mean over 1 to 16 shots"
 
@@ -75,7 +76,7 @@ class FewShotVendor(FewShotEmoji):
 
 @register
 class FewShotDigits(Benchmark):
-    """scikit-learn's handwritten digits: a foreign domain. Items are images; each seed draws other shots."""
+    """Handwritten digits of scikit-learn: another domain. Items are images. Each seed samples other shots."""
 
     name, family, metric = "few-shot digits", "few-shot", "accuracy on digits, mean over 1 to 16 shots"
     readout_seconds = 4
@@ -86,7 +87,7 @@ class FewShotDigits(Benchmark):
         return None if find_spec("sklearn") else "needs scikit-learn: pip install 'visft[eval]'"
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Indices of the images to train on and to test on, all images `[N, 8, 8]`, all labels."""
+        """Return the indices of the images to train on and to test on, all images `[N, 8, 8]`, and all labels."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

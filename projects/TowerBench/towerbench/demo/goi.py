@@ -1,4 +1,5 @@
-"""Grounded object identification: what is the thing in this box, or under this mask? Of things never fine-tuned on."""
+"""Grounded object identification: what is the thing in this box, or under this mask? No fine-tuning scene contains
+these things."""
 
 from collections.abc import Mapping
 
@@ -15,16 +16,16 @@ L2 = (1e-2, 1e-3, 1e-4)
 
 
 class _Objects(Benchmark):
-    """Items are scenes; columns are how many of its objects were named right at once and within five guesses, by mask
-    and by box, and how many there are."""
+    """Items are scenes. Columns are the numbers of objects named correctly at the first guess and within five guesses,
+    by mask and by box, and the number of objects."""
 
     family = "goi"
     max_seeds = 1
-    """Nothing is drawn."""
+    """Nothing is random."""
     item_set = unseen.ITEMS
 
     def readout(self, tower: FeatureStore, images: Mapping[str, Images], kind: str) -> Readout:
-        """What tells categories from mean features of objects, given by `kind`."""
+        """Return what tells categories from the mean features of objects. `kind` is what is given of an object."""
         raise NotImplementedError
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
@@ -43,7 +44,7 @@ class _Objects(Benchmark):
 
 @register
 class GoiZeroShot(_Objects):
-    """The object's mean feature, brought into the space of texts, against the names of all categories."""
+    """The object's mean feature is projected into the space of texts and compared with the names of all categories."""
 
     name, metric = "goi zero-shot", "top-1 and top-5 accuracy by mask and box"
 
@@ -57,7 +58,7 @@ class GoiZeroShot(_Objects):
 
 @register
 class GoiProbe(_Objects):
-    """Logistic regression on the object's mean feature."""
+    """A logistic regression on the object's mean feature."""
 
     name, metric = "goi probe", "top-1 and top-5 accuracy of a linear probe by mask and box"
     readout_seconds = 9

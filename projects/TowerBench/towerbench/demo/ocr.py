@@ -1,4 +1,4 @@
-"""Words in many typefaces, read from the map of features: typefaces and words of the test are not those of training."""
+"""Words in many typefaces, read from the feature map. Typefaces and words of the test are not in the training."""
 
 import functools
 import hashlib
@@ -24,11 +24,11 @@ from towerbench.standardise import Standardiser
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 COUNTS = {"train": 450, "validation": 75, "test": 150, "development": 150}
-"""Images of each part."""
+"""Number of images of each part."""
 
 SIDE, SCALE = 128, 2.0
 
-# By package: the typefaces that are shown. One family is in one part alone.
+# Typefaces by package. Each family is in only one part.
 TRAIN_FONTS = {
     "matplotlib": (
         "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
@@ -52,7 +52,7 @@ EPOCHS = 20
 
 
 def font_files(fonts: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Files by package and typeface; those whose package is not installed are missing."""
+    """Return the files by package and typeface. Typefaces whose package is not installed are left out."""
     found = {}
     for package, names in fonts.items():
         spec = find_spec(package)
@@ -67,7 +67,7 @@ def font_files(fonts: Mapping[str, Sequence[str]]) -> dict[str, Path]:
 
 @functools.cache
 def words() -> dict[str, tuple[str, ...]]:
-    """Words of three to seven letters that occur in names of emoji, by part; no word is in two parts."""
+    """Return words of three to seven letters from names of emoji, by part. No word is in two parts."""
     names = " ".join(emoji.name for emoji in catalogue.catalogue()).lower()
     every = sorted(set(re.findall(r"(?<![\w'’-])[a-z]{3,7}(?![\w'’-])", names)))
     parts: dict[str, list[str]] = {part: [] for part in COUNTS}
@@ -79,8 +79,8 @@ def words() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def lines(part: str) -> tuple[tuple[tuple[str, str], ...], ...]:
-    """The words of every image of a part, each with its typeface. In training every second one is letters at random,
-    so that what is learned is letters."""
+    """Return the words of every image of a part, each with its typeface. In training, every second word is random
+    letters, so that the readout learns letters."""
     rng = np.random.default_rng([13, list(COUNTS).index(part)])
     fonts = TEST_FONTS if part in ("test", "development") else TRAIN_FONTS
     faces = [f"{package}/{name}" for package, names in fonts.items() for name in names]
@@ -97,7 +97,7 @@ def lines(part: str) -> tuple[tuple[tuple[str, str], ...], ...]:
 
 
 def inked(word: str, file: Path) -> Image.Image:
-    """A word in a typeface, 40 units high: how much ink there is, with a margin of two."""
+    """Render a word in a typeface, 40 units high. Values are the amount of ink. The margin is two pixels."""
     font = ImageFont.truetype(str(file), 40)
     left, top, right, bottom = (round(v) for v in font.getbbox(word))
     tile = Image.new("L", (right - left + 4, bottom - top + 4), 0)
@@ -106,14 +106,14 @@ def inked(word: str, file: Path) -> Image.Image:
 
 
 def drawn(rows: Sequence[tuple[str, str]], files: Mapping[str, Path], rng: np.random.Generator) -> np.ndarray:
-    """Words below each other, `[SIDE, SIDE, 3]` uint8; dark on light or light on dark, with noise."""
+    """Render words below each other, `[SIDE, SIDE, 3]` uint8, dark on light or light on dark, with noise."""
     light, dark = rng.integers(170, 256, 3), rng.integers(0, 90, 3)
     ground, ink = (light, dark) if rng.random() < 0.7 else (dark, light)
     image = Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in ground))
     height = SIDE // LINES
     for place, (word, face) in enumerate(rows):
         tile = inked(word, files[face])
-        # As wide as its letters ask for, but no wider than the image and no higher than the line.
+        # The width follows the number of letters. The word fits into the image's width and the line's height.
         width = min(SIDE - 4, round(len(word) * rng.uniform(15, 19)))
         tall = round(min(height - 4, max(14, tile.height * width / tile.width)) * rng.uniform(0.9, 1))
         tile = tile.resize((width, tall), Image.Resampling.LANCZOS)
@@ -126,7 +126,7 @@ def drawn(rows: Sequence[tuple[str, str]], files: Mapping[str, Path], rng: np.ra
 
 @register
 class OcrWords(Benchmark):
-    """Four words an image. Items are images, columns word and character accuracy."""
+    """Each image has four words. Items are images. Columns are word and character accuracy."""
 
     name, family, metric = "ocr words", "ocr", "mean of word and character accuracy"
     quick_seeds = 1

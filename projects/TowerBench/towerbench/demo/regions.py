@@ -1,4 +1,4 @@
-"""Objects of the unseen scenes on a map of features: what several demo benchmarks share."""
+"""Objects of the unseen scenes on a feature map. Several demo benchmarks share them."""
 
 import functools
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ GRID = 8
 
 @functools.lru_cache(maxsize=4)
 def objects(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scene `[M]` and the category `[M]` of every object of a part, in order."""
+    """Return the scene `[M]` and the category `[M]` of every object of a part, in order."""
     scenes = unseen.scenes(part)
     rows = [(i, item.category) for i, scene in enumerate(scenes) for item in scene.objects]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
 
 
 def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarray:
-    """A box `(x, y, width, height)` as a mask."""
+    """Return a box `(x, y, width, height)` as a mask."""
     x, y, width, height = box
     mask = np.zeros(shape, bool)
     mask[y : y + height, x : x + width] = True
@@ -34,11 +34,11 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarr
 
 
 def pooled(tower: FeatureStore, images: Images, part: str, kind: str) -> torch.Tensor:
-    """The mean feature `[M, C]` of each object of a part, weighted by how much of a cell it covers.
+    """Return the mean feature `[M, C]` of each object of a part, weighted by the covered share of each cell.
 
     Args:
-        images: the part's, `dense`.
-        kind: `mask` or `box`: what is given of the object.
+        images: the images of the part, `dense`.
+        kind: what is given of the object: `mask` or `box`.
     """
     scenes, found = unseen.scenes(part), []
     for start, maps in in_chunks(tower, images):
@@ -52,19 +52,19 @@ def pooled(tower: FeatureStore, images: Images, part: str, kind: str) -> torch.T
 
 
 def cells(tower: FeatureStore, images: Images) -> torch.Tensor:
-    """Maps averaged to `[N, GRID * GRID, C]`."""
+    """Return maps averaged to `[N, GRID * GRID, C]`."""
     return torch.cat(list(grid_cells(tower, images, GRID)))
 
 
 def standardised_cells(tower: FeatureStore, images: Mapping[str, Images]) -> dict[str, torch.Tensor]:
-    """`cells` of each set, standardised as those of `train` are."""
+    """Return `cells` of each set, standardised like those of `train`."""
     found = {name: cells(tower, each) for name, each in images.items()}
     standardised = Standardiser.of(found["train"], channels=2)
     return {name: standardised(each) for name, each in found.items()}
 
 
 def cell_labels(scene, grid: tuple[int, int]) -> torch.Tensor:
-    """What covers most of each cell `[h, w]`: a category, or their number for the background."""
+    """Return what covers most of each cell `[h, w]`: a category, or the number of categories for the background."""
     background = len(unseen.categories())
     shares = torch.zeros(background + 1, *grid)
     for item in scene.objects:
@@ -74,6 +74,6 @@ def cell_labels(scene, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def per_scene(values: torch.Tensor, part: str) -> np.ndarray:
-    """Sums by scene `[N, ...]` of what is said of each object `[M, ...]`."""
+    """Return sums over the objects of each scene `[N, ...]`, given values by object `[M, ...]`."""
     sums = torch.zeros(len(unseen.scenes(part)), *values.shape[1:], dtype=torch.float64)
     return sums.index_add(0, objects(part)[0], values.double()).numpy()

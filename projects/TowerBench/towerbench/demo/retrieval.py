@@ -1,4 +1,4 @@
-"""Scenes and captions of things that no fine-tuning scene shows, found by each other."""
+"""Scenes of things that no fine-tuning scene contains are found by their captions, and captions by their scenes."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from towerbench.registry import Benchmark, register
 
 @register
 class RetrievalScenes(Benchmark):
-    """recall@1/5/10 both ways. Items are scenes; each seed takes another of a scene's captions."""
+    """recall@1/5/10 in both directions. Items are scenes. Each seed takes another caption of each scene."""
 
     name, family, metric = "retrieval scenes", "retrieval", "mean of recall@1, 5, 10, both ways"
     max_seeds = 3

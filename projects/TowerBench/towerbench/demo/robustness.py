@@ -12,30 +12,30 @@ from towerbench.features import FeatureStore, Images
 from towerbench.registry import Benchmark, register
 
 COUNT = 150
-"""Emoji that are shown, each under every corruption."""
+"""Number of emoji. Each is shown under every corruption."""
 
 
 def blur(image: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur; radius in hundredths of the side."""
+    """Blur by a Gaussian. The radius is in hundredths of the side."""
     pixels = radius * image.shape[0] / 100
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(pixels)))
 
 
 def noise(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise; standard deviation as a share of the range."""
+    """Add Gaussian noise. The standard deviation is a share of the range."""
     noisy = image + 255 * deviation * rng.standard_normal(image.shape)
     return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
 
 def jpeg(image: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
-    """JPEG artefacts; quality from 1 to 95."""
+    """Add JPEG artefacts. The quality is from 1 to 95."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=int(quality))
     return np.asarray(Image.open(buffer))
 
 
 def contrast(image: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
-    """Less contrast about the mean colour."""
+    """Reduce the contrast about the mean colour."""
     mean = image.mean((0, 1), keepdims=True)
     return np.clip(np.round((image - mean) * factor + mean), 0, 255).astype(np.uint8)
 
@@ -46,11 +46,11 @@ CORRUPTIONS: dict[Callable, tuple[float, ...]] = {
     jpeg: (30, 20, 14, 9, 5),
     contrast: (0.5, 0.4, 0.3, 0.2, 0.1),
 }
-"""Each with its five strengths."""
+"""Corruptions and the five strengths of each."""
 
 
 def corrupted(image: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """An image `[H, W, 3]` uint8 under every corruption, 20 in all."""
+    """Yield an image `[H, W, 3]` uint8 under every corruption, 20 in all."""
     for corrupt, strengths in CORRUPTIONS.items():
         for strength in strengths:
             yield corrupt(image, strength, rng)
@@ -58,14 +58,14 @@ def corrupted(image: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarra
 
 @register
 class RobustnessEmoji(Benchmark):
-    """One view of each of 150 emoji under 4 corruptions of 5 strengths. Items are emoji, k the corruptions."""
+    """One view of each of 150 emoji under 4 corruptions with 5 strengths. Items are emoji, k the corruptions."""
 
     name, family, metric = "robustness emoji", "robustness", "top-1 accuracy, mean over 20 corruptions"
     readout_seconds = 0.1
     max_seeds = 1
 
     def indices(self) -> list[int]:
-        """What is shown, of `catalogue()`."""
+        """Return the indices into `catalogue()` of the emoji that are shown."""
         return emoji.of_split(self.context.split)[:COUNT]
 
     def images(self, seed: int) -> Mapping[str, Images]:

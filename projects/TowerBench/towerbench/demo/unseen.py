@@ -1,4 +1,4 @@
-"""Scenes of things that no fine-tuning scene shows, with masks and captions: what several demo benchmarks share."""
+"""Scenes of things that no fine-tuning scene contains, with masks and captions. Several demo benchmarks share them."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -10,33 +10,34 @@ from demoworld.unseen_things import cast, scene
 from towerbench.features import Images
 
 COUNTS = {"train": 700, "validation": 200, "test": 500, "development": 500}
-"""Scenes of each part; `train` and `validation` are for readouts."""
+"""Number of scenes of each part. `train` and `validation` are for readouts."""
 
 ITEMS = "unseen scenes"
-"""`item_set` of the benchmarks whose items are all scenes of the split."""
+"""The `item_set` of the benchmarks whose items are all scenes of the split."""
 
 DENSE_SCALE = 2.0
-"""Maps are of scenes at twice the tower's native side: at the native one an object is few patches wide. Embeddings are
-of the native side, as CLIP's are."""
+"""Maps are of scenes at twice the tower's native side, because an object is only a few patches wide at the native side.
+Embeddings are of the native side, like CLIP's."""
 
 
 def categories() -> tuple[str, ...]:
-    """Names of the categories; a scene's objects index them."""
+    """Return the names of the categories. Objects of scenes have indices into them."""
     return cast().names
 
 
 @functools.lru_cache(maxsize=4)
 def scenes(part: str) -> tuple[demo_scenes.Scene, ...]:
-    """All scenes of a part (see `COUNTS`), the same at every call."""
+    """Return all scenes of a part (see `COUNTS`). They are the same at every call."""
     number = list(COUNTS).index(part)
     return tuple(scene(number, i) for i in range(COUNTS[part]))
 
 
 def images(part: str, *, dense: bool = False) -> Images:
-    """A part's images, in the order of `scenes(part)`: squashed, so that masks and boxes scale alone.
+    """Return the images of a part, in the order of `scenes(part)`. They are squashed, so that masks and boxes only
+    scale.
 
     Args:
-        dense: for maps (and embeddings) at `DENSE_SCALE`, else for embeddings at the native side.
+        dense: for maps (and embeddings) at `DENSE_SCALE`. Otherwise for embeddings at the native side.
     """
 
     def make() -> Iterator[np.ndarray]:
@@ -47,10 +48,10 @@ def images(part: str, *, dense: bool = False) -> Images:
 
 
 def parts(split: str) -> dict[str, str]:
-    """What a readout asks for by the part that it is: `train`, `validation`, and the split as `test`."""
+    """Return the parts that a readout needs, by their role: `train`, `validation`, and the split as `test`."""
     return {"train": "train", "validation": "validation", "test": split}
 
 
 def readout_images(split: str) -> Mapping[str, Images]:
-    """What a readout on maps asks for."""
+    """Return the image sets that a readout on maps needs."""
     return {name: images(part, dense=True) for name, part in parts(split).items()}

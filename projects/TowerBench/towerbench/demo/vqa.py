@@ -1,4 +1,4 @@
-"""Questions on unseen scenes: is there one, how many, which colour, which side. Answered from the map of features."""
+"""Questions on unseen scenes, answered from the feature map: is there one, how many, which colour, which side."""
 
 import functools
 from collections.abc import Mapping
@@ -26,9 +26,10 @@ KINDS = tuple(ANSWERS)
 EPOCHS, BATCH, RATE, WIDTH = 20, 40, 3e-3, 96
 WEIGHT_DECAY = 0.05
 STARTS = 3
-"""Models that are trained; scores are their mean. The start alone moves the accuracy by some 2 points."""
+"""Number of models that are trained. Scores are their mean, because the start alone moves the accuracy by some 2
+points."""
 PRIOR = 5.0
-"""Weight, in questions, of a kind's answers against those on one thing, where answers are guessed without an image."""
+"""Weight, in questions, of the answers to a kind against the answers about one thing, for guesses without an image."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Question:
     """A question on a scene.
 
     Args:
-        scene: number in its part.
-        kind: number in KINDS.
-        first, second: categories asked about; None where the kind asks for none.
-        answer: number in ANSWERS of its kind.
+        scene: number of the scene in its part.
+        kind: index into KINDS.
+        first, second: the categories in the question. None if the kind does not need them.
+        answer: index into the ANSWERS of its kind.
     """
 
     scene: int
@@ -58,8 +59,8 @@ class Question:
 
 @functools.lru_cache(maxsize=4)
 def questions(part: str) -> tuple[Question, ...]:
-    """Of every scene: of one thing that is there and one that is not, whether it is; how many; which colour; and where
-    there are two kinds of things, how they lie, asked both ways."""
+    """Return the questions on every scene: whether a thing is there (for one that is and one that is not), how many
+    there are, and which colour. If there are two kinds of things, also how they lie, asked in both orders."""
     found = []
     for number, scene in enumerate(unseen.scenes(part)):
         rng = np.random.default_rng([15, list(unseen.COUNTS).index(part), number])
@@ -72,7 +73,7 @@ def questions(part: str) -> tuple[Question, ...]:
             Question(number, 0, int(there[0]), None, 1),
             Question(number, 0, int(rng.choice(missing)), None, 0),
         ]
-        most = max(there, key=lambda c: (len(groups[c]), c))  # or `one` would be nearly every answer
+        most = max(there, key=lambda c: (len(groups[c]), c))  # otherwise `one` would be nearly every answer
         found.append(Question(number, 1, most, None, min(len(groups[most]), 4) - 1))
         colour = scene.captions[2].rsplit(" on ", 1)[1].split()[1]
         found.append(Question(number, 2, None, None, ANSWERS["colour"].index(colour)))
@@ -89,15 +90,15 @@ def questions(part: str) -> tuple[Question, ...]:
 
 
 def _centre(items: list) -> tuple[float, float]:
-    """`(y, x)`, the mean over things of one category."""
+    """Return `(y, x)`, the mean over the things of one category."""
     boxes = np.array([item.box for item in items], np.float64)
     x, y = (boxes[:, :2] + boxes[:, 2:] / 2).mean(0)
     return y, x
 
 
 class Answerer(nn.Module):
-    """Looks for the things that a question names among the cells, and answers from what it finds, how much of it there
-    is, where, and the mean of all cells."""
+    """A model that looks among the cells for the things in a question. It answers from what it finds, how much of it
+    there is, where it is, and the mean of all cells."""
 
     def __init__(self, channels: int, words: int) -> None:
         super().__init__()
@@ -116,9 +117,13 @@ class Answerer(nn.Module):
         self.register_buffer("allowed", allowed)
 
     def forward(self, cells: torch.Tensor, kind: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Cells `[S, P, C]`, and of each scene's questions the kind `[S, Q]` and the embeddings of the things
-        `[S, Q, 2, W]` (0 where there is none) -> scores `[S, Q, answers]`, -inf where the answer is none to the
-        question."""
+        """Return scores `[S, Q, answers]`. They are -inf for what is no answer to the question.
+
+        Args:
+            cells: `[S, P, C]`.
+            kind: of each scene's questions `[S, Q]`.
+            words: embeddings of the things in the questions `[S, Q, 2, W]`, 0 where there is none.
+        """
         keys, values = self.keys(cells), F.relu(self.values(cells)) + self.place
         looked = self.query(words).flatten(1, 2) @ keys.mT / WIDTH**0.5
         weights = looked.softmax(-1)
@@ -136,9 +141,9 @@ class Answerer(nn.Module):
 
 
 class Asked:
-    """The questions of a part in tensors, on the scenes' cells `[N, P, C]`, with embeddings of the categories.
+    """The questions of a part as tensors, on the scenes' cells `[N, P, C]`, with embeddings of the categories.
 
-    A scene's questions `[N, Q]` are filled up to the most that one has; `there` says which are questions.
+    The questions of a scene `[N, Q]` are padded to the largest number. `there` says which are questions.
     """
 
     def __init__(self, part: str, cells: torch.Tensor, names: torch.Tensor, starts: torch.Tensor) -> None:
@@ -155,7 +160,7 @@ class Asked:
         self.words = table[_filled(things, [-1, -1])]
 
     def loss(self, model: Answerer, scenes: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, every kind of question with the same weight, as it has in the figure."""
+        """Return the cross-entropy. Every kind of question has the same weight, as in the metric."""
         there, kind = self.there[scenes], self.kind[scenes]
         scores = model(self.cells[scenes], kind, self.words[scenes])
         losses = F.cross_entropy(scores.flatten(0, 1), self.answer[scenes].flatten(), reduction="none")
@@ -165,7 +170,7 @@ class Asked:
 
     @torch.no_grad()
     def right(self, model: Answerer) -> torch.Tensor:
-        """Whether each question is answered right `[questions]`, in order."""
+        """Whether each question is answered correctly `[questions]`, in order."""
         found = []
         for scenes in torch.arange(len(self.cells)).split(BATCH):
             scores = model(self.cells[scenes], self.kind[scenes], self.words[scenes])
@@ -179,13 +184,13 @@ class Asked:
 
 
 def _filled(rows: list[list], empty) -> torch.Tensor:
-    """Rows of different lengths, filled up with `empty` to the longest."""
+    """Return rows of different lengths as a tensor, padded with `empty` to the longest."""
     longest = max(map(len, rows))
     return torch.tensor([row + [empty] * (longest - len(row)) for row in rows])
 
 
 def trained(train: Asked, validation: Asked, seed: int) -> Answerer:
-    """The model after the epoch that answers the validation split best."""
+    """Train a model and return its state after the epoch that answers the validation split best."""
     torch.manual_seed(seed)
     model = Answerer(train.cells.shape[2], train.words.shape[3])
     readout_training.train(
@@ -202,13 +207,13 @@ def trained(train: Asked, validation: Asked, seed: int) -> Answerer:
 
 
 def by_kind(right: torch.Tensor, kind: torch.Tensor) -> float:
-    """The mean over kinds of the accuracy."""
+    """Return the mean over kinds of the accuracy."""
     return float(np.mean([right[kind == k].mean() for k in kind.unique()]))
 
 
 @register
 class VqaScenes(Benchmark):
-    """Items are scenes, columns right answers by kind and questions by kind."""
+    """Items are scenes. Columns are correct answers by kind and questions by kind."""
 
     name, family = "vqa scenes", "vqa"
     metric = "accuracy, mean over presence, count, colour, relation"
@@ -221,7 +226,7 @@ class VqaScenes(Benchmark):
         return unseen.readout_images(self.context.split)
 
     def asked(self, tower: FeatureStore, images: Mapping[str, Images]) -> list[Asked]:
-        """The questions of training, validation and test."""
+        """Return the questions of training, validation and test."""
         cells = regions.standardised_cells(tower, images)
         names = tower.text([f"a picture of {name}" for name in unseen.categories()])
         names = F.normalize(names - names.mean(0), dim=1) * names.shape[1] ** 0.5
@@ -248,10 +253,10 @@ class VqaScenes(Benchmark):
 
 
 def tallied(part: str, right: np.ndarray) -> np.ndarray:
-    """Right answers and questions by scene and kind `[N, 2 * kinds]`.
+    """Return the numbers of correct answers and of questions by scene and kind `[N, 2 * kinds]`.
 
     Args:
-        right: of each question, whether it was answered right, or how often of several times.
+        right: whether each question was answered correctly, or its share of correct answers.
     """
     found = np.zeros((len(unseen.scenes(part)), 2 * len(KINDS)))
     for question, good in zip(questions(part), right, strict=True):
@@ -261,8 +266,8 @@ def tallied(part: str, right: np.ndarray) -> np.ndarray:
 
 
 def guessed(part: str) -> np.ndarray:
-    """Whether the answer that training has most often to a question's kind and first thing is right: what can be
-    answered without the image."""
+    """Whether each question is answered correctly without the image, by the most frequent training answer to its kind
+    and first thing."""
     by_thing, by_kind_ = {}, {}
     for q in questions("train"):
         for table, key in ((by_thing, (q.kind, q.first)), (by_kind_, q.kind)):

@@ -1,4 +1,4 @@
-"""Zero-shot classification of emoji that no fine-tuning scene shows, among the names of all of these."""
+"""Zero-shot classification of emoji that no fine-tuning scene contains, among the names of all of them."""
 
 from collections.abc import Mapping
 
@@ -12,12 +12,12 @@ from towerbench.registry import Benchmark, Context, register
 
 @register
 class ZeroShotEmoji(Benchmark):
-    """Views of the base vendor's drawings, a new one for each seed."""
+    """One view of each of the base vendor's drawings. Each seed has other views."""
 
     name, family, metric = "zero-shot emoji", "zero-shot", "top-1 accuracy"
 
     def indices(self) -> list[int]:
-        """What is shown, of `catalogue()`."""
+        """Return the indices into `catalogue()` of the emoji that are shown."""
         return emoji.of_split(self.context.split)
 
     def images(self, seed: int) -> Mapping[str, Images]:
@@ -29,7 +29,7 @@ class ZeroShotEmoji(Benchmark):
 
 @register
 class ZeroShotVendor(ZeroShotEmoji):
-    """The same of another vendor's drawings."""
+    """Zero-shot classification of another vendor's drawings."""
 
     name, metric = "zero-shot vendor", "top-1 accuracy, another vendor"
 
@@ -45,7 +45,7 @@ class ZeroShotVendor(ZeroShotEmoji):
 
 
 def hits(tower: FeatureStore, embeddings: torch.Tensor, indices: list[int]) -> np.ndarray:
-    """Whether each embedding `[N, D]` is nearest to its emoji's name among those of all unseen emoji: `[N]`."""
+    """Whether each embedding `[N, D]` is nearest to its emoji's name among the names of all unseen emoji: `[N]`."""
     classes = tower.class_embeddings(emoji.names(emoji.unseen()), emoji.TEMPLATES)
     place = {index: i for i, index in enumerate(emoji.unseen())}
     labels = torch.tensor([place[i] for i in indices])
