@@ -17,7 +17,7 @@ FORWARD, ALL, RATIO, HEADS = (
     "an iteration per task",
     "stage-1 iteration",
 )
-LOADER, INFERENCE = "loader", "inference"
+LOADER, INFERENCE, EXPORT = "loader", "inference", "export with its check"
 
 
 def parts(heads: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -30,7 +30,7 @@ def parts(heads: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         {part: (OURS, REFERENCE) for part in both}
         | {RATIO: (OURS,)}
         | {part: (STAGE_1,) for part in (HEADS, CACHED)}
-        | {part: (OURS,) for part in (LOADER, INFERENCE)}
+        | {part: (OURS,) for part in (LOADER, INFERENCE, EXPORT)}
     )
 
 
@@ -94,7 +94,7 @@ def summary(rounds: list[dict[str, dict[str, dict]]]) -> dict:
 
 def report(found: dict) -> str:
     """The figures of `summary` as Markdown."""
-    clock = "processor time" if found["clock"] == "process_time" else "wall time"
+    clock = "processor time" if found["clock"] == "processor_time" else "wall time"
     lines = [
         f"{speed.heading(found, 'lora')}; {clock}",
         "",
@@ -134,7 +134,7 @@ def _cell(figures: dict) -> str:
 
 def plot(found: dict, path: Path) -> None:
     """Bars of seconds by part and way, with lines from the least to the most; the suffix is the format."""
-    shown = [part for part in found["parts"] if part != LOADER]
+    shown = [part for part in found["parts"] if part not in (LOADER, EXPORT)]
     image = Figure(figsize=(8, 0.45 * len(shown) + 1.2), layout="constrained")
     axes = image.subplots()
     for row, part in enumerate(shown):
