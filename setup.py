@@ -109,6 +109,7 @@ setup(
         ],
         "bench": [*DEMO_WORLD_NEEDS, *BENCHMARKS_NEED],
         "eval": [*BENCHMARKS_NEED, "lvis>=0.5.3", "opencv-python>=4.6"],
+        "int8": ["torchao>=0.17"],  # FROZEN_DTYPE int8
         # What writes and checks the exports beyond open_clip and timm, which are requirements.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3", "peft>=0.13", "transformers>=4.48"],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings-python>=1.10"],

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "demo,dev,docs,eval,export"
+EXTRAS = "demo,dev,docs,eval,export,int8"
 
 # PyPI has no package named detectron2. This one is a third-party build of upstream's sources of 2024. It is tagged for
 # Python 3.10 but fits every Python 3, because it is pure Python except for one compiled file, which ViSFT does not use.

@@ -230,8 +230,8 @@ def test_a_fully_trained_tower_without_its_base_cannot_be_mixed(towers, tmp_path
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_stored_in_16_bits(towers, tmp_path, name, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_weights_stored_in_fewer_bits(towers, tmp_path, name, dtype):
     torch.manual_seed(0)
     clip = open_clip.create_model("small-quickgelu")
     towers.randomise(clip)

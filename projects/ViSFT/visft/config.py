@@ -44,7 +44,8 @@ def _add_backbone(cfg: CN) -> None:
     # costs shrinks by the part of the blocks that fit. 0: all blocks are recomputed.
     vit.MEMORY_BUDGET_GIB = 0.0
     # Type in which the blocks' frozen weight matrices are stored and used: `float16` or `bfloat16`. `auto`: the type
-    # of AMP, if all stages have the same. "": unchanged.
+    # of AMP, if all stages have the same. `int8`: stored with a scale for each output channel (by torchao), and used in
+    # the type of the activations. "": unchanged.
     vit.FROZEN_DTYPE = ""
     # Channels of the pyramid's levels (build_clip_vit_fpn_backbone).
     vit.FPN_CHANNELS = 256

@@ -319,7 +319,7 @@ def test_autocast(name, frozen_dtype):
     "options, message",
     [
         ({"class_token": "maybe"}, "CLASS_TOKEN: `maybe` is unknown.*drop, keep"),
-        ({"frozen_dtype": "int8"}, "FROZEN_DTYPE: `int8` is unknown.*bfloat16, float16"),
+        ({"frozen_dtype": "int4"}, "FROZEN_DTYPE: `int4` is unknown.*bfloat16, float16"),
         ({"patch_size": -1}, "PATCH_SIZE is -1"),
         ({"train": "all"}, "TRAIN: `all` is unknown.*full, lora, none"),
         ({"train": "full", "frozen_dtype": "float16"}, "FROZEN_DTYPE"),

@@ -127,6 +127,7 @@ class _Simulation:
         self.amp = mixed_precision.amp_type(cfg, stage)
         self.gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         heads = [model.heads[task]] if task in model.heads else model.heads.values()
+        self.int8 = mixed_precision.frozen_type(cfg) == "int8"
         self.pieces = processes if cfg.VISFT.STRATEGY == "FSDP2" else 1
         self.learns = stage == "lora" or any(head.trainable for head in heads)
 
@@ -164,7 +165,16 @@ class _Simulation:
         return self.step(images, size).peak - self.absent()
 
     def absent(self) -> int:
-        """Bytes of the tower's blocks that other processes have, less two blocks that are gathered at a time."""
+        """Bytes that a step has less than the simulated one.
+
+        Those of the pieces that other processes have, less two blocks that are gathered at a time. Or half of the
+        matrices in int8, which are simulated in bfloat16, less the largest one while it is multiplied.
+        """
+        if self.int8:
+            sizes = [
+                _bytes([p]) for block in self.model.backbone.blocks for p in block.parameters() if _low(p)
+            ]
+            return sum(sizes) // 2 - 2 * max(sizes)
         if self.pieces == 1:
             return 0
         blocks = [[_state(p) for p in block.parameters()] for block in self.model.backbone.blocks]
@@ -181,6 +191,8 @@ class _Simulation:
             own = _bytes([tensor]) // (self.pieces if id(tensor) in inside else 1)
             if tensor.requires_grad:
                 trained += own
+            elif self.int8 and id(tensor) in inside and _low(tensor):
+                frozen["int8"] = frozen.get("int8", 0) + own // 2
             elif tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
                 frozen[kind] = frozen.get(kind, 0) + own
@@ -257,6 +269,11 @@ def _resident(cfg: CfgNode, model: ViSFT, gpu: bool) -> list[Tensor]:
     if original is not None and original._copy is not None:
         found += original._copy.parameters()
     return found
+
+
+def _low(parameter: Tensor) -> bool:
+    """Whether a parameter of a block is stored in the frozen weights' type."""
+    return parameter.dtype != torch.float32
 
 
 def _state(parameter: Tensor) -> int:

@@ -82,7 +82,9 @@ def build(cfg: CfgNode) -> ViSFT:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.CLIP_VIT.FROZEN_DTYPE = mixed_precision.frozen_type(cfg)
+    kind = mixed_precision.frozen_type(cfg)
+    # Fake tensors have no int8 weights with scales.
+    cfg.MODEL.CLIP_VIT.FROZEN_DTYPE = "bfloat16" if kind == "int8" else kind
     cfg.MODEL.DEVICE, cfg.MODEL.VISFT.HEAD_FILES = "meta", ()
     backbone = build_backbone(cfg)
     clip = backbone.base.clip()

@@ -23,6 +23,7 @@ from visft.engine.optimizer import build_optimizer, learning_rate
 from visft.engine.run_state import RunState
 from visft.engine.run_vocabulary import words_of
 from visft.engine.trainer import StageTrainer
+from visft.modeling.backbone.frozen_weights import is_int8
 from visft.modeling.compiled import compiled
 from visft.utils import mixed_precision
 from visft.visualization import run_report
@@ -149,4 +150,5 @@ def share_weights(model: nn.Module) -> None:
         for name, tensor in model.state_dict().items():
             sent = not (read and name.startswith("backbone.tower.") and ".lora." not in name)
             if sent and not is_piece(tensor):
-                torch.distributed.broadcast(tensor, 0)
+                for part in (tensor.qdata, tensor.scale) if is_int8(tensor) else (tensor,):
+                    torch.distributed.broadcast(part, 0)

@@ -55,6 +55,12 @@ def check_strategy(cfg: CfgNode) -> None:
             "runs a block once more",
             "0",
         ),
+        (
+            "MODEL.CLIP_VIT.FROZEN_DTYPE",
+            cfg.MODEL.CLIP_VIT.FROZEN_DTYPE == "int8",
+            "cannot be cut",
+            "bfloat16",
+        ),
         ("VISFT.COMPILE", bool(run.COMPILE), "was not tried with blocks in pieces", '""'),
         (
             "VISFT.SOLVER.LORA.AMP",

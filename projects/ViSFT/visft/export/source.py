@@ -12,7 +12,7 @@ from visft.checkpoint.files import Lazy
 from visft.errors import ExportError
 from visft.export import base_clip as bases
 from visft.export import verification
-from visft.modeling.backbone import CLIPViT, lora
+from visft.modeling.backbone import CLIPViT, frozen_weights, lora
 
 
 @dataclass
@@ -152,8 +152,10 @@ def tuned(model: CLIPViT, base: dict[str, Tensor], interpolate: float) -> Iterat
             value = value.clone()
             for site in sites[name]:
                 value[site.projection.start : site.projection.stop] = site.adapter.base.cpu()
-        if value.dtype != reference.dtype and torch.equal(reference.to(value.dtype), value):
+        if frozen_weights.holds(value, reference):
             value = reference
+        if frozen_weights.is_int8(value):
+            value = value.dequantize()
         if value.is_floating_point():
             value = value.float().clone()
             if interpolate != 1 and not shared:

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from visft.errors import check_one_of
 
 AMP_TYPES = ("", "auto", "bfloat16", "float16")
-FROZEN_TYPES = ("", "auto", "bfloat16", "float16")
+FROZEN_TYPES = ("", "auto", "bfloat16", "float16", "int8")
 
 
 def amp_type(cfg: CfgNode, stage: str) -> str:
@@ -28,7 +28,7 @@ def amp_type(cfg: CfgNode, stage: str) -> str:
 
 
 def frozen_type(cfg: CfgNode) -> str:
-    """The type in which frozen weights are stored: "" (unchanged), `bfloat16` or `float16`.
+    """The type in which frozen weights are stored: "" (unchanged), `bfloat16`, `float16` or `int8`.
 
     `auto` is the AMP type if all stages of the run have the same and none trains these weights.
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from visft.modeling.backbone.frozen_weights import linear
+
 Runner = Callable[..., torch.Tensor]
 
 
@@ -63,30 +65,6 @@ def projections(block: nn.Module) -> list[Projection]:
     return found
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer in the type that its frozen weight is stored in, whatever the activations' type.
-
-    No weight is converted in the forward pass. In the backward pass it is: gradients are too small for float16.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        low = weight.dtype
-        return F.linear(x.to(low), weight, None if bias is None else bias.to(low)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)
-    return _FrozenLinear.apply(x, weight, bias)
-
-
 def _adapted(block: nn.Module, key: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A projection's output `y` of `x`, plus its adapter's when there is one that acts."""
     lora = getattr(block, "lora", None)
@@ -96,7 +74,7 @@ def _adapted(block: nn.Module, key: str, x: torch.Tensor, y: torch.Tensor) -> to
 
 
 def _project(block: nn.Module, key: str, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return _adapted(block, key, x, _linear(x, layer.weight, layer.bias))
+    return _adapted(block, key, x, linear(x, layer.weight, layer.bias))
 
 
 def _rotate(x: torch.Tensor, rope: torch.Tensor, prefix: int, half: bool) -> torch.Tensor:
@@ -121,14 +99,14 @@ def _qkv(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Queries, keys and values, `[N, L, attention width]` each."""
     attn = block.attn
     if isinstance(attn, nn.MultiheadAttention):
-        parts = _linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+        parts = linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
     elif attn.qkv is None:
         return [_project(block, t, getattr(attn, f"{t}_proj"), x) for t in "qkv"]
     else:
         bias = attn.qkv.bias
         if getattr(attn, "q_bias", None) is not None:  # EVA: the keys' bias is a constant zero
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        parts = _linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
+        parts = linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
     adapted = [_adapted(block, t, x, part) for t, part in zip("qkv", parts, strict=True)]
     if all(new is part for new, part in zip(adapted, parts, strict=True)) or not torch.is_grad_enabled():
         return adapted

@@ -20,6 +20,7 @@ from visft.checkpoint.open_clip_models import (
     undrawn_clip,
 )
 from visft.errors import ConfigError, check_one_of
+from visft.modeling.backbone import frozen_weights
 from visft.modeling.backbone.recompute import Budget, recomputed
 from visft.modeling.backbone.tower_adapters import adapt
 from visft.modeling.backbone.windows import Windows
@@ -27,7 +28,6 @@ from visft.modeling.backbone.windows import Windows
 logger = logging.getLogger(__name__)
 
 FEATURE = "last_feat"
-FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class CLIPViT(Backbone):
@@ -50,7 +50,8 @@ class CLIPViT(Backbone):
             blocks first. They are freed before the first recomputed block needs room for its own.
         offload_activations: with `activation_checkpointing`, keep the inputs of recomputed blocks in the host's memory.
         frozen_dtype: `float16` or `bfloat16`: how the blocks' weight matrices are stored when they do not train, and
-            computed with outside of autocast; other types are kept between them. None or "": as they are.
+            computed with outside of autocast; other types are kept between them. `int8`: how they are stored, but not
+            computed with. None or "": as they are.
         base: what the tower's weights came from, when known.
 
     Raises:
@@ -74,7 +75,7 @@ class CLIPViT(Backbone):
     ):
         super().__init__()
         check_one_of("MODEL.CLIP_VIT.CLASS_TOKEN", class_token, ("keep", "drop"))
-        check_one_of("MODEL.CLIP_VIT.FROZEN_DTYPE", frozen_dtype or "", ("", *FROZEN_DTYPES))
+        frozen_weights.check(frozen_dtype or "")
         if (patch_size or 0) < 0 or window_size < 0:
             raise ConfigError(
                 f"MODEL.CLIP_VIT.PATCH_SIZE is {patch_size} and WINDOW_SIZE {window_size}; expected 0 (off) or more."
@@ -143,6 +144,7 @@ class CLIPViT(Backbone):
         clip = stored.build()
         backbone = cls(clip.visual, **options)  # which decides the types that weights are stored in
         stored.load(clip, lambda name: name.startswith("visual."), device)
+        backbone._store_frozen()
         backbone.base = stored.base()
         return backbone.to(device)
 
@@ -213,16 +215,13 @@ class CLIPViT(Backbone):
                 module.requires_grad_(True)
         for adapters in self.adapters:
             adapters.requires_grad_(mode == "lora")
-        if self.frozen_dtype:
-            self._store_frozen(FROZEN_DTYPES[self.frozen_dtype])
+        self._store_frozen()
         self.train(self.training)
 
-    def _store_frozen(self, dtype: torch.dtype) -> None:
-        # Vectors (norms, biases) stay: they weigh nothing, and norms suffer most from low precision.
-        for block in self.blocks:
-            for name, parameter in block.named_parameters():
-                if parameter.ndim > 1 and parameter.dtype != dtype and not name.startswith("lora."):
-                    parameter.data = parameter.data.to(dtype)
+    def _store_frozen(self) -> None:
+        if self.frozen_dtype:
+            for block in self.blocks:
+                frozen_weights.store(block, self.frozen_dtype)
 
     def train(self, mode: bool = True) -> "CLIPViT":
         """As nn.Module's, but a tower that does not train keeps its evaluation behaviour (no dropout, no drop path)."""

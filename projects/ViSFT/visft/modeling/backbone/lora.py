@@ -139,7 +139,7 @@ def inject(
         for p in projections(block):
             if p.target in targets:
                 weight = block.get_parameter(p.weight)
-                adapter = Adapter(weight[0].numel(), p.stop - p.start, config)
+                adapter = Adapter(weight.shape[1:].numel(), p.stop - p.start, config)
                 block.lora[p.key] = adapter.to(weight.device)
     backbone.lora_config = config
     backbone.set_train("lora")
@@ -177,9 +177,14 @@ def merge(backbone: nn.Module) -> nn.Module:
     The original weights are kept with the adapters until `unmerge`: subtracting would leave rounding errors.
 
     Raises:
-        ConfigError: there are no adapters, or they are merged already.
+        ConfigError: there are no adapters, they are merged already, or the weights are stored as int8.
     """
     _require(backbone, merged=False)
+    if backbone.frozen_dtype == "int8":
+        raise ConfigError(
+            "MODEL.CLIP_VIT.FROZEN_DTYPE is int8, which LoRA's update would be rounded to; export the tower, or load "
+            'it with FROZEN_DTYPE "" to merge.'
+        )
     for site in sites(backbone):
         rows = site.weight[site.projection.start : site.projection.stop]
         site.adapter.base = rows.clone()
