@@ -1,1 +1,1 @@
-"""The real suite: on data that the user has below --data. Every module is imported by the registry."""
+"""The real suite. Its data are in the user's folder --data. The registry imports every module."""

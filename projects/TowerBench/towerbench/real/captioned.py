@@ -1,4 +1,4 @@
-"""Sets of captioned images as they lie on disk: Karpathy's splits, COCO's format, DCI and Urban-1k."""
+"""Sets of captioned images on disk: Karpathy's splits, COCO's format, DCI and Urban-1k."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ class CaptionedSet:
     """Images with captions.
 
     Args:
-        name: what it is.
-        files: one an image.
+        name: of the set.
+        files: one per image.
         captions: of each image, at least one.
-        annotations: the files that say so.
+        annotations: the files that the captions come from.
     """
 
     name: str
@@ -31,14 +31,14 @@ class CaptionedSet:
     annotations: Sequence[Path]
 
     def part(self, name: str, numbers: Sequence[int]) -> "CaptionedSet":
-        """Some of its images, under another name."""
+        """Return some of its images as a set with another name."""
         return sources.rows_of(replace(self, name=name), numbers, "files", "captions")
 
     def images(self, **how: Any) -> Images:
-        """Its images; `how` is of `sources.images`.
+        """Return its images. `how` has arguments of `sources.images`.
 
         Raises:
-            DataError: one is not there.
+            DataError: a file is missing.
         """
         files = [Source(file) for file in self.files]
         return sources.images(files, self.name, annotations=self.annotations, **how)
@@ -47,7 +47,7 @@ class CaptionedSet:
 def collected(
     name: str, rows: Iterable[tuple[Path, Iterable[str]]], annotations: Sequence[Path]
 ) -> CaptionedSet:
-    """A set of images and their captions; captions without a word are dropped, and images that have no other.
+    """Return a set of images and their captions. Captions without a word are dropped, as are images without a caption.
 
     Raises:
         DataError: no image has a caption.
@@ -70,10 +70,10 @@ def collected(
 
 
 def karpathy(name: str, file: Path, image: Callable[[Mapping[str, Any]], Path]) -> CaptionedSet:
-    """The test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of an image.
+    """Return the test split of a `dataset_*.json` (arXiv:1412.2306), with all captions of an image.
 
     Args:
-        image: the file of an entry of its `images`.
+        image: returns the file of an entry of `images`.
     """
 
     def rows() -> Iterable[tuple[Path, Iterable[str]]]:
@@ -86,12 +86,12 @@ def karpathy(name: str, file: Path, image: Callable[[Mapping[str, Any]], Path]) 
 
 
 def karpathy_flickr30k(file: Path, folder: Path) -> CaptionedSet:
-    """Flickr30k's test split: 1,000 images of `folder`."""
+    """Return Flickr30k's test split: 1,000 images of `folder`."""
     return karpathy("flickr30k test", file, lambda entry: folder / field(entry, "filename", file, str))
 
 
 def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
-    """COCO's test split: 5,000 images of val2014, which are in train2017 and val2017 under names of their own."""
+    """Return COCO's test split: 5,000 images of val2014, which are in train2017 and val2017 under other names."""
     whole = (coco / "val2014").is_dir()
 
     def image(entry: Mapping[str, Any]) -> Path:
@@ -105,10 +105,10 @@ def karpathy_coco(file: Path, coco: Path) -> CaptionedSet:
 
 
 def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) -> CaptionedSet:
-    """Captions in COCO's format, with all captions of an image.
+    """Return captions in COCO's format, with all captions of an image.
 
     Args:
-        domain: of nocaps: images of this `domain` alone.
+        domain: of nocaps: only images of this `domain`.
     """
     content = sources.read_json(file)
     captions: dict[int | str, list[str]] = {}
@@ -126,11 +126,12 @@ def coco_format(name: str, file: Path, folder: Path, domain: str | None = None) 
 
 
 def dci(splits: Path, annotations: Path, photos: Path) -> CaptionedSet:
-    """Densely Captioned Images (arXiv:2312.08578): the images of all splits, each with its short caption followed by
-    the extra one, as those who report retrieval on it do.
+    """Return Densely Captioned Images (arXiv:2312.08578): the images of all splits.
+
+    The caption of an image is its short caption followed by the extra one, as in published retrieval results.
 
     Args:
-        splits: lists the names of annotation files by split.
+        splits: the file that lists the names of annotation files by split.
     """
     content = sources.read_json(splits)
     if not isinstance(content, Mapping) or not all(isinstance(names, list) for names in content.values()):
@@ -150,7 +151,7 @@ def dci(splits: Path, annotations: Path, photos: Path) -> CaptionedSet:
 
 
 def urban1k(folder: Path) -> CaptionedSet:
-    """Urban-1k (arXiv:2403.15378): `caption/STEM.txt`, whose first line describes `image/STEM.jpg`."""
+    """Return Urban-1k (arXiv:2403.15378). The first line of `caption/STEM.txt` describes `image/STEM.jpg`."""
     files = sorted(file for file in (folder / "caption").glob("*.txt") if not file.name.startswith("."))
     if not files:
         raise DataError(f"{folder / 'caption'}: holds no .txt; unpack Urban1k.zip again")

@@ -1,4 +1,4 @@
-"""A fresh caption head on the frozen tower, trained on COCO's captions, on nocaps' images: scored by CIDEr-D."""
+"""A new caption head on the frozen tower, trained on COCO's captions and scored by CIDEr-D on nocaps' images."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ from towerbench.standardise import standardised
 RECIPE = caption_readout.Recipe(dim=192, epochs=10, batch=64, rate=1e-3, min_count=5)
 
 IMAGES = 9000
-"""Of train2017 that the readout sees, spread over the set, the same ones every time."""
+"""Number of images of train2017 that the readout sees. They are spread over the set and always the same."""
 
 HELD = 9
-"""One in so many of them is the validation split."""
+"""One of this number of images is in the validation split."""
 
 COCO_CAPTIONS, COCO_IMAGES = "coco/annotations/captions_train2017.json", "coco/train2017"
 NOCAPS = "nocaps/nocaps_val_4500_captions.json|nocaps/annotations/nocaps_val_4500_captions.json"
@@ -30,7 +30,7 @@ NOCAPS_IMAGES = "nocaps/images|nocaps/val"
 
 
 class NoCaps(sources.RealBenchmark):
-    """Items are images of one domain, scores their CIDEr-D among this domain's captions; it can be above 1."""
+    """Items are images of one domain. Scores are their CIDEr-D among this domain's captions, which can be above 1."""
 
     family, metric = "captioning", "CIDEr-D"
     version = 2
@@ -48,19 +48,19 @@ class NoCaps(sources.RealBenchmark):
 
     @functools.cached_property
     def set(self) -> CaptionedSet:
-        """The domain's images."""
+        """The images of the domain."""
         where = self.path(NOCAPS), self.path(NOCAPS_IMAGES)
         return captioned.coco_format(f"nocaps {self.domain}", *where, self.domain)
 
     @functools.cached_property
     def readout(self) -> dict[str, CaptionedSet]:
-        """Images of COCO to train on, and to choose by."""
+        """The images of COCO to train on, and to choose by."""
         file = self.path(COCO_CAPTIONS)
         return _readout_sets(file, self.path(COCO_IMAGES), file.stat().st_mtime_ns)
 
     def images(self, seed: int) -> Mapping[str, Images]:
         sets = {**self.readout, "test": self.set}
-        # Whole images: captions speak of what is at their borders, too.
+        # Images are shown whole, because captions also describe what is at their borders.
         return {part: each.images(fit="squash", dense=True) for part, each in sets.items()}
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
@@ -69,7 +69,7 @@ class NoCaps(sources.RealBenchmark):
         return np.array([scores[i] for i in told])
 
     def told(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> list[str]:
-        """What the readout, which the domains share, says of each image."""
+        """What the readout says of each image. The domains share it."""
         key = "captioning", images["train"].identity, images["held"].identity, RECIPE, seed
         texts = {part: each.captions for part, each in self.readout.items()}
         return tower.once(key, lambda: trained(tower, images, texts, seed))(images["test"])
@@ -93,7 +93,7 @@ def _readout_sets(file: Path, folder: Path, _mtime_ns: int) -> dict[str, Caption
 def trained(
     tower: FeatureStore, images: Mapping[str, Images], texts: Mapping[str, Sequence[Sequence[str]]], seed: int
 ) -> Callable[[Images], list[str]]:
-    """A decoder trained on one tower's features, as a function from images to what it says of each.
+    """Train a decoder on one tower's features. Return a function from images to the captions that it gives them.
 
     Args:
         images: `train` and `held`.
@@ -101,7 +101,7 @@ def trained(
     """
     seen = standardised(lambda of: grid_cells(tower, of, RECIPE.grid), images["train"], channels=2)
     sides = (
-        # Half precision: thousands of images are kept.
+        # Features are kept in half precision, because there are thousands of images.
         (torch.cat([part.half() for part in seen(images[name])]), texts[name])
         for name in ("train", "held")
     )
@@ -109,7 +109,7 @@ def trained(
     return lambda of: [text for part in seen(of) for text in captioner.said(part)]
 
 
-# The in-domain images show COCO's classes alone, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
+# The in-domain images show only COCO's classes, which fine-tuning on COCO learned (arXiv:1812.08658, section 3).
 for _domain in ("in-domain", "near-domain", "out-domain"):
     variant(
         NoCaps,

@@ -1,4 +1,4 @@
-"""Sets of labelled images as they lie on disk: ImageNet and its relatives, and clip-benchmark's webdatasets."""
+"""Sets of labelled images on disk: ImageNet and its relatives, and clip-benchmark's webdatasets."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ IMAGENET_VARIANTS = {
         1000,
     ),
 }
-"""Folder below --data, what it is, and how many classes it has."""
+"""Folder below --data, what it is, and its number of classes."""
 
 OBJECTNET = "objectnet-1.0"
 
@@ -50,11 +50,13 @@ class LabelledSet:
     """Labelled images.
 
     Args:
-        sources: one an image.
+        sources: one per image.
         labels: indices into `names`.
-        names: of the classes, in words. templates: of prompts, with `{}` for the name.
-        imagenet: by class the indices of ImageNet's classes that stand for it; None: it is no relative of ImageNet.
-        border: pixels to be cut off each image on every side.
+        names: of the classes, in words.
+        templates: of prompts, with `{}` for the name.
+        imagenet: for each class, the indices of ImageNet's classes that correspond to it. None: no relative of
+            ImageNet.
+        border: number of pixels to cut off each side of an image.
     """
 
     sources: Sequence[Source]
@@ -65,27 +67,28 @@ class LabelledSet:
     border: int = 0
 
     def classifier(self, tower: FeatureStore) -> torch.Tensor:
-        """Zero-shot classifier `[classes, D]`."""
+        """Return the zero-shot classifier `[classes, D]`."""
         return tower.class_embeddings(self.names, self.templates)
 
     def part(self, numbers: Sequence[int]) -> "LabelledSet":
-        """Some of its images."""
+        """Return some of its images."""
         return sources.rows_of(self, numbers, "sources", "labels")
 
 
 def imagenet_templates() -> list[str]:
-    """CLIP's 80 templates of prompts."""
+    """Return CLIP's 80 prompt templates."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    # They are functions of a name.
+    # The templates are functions of a name.
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 def imagenet_folders(folder: Path) -> dict[int, Path]:
-    """Folders of images by index of their class; named by WordNet id, or by index where all names are numbers.
+    """Return folders of images by the index of their class. Folders are named by WordNet id, or by index if all names
+    are numbers.
 
     Raises:
-        DataError: there are none, or one is named by neither.
+        DataError: there are no folders, or one has another name.
     """
     from timm.data import ImageNetInfo
 
@@ -107,7 +110,7 @@ def imagenet_folders(folder: Path) -> dict[int, Path]:
 
 
 def imagenet_like(folder: Path, classes: int) -> LabelledSet:
-    """ImageNet, or a relative of it whose folders are named as ImageNet's; told apart are the classes that it has."""
+    """Return ImageNet, or a relative whose folders are named like ImageNet's. The classes are those that it has."""
     from open_clip import IMAGENET_CLASSNAMES
 
     folders = imagenet_folders(folder)
@@ -128,10 +131,10 @@ def imagenet_like(folder: Path, classes: int) -> LabelledSet:
 
 
 def objectnet(folder: Path) -> LabelledSet:
-    """ObjectNet's images of those of its classes that ImageNet has too, told apart among these.
+    """Return ObjectNet's images of the classes that ImageNet also has. Only these classes are told apart.
 
     Args:
-        folder: as the archive unpacks, with `images` and `mappings`.
+        folder: of the unpacked archive, with `images` and `mappings`.
     """
     mappings = folder / "mappings"
     label_of = sources.read_json(mappings / "folder_to_objectnet_label.json")
@@ -162,12 +165,12 @@ def objectnet(folder: Path) -> LabelledSet:
         raise DataError(
             f"{folder / 'images'}: holds no images of classes that ImageNet has; unpack ObjectNet there"
         )
-    # A red border of a pixel marks the images; two are cut off.
+    # The images have a red border of one pixel. Two pixels are cut off.
     return LabelledSet(*zip(*rows, strict=True), names, imagenet_templates(), imagenet, border=2)
 
 
 def webdataset_paths(name: str, split: str) -> str:
-    """Where a split of a set in clip-benchmark's format may lie below --data: as it is cloned, or exported."""
+    """Return the places of a split in clip-benchmark's format below --data: cloned, or exported."""
     plain = ("wds_sun397", "wds-sun397") if name == "sun397" else ()
     return "|".join(
         f"{folder}/{split}" for folder in (*plain, f"wds_vtab-{name}", f"wds-vtab-{name}", f"vtab/{name}")
@@ -175,7 +178,7 @@ def webdataset_paths(name: str, split: str) -> str:
 
 
 def webdataset(folder: Path) -> LabelledSet:
-    """A split as `clip_benchmark_export_wds` writes it: `0.tar`, ..., and beside the folder `classnames.txt`, templates
+    """Read a split from `clip_benchmark_export_wds`: `0.tar`, ..., and beside the folder `classnames.txt` and templates
     with `{c}`."""
     names = _lines(folder.parent / "classnames.txt")
     templates = _lines(folder.parent / "zeroshot_classification_templates.txt")
@@ -206,7 +209,7 @@ def webdataset(folder: Path) -> LabelledSet:
 
 
 def _check_count(folder: Path, found: int) -> None:
-    """Compare with nshards.txt: a download may have ended early."""
+    """Compare the number of tar files with nshards.txt, because a download may have stopped early."""
     file = folder / "nshards.txt"
     said = re.fullmatch(r"\s*(\d+)\s*", sources.read_text(file)) if file.is_file() else None
     if said is None or int(said[1]) != found:

@@ -1,4 +1,4 @@
-"""Semantic segmentation of real images from each cell of the map: by a linear probe, and by the classes' names."""
+"""Semantic segmentation of real images from each cell of the map, by a linear probe and by the classes' names."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ from towerbench.real.sources import Source
 from towerbench.registry import Context
 
 CELLS = 12
-"""Of an image that a probe trains on: one of each class in it, then any."""
+"""Number of cells of an image that a probe trains on: one of each class in it, then any others."""
 
 SIDE = 256
-"""An image is compared at SIDE x SIDE of its pixels at most, evenly spread; each counts for all those it stands for:
-larger images count for more, as ever in mIoU."""
+"""An image is compared at no more than SIDE x SIDE evenly spread pixels. Each counts for all pixels that it represents,
+so that larger images count for more, as usual in mIoU."""
 
 IGNORED, BROKEN = 255, 254
 
@@ -37,8 +37,8 @@ CONTEXT = (
     "person", "plate", "platform", "potted plant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky",
     "snow", "sofa", "table", "track", "train", "tree", "truck", "tv monitor", "wall", "water", "window", "wood",
 )  # fmt: skip
-"""In the order of their ids among the 459 classes, which is alphabetical: what mmsegmentation's conversion numbers from
-1."""
+"""The order is that of their ids among the 459 classes, which is alphabetical. mmsegmentation's conversion numbers them
+in this order, from 1."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Labelled:
     """Images with label maps.
 
     Args:
-        files: the maps, one an image. table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
+        files: the maps, one per image.
+        table: from the values in them to classes, `IGNORED` or `BROKEN`, `[256]` uint8.
     """
 
     sources: Sequence[Source]
@@ -54,14 +55,14 @@ class Labelled:
     table: np.ndarray
 
     def labels(self, number: int) -> np.ndarray:
-        """An image's classes `[H, W]`, or `IGNORED`.
+        """Return an image's classes `[H, W]`, or `IGNORED`.
 
         Raises:
             DataError: the map is missing or broken, or has another label.
         """
         file = self.files[number]
         with sources.readable(file, "label map", "get the data set again"):
-            values = np.asarray(Image.open(file))  # a palette's indices stay what they are
+            values = np.asarray(Image.open(file))  # keeps the indices of a palette
         if values.ndim != 2 or values.dtype != np.uint8:
             raise DataError(
                 f"{file}: has shape {values.shape} of {values.dtype}; one 8-bit label a pixel was expected (not the "
@@ -79,7 +80,7 @@ class Labelled:
         return found
 
     def check(self) -> None:
-        """Read everything once, that nothing is found broken in the middle of a long run.
+        """Read everything once, so that no broken file is found in the middle of a long run.
 
         Raises:
             DataError: a map or an image is missing or broken, or they differ in size.
@@ -95,7 +96,7 @@ class Labelled:
                 )
 
     def part(self, numbers: Sequence[int]) -> "Labelled":
-        """Some of its images."""
+        """Return some of its images."""
         return sources.rows_of(self, numbers, "sources", "files")
 
 
@@ -104,11 +105,11 @@ class DataSet(maps.DataSet):
     """Where images and label maps come from.
 
     Args:
-        listed: from `--data` and whether it is to train to images and maps, in order.
-        names: a function that gives the words for each class.
-        first: the value of the first class in maps; those below have no class.
+        listed: from `--data` and whether it is for training to the images and maps, in order.
+        names: returns the words for each class.
+        first: the value of the first class in maps. Smaller values have no class.
         void: whether 255 stands for no class.
-        background: whether what is below is one more class for the probe; names are never asked about it.
+        background: whether the smaller values are one more class for the probe. It has no name to compare with.
     """
 
     listed: Callable[[Path, bool], list[tuple[Path, Path]]]
@@ -134,7 +135,7 @@ def _ade20k_names() -> list[tuple[str, ...]]:
 
 
 def _listed(folder: str, lists: str, labels: str, data: Path, train: bool) -> list[tuple[Path, Path]]:
-    """As the VOC devkit has them: names in a list."""
+    """Return the rows of the VOC devkit, whose names are in a list."""
     file = data / folder / "ImageSets" / lists / f"{'train' if train else 'val'}.txt"
     names = sources.read_text(
         file, "one name of an image a line was expected; get the data set again"
@@ -185,7 +186,7 @@ DATA_SETS = {
 
 
 class Dense(maps.OnMaps):
-    """Items are images, columns intersections and unions by class."""
+    """Items are images. Columns are intersections and unions by class."""
 
     family = "dense"
     annotations = "label maps"
@@ -205,7 +206,7 @@ class Dense(maps.OnMaps):
         return labelled
 
     def table(self) -> np.ndarray:
-        """See `Labelled`; the background's class is the last."""
+        """Return the table of `Labelled`. The background is the last class."""
         first, classes = self.found.first, len(self.names)
         table = np.full(256, BROKEN, np.uint8)
         table[:first] = classes if self.background else IGNORED
@@ -215,7 +216,7 @@ class Dense(maps.OnMaps):
         return table
 
     def examples(self, tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logistic regression is on each cell."""
+        """Return cells, because the logistic regression is on each cell."""
         found = self.parts[part]
 
         def labels(number: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -238,28 +239,29 @@ class Dense(maps.OnMaps):
 
 
 def class_by_class(scores: torch.Tensor) -> torch.Tensor:
-    """Scores `[N, h, w, classes]` laid out in memory class by class: they are interpolated five times as fast."""
+    """Lay out scores `[N, h, w, classes]` class by class in memory. Interpolation is then five times as fast."""
     return scores.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def compared(labels: np.ndarray) -> tuple[torch.Tensor, float]:
-    """The pixels of a label map that are compared, `[h, w]`, and how many pixels each stands for; see `SIDE`."""
+    """Return the pixels of a label map that are compared, `[h, w]`, and the number of pixels that each represents (see
+    `SIDE`)."""
     height, width = (min(side, SIDE) for side in labels.shape)
     return segmentation.sampled(labels, height, width), labels.size / (height * width)
 
 
 def cell_labels(labels: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
-    """What covers most of each cell `[h, w]`: a class, or `IGNORED`."""
+    """Return what covers most of each cell `[h, w]`: a class, or `IGNORED`."""
     present = np.unique(labels)
     shares = torch.stack([region_pooling.coverage(labels == label, grid) for label in present])
     return torch.from_numpy(present.astype(np.int64))[shares.argmax(0)]
 
 
 def chosen(number: int, labels: torch.Tensor) -> np.ndarray:
-    """The places of an image's cells that a probe trains on, the same ones for every tower."""
+    """Return the cells of an image that a probe trains on. All towers get the same ones."""
     places = np.random.default_rng([13, number]).permutation(np.flatnonzero(labels.numpy() != IGNORED))
     _, first = np.unique(labels.numpy()[places], return_index=True)
-    first = np.sort(first)  # in the order of chance, not of classes
+    first = np.sort(first)  # random order, not that of the classes
     return np.concatenate((places[first], np.delete(places, first)))[:CELLS]
 
 

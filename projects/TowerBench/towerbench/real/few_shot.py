@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours on few labelled images: ImageNet's 16 a class, VTAB's 1000 a task."""
+"""Linear probe and nearest neighbours on few labelled images: 16 per class of ImageNet, 1000 per task of VTAB."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,34 +18,34 @@ SHOTS, HELD = 16, 4
 """Images of each class of ImageNet to train on, and to choose by."""
 
 VTAB_TRAIN, VTAB_HELD = 800, 200
-"""Of a task of VTAB (arXiv:1910.04867, section 2.2: VTAB-1k)."""
+"""Images of a task of VTAB (arXiv:1910.04867, section 2.2: VTAB-1k)."""
 
 NEIGHBOURS = (1, 5, 10, 20)
 TEMPERATURE = 0.07
-"""A neighbour's vote is exp(cosine / TEMPERATURE) (arXiv:1805.01978, section 3.4)."""
+"""The vote of a neighbour is exp(cosine / TEMPERATURE) (arXiv:1805.01978, section 3.4)."""
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Features `[M, D]` of unit length, and labels `[M]`."""
 
 
 class FewShot(sources.RealBenchmark):
-    """Items are images of the test set. Each seed draws other images to train on."""
+    """Items are images of the test set. Each seed samples other images to train on."""
 
     family = "few-shot"
     version = 2
     max_seeds = None
     method = ""
     tested: type[zero_shot.ZeroShot]
-    """Has the same test set, whose images pass a tower once for both."""
+    """This benchmark has the same test set. Its images pass a tower once for both."""
     draw: Callable[[Path, int], tuple[LabelledSet, LabelledSet]]
-    """From the folder that `needs` names last, and a seed, to what is trained on, and chosen by."""
+    """From the folder that `needs` names last, and a seed, to the images to train on and to choose by."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.test = self.tested(context)
 
     def drawn(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
-        """What is trained on, and chosen by."""
+        """Return the images to train on, and to choose by."""
         *_, train = self.needs
         return self.draw(self.path(train), seed)
 
@@ -65,23 +65,25 @@ class FewShot(sources.RealBenchmark):
             (tower.embeddings(images[name]), torch.tensor(found.labels))
             for name, found in (("train", train), ("held", held))
         ]
-        # ImageNet and its relatives share it.
+        # ImageNet and its relatives share this key.
         key = "few-shot", self.method, images["train"].identity, images["held"].identity
         readout = tower.once(key, lambda: METHODS[self.method](*rows, len(train.names)))
         scores = readout(tower.embeddings(images["test"]))
         groups = self.test.set.imagenet
-        if groups is not None:  # the classes of the test set are some of those trained, or several together
+        if (
+            groups is not None
+        ):  # the classes of the test set are some of the trained classes, or several together
             scores = torch.stack([scores[:, list(group)].amax(1) for group in groups], 1)
         return (scores.argmax(1) == torch.tensor(self.test.set.labels)).numpy()
 
 
 def linear_probe(train: Rows, held: Rows, classes: int) -> Readout:
-    """Logistic regression."""
+    """A logistic regression."""
     return chosen_on_validation(train, held, classes).logits
 
 
 def nearest(train: Rows, held: Rows, classes: int) -> Readout:
-    """Votes of as many neighbours as do best on the held images; of equals the fewest."""
+    """Vote with the number of neighbours that does best on the held images (the smallest of equally good ones)."""
     found = [
         (neighbours(*train, classes, held[0], k).argmax(1) == held[1]).float().mean() for k in NEIGHBOURS
     ]
@@ -95,10 +97,12 @@ METHODS = {"linear probe": linear_probe, "kNN": nearest}
 def neighbours(
     train: torch.Tensor, labels: torch.Tensor, classes: int, features: torch.Tensor, k: int
 ) -> torch.Tensor:
-    """Votes `[N, classes]` of the k nearest.
+    """Return the votes `[N, classes]` of the k nearest neighbours.
 
     Args:
-        train: `[M, D]` of unit length. labels: `[M]`. features: `[N, D]` of unit length.
+        train: `[M, D]` of unit length.
+        labels: `[M]`.
+        features: `[N, D]` of unit length.
     """
     votes = []
     for chunk in features.split(1024):
@@ -110,7 +114,7 @@ def neighbours(
 
 @functools.cache
 def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Images of each of ImageNet's classes, whichever relative is tested."""
+    """Return images of each of ImageNet's classes, whichever relative is tested."""
     parts: tuple[list, list] = ([], [])
     for index, of_class in sorted(imagenet_folders(folder).items()):
         files = sources.listed(of_class)
@@ -127,7 +131,7 @@ def _of_imagenet(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
 
 @functools.cache
 def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
-    """Images of the task's own train split."""
+    """Return images of the task's own train split."""
     whole = _read(folder)
     order = np.random.default_rng(seed).permutation(len(whole.labels))[: VTAB_TRAIN + VTAB_HELD]
     cut = len(order) * VTAB_TRAIN // (VTAB_TRAIN + VTAB_HELD)
@@ -138,7 +142,7 @@ def _of_vtab(folder: Path, seed: int) -> tuple[LabelledSet, LabelledSet]:
 
 @functools.lru_cache(maxsize=1)
 def _read(folder: Path) -> LabelledSet:
-    """A split, for one seed after the other."""
+    """Return a split, which one seed after the other uses."""
     return webdataset(folder)
 
 

@@ -1,6 +1,6 @@
 """Grounded object identification on real images: what is in this box, or under this mask?
 
-Each kind of region is a benchmark of its own: boxes and masks of things, masks of stuff.
+There is one benchmark per kind of region: boxes of things, masks of things, and masks of stuff.
 """
 
 import functools
@@ -21,7 +21,8 @@ from towerbench.real.regions import RegionSet
 from towerbench.registry import Context
 
 PROBE_REGIONS = 10_000
-"""Regions that a probe trains on at most, as many of each class; its penalty is chosen on at most a quarter as many."""
+"""Number of regions that a probe trains on at most, equally many of each class. Its penalty is chosen on at most a
+quarter of this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class DataSet(maps.DataSet):
     """Where the regions come from.
 
     Args:
-        load: from `--data`, whether it is to train, and a choice of images to the regions.
+        load: from `--data`, whether it is for training, and a choice of images to the regions.
         kinds: of regions that it has.
     """
 
@@ -46,7 +47,7 @@ def _ade20k(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
 
 def _objects365(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     def other(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
-        """A probe trains on images that are not tested: the train split is two million images in 367 GB."""
+        """A probe trains on images that are not tested, because the train split is two million images in 367 GB."""
         tested = set(regions.evenly(labels, classes))
         rest = [number for number in range(len(labels)) if number not in tested]
         return [rest[i] for i in choice([labels[number] for number in rest], classes)]
@@ -55,7 +56,7 @@ def _objects365(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     return regions.instances(
         json_file,
         data / "objects365" / "val",
-        # Named images/v1/patch8/NAME; the archive unpacks to patch8/NAME.
+        # The names are images/v1/patch8/NAME, but the archive unpacks to patch8/NAME.
         lambda image: "/".join(sources.field(image, "file_name", json_file, str).split("/")[-2:]),
         other if train else choice,
         masks=False,
@@ -78,7 +79,7 @@ def _lvis(data: Path, train: bool, choice: regions.Choice) -> RegionSet:
     json_file = data / "lvis" / f"lvis_v1_{'train' if train else 'val'}.json"
 
     def path(entry: Mapping[str, Any]) -> str:
-        # COCO's address of it: the last two parts are COCO's folder and the file.
+        # This is COCO's address of the image. Its last two parts are COCO's folder and the file.
         return "/".join(sources.field(entry, "coco_url", json_file, str).split("/")[-2:])
 
     return regions.instances(json_file, data / "coco", path, choice, masks=True)
@@ -138,17 +139,17 @@ DATA_SETS = {
 
 @functools.lru_cache(maxsize=2 * len(DATA_SETS))
 def _read(name: str, data: Path, train: bool, stamp: tuple[int, ...]) -> RegionSet:
-    """A part of a data set, read once for all its benchmarks; the stamp is of the annotations as they are."""
+    """Read a part of a data set once for all its benchmarks. The stamp is that of the present annotations."""
     if not train:
         return DATA_SETS[name].load(data, train, regions.evenly)
-    # Images to choose the penalty by are of the same draw.
+    # The images to choose the penalty by are from the same sample.
     return DATA_SETS[name].load(
         data, train, lambda labels, classes: regions.balanced(labels, classes, PROBE_REGIONS // classes)
     )
 
 
 class Goi(maps.OnMaps):
-    """Items are images; columns, by class, how many regions they have and how many are named right."""
+    """Items are images. Columns are, by class, the number of regions and the number named correctly."""
 
     family = "goi"
     annotations = "annotations"
@@ -179,14 +180,14 @@ class Goi(maps.OnMaps):
         return _read(self.data_set, self.context.data, train, stamp)
 
     def examples(self, tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logistic regression is on the region's mean feature."""
+        """Return regions, because the logistic regression is on the region's mean feature."""
         _, labels, features = zip(*self.pooled(tower, images, part), strict=True)
         return torch.cat(features), torch.cat(labels)
 
     def pooled(
         self, tower: FeatureStore, images: Images, part: str
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """By image: its number, and labels `[M]` and mean features `[M, C]` of its regions, if any are taken."""
+        """Yield for each image with selected regions its number, and their labels `[M]` and mean features `[M, C]`."""
         shown = (self.parts.get(part) or self.test).images
         for start, cells in in_chunks(tower, images):
             for number, each in enumerate(cells, start):

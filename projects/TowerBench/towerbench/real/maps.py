@@ -1,6 +1,6 @@
-"""What the benchmarks on maps of features share: which images, how large, classes as words, and two ways to tell them.
+"""The common parts of benchmarks on feature maps: the choice of images, their size, classes as words, and two readouts.
 
-A class is told by its names, whose embeddings features are compared with, or by a probe that is trained on features.
+One readout compares features with the embeddings of a class's names. The other is a probe that is trained on features.
 """
 
 import re
@@ -19,10 +19,11 @@ from towerbench.real import sources
 from towerbench.registry import Context, variant
 
 TEST = 2000
-"""Images of a set that are tested, spread over it."""
+"""Number of images of a set that are tested. They are spread over it."""
 
 TRAIN, HELD_OF = 2500, 5
-"""Images of its train split that a probe sees; of every HELD_OF the last one is to choose the penalty by."""
+"""Number of images of the train split that a probe sees. Of every HELD_OF images, the last one is for choosing the
+penalty."""
 
 SCALE = 2.0
 """Maps are of images at twice the tower's native side, as in the demo suite."""
@@ -33,10 +34,10 @@ TEMPLATES = (
     "a close-up photo of a {}.",
     "a cropped photo of a {}.",
 )
-"""Four of CLIP's 80: thousands of names are told apart, and parts of images are seen."""
+"""Four of CLIP's 80 templates, because there are thousands of names, and parts of images are shown."""
 
 L2 = (1e-2, 1e-3, 1e-4)
-"""Strengths of a probe's penalty that are tried."""
+"""The strengths of a probe's penalty that are tried."""
 
 
 class Part(Protocol):
@@ -44,10 +45,10 @@ class Part(Protocol):
 
     sources: Sequence[sources.Source]
     files: Sequence[Path]
-    """That hold the annotations."""
+    """The files with the annotations."""
 
     def part(self, numbers: Sequence[int]) -> "Part":
-        """Some of its images."""
+        """Return some of its images."""
         ...
 
 
@@ -56,8 +57,8 @@ class DataSet:
     """Where annotated images come from.
 
     Args:
-        needs, trains_on: what the test and the probe's training need below `--data`, as `RealBenchmark.needs`.
-        in_domain, item_set: as of `Benchmark`.
+        needs, trains_on: what the test and the probe's training need below `--data`, as in `RealBenchmark.needs`.
+        in_domain, item_set: as in `Benchmark`.
     """
 
     needs: Mapping[str, str]
@@ -67,11 +68,13 @@ class DataSet:
 
 
 class OnMaps(sources.RealBenchmark):
-    """Classes of cells or regions are told from their features. `declare` registers one by names and one by a probe.
+    """Tells the classes of cells or regions by their features. `declare` registers one by names and one by a probe.
 
     Attributes:
-        data_set: its name. annotations: what its annotations are called.
-        names: the words for each class. classes: how many a probe tells apart.
+        data_set: its name.
+        annotations: what its annotations are called.
+        names: the words for each class.
+        classes: the number of classes that a probe tells apart.
     """
 
     data_set: str
@@ -96,7 +99,7 @@ class OnMaps(sources.RealBenchmark):
             self.parts["validation"] = whole.part([n - 1 for n in numbers if n % HELD_OF == 0])
 
     def read(self, *, train: bool) -> Part:
-        """At most `TEST` images to be tested, or `TRAIN` to train on.
+        """Return no more than `TEST` images to be tested, or `TRAIN` to train on.
 
         Raises:
             DataError: a file is missing or broken.
@@ -104,13 +107,15 @@ class OnMaps(sources.RealBenchmark):
         raise NotImplementedError
 
     def examples(self, tower: FeatureStore, images: Images, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features `[M, C]` and classes `[M]` of a part that a probe sees."""
+        """Return features `[M, C]` and classes `[M]` of a part that a probe sees."""
         raise NotImplementedError
 
     def images(self, seed: int) -> Mapping[str, Images]:
-        """Of each part its images, and a set of none that stands for its annotations: where these change, old results
-        are not taken up. The same files of one part are one set, whatever is told of them: ADE20K's validation images
-        pass a tower once for regions and for segmentation."""
+        """Return the images of each part, and an empty set that stands for its annotations.
+
+        If the annotations change, old results are not used. The same files of one part are one set, whatever the
+        benchmark: ADE20K's validation images pass a tower once for regions and for segmentation.
+        """
         found = {}
         for name, part in {"test": self.test, **self.parts}.items():
             what = f"{self.data_set} {name}"
@@ -120,7 +125,7 @@ class OnMaps(sources.RealBenchmark):
         return found
 
     def readout(self, tower: FeatureStore, images: Mapping[str, Images]) -> Readout:
-        """What tells classes from features."""
+        """Return what tells classes by features."""
         if self.probe:
             rows = [self.examples(tower, images[part], part) for part in self.parts]
             return chosen_on_validation(*rows, self.classes, L2).logits
@@ -135,7 +140,7 @@ def declare(
 
     Args:
         about: data set and kind, the end of the benchmarks' names.
-        metrics: by what their names call it, first that by names.
+        metrics: what their names call the metric, first that by names.
     """
     for probe, (kind, metric) in enumerate(metrics.items()):
         variant(
@@ -153,13 +158,14 @@ def declare(
 
 
 def words(name: str) -> tuple[str, ...]:
-    """A class's names as words: `signboard, sign` and `Cabinet/shelf` have two each, `water_bottle` has two words."""
+    """Return a class's names as words. `signboard, sign` and `Cabinet/shelf` have two names, `water_bottle` has two
+    words."""
     parts = (" ".join(part.replace("_", " ").split()).lower() for part in re.split("[,/]", name))
     return tuple(part for part in parts if part)
 
 
 def classifier(tower: FeatureStore, names: Sequence[Sequence[str]]) -> torch.Tensor:
-    """Zero-shot classifiers `[classes, D]`: the mean over a class's names and over templates, of unit length."""
+    """Return zero-shot classifiers `[classes, D]` of unit length: means over a class's names and over templates."""
     each = tower.class_embeddings([word for several in names for word in several], TEMPLATES)
     place = torch.tensor([i for i, several in enumerate(names) for _ in several])
     return F.normalize(torch.zeros(len(names), each.shape[1]).index_add_(0, place, each), dim=-1)

@@ -1,4 +1,4 @@
-"""MMVP-VLM's pairs of images that CLIP takes for alike, and their statements (arXiv:2401.06209)."""
+"""MMVP-VLM: pairs of images that CLIP considers alike, and statements about them (arXiv:2401.06209)."""
 
 import csv
 import functools
@@ -18,15 +18,15 @@ from towerbench.registry import variant
 logger = logging.getLogger(__name__)
 
 PAIRS = 135
-"""Of nine visual patterns, 15 each; one pair is 0.74 points."""
+"""Number of pairs: 15 of each of nine visual patterns. One pair is 0.74 points."""
 
 TEMPLATE = "a photo of {}"
-"""The authors' script puts it before each statement."""
+"""The authors' script puts these words before each statement."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images, and what is said of each and not of the other."""
+    """Two images, and for each a statement that is not true of the other."""
 
     files: tuple[Path, Path]
     statements: tuple[str, str]
@@ -34,10 +34,10 @@ class Pair:
 
 @functools.lru_cache(maxsize=1)
 def pairs(folder: Path) -> tuple[Pair, ...]:
-    """Two lines of Questions.csv after each other are a pair: an odd number, and the next.
+    """Return the pairs of Questions.csv. Two lines with an odd number and the next number are a pair.
 
     Raises:
-        DataError: a line is broken or its pair's other one is missing.
+        DataError: a line is broken, or the other line of its pair is missing.
     """
     file = folder / "Questions.csv"
     with sources.readable(file, "CSV file"), open(file, encoding="utf-8-sig", newline="") as handle:
@@ -76,12 +76,12 @@ def pairs(folder: Path) -> tuple[Pair, ...]:
 
 
 class Mmvp(sources.RealBenchmark):
-    """Items are pairs: whether both choices are right. What is exactly as near as the other counts as wrong."""
+    """Items are pairs. The score is whether both choices are right. An equally near alternative counts as wrong."""
 
     family = "vqa"
     item_set = "mmvp-vlm"
     choice: int
-    """Between images (1) or statements (2)."""
+    """Whether the choice is between images (1) or statements (2)."""
     needs = {
         "MMVP_VLM/Questions.csv": "MMVP-VLM's statements",
         "MMVP_VLM/MLLM_VLM Images": "its 270 images, in a folder for each of nine patterns",
@@ -89,7 +89,7 @@ class Mmvp(sources.RealBenchmark):
 
     @functools.cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """The pairs, read once."""
+        """The pairs, which are read once."""
         return pairs(self.path("MMVP_VLM/Questions.csv").parent)
 
     def images(self, seed: int) -> Mapping[str, Images]:

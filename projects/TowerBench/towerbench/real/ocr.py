@@ -1,4 +1,4 @@
-"""Word images read by a CTC readout on the map of features: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
+"""Images of words, read by a CTC readout on the feature map: IIIT5K, SVT, IC13, IC15, SVTP, CUTE80."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,21 +19,23 @@ from towerbench.registry import Context, variant
 from towerbench.standardise import standardised
 
 TRAINING = ("ocr/train/real", "ocr/train/synth", "ocr/train", "data_lmdb_release/training")
-"""Where LMDBs to train the readout on may be, in any depth; the first that is there is taken."""
+"""Folders where LMDBs to train the readout on may be, at any depth. The first that exists is used."""
 
 COUNTS = {"train": 12000, "held": 1500}
-"""Words to train on and to choose by: as many of each LMDB as of the others, spread over it; or rendered."""
+"""Number of words to train on, and to choose by. They are equally many of each LMDB, spread over it, or rendered words.
+"""
 
 EPOCHS = 20
 LEAST = 32
-"""Columns of a line: each says two letters or blanks, enough for words of 25 letters."""
+"""Columns of a line. Each stands for two letters or blanks, so they are enough for words of 25 letters."""
 
 SIZES = (20, 48)
-"""Height in pixels of rendered words."""
+"""Height of rendered words in pixels."""
 
 
 class Ocr(sources.RealBenchmark):
-    """Items are images of `LINES` words, columns right words, shares of right characters, and how many words."""
+    """Items are images of `LINES` words. Columns are correct words, shares of correct characters, and the number of
+    words."""
 
     family = "ocr"
     version = 2
@@ -61,19 +63,19 @@ class Ocr(sources.RealBenchmark):
 
     @functools.cached_property
     def set(self) -> WordSet:
-        """What is read."""
+        """The words that are read."""
         return words.word_set(self.name.removeprefix("ocr "), self.path(next(iter(self.needs))))
 
     @functools.cached_property
     def readout(self) -> Mapping[str, WordSet]:
-        """`train` and `held`."""
+        """The words to train on (`train`) and to choose by (`held`)."""
         return readout_sets(training(self.context.data), tuple(COUNTS.items()))
 
     def images(self, seed: int) -> Mapping[str, Images]:
         return {name: each.images() for name, each in ({**self.readout, "test": self.set}).items()}
 
     def items(self, tower: FeatureStore, images: Mapping[str, Images], seed: int) -> np.ndarray:
-        # The sets share it.
+        # The test sets share this key.
         key = "ocr", images["train"].identity, images["held"].identity, EPOCHS, seed
         labels = {name: each.labels for name, each in self.readout.items()}
         read = tower.once(key, lambda: trained(tower, images, labels, seed))
@@ -87,15 +89,15 @@ class Ocr(sources.RealBenchmark):
 def trained(
     tower: FeatureStore, images: Mapping[str, Images], labels: Mapping[str, Sequence[str]], seed: int
 ) -> Callable[[tuple[Images, int]], list[str]]:
-    """A reader trained on one tower's features, as a function from images and a number to their first words.
+    """Train a reader on one tower's features. Return a function from images and a number to their first words.
 
     Args:
         images: `train` and `held`.
-        labels: the words in these images, `LINES` an image; the last may have fewer.
+        labels: the words in these images, `LINES` per image. The last image may have fewer.
     """
 
     def columns(words_of: tuple[Images, int]) -> Iterator[torch.Tensor]:
-        """Columns `[n, C, w]` of the first words, some at a time."""
+        """Yield columns `[n, C, w]` of the first words, in chunks."""
         shown, count = words_of
         for part in ctc_readout.columns(tower, shown, LEAST):
             yield part[:count]
@@ -103,35 +105,36 @@ def trained(
 
     words_of = {name: (images[name], len(texts)) for name, texts in labels.items()}
     seen = standardised(columns, words_of["train"], channels=1)
-    # Half precision: thousands of words are kept.
+    # Columns are kept in half precision, because there are thousands of words.
     sides = ((torch.cat([part.half() for part in seen(words_of[name])]), labels[name]) for name in labels)
     reader = ctc_readout.trained(*sides, words.LETTERS, seed, EPOCHS)
     return lambda of: [word for part in seen(of) for word in reader.read(part)]
 
 
 def tallied(scores: np.ndarray) -> np.ndarray:
-    """Sums of words' scores `[N, k]` by image, and how many words it has: `[ceil(N / LINES), k + 1]`."""
+    """Return sums of the words' scores `[N, k]` by image, and the number of words per image: `[ceil(N / LINES), k +
+    1]`."""
     scores = np.concatenate((scores, np.ones((len(scores), 1))), 1)
     empty = np.zeros((-len(scores) % LINES, scores.shape[1]))
     return np.concatenate((scores, empty)).reshape(-1, LINES, scores.shape[1]).sum(1)
 
 
-# ---------------------------------------------------------------- what the readout is trained on
+# ---------------------------------------------------------------- training data of the readout
 
 
 def training(data: Path) -> Path | None:
-    """The folder below `data` with LMDBs to train on; None: there is none."""
+    """Return the folder below `data` with LMDBs to train on. None: there is none."""
     return next((data / path for path in TRAINING if databases(data / path)), None)
 
 
 def databases(folder: Path) -> list[Path]:
-    """The LMDBs in a folder, in any depth."""
+    """Return the LMDBs in a folder, at any depth."""
     return sorted(file.parent for file in folder.rglob("data.mdb"))
 
 
 @functools.lru_cache(maxsize=1)
 def readout_sets(folder: Path | None, counts: tuple[tuple[str, int], ...]) -> dict[str, WordSet]:
-    """`train` and `held`: words of the LMDBs in a folder, or rendered ones.
+    """Return `train` and `held`: words of the LMDBs in a folder, or rendered words.
 
     Raises:
         DataError: an LMDB is broken.
@@ -152,7 +155,7 @@ def readout_sets(folder: Path | None, counts: tuple[tuple[str, int], ...]) -> di
     files = [file for part in parts for file in part.files]
 
     def of(name: str, numbers: np.ndarray) -> WordSet:
-        # In any order within an LMDB, so that the readout does not learn which words are neighbours there.
+        # The order within an LMDB is random, so that the readout does not learn which words are neighbours there.
         chosen = sorted((known[i] for i in numbers), key=lambda entry: parts.index(entry[0]))
         labels = [words.letters(part.texts[i]) for part, i in chosen]
 
@@ -170,7 +173,7 @@ def readout_sets(folder: Path | None, counts: tuple[tuple[str, int], ...]) -> di
 
 
 def shares(folders: list[Path], wanted: int) -> dict[Path, int]:
-    """How many words of each LMDB: as many of each, and more of the others where one has fewer."""
+    """Return the number of words of each LMDB. They are equal, but if one LMDB has fewer, the others give more."""
     sizes = {folder: words.size(folder) for folder in folders}
     found: dict[Path, int] = {}
     for folder in sorted(folders, key=lambda each: (sizes[each], each)):
@@ -180,7 +183,8 @@ def shares(folders: list[Path], wanted: int) -> dict[Path, int]:
 
 
 def rendered_words(part: str, count: int) -> WordSet:
-    """Words and letters at random, in the demo suite's typefaces: of its training, to choose by of its test."""
+    """Return words and random letters in the demo suite's typefaces: those of its training to train on, those of its
+    test to choose by."""
     rng = np.random.default_rng([16, list(COUNTS).index(part)])
     fonts = rendered.TRAIN_FONTS if part == "train" else rendered.TEST_FONTS
     faces = [f"{package}/{name}" for package, names in fonts.items() for name in names]
@@ -204,7 +208,8 @@ def rendered_words(part: str, count: int) -> WordSet:
 
 
 def word_image(word: str, file: Path, rng: np.random.Generator) -> np.ndarray:
-    """A word in a typeface `[H, W, 3]` uint8, cut out narrowly: any two colours that differ, turned a little, noise."""
+    """Render a word in a typeface `[H, W, 3]` uint8, cropped tightly: any two different colours, slightly turned, with
+    noise."""
     tile = rendered.inked(word, file)
     height = int(rng.integers(*SIZES))
     width = max(4, round(tile.width * height / tile.height * rng.uniform(0.8, 1.2)))
@@ -221,7 +226,8 @@ def word_image(word: str, file: Path, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
-# By set: its folders in PARSeq's layout, deep-text-recognition-benchmark's and MMOCR's, and how many words it has.
+# For each set: its folders in the layouts of PARSeq, deep-text-recognition-benchmark and MMOCR, and its number of
+# words.
 _SETS = {
     "iiit5k": ("ocr/test/IIIT5k", "data_lmdb_release/evaluation/IIIT5k_3000", "mixture/III5K", "3,000"),
     "svt": ("ocr/test/SVT", "data_lmdb_release/evaluation/SVT", "mixture/svt", "647"),

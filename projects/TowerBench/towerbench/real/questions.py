@@ -24,7 +24,7 @@ class Question:
     """A question on an image.
 
     Args:
-        scores: of every answer that a person gave, what it is worth; of any other 0.
+        scores: the score of every answer that a person gave. All others have 0.
     """
 
     text: str
@@ -33,18 +33,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """Images and what is asked on each.
+    """Images and their questions.
 
     Args:
         images: their numbers in COCO.
-        questions: of each, at least one.
+        questions: of each image, at least one.
     """
 
     images: Sequence[int]
     questions: Sequence[Sequence[Question]]
 
     def part(self, places: Iterable[int]) -> "Asked":
-        """Some of its images."""
+        """Return some of its images."""
         return sources.rows_of(self, places, "images", "questions")
 
     @property
@@ -55,10 +55,10 @@ class Asked:
 
 @functools.lru_cache(maxsize=1 << 18)
 def normalised(answer: str) -> str:
-    """An answer as it is compared: punctuation, articles and case taken off, number words in digits.
+    """Return an answer in the form for comparisons: without punctuation, articles and case, number words in digits.
 
-    A sign is taken out where a space is beside it, or where the answer has a comma between digits; elsewhere it becomes
-    a space. A full stop is kept before a digit. Apostrophes are in the files as they should be.
+    A sign is removed if a space is beside it, or if the answer has a comma between digits. Otherwise it becomes a
+    space. A full stop before a digit is kept. Apostrophes are correct in the files.
     """
     found = answer.replace("\n", " ").replace("\t", " ").strip()
     grouped = re.search(r"\d,\d", found) is not None
@@ -71,20 +71,22 @@ def normalised(answer: str) -> str:
 
 
 def soft_accuracy(matches: int, people: int) -> float:
-    """What an answer is worth that `matches` of so many people gave: min(matches / 3, 1) among all but one of them, the
-    mean over who is left out."""
+    """Return the score of an answer that `matches` of a number of people gave.
+
+    It is min(matches / 3, 1) among all people but one, as the mean over who is left out.
+    """
     own, other = min((matches - 1) / 3, 1), min(matches / 3, 1)
     return (matches * own + (people - matches) * other) / people
 
 
 def scores(answers: Sequence[str]) -> dict[str, float]:
-    """Of every answer that was given, normalised, its soft accuracy."""
+    """Return the soft accuracy of every answer that was given, by its normalised form."""
     counted = Counter(map(normalised, answers))
     return {answer: soft_accuracy(count, len(answers)) for answer, count in counted.items()}
 
 
 def read(questions: Path, annotations: Path, most: int) -> Asked:
-    """The questions on at most so many images, spread over the set, the same ones every time.
+    """Return the questions on no more than `most` images. The images are spread over the set and always the same.
 
     Raises:
         DataError: a file is broken, a question has no annotation or the other way round, or they differ in the image.
@@ -130,17 +132,17 @@ def read(questions: Path, annotations: Path, most: int) -> Asked:
     return Asked(images, [[each for _, each in sorted(by_image[p], key=lambda e: e[0])] for p in images])
 
 
-# ---------------------------------------------------------------- what needs no image
+# ---------------------------------------------------------------- answers without the image
 
 BEGINNING = 5
-"""Words of a question that are looked at, where it is answered without its image."""
+"""Number of words of a question that are compared, if it is answered without its image."""
 
 FREQUENT = 5
-"""Questions of the training that begin alike, at least, before their answers are believed."""
+"""Least number of training questions with the same beginning, for their answers to be used."""
 
 
 def most_frequent(train: Sequence[Question], count: int) -> list[str]:
-    """The answers that are worth most over the training, the best first."""
+    """Return the answers with the highest score over the training, the best first."""
     total: Counter[str] = Counter()
     for question in train:
         total.update(question.scores)
@@ -148,14 +150,14 @@ def most_frequent(train: Sequence[Question], count: int) -> list[str]:
 
 
 def worth(test: Sequence[Question], answers: Iterable[str]) -> float:
-    """The mean soft accuracy of one answer to each question."""
+    """Return the mean soft accuracy of one answer to each question."""
     found = [question.scores.get(answer, 0.0) for question, answer in zip(test, answers, strict=True)]
     return sum(found) / len(found)
 
 
 def guessed(train: Sequence[Question], test: Sequence[Question]) -> list[str]:
-    """To each question the best answer of the training to questions with the same first words, as many as are frequent
-    there."""
+    """Return for each question the best training answer to questions with the same first words, as many words as are
+    frequent there."""
     alike: dict[tuple[str, ...], list[Question]] = {}
     for question in train:
         for beginning in _beginnings(question.text):
@@ -172,6 +174,7 @@ def guessed(train: Sequence[Question], test: Sequence[Question]) -> list[str]:
 
 
 def _beginnings(text: str) -> list[tuple[str, ...]]:
-    """The longest first, which may be the whole question, and that without a word last."""
+    """Return the beginnings of a question, the longest first. The longest may be the whole question, the last has no
+    word."""
     words = tuple(re.findall(r"[\w']+", text.lower()))[:BEGINNING]
     return [words[:length] for length in range(len(words), -1, -1)]

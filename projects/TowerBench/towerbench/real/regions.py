@@ -1,4 +1,4 @@
-"""Regions of images as data sets give them: panoptic segments, and COCO's instances."""
+"""Regions of images in the form of data sets: panoptic segments, and COCO's instances."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 KINDS = ("boxes", "thing masks", "stuff masks")
 
 Choice = Callable[[Sequence[Sequence[int]], int], list[int]]
-"""From the labels of the regions in each image, and the number of classes, to the images that are taken."""
+"""From the labels of the regions in each image, and the number of classes, to the images that are used."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Region:
     Args:
         label: index of its class.
         box: `(x, y, width, height)` in pixels, within the image.
-        mask: the id of a segment, or COCO's run lengths; None: none is given, or no pixel is in it.
+        mask: the id of a segment, or COCO's run lengths. None: there is no mask, or it has no pixel.
     """
 
     label: int
@@ -44,8 +44,8 @@ class Shown:
     """An image with regions.
 
     Args:
-        size: (height, width), which boxes and masks are of.
-        segments: a file of segment ids, which regions name; None: there is none.
+        size: (height, width) that boxes and masks refer to.
+        segments: a file of segment ids, to which regions refer. None: there is none.
     """
 
     source: Source
@@ -54,7 +54,7 @@ class Shown:
     segments: Path | None = None
 
     def coverage(self, regions: Sequence[Region], kind: str, grid: tuple[int, int]) -> torch.Tensor:
-        """How much of each cell some of its regions cover, `[M, h, w]`."""
+        """Return the covered share of each cell for some of its regions, `[M, h, w]`."""
         if kind == "boxes":
             return torch.stack([region_pooling.box_coverage(r.box, self.size, grid) for r in regions])
         if self.segments is not None:
@@ -72,8 +72,8 @@ class RegionSet:
 
     Args:
         names: the words for each class.
-        things: whether a class is of things; else it is stuff.
-        files: that hold the annotations.
+        things: whether a class is of things. Otherwise it is stuff.
+        files: with the annotations.
     """
 
     images: Sequence[Shown]
@@ -87,7 +87,7 @@ class RegionSet:
         return [shown.source for shown in self.images]
 
     def of_kind(self, kind: str, per_class: int | None = None) -> list[list[Region]]:
-        """The regions of a kind by image; at most `per_class` of each class, the first ones."""
+        """Return the regions of a kind by image. At most the first `per_class` of each class are included."""
         seen = [0] * len(self.names)
         found: list[list[Region]] = []
         for shown in self.images:
@@ -103,18 +103,21 @@ class RegionSet:
         return found
 
     def part(self, numbers: Sequence[int]) -> "RegionSet":
-        """Some of its images."""
+        """Return some of its images."""
         return sources.rows_of(self, numbers, "images")
 
 
 def evenly(labels: Sequence[Sequence[int]], classes: int) -> list[int]:
-    """The images that are tested, a `Choice`."""
+    """Return the images that are tested. This is a `Choice`."""
     return sources.spread(len(labels), maps.TEST)
 
 
 def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> list[int]:
-    """A `Choice` of at most `maps.TRAIN` images to train on, the same ones at every call: images of the rarest
-    class first, until there are `per_class` of its regions, then of the next."""
+    """Return no more than `maps.TRAIN` images to train on, the same ones at every call. This is a `Choice`.
+
+    Images of the rarest class come first, until there are `per_class` of its regions. Then come those of the next
+    class.
+    """
     holders: list[list[int]] = [[] for _ in range(classes)]
     for image in np.random.default_rng(0).permutation(len(labels)):
         for label in set(labels[image]):
@@ -134,13 +137,14 @@ def balanced(labels: Sequence[Sequence[int]], classes: int, per_class: int) -> l
 
 
 def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> RegionSet:
-    """COCO's panoptic format: a JSON file, and images whose colours are the segments' ids.
+    """Read COCO's panoptic format: a JSON file, and images whose colours are the segments' ids.
 
     Args:
-        folder: of the images. segments: folder of the images of segments.
+        folder: of the images.
+        segments: folder of the images of segments.
 
     Raises:
-        DataError: a file is missing or broken, or they contradict each other; all that are chosen are read.
+        DataError: a file is missing or broken, or they contradict each other. All chosen images are read.
     """
     data = sources.read_json(json_file)
     classes, names, things = _categories(data, json_file)
@@ -173,10 +177,10 @@ def panoptic(json_file: Path, folder: Path, segments: Path, choice: Choice) -> R
 
 
 def segment_ids(file: Path) -> np.ndarray:
-    """The ids `[H, W]` int32 that an image of segments has as colours: R + 256 G + 65536 B.
+    """Return the ids `[H, W]` int32 that an image of segments has as colours: R + 256 G + 65536 B.
 
     Raises:
-        DataError: it is missing, or no colour image.
+        DataError: the file is missing, or is no colour image.
     """
     with sources.readable(file, "image of segments", "make the panoptic annotations again"):
         colours = np.asarray(Image.open(file))
@@ -189,7 +193,7 @@ def segment_ids(file: Path) -> np.ndarray:
 
 
 def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_file: Path) -> set[int]:
-    """The ids in an image of segments, which are all known but 0 (nothing)."""
+    """Return the ids in an image of segments. All are known, except 0 (nothing)."""
     ids = segment_ids(file)
     if ids.shape != size:
         raise DataError(
@@ -197,7 +201,7 @@ def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_fil
             "panoptic annotations again"
         )
     flat = ids.ravel()
-    starts = flat[np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))]  # of runs: few, where pixels are many
+    starts = flat[np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))]  # of runs, which are fewer than pixels
     there = set(np.unique(starts).tolist())
     unknown = sorted(there - known - {0})
     if unknown:
@@ -211,15 +215,15 @@ def _check_segments(file: Path, size: tuple[int, int], known: set[int], json_fil
 def instances(
     json_file: Path, folder: Path, path: Callable[[Mapping[str, Any]], str], choice: Choice, *, masks: bool
 ) -> RegionSet:
-    """COCO's format of instances, as Objects365 and LVIS have it too. Crowds, and boxes without area, are left out.
+    """Read COCO's format of instances, which Objects365 and LVIS also have. Crowds and boxes without area are left out.
 
     Args:
-        folder: what paths of images begin with.
-        path: from an entry of `images` to its path below; "": it is known to be missing.
+        folder: prefix of the images' paths.
+        path: from an entry of `images` to its path below the folder. "": it is known to be missing.
         masks: whether `segmentation` is read too.
 
     Raises:
-        DataError: the file is missing, broken, or contradicts itself; regions are read of what is chosen.
+        DataError: the file is missing, broken, or contradicts itself. Regions are read of the chosen images.
     """
     data = sources.read_json(json_file)
     classes, names, things = _categories(data, json_file)
@@ -249,7 +253,7 @@ def instances(
 
 
 def _categories(data: Any, file: Path) -> tuple[dict[int, int], list[tuple[str, ...]], list[bool]]:
-    """The place of each category by its id, in the order of ids; their words; whether they are things."""
+    """Return the index of each category by its id, in the order of ids, their words, and whether they are things."""
     entries = sorted(field(data, "categories", file, list), key=lambda entry: field(entry, "id", file, int))
     classes = {entry["id"]: place for place, entry in enumerate(entries)}
     if len(classes) != len(entries) or not entries:
@@ -290,7 +294,7 @@ def _size(image: Mapping[str, Any], file: Path) -> tuple[int, int]:
 
 
 def _box(entry: Any, size: tuple[int, int], file: Path) -> tuple[float, float, float, float] | None:
-    """A box cut to its image; None: it has no area. Published boxes reach a little over the edge."""
+    """Return a box cut to its image. None: it has no area. Published boxes reach slightly over the edge."""
     box = field(entry, "bbox", file, list)
     if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
         raise DataError(f"{file}: `bbox` is {box}; four numbers x, y, width, height were expected")
@@ -307,7 +311,7 @@ def _box(entry: Any, size: tuple[int, int], file: Path) -> tuple[float, float, f
 
 
 def _run_lengths(entry: Any, size: tuple[int, int], file: Path) -> dict[str, Any] | None:
-    """COCO's run lengths of what `segmentation` holds; None: it covers no pixel."""
+    """Return COCO's run lengths of the content of `segmentation`. None: it covers no pixel."""
     from pycocotools import mask as mask_api
 
     shape = field(entry, "segmentation", file, (list, dict))
@@ -319,7 +323,7 @@ def _run_lengths(entry: Any, size: tuple[int, int], file: Path) -> dict[str, Any
                 shape if isinstance(shape["counts"], str | bytes) else mask_api.frPyObjects(shape, *size)
             )
         area, of = int(mask_api.area(encoded)), tuple(encoded["size"])
-    except Exception as error:  # whatever pycocotools meets: its errors are of many kinds
+    except Exception as error:  # pycocotools raises errors of many kinds
         raise DataError(
             f"{file}: a `segmentation` can not be read ({error}); polygons or run lengths were expected"
         ) from error

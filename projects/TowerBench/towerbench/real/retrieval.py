@@ -1,4 +1,4 @@
-"""Images and captions found by each other: Flickr30k, DCI, Urban-1k, and, in fine-tuning's domain, COCO."""
+"""Images are found by captions, and captions by images: Flickr30k, DCI, Urban-1k, and COCO, which is in-domain."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,16 +13,17 @@ from towerbench.registry import variant
 
 
 class Retrieval(sources.RealBenchmark):
-    """recall@1/5/10 both ways. Items are images with all their captions, of which an image may have any number."""
+    """recall@1/5/10 in both directions. Items are images with all their captions. An image may have any number of
+    captions."""
 
     family, metric = "retrieval", "mean of recall@1, 5, 10, both ways"
 
     load: Callable[..., CaptionedSet]
-    """From what `needs` names, in its order, to the set."""
+    """From what `needs` names, in this order, to the set."""
 
     @functools.cached_property
     def set(self) -> CaptionedSet:
-        """The set, read once."""
+        """The set, which is read once."""
         return self.load(*map(self.path, self.needs))
 
     def images(self, seed: int) -> Mapping[str, Images]:
@@ -32,7 +33,7 @@ class Retrieval(sources.RealBenchmark):
         return recall.of_captioned(tower, images["test"], self.set.captions)
 
     def figure(self, means: np.ndarray) -> np.ndarray:
-        # An image counts as a query once, each of its captions once: the latter's recall is a ratio of sums.
+        # An image is one query, and so is each of its captions. The recall of captions is therefore a ratio of sums.
         ways = len(recall.AT)
         of_captions = means[..., :ways] / means[..., ways : ways + 1]
         return np.concatenate((of_captions, means[..., ways + 1 :]), -1).mean(-1)

@@ -11,10 +11,11 @@ from towerbench.real import sources, zero_shot
 from towerbench.registry import Context, variant
 
 COUNT = 500
-"""Images of a set that are shown, each under every corruption; spread over the set, the same ones every time."""
+"""Number of images of a set. Each is shown under every corruption. They are spread over the set and always the same."""
 
 SIDE = 224
-"""Images are corrupted at this size, as ImageNet-C is (arXiv:1903.12261): strengths then mean the same on any set."""
+"""Images are corrupted at this size, as in ImageNet-C (arXiv:1903.12261), so that strengths mean the same on any set.
+"""
 
 
 class _Robustness(sources.RealBenchmark):

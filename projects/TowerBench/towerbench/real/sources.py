@@ -1,4 +1,4 @@
-"""Images and annotations on disk: what all benchmarks of the real suite share."""
+"""Images and annotations on disk. All benchmarks of the real suite share this module."""
 
 import contextlib
 import csv
@@ -27,12 +27,12 @@ class RealBenchmark(Benchmark):
     """A benchmark on the user's data.
 
     Attributes:
-        needs: what has to be where, by its path below `--data`; alternatives are separated by `|`.
+        needs: for each thing that is needed, its path below `--data`. Alternatives are separated by `|`.
     """
 
     suite = "real"
     max_seeds = 1
-    """Nothing is drawn, unless a subclass says otherwise."""
+    """Nothing is random, unless a subclass says otherwise."""
 
     needs: Mapping[str, str] = {}
 
@@ -54,7 +54,7 @@ class RealBenchmark(Benchmark):
         return ", ".join(f"{paths.replace('|', ' or ')} ({what})" for paths, what in needs.items())
 
     def path(self, paths: str) -> Path:
-        """The first of the alternatives that is there, below `--data`."""
+        """Return the first of the alternatives that exists below `--data`."""
         found = [self.context.data / path for path in paths.split("|")]
         return next((path for path in found if path.exists()), found[0])
 
@@ -64,7 +64,7 @@ class Source:
     """An encoded image: a file, or a part of one.
 
     Args:
-        offset, size: of the part in bytes; size None: the whole file.
+        offset, size: of the part in bytes. With size None, it is the whole file.
     """
 
     file: Path
@@ -72,7 +72,7 @@ class Source:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The encoded bytes.
+        """Return the encoded bytes.
 
         Raises:
             DataError: the file cannot be read.
@@ -89,7 +89,7 @@ class Source:
 
 @contextlib.contextmanager
 def readable(what: object, kind: str, advice: str = "get it again") -> Iterator[None]:
-    """Turn what readers and the system raise within the block into a DataError that names `what` and its kind."""
+    """Turn errors of readers and of the system within the block into a DataError that names `what` and its kind."""
     try:
         yield
     except (OSError, ValueError, SyntaxError, csv.Error, tarfile.TarError) as error:
@@ -97,7 +97,7 @@ def readable(what: object, kind: str, advice: str = "get it again") -> Iterator[
 
 
 def decoded(data: bytes, what: object) -> np.ndarray:
-    """Encoded bytes as `[H, W, 3]` uint8 RGB; `what` names them in the error.
+    """Decode bytes to `[H, W, 3]` uint8 RGB. `what` names them in the error.
 
     Raises:
         DataError: they are no image, or a broken one.
@@ -117,12 +117,12 @@ def images(
     scale: float = 1.0,
     dense: bool = False,
 ) -> Images:
-    """A set of images from disk.
+    """Return a set of images from disk.
 
     Args:
-        name: what it is; says also what `change` does.
-        annotations: files that scores depend on: where they change, results of an earlier run are not taken up.
-        change: makes `times` images of each decoded one `[H, W, 3]` and its number.
+        name: of the set, which also says what `change` does.
+        annotations: files that the scores depend on. If they change, results of an earlier run are not used.
+        change: makes `times` images of each decoded image `[H, W, 3]` and its number.
     """
     digest = hashlib.sha256(name.encode())
     sizes: dict[Path, int] = {}
@@ -155,35 +155,35 @@ def _size(file: Path) -> int:
 
 
 def listed(folder: Path) -> list[Path]:
-    """The images in a folder, by name."""
+    """Return the images in a folder, by name."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_text(file: Path, advice: str = "get it again") -> str:
-    """A text file's content, UTF-8 with or without a byte order mark.
+    """Return a text file's content, UTF-8 with or without a byte order mark.
 
     Args:
-        advice: what to do where it cannot be read, the end of the error's sentence.
+        advice: what to do if it cannot be read. It is the end of the error's sentence.
 
     Raises:
-        DataError: it is no UTF-8, or is not there.
+        DataError: it is no UTF-8, or is missing.
     """
     with readable(file, "text", advice):
         return file.read_text(encoding="utf-8-sig")
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file's content.
+    """Return a JSON file's content.
 
     Raises:
-        DataError: it is no JSON, or is not there.
+        DataError: it is no JSON, or is missing.
     """
     with readable(file, "JSON file"):
         return json.loads(file.read_text(encoding="utf-8"))
 
 
 def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = object) -> Any:
-    """`entry[key]` of what a JSON file holds.
+    """Return `entry[key]` of a JSON file's content.
 
     Raises:
         DataError: the entry has no such key, or something else under it.
@@ -197,18 +197,18 @@ def field(entry: Any, key: str, file: Path, kind: type | tuple[type, ...] = obje
 
 
 def rows_of(table: _Table, numbers: Iterable[int], *columns: str) -> _Table:
-    """A dataclass with some rows alone of those of its fields that have a row an image."""
+    """Return a dataclass with only some rows of the fields that have one row per image."""
     numbers = list(numbers)
     return replace(table, **{name: [getattr(table, name)[i] for i in numbers] for name in columns})
 
 
 def train_and_held(rows: Sequence[int], one_in: int) -> tuple[list[int], list[int]]:
-    """Rows parted: to train on, and, one in so many from the first on, to choose by."""
+    """Split rows into those to train on and those to choose by. The latter are one in `one_in`, from the first on."""
     return [row for i, row in enumerate(rows) if i % one_in], list(rows[::one_in])
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `count`, the same ones at every call, in order."""
+    """Return at most `most` of the numbers below `count`, in order. They are the same at every call."""
     if count <= most:
         return list(range(count))
     return sorted(np.random.default_rng(0).permutation(count)[:most].tolist())

@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA: one of the frequent answers is chosen, by a readout on the map and the text tower's embedding."""
+"""VQAv2 and OK-VQA. A readout on the map and the question's text embedding chooses one of the frequent answers."""
 
 import functools
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from towerbench.registry import variant
 from towerbench.standardise import standardised
 
 TRAIN, TEST = 9000, 5000
-"""Images of train2014 that the readout sees, and of val2014 that are asked about: spread over the set, the same ones
-every time, with all their questions."""
+"""Number of images of train2014 that the readout sees, and of val2014 that are asked about. They are spread over the
+set, always the same, and come with all their questions."""
 
 HELD = 9
-"""One in so many of the former is the validation split."""
+"""One of this number of the former images is in the validation split."""
 
 ANSWERS = 3000
-"""The most frequent answers of the training, between which the readout chooses."""
+"""Number of the most frequent training answers, among which the readout chooses."""
 
 GRID = 8
 """Images are seen in GRID x GRID cells."""
@@ -38,8 +38,8 @@ GLIMPSES = 2
 
 
 class Answerer(nn.Module):
-    """Looks twice among the cells for what a question speaks of, and answers from what it finds, how much of it there
-    is, where, the mean of all cells, and the question itself."""
+    """A model that looks twice among the cells for what a question mentions. It answers from what it finds, how much of
+    it there is, where it is, the mean of all cells, and the question itself."""
 
     def __init__(self, channels: int, words: int, answers: int) -> None:
         super().__init__()
@@ -52,7 +52,13 @@ class Answerer(nn.Module):
         self.answers = nn.Linear(2 * WIDTH, answers)
 
     def forward(self, cells: torch.Tensor, image: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Cells `[N, P, C]`, and of each question its image `[Q]` and embedding `[Q, W]` -> scores `[Q, answers]`."""
+        """Return scores `[Q, answers]`.
+
+        Args:
+            cells: `[N, P, C]`.
+            image: index of each question's image `[Q]`.
+            words: embedding of each question `[Q, W]`.
+        """
         keys, values = self.keys(cells), F.relu(self.values(cells)) + self.place
         queries = self.query(words).unflatten(1, (GLIMPSES, WIDTH))
         looked = torch.einsum("qgw,qpw->qgp", queries, keys[image]) / WIDTH**0.5
@@ -67,13 +73,13 @@ class Answerer(nn.Module):
 
 @dataclass
 class Side:
-    """Questions in tensors.
+    """Questions as tensors.
 
     Args:
         cells: `[N, P, C]`, in half precision.
         words: of each question `[Q, W]`.
-        first: where the questions of each image begin, and where all end `[N + 1]`.
-        worth: of each question what every answer is worth, sparse: numbers of answers `[k]` and their worth `[k]`.
+        first: index of the first question of each image, and the end of all questions `[N + 1]`.
+        worth: for each question the scores of answers, sparse: indices of answers `[k]` and their scores `[k]`.
     """
 
     cells: torch.Tensor
@@ -82,7 +88,7 @@ class Side:
     worth: list[tuple[torch.Tensor, torch.Tensor]]
 
     def scores(self, model: Answerer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of all questions on some images, and what the answers are worth, both `[q, answers]`."""
+        """Return the scores of all questions on some images, and what the answers are worth, both `[q, answers]`."""
         rows = [torch.arange(self.first[p], self.first[p + 1]) for p in images.tolist()]
         within = torch.cat([torch.full((len(r),), place) for place, r in enumerate(rows)])
         row = torch.cat(rows)
@@ -94,7 +100,7 @@ class Side:
 
     @torch.no_grad()
     def accuracy(self, model: Answerer) -> float:
-        """The mean worth of the answers that are chosen."""
+        """Return the mean worth of the chosen answers."""
         total = 0.0
         for images in torch.arange(len(self.cells)).split(BATCH):
             found, worth = self.scores(model, images)
@@ -103,9 +109,10 @@ class Side:
 
 
 def trained(train: Side, held: Side, answers: int, seed: int) -> Answerer:
-    """The model after the epoch that answers the validation split best.
+    """Train a model and return its state after the epoch that answers the validation split best.
 
-    The loss is the binary cross-entropy with what answers are worth, summed over them (arXiv:1708.02711, section 3.5).
+    The loss is the binary cross-entropy with the worth of the answers, summed over them (arXiv:1708.02711, section
+    3.5).
     """
     torch.manual_seed(seed)
     model = Answerer(train.cells.shape[2], train.words.shape[1], answers)
@@ -128,9 +135,10 @@ def trained(train: Side, held: Side, answers: int, seed: int) -> Answerer:
 
 
 class Vqa(sources.RealBenchmark):
-    """Items are images, columns what the answers to their questions are worth in sum, and how many questions.
+    """Items are images. Columns are the total worth of the answers to their questions, and the number of questions.
 
-    In-domain: the images are COCO's, and train2017, which fine-tuning sees, holds train2014 and most of val2014.
+    The benchmark is in-domain: the images are COCO's, and train2017, which fine-tuning sees, has train2014 and most of
+    val2014.
     """
 
     family, metric = "vqa", "VQA's soft accuracy, a readout's choice of frequent answers"
@@ -181,7 +189,7 @@ class Vqa(sources.RealBenchmark):
         return np.array(found, np.float64)
 
     def sides(self, tower: FeatureStore, images: Mapping[str, Images], answers: list[str]) -> list[Side]:
-        """`train`, `held` and `test`, whose features are standardised channel by channel as `train`'s are."""
+        """Return `train`, `held` and `test`. Their features are standardised by channel, like those of `train`."""
         seen = standardised(lambda of: grid_cells(tower, of, GRID), images["train"], channels=2)
         centre = tower.text([q.text for q in self.asked["train"].every]).mean(0)
         place = {answer: number for number, answer in enumerate(answers)}
@@ -213,7 +221,8 @@ class Vqa(sources.RealBenchmark):
 
 
 def coco_image(folder: Path, number: int) -> Path:
-    """An image of COCO's train2014 or val2014, in that folder, or under its name of 2017 in train2017 or val2017."""
+    """Return an image of COCO's train2014 or val2014: in that folder, or under its name of 2017 in train2017 or
+    val2017."""
     if folder.name.endswith("2014"):
         return folder / f"COCO_{folder.name}_{number:012d}.jpg"
     held = folder.parent / "val2017" / f"{number:012d}.jpg"

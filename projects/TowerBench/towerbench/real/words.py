@@ -1,4 +1,4 @@
-"""Sets of word images as they lie on disk: LMDB, and folders with a list of labels."""
+"""Sets of word images on disk: LMDB, and folders with a list of labels."""
 
 import contextlib
 import hashlib
@@ -20,10 +20,10 @@ from towerbench.real import sources
 logger = logging.getLogger(__name__)
 
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-"""Case is not told apart, and other signs are left out of labels, as is usual on these sets (arXiv:1904.01906)."""
+"""Case is ignored, and other signs are removed from labels, as is usual on these sets (arXiv:1904.01906)."""
 
 LONGEST = 25
-"""Words of more letters are left out, as is usual."""
+"""Words with more letters are left out, as is usual."""
 
 LABEL_FILES = (
     "test_label.txt",
@@ -33,10 +33,10 @@ LABEL_FILES = (
     "label.txt",
     "gt.txt",
 )
-"""Lists of labels that are known, in a folder of images: of MMOCR, PaddleOCR and others."""
+"""Known names of label lists in a folder of images: those of MMOCR, PaddleOCR and others."""
 
 SIDE = 448
-"""Of the square that LINES words share."""
+"""Side of the square that LINES words share."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class WordSet:
     """Word images with their labels.
 
     Args:
-        name: what it is, with all that decides the images besides `files`.
-        labels: of letters of LETTERS alone, at least one.
+        name: of the set, with everything that decides the images besides `files`.
+        labels: with at least one letter, all of LETTERS.
         read: yields the images `[H, W, 3]` in order.
-        files: what it is read from.
+        files: the source of the words.
     """
 
     name: str
@@ -56,7 +56,8 @@ class WordSet:
     files: Sequence[Path] = ()
 
     def images(self) -> Images:
-        """`LINES` words an image, each in a line of its own, for `ctc_readout.columns`; the last fills its image."""
+        """Return `LINES` words per image, each in its own line, for `ctc_readout.columns`. Copies of the last word fill
+        the last image."""
         digest = hashlib.sha256(repr((self.name, SIDE, LINES, self.labels)).encode())
         for file in self.files:
             about = file.stat()
@@ -70,7 +71,7 @@ class WordSet:
                     yield np.concatenate(rows)
                     rows = []
             if rows:
-                # What stands beside a word is seen with it: rather a word than nothing.
+                # The map also shows what is beside a word. It is better to show a word than nothing.
                 yield np.concatenate(rows + rows[-1:] * (LINES - len(rows)))
 
         key = f"{self.name}/{digest.hexdigest()[:16]}"
@@ -78,7 +79,7 @@ class WordSet:
 
 
 def line(image: np.ndarray) -> np.ndarray:
-    """A word image as large as it fits into the middle of a line, on its mean colour: `[SIDE / LINES, SIDE, 3]`."""
+    """Return a word image as large as the middle of a line allows, on its mean colour: `[SIDE / LINES, SIDE, 3]`."""
     height, width = SIDE // LINES, SIDE
     factor = min(height / image.shape[0], width / image.shape[1])
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
@@ -90,7 +91,7 @@ def line(image: np.ndarray) -> np.ndarray:
 
 
 def letters(label: str) -> str:
-    """A label as it is compared: lower case, accents taken off, letters and digits alone."""
+    """Return a label in the form for comparisons: lower case, without accents, only letters and digits."""
     plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode().lower()
     return "".join(c for c in plain if c in LETTERS)
 
@@ -101,15 +102,15 @@ def is_database(folder: Path) -> bool:
 
 
 def needs_package(folder: Path) -> str | None:
-    """What has to be installed to read a folder; None: nothing."""
+    """Return the package that has to be installed to read a folder. None: nothing."""
     return "needs lmdb (pip install 'visft[eval]')" if is_database(folder) and not find_spec("lmdb") else None
 
 
 def word_set(name: str, folder: Path) -> WordSet:
-    """All words of a folder whose labels have letters or digits.
+    """Return all words of a folder whose labels have letters or digits.
 
     Raises:
-        DataError: it is neither an LMDB nor a folder with a list of labels, or broken.
+        DataError: it is neither an LMDB nor a folder with a list of labels, or is broken.
     """
     labelled = database(folder) if is_database(folder) else listed_words(folder)
     texts = labelled.texts
@@ -130,12 +131,12 @@ def word_set(name: str, folder: Path) -> WordSet:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a folder holds.
+    """The content of a folder.
 
     Args:
         texts: the labels as they are written.
         read: yields the images of some numbers of labels.
-        files: what it is read from.
+        files: the source of the words.
     """
 
     texts: Sequence[str]
@@ -147,12 +148,12 @@ class Labelled:
 
 
 def listed_words(folder: Path) -> Labelled:
-    """A folder with a list of labels, one a line: the image's file, a tab or a space, the label.
+    """Read a folder with a list of labels, one per line: the image's file, a tab or a space, the label.
 
-    Files are below the folder, or below the one that it is in, as PaddleOCR writes them.
+    Files are below the folder, or below its parent, as PaddleOCR writes them.
 
     Raises:
-        DataError: there is no list, or a line of it has no label or names a file that is not there.
+        DataError: there is no list, or a line of it has no label or names a missing file.
     """
     found = [folder / name for name in LABEL_FILES if (folder / name).is_file()]
     if not found:
@@ -194,13 +195,13 @@ def listed_words(folder: Path) -> Labelled:
 
 
 def database(folder: Path, most: int | None = None) -> Labelled:
-    """An LMDB of `num-samples` images `image-000000001`, ... and labels `label-000000001`, ...
+    """Read an LMDB with `num-samples` images `image-000000001`, ... and labels `label-000000001`, ...
 
     Args:
-        most: so many words of it at most, spread over it, the same ones every time; None: all.
+        most: the largest number of words to read. They are spread over the LMDB and always the same. None: all.
 
     Raises:
-        DataError: it is truncated or no LMDB, has not what `num-samples` says, or a label that is no UTF-8.
+        DataError: it is truncated or no LMDB, lacks an entry of `num-samples`, or has a label that is no UTF-8.
     """
     file = folder / "data.mdb"
     with _opened(folder) as get:
@@ -230,7 +231,7 @@ def database(folder: Path, most: int | None = None) -> Labelled:
 
 
 def size(folder: Path) -> int:
-    """How many words an LMDB says it has.
+    """Return the number of words that an LMDB states.
 
     Raises:
         DataError: it is truncated or no LMDB.
@@ -254,7 +255,7 @@ def _count(file: Path, get: Callable[[str], bytes | None]) -> int:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Callable[[str], bytes | None]]:
-    """A function that looks a key up."""
+    """Yield a function that looks up a key."""
     import lmdb
 
     file = folder / "data.mdb"
@@ -263,7 +264,7 @@ def _opened(folder: Path) -> Iterator[Callable[[str], bytes | None]]:
     except lmdb.Error as error:
         raise DataError(f"{file}: is no readable LMDB ({error}); get it again") from error
     with environment:
-        # The file is mapped into memory: what is read beyond its end ends the process.
+        # The file is mapped into memory. A read beyond its end would end the process.
         whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         if file.stat().st_size < whole:
             raise DataError(

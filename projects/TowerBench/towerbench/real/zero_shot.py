@@ -23,7 +23,7 @@ from towerbench.registry import variant
 
 
 class ZeroShot(sources.RealBenchmark):
-    """Items are images: whether the nearest of the classes' names is right."""
+    """Items are images. The score is whether the nearest of the classes' names is right."""
 
     family, metric = "zero-shot", "top-1 accuracy"
 
@@ -32,7 +32,7 @@ class ZeroShot(sources.RealBenchmark):
 
     @functools.cached_property
     def set(self) -> LabelledSet:
-        """The set, read once."""
+        """The set, which is read once."""
         [paths] = self.needs
         return self.load(self.path(paths))
 
@@ -46,7 +46,8 @@ class ZeroShot(sources.RealBenchmark):
 
 
 def images_of(labelled: LabelledSet, name: str) -> Images:
-    """A set's images as CLIP is evaluated: the shorter side to the tower's, the middle cut out."""
+    """Return a set's images in the form of CLIP's evaluation: the shorter side is the tower's, and the middle is cut
+    out."""
     if not labelled.border:
         return sources.images(labelled.sources, name)
     name = f"{name} without {labelled.border} pixels of border"
@@ -56,12 +57,12 @@ def images_of(labelled: LabelledSet, name: str) -> Images:
 
 
 def without_border(image: np.ndarray, border: int) -> Iterator[np.ndarray]:
-    """`[H, W, 3]` less so many pixels on every side."""
+    """Yield `[H, W, 3]` without `border` pixels at every side."""
     yield image[border : image.shape[0] - border, border : image.shape[1] - border]
 
 
 BY_NAME: dict[str, type[ZeroShot]] = {}
-"""The benchmarks of this file by their sets, which others show too."""
+"""The benchmarks of this file by their sets. Other benchmarks use these sets too."""
 
 
 def _declare(name: str, paths: str, what: str, load: Callable[[Path], LabelledSet]) -> None:
