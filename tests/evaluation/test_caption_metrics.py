@@ -122,7 +122,7 @@ def evaluate(evaluator) -> dict[str, float]:
 
 
 def test_the_evaluator_scores_images_with_captions(data_set):
-    found = evaluate(CaptionEvaluator(NAME, ["captioning"], distributed=False))
+    found = evaluate(CaptionEvaluator(NAME, ["captioning"]))
     scored = IMAGES[:-1]
     expected = caption_scores(
         {image["image_id"]: image["references"] for image in scored},
@@ -134,7 +134,7 @@ def test_the_evaluator_scores_images_with_captions(data_set):
 def test_nothing_to_compare_gives_no_figures(data_set):
     for record in data_set:
         record["captions"] = []
-    assert evaluate(CaptionEvaluator(NAME, ["captioning"], distributed=False)) == {}
+    assert evaluate(CaptionEvaluator(NAME, ["captioning"])) == {}
 
 
 def test_which_evaluators_a_config_gets(data_set):

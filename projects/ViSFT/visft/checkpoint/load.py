@@ -108,7 +108,6 @@ def load_run_weights(
     path: str | os.PathLike,
     *,
     optional: Sequence[str] = ("backbone.",),
-    hint: str = "Use the config that the run was started with.",
 ) -> LoadReport:
     """Load what a ViSFT run trained (`MODEL.WEIGHTS`, `--weights`) into a whole model.
 
@@ -117,7 +116,6 @@ def load_run_weights(
         path: a run's OUTPUT_DIR, a stage's folder, or a file (see `run_files`).
         optional: prefixes of model names that the run may lack, such as LoRA before it was trained. Weights of the
             base are never expected. If heads are optional, they are not searched beside a stage's folder.
-        hint: what to do if it does not fit, for the error.
 
     Raises:
         CheckpointError: there is no whole checkpoint, or it does not fit the model or its base.
@@ -136,7 +134,7 @@ def load_run_weights(
         tensors,
         what=" + ".join(str(file) for file in paths),
         names=names,
-        hint=hint,
+        hint="Use the config that the run was started with.",
     )
     left = [n for n in wanted if n not in tensors]
     if left:

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
+from visft.checkpoint.copying import some
 from visft.classes.class_names import synonyms
 from visft.errors import DataError
 
@@ -102,14 +103,10 @@ def places_by_name(learnt: Sequence[str], data_set: str, names: Sequence[str]) -
     unknown = [name for name in names if name not in set(learnt)]
     twice = next((name for part in (learnt, names) for name in part if part.count(name) > 1), None)
     if unknown or twice is not None:
-        reason = f"it has {_some(unknown)}" if unknown else f"{twice} occurs twice"
+        reason = f"it has {some(unknown)}" if unknown else f"{twice} occurs twice"
         raise DataError(
             f"{data_set}: its {len(names)} classes cannot be matched by name with the {len(learnt)} that the heads "
-            f"learned ({_some(learnt)}): {reason}; rename or remove classes in its annotations, or evaluate with "
+            f"learned ({some(learnt)}): {reason}; rename or remove classes in its annotations, or evaluate with "
             "its names: MODEL.VISFT.OPEN_VOCABULARY.NAMES \"('test',)\""
         )
     return {learnt.index(name): number for number, name in enumerate(names)}
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

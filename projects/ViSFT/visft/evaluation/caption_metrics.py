@@ -118,20 +118,18 @@ class CaptionEvaluator(DatasetEvaluator):
         heads: Sequence[str],
         *,
         metrics: Sequence[str] = METRICS,
-        distributed: bool = True,
     ) -> None:
         """
         Args:
             dataset_name: registered.
             heads: names of the caption heads.
             metrics: of `KNOWN`.
-            distributed: gather the captions of all processes; then only the main process returns figures.
 
         Raises:
             DataError: its caption file is broken.
         """
         self.dataset_name, self.heads = dataset_name, tuple(heads)
-        self.metrics, self.distributed = tuple(metrics), distributed
+        self.metrics = tuple(metrics)
         found = captions_of(dataset_name).items()
         self.references = {
             key: kept for key, texts in found if (kept := [text for text in texts if ptb_words(text)])
@@ -156,7 +154,7 @@ class CaptionEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures by head, times 100. Empty except on the main process, and where there is nothing to compare."""
-        parts = gathered(self._said, self.distributed)
+        parts = gathered(self._said)
         if parts is None:
             return {}
         figures = {}

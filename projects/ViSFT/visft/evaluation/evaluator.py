@@ -45,7 +45,6 @@ class HeadsEvaluator(DatasetEvaluator):
         heads: Sequence[str],
         *,
         class_names: Sequence[str] = (),
-        distributed: bool = True,
     ) -> None:
         """
         Args:
@@ -54,13 +53,11 @@ class HeadsEvaluator(DatasetEvaluator):
             heads: names of the heads to score, whose outputs are Instances.
             class_names: names of the predicted classes in the order of their numbers. They are matched by name with the
                 data set's classes; predictions of other classes are left out. (): numbered as in the data set.
-            distributed: gather the predictions of all processes; then only the main process returns figures.
 
         Raises:
             DataError: the annotations are not readable.
         """
         self.heads, self.class_names = tuple(heads), tuple(class_names)
-        self.distributed = distributed
         self.metadata = MetadataCatalog.get(dataset_name)
         self.dataset_name = dataset_name
         self.metric = self._load()
@@ -91,7 +88,7 @@ class HeadsEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures in per cent by head and kind. Empty except on the main process."""
-        parts = gathered((self._results, self._tasks), self.distributed)
+        parts = gathered((self._results, self._tasks))
         if parts is None:
             return {}
         predicted = {name: list(itertools.chain(*(part[name] for part, _ in parts))) for name in self.heads}
@@ -191,13 +188,12 @@ class HeadsEvaluator(DatasetEvaluator):
 class InstancesEvaluator(HeadsEvaluator):
     """The same figures for a stock detector, whose one output is `instances`, by detectron2's names: `bbox/AP`."""
 
-    def __init__(self, dataset_name: str, *, results_file: str | None = None, **options) -> None:
+    def __init__(self, dataset_name: str, *, results_file: str | None = None) -> None:
         """
         Args:
             results_file: where the predictions that count are written, in COCO's results format.
-            options: as for HeadsEvaluator.
         """
-        super().__init__(dataset_name, ("instances",), **options)
+        super().__init__(dataset_name, ("instances",))
         self._results_file = results_file
 
     def _keep(self, results: dict[str, list[dict]]) -> None:

@@ -5,10 +5,8 @@ from typing import Any
 from detectron2.utils import comm
 
 
-def gathered(part: Any, distributed: bool) -> list[Any] | None:
-    """The parts of all processes on the main one, None on the others; without `distributed` this process's alone."""
-    if not distributed:
-        return [part]
+def gathered(part: Any) -> list[Any] | None:
+    """The parts of all processes on the main one, None on the others."""
     comm.synchronize()
     parts = comm.gather(part)
     return parts if comm.is_main_process() else None

@@ -39,19 +39,18 @@ class RegionTextEvaluator(DatasetEvaluator):
     of things; a figure over both would measure that, not whether stuff is told apart.
     """
 
-    def __init__(self, dataset_name: str, heads: Sequence[str], *, distributed: bool = True) -> None:
+    def __init__(self, dataset_name: str, heads: Sequence[str]) -> None:
         """
         Args:
             dataset_name: registered; its records are matched with the model's inputs by `image_id`. Stuff is read from
                 its metadata's `panoptic_json` and `panoptic_root`, or from `panoptic_X.json` and the folder
                 `panoptic_X` near an `instances_X.json`; without them it is not evaluated.
             heads: names of RegionTextHeads in the model's outputs.
-            distributed: sum the counts of all processes; then only the main process returns figures.
 
         Raises:
             DataError: the data set has no class names, or its panoptic file is broken.
         """
-        self.dataset_name, self.heads, self.distributed = dataset_name, tuple(heads), distributed
+        self.dataset_name, self.heads = dataset_name, tuple(heads)
         self._records = {record["image_id"]: record for record in records_of(dataset_name)}
         metadata = MetadataCatalog.get(dataset_name)
         self._things = synonyms(metadata)
@@ -90,7 +89,7 @@ class RegionTextEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures in per cent by head and kind of region. Empty except on the main process."""
-        found = gathered(self._counts, self.distributed)
+        found = gathered(self._counts)
         if found is None:
             return {}
         figures = {}

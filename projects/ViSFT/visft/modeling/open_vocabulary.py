@@ -167,7 +167,7 @@ def _mask_overlaps(masks: Tensor) -> Tensor:
     return shared / (area[:, None] + area[None] - shared).clamp(min=1)
 
 
-def distinct(scores: Tensor, classes: Tensor, overlap: Tensor, threshold: float = DUPLICATE_IOU) -> Tensor:
+def distinct(scores: Tensor, classes: Tensor, overlap: Tensor) -> Tensor:
     """Indices of detections, the best first, without those that repeat a better one of their class.
 
     Args:
@@ -175,7 +175,7 @@ def distinct(scores: Tensor, classes: Tensor, overlap: Tensor, threshold: float 
         overlap: `[N, N]`.
     """
     order = scores.argsort(descending=True, stable=True)
-    repeats = ((overlap > threshold) & (classes[:, None] == classes[None]))[order][:, order].cpu()
+    repeats = ((overlap > DUPLICATE_IOU) & (classes[:, None] == classes[None]))[order][:, order].cpu()
     kept: list[int] = []
     for index in range(len(order)):
         if not repeats[index, kept].any():
