@@ -36,7 +36,7 @@ from visft.checkpoint.run_folder import head_file
 from visft.data import register_own_data
 from visft.data.datasets import demo_world
 from visft.engine import checks, run_lock, settings
-from visft.errors import ConfigError, TrainingError, VisftError
+from visft.errors import ConfigError, TrainingError, VisftError, unknown
 from visft.evaluation import demo_zero_shot
 from visft.model_zoo import get_config_file
 from visft.modeling.backbone import open_clip_models
@@ -194,7 +194,7 @@ def plan(sweep: Sweep, folder: Path) -> list[Run]:
         sweep.measure += ["zero_shot/top1"] if demo_zero_shot.applies(base) else []
     for figure in sweep.measure:
         if figure.split("/")[0] not in (*heads, "zero_shot"):
-            raise settings.unknown("`measure`", figure, [_MEASURES.get(head, head) for head in heads])
+            raise unknown("`measure`", figure, [_MEASURES.get(head, head) for head in heads])
     _content.cache_clear()
     runs: dict[str, Run] = {}
     for name, seed in itertools.product(sweep.variants, sweep.seeds):

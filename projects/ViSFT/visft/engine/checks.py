@@ -13,7 +13,6 @@ from visft.checkpoint.run_folder import STAGES
 from visft.data import check_data_set, register_own_data
 from visft.data.repeat_factor import check_sampler
 from visft.engine import key_rules, run_vocabulary
-from visft.engine.settings import unknown
 from visft.engine.task_checks import check_tasks
 from visft.engine.tuning_checks import (
     check_captions_of_objectives,
@@ -21,7 +20,7 @@ from visft.engine.tuning_checks import (
     check_strategy,
     check_tuning,
 )
-from visft.errors import CheckpointError, ConfigError, DataError, check_one_of
+from visft.errors import CheckpointError, ConfigError, DataError, check_one_of, unknown
 from visft.modeling import meta_arch
 from visft.modeling.backbone import CLIPViT, lora, open_clip_models
 from visft.modeling.backbone.class_embeddings import check_prompts
@@ -127,9 +126,9 @@ def _tower(cfg: CfgNode) -> int:
 
 
 def _lora(cfg: CfgNode, depth: int) -> None:
-    node = cfg.MODEL.LORA
-    depth = depth if wants_lora(cfg) else max(depth, node.LAST_BLOCKS)  # which is not read then
-    config = lora.LoraConfig(node.RANK, node.ALPHA, node.DROPOUT, tuple(node.TARGETS), node.LAST_BLOCKS)
+    config = lora.LoraConfig(**lora.options(cfg))
+    if not wants_lora(cfg):  # LAST_BLOCKS is not read, and may be for a tower with more blocks
+        depth = max(depth, config.last_blocks)
     lora.check(config, depth)
 
 

@@ -77,19 +77,13 @@ def export_files(
     base = streamed.base_file(cfg, format_name, shapes)
     if base is not None:
         return streamed.run(cfg, paths, base, format_name, outputs, about, verify=verify)
-    vit, settings = cfg.MODEL.CLIP_VIT, cfg.MODEL.LORA
+    vit = cfg.MODEL.CLIP_VIT
     formats.check(format_name, open_clip_models.meta_tower(vit.NAME))
     if seed is not None:
         seed_iteration(seed, "build", 0)
     backbone = CLIPViT.from_open_clip(vit.NAME, vit.PRETRAINED or None)
     if any(".lora_" in name or name.startswith("lora_") for name in shapes):
-        lora.inject(
-            backbone,
-            rank=settings.RANK,
-            alpha=settings.ALPHA,
-            targets=tuple(settings.TARGETS),
-            last_blocks=settings.LAST_BLOCKS,
-        )
+        lora.inject(backbone, **lora.options(cfg))
     load.load_tower(backbone, weights)
     backbone.eval()
     writer = formats.FORMATS[format_name].write

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 
 from visft.checkpoint import files
+from visft.checkpoint.copying import some
 from visft.checkpoint.record import RunRecord, read_record
 from visft.checkpoint.run_folder import describe, run_files
 from visft.classes.dataset_classes import RUN_PREFIX, Classes, filled_metadata
@@ -162,9 +163,8 @@ def check_agreement(cfg: CfgNode, record: RunRecord) -> None:
     """
     found = [*_other_classes(cfg, record), *differences(cfg, record)]
     if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise ConfigError(
-            f"the config disagrees with the run {cfg.MODEL.WEIGHTS}: {'; '.join(found[:4])}{more}. Leave "
+            f"the config disagrees with the run {cfg.MODEL.WEIGHTS}: {some(found, '; ')}. Leave "
             "--config-file out (a run has its own config), or set these keys to the run's values"
         )
 
@@ -251,13 +251,9 @@ def _check_base(cfg: CfgNode) -> None:
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
     """Return the value of a full key, with tuples as lists as in YAML, or None if there is no such key."""
-    for part in key.split("."):
-        if not isinstance(config, Mapping) or part not in config:
-            return None
-        config = config[part]
-    return list(config) if isinstance(config, tuple) else config
+    value = settings.value_of(config, key)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _classes(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{len(names)} classes ({', '.join(names[:4])}{more})"
+    return f"{len(names)} classes ({some(names)})"

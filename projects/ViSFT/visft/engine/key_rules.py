@@ -11,8 +11,8 @@ from detectron2.config import CfgNode
 
 from visft import export
 from visft.checkpoint.run_folder import STAGES
-from visft.engine.settings import unknown
-from visft.errors import ConfigError
+from visft.engine.settings import value_of
+from visft.errors import ConfigError, unknown
 from visft.modeling import compiled
 from visft.modeling.heads.common.classification import CLASS_LOSSES
 from visft.modeling.heads.common.label_space import LABEL_SPACES
@@ -100,7 +100,7 @@ def check_keys(cfg: CfgNode, rules: dict[str, Rule]) -> None:
     """
     for pattern, rule in rules.items():
         for key in _keys(cfg, pattern):
-            value = _value(cfg, key)
+            value = value_of(cfg, key)
             for name in value if isinstance(value, tuple) and rule.known else ():
                 if name not in rule.known:
                     raise unknown(key, name, rule.known)
@@ -118,14 +118,5 @@ def _keys(cfg: CfgNode, pattern: str) -> Iterator[str]:
         names = cfg.VISFT.STAGES
     for name in names:
         key = pattern.format(head=name.upper(), stage=name.upper())
-        if _value(cfg, key) is not None:
+        if value_of(cfg, key) is not None:
             yield key
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    """Return the value of a full key, or None if there is no such key."""
-    for part in key.split("."):
-        if not isinstance(cfg, CfgNode) or part not in cfg:
-            return None
-        cfg = cfg[part]
-    return cfg

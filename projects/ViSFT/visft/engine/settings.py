@@ -100,6 +100,15 @@ def read_form(path: str | os.PathLike, form: type[Form], option: str, like: str)
         raise ConfigError(f"{path}: `{where}` does not have the form shown in {like} ({why})") from error
 
 
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a full key, or None if there is no such key."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return None
+        config = config[part]
+    return config
+
+
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
         if isinstance(value, CfgNode):

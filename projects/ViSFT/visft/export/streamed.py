@@ -136,15 +136,10 @@ def _is_lora_alone(names: Mapping[str, object]) -> bool:
 
 def _model(cfg: CfgNode, visual: torch.nn.Module, base: open_clip_models.BaseTower, path: Path) -> CLIPViT:
     """Return the tower with the file's LoRA on `meta`, after comparing names and shapes."""
-    model, settings = CLIPViT(visual, base=base), cfg.MODEL.LORA
-    theirs = authors.is_lora_file(files.read_shapes(path))
-    lora.inject(
-        model,
-        rank=settings.RANK,
-        alpha=1.0 if theirs else settings.ALPHA,
-        targets=tuple(settings.TARGETS),
-        last_blocks=settings.LAST_BLOCKS,
-    )
+    model, options = CLIPViT(visual, base=base), lora.options(cfg)
+    if authors.is_lora_file(files.read_shapes(path)):
+        options["alpha"] = 1.0
+    lora.inject(model, **options)
     load.load_tower(model, path)
     return model
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from visft.errors import check_one_of
 
 AMP_TYPES = ("", "auto", "bfloat16", "float16")
-FROZEN_TYPES = ("", "auto", "bfloat16", "float16", "int8")
+FROZEN_TYPES = (*AMP_TYPES, "int8")
 
 
 def amp_type(cfg: CfgNode, stage: str) -> str:

@@ -78,15 +78,7 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, *, pyramid: bool = False) -> CL
         device=cfg.MODEL.DEVICE if torch.cuda.is_available() or cfg.MODEL.DEVICE == "meta" else "cpu",
     )
     if wants_lora(cfg):
-        adapters = cfg.MODEL.LORA
-        lora.inject(
-            backbone,
-            rank=adapters.RANK,
-            alpha=adapters.ALPHA,
-            dropout=adapters.DROPOUT,
-            targets=tuple(adapters.TARGETS),
-            last_blocks=adapters.LAST_BLOCKS,
-        )
+        lora.inject(backbone, **lora.options(cfg))
     backbone.set_train(node.TRAIN)
     return backbone
 

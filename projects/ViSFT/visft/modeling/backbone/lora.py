@@ -8,9 +8,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import nn
 
 from visft.checkpoint.copying import load_into
@@ -81,6 +83,18 @@ class Site:
     adapter: Adapter
     weight_name: str
     weight: nn.Parameter
+
+
+def options(cfg: CfgNode) -> dict[str, Any]:
+    """The keywords of `inject` that `cfg.MODEL.LORA` gives."""
+    node = cfg.MODEL.LORA
+    return {
+        "rank": node.RANK,
+        "alpha": node.ALPHA,
+        "dropout": node.DROPOUT,
+        "targets": tuple(node.TARGETS),
+        "last_blocks": node.LAST_BLOCKS,
+    }
 
 
 def check(config: LoraConfig, depth: int) -> None:
