@@ -7,10 +7,7 @@ import json
 import logging
 import math
 import os
-import pickle
-import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from visft.checkpoint.damage import cut_off, fault, is_torchscript, names_code
+from visft.checkpoint import pytorch_file
+from visft.checkpoint.damage import fault
 from visft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +32,6 @@ _NESTS = ("state_dict", "model", "module", "model_state_dict", "ema", "model_ema
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile add to every name."""
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 _TYPES = {
     torch.uint64: "U64",
@@ -257,7 +254,7 @@ def map_tensors(path: str | os.PathLike, *, quiet: bool = False) -> dict[str, Te
         CheckpointError: as `read_tensors`.
     """
     path = require_file(path)
-    if not quiet and not is_safetensors(path) and not _is_archive(path):
+    if not quiet and not is_safetensors(path) and not pytorch_file.is_archive(path):
         logger.warning("%s: is of PyTorch's old format, which takes its whole size in memory", path)
     return _read(path, mapped=True, quiet=quiet)
 
@@ -273,7 +270,7 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 
 def _read(path: Path, *, mapped: bool, quiet: bool = False) -> dict[str, Tensor]:
     if not is_safetensors(path):
-        return _flat(_load_pickled(path, mmap=mapped), path, quiet)
+        return _flat(pytorch_file.load(path, mmap=mapped), path, quiet)
     with _open_safetensors(path) as file:
         return _without_wrappers({name: file.get_tensor(name) for name in file.keys()})
 
@@ -330,11 +327,6 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:2] != b"PK")
 
 
-def _is_archive(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
-
-
 def _open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="pt", device="cpu")
@@ -342,34 +334,6 @@ def _open_safetensors(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: is no whole safetensors file ({error}); {fault(path)}: fetch it again."
         ) from error
-
-
-def _load_pickled(path: Path, mmap: bool) -> Any:
-    mmap = mmap and _is_archive(path)
-    try:
-        with warnings.catch_warnings():
-            # Advice on pickle protocols, which the user of a file cannot follow.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        if is_torchscript(path):
-            raise CheckpointError(
-                f"{path}: is a TorchScript archive, which holds code beside weights, so it was not loaded; give a "
-                "safetensors file or a .pt file of tensors alone (of OpenAI's models, the tag `openai`)."
-            ) from error
-        if not isinstance(error, pickle.UnpicklingError):
-            raise cut_off(path, error) from error
-        found = _GLOBAL.search(str(error))
-        if found is None and not names_code(path):
-            raise cut_off(path, error) from error
-        what = f" ({found.group(1)})" if found else ""
-        raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors{what}; such a file can run code, so it was not "
-            "loaded: use a safetensors file, or a .pt file of tensors alone."
-        ) from error
-    except Exception as error:
-        # A damaged archive fails in many ways (RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...).
-        raise cut_off(path, error) from error
 
 
 def _flat(content: Any, path: Path, quiet: bool = False) -> dict[str, Tensor]:
