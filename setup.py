@@ -122,6 +122,7 @@ setup(
             "pytest-xdist>=3.3",
             "pytest>=7.4",
             "ruff>=0.6",
+            "webdataset>=1.0",  # writes and reads the shards that ours are compared with
             "wheel>=0.40",
         ],
     },

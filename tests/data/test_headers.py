@@ -137,7 +137,7 @@ def test_records_of_no_file(coco) -> None:
 
 
 def test_lines_where_there_is_no_terminal(cfg, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("visft.data.headers._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("visft.utils.progress._LINE_SECONDS", 0.0)
     check_registered(OWN_TRAIN, train=True)
     lines = capsys.readouterr().err.splitlines()
     assert f"{OWN_TRAIN}: reading image headers: 7 of 7" in lines

@@ -282,6 +282,9 @@ def _add_run(cfg: CN) -> None:
     # make a data set with only captions.
     data.TRAIN_CAPTIONS = ""
     data.TEST_CAPTIONS = ""
+    # Captioned images in tar files (WebDataset: KEY.jpg with KEY.txt or KEY.json): a folder, a pattern (`*.tar`), or a
+    # range (`{000000..000099}.tar`). Together with TRAIN_JSON, both are training data. "": none.
+    data.TRAIN_SHARDS = ""
     # Images with more pixels are refused in every data set, because a small file can fill the memory. 0: no limit.
     data.MAX_PIXELS = 178_956_970
 

@@ -29,7 +29,7 @@ def build_vocabulary(sources: Iterable[str], min_count: int = 5) -> Vocabulary:
     if not captions:
         raise DataError(
             f"{names}: no captions there, so no vocabulary can be built; put COCO's captions_*.json beside its "
-            "instances_*.json, or set VISFT.DATA.TRAIN_CAPTIONS for your own data"
+            "instances_*.json, or set VISFT.DATA.TRAIN_CAPTIONS or TRAIN_SHARDS for your own data"
         )
     vocabulary = Vocabulary.build(captions, min_count)
     if len(vocabulary) == len(Vocabulary([])):

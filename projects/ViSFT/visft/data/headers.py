@@ -9,9 +9,7 @@ import functools
 import json
 import logging
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,11 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from PIL import Image
-from tqdm import tqdm
 
 from visft.checkpoint import files
 from visft.data.images import MAX_PIXELS, Header, ImageError, annotated_as_stored, read_header
 from visft.errors import DataError
+from visft.utils.progress import counted
 from visft.utils.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -31,7 +29,6 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".image-headers"
 THREADS = 16
 """Many, because reading mostly waits for the disk or the network."""
-_LINE_SECONDS = 10.0
 
 _Known = dict[str, list[int]]
 """For each file name: the file's size in bytes and modification time, then width, height and orientation."""
@@ -102,7 +99,7 @@ def _read(images: Sequence[dict], rules: ImageRules, name: str, json_file: str) 
     read = functools.partial(_header, known=known, max_pixels=rules.max_pixels)
     Image.init()  # loads plugins, which otherwise each thread would load
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(_progress(pool.map(read, paths), len(paths), f"{name}: reading image headers"))
+        found = list(counted(pool.map(read, paths), len(paths), f"{name}: reading image headers", "images"))
     now = {
         path: [*stat, header.width, header.height, header.orientation]
         for path, (header, stat) in zip(paths, found, strict=True)
@@ -154,18 +151,3 @@ def _keep(places: list[Path], content: dict) -> None:
             partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
             return
     logger.info("the next start reads image headers again: neither %s nor %s is writable", *places)
-
-
-def _progress(results: Iterable, total: int, what: str) -> Iterator:
-    """Yield the results. Slow work shows a progress bar on a terminal, and otherwise a line every few seconds."""
-    if not comm.is_main_process():
-        yield from results
-    elif sys.stderr.isatty():
-        yield from tqdm(results, what, total, unit=" images", delay=0.5)
-    else:
-        said = time.monotonic()
-        for number, result in enumerate(results, 1):
-            if time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                sys.stderr.write(f"{what}: {number:,} of {total:,}\n")
-            yield result

@@ -5,10 +5,13 @@ the upright image or to the stored pixels. Their width and height show which.
 """
 
 import contextlib
+import functools
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -63,13 +66,19 @@ class Header:
         return self.upright[::-1] if self.orientation > 4 else self.upright
 
 
-def read_header(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(
+    path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, file: BinaryIO | None = None
+) -> Header:
     """Return the size and orientation of an image of a data set, without decoding its pixels.
+
+    Args:
+        file: an open file with the image, whose name is `path` then.
 
     Raises:
         ImageError: the file does not exist, or its header is not that of a readable image.
     """
-    with _opened(os.fspath(path), max_pixels, _IN_DATA) as (_, header):
+    content, also = (None, _IN_DATA) if file is None else (lambda: file, "")
+    with _opened(os.fspath(path), max_pixels, also, content) as (_, header):
         return header
 
 
@@ -140,7 +149,8 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Args:
         record: `file_name`, and optionally `width`, `height` and `as_stored` (see `annotated_as_stored`). Without a
-            size, the image is upright.
+            size, the image is upright. `shard` is the place of an image that is part of a file: the file's path, and
+            the image's offset and length in bytes.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -149,7 +159,8 @@ def read_annotated(record: dict, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ImageError: as in `read_rgb`, or the image does not have the annotated size.
     """
     path = os.fspath(record["file_name"])
-    with _opened(path, max_pixels, _IN_DATA) as (image, header):
+    part = functools.partial(_part, *record["shard"]) if "shard" in record else None
+    with _opened(path, max_pixels, _IN_DATA, part) as (image, header):
         stored = annotated_as_stored(record, header)
         image = _upright_rgb(image, header, path)
         if stored and header.orientation in _TURNS:
@@ -180,19 +191,22 @@ def annotated_as_stored(record: dict, header: Header) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.Image, Header]]:
+def _opened(
+    path: str, max_pixels: int, also: str = "", content: Callable[[], BinaryIO] | None = None
+) -> Iterator[tuple[Image.Image, Header]]:
     """Yield an image whose pixels are not decoded yet, and its header. All errors inside become an ImageError.
 
     Args:
         also: further remedies, for messages.
+        content: opens the image, if it is not a file by itself.
     """
     _let_pillow_open(max_pixels)
     try:
-        if os.path.isdir(path):
+        if content is None and os.path.isdir(path):
             raise ImageError(f"{path}: it is a folder, expected an image file; put one there{also}")
-        if os.path.getsize(path) == 0:
+        if content is None and os.path.getsize(path) == 0:
             raise ImageError(f"{path}: the file is empty, expected an image; copy it again{also}")
-        with Image.open(path) as image:
+        with Image.open(path if content is None else content()) as image:
             if max_pixels and image.width * image.height > max_pixels:
                 raise _too_large(path, image.width * image.height, max_pixels)
             yield image, _header(image)
@@ -213,6 +227,14 @@ def _opened(path: str, max_pixels: int, also: str = "") -> Iterator[tuple[Image.
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on broken files.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{path}: the image is cut off or broken ({reason}); copy it again{also}") from error
+
+
+def _part(path: str, offset: int, length: int) -> BinaryIO:
+    with open(path, "rb", buffering=0) as file:
+        content = os.pread(file.fileno(), length, offset)
+    if len(content) < length:
+        raise OSError(f"{path} ends after {len(content)} of its {length} bytes")
+    return io.BytesIO(content)
 
 
 def _let_pillow_open(max_pixels: int) -> None:
@@ -255,8 +277,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _texts_follow_pixels(image: Image.Image) -> bool:
     """Whether a PNG has Exif data or texts, which may contain an orientation, after its pixels."""
-    seen = False
-    with open(image.filename, "rb") as file:
+    seen, file = False, image.fp
+    here = file.tell()
+    try:
         file.seek(8)
         while len(start := file.read(8)) == 8:
             kind = start[4:]
@@ -264,6 +287,8 @@ def _texts_follow_pixels(image: Image.Image) -> bool:
                 return True
             seen = seen or kind == _IDAT
             file.seek(int.from_bytes(start[:4], "big") + 4, os.SEEK_CUR)
+    finally:
+        file.seek(here)
     return False
 
 

@@ -77,11 +77,9 @@ def load_labelled(
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         rules=ImageRules.of(cfg),
     )
-    outlines = [_outline(record) for record in outlines_of(records)]
-    rows = {
-        head: np.flatnonzero([labelled(outline) for outline in outlines])
-        for head, labelled in has_labels.items()
-    }
+    found = (labelled(o) for o in map(_outline, outlines_of(records)) for labelled in has_labels.values())
+    table = np.fromiter(found, bool).reshape(len(records), len(has_labels))
+    rows = {head: np.flatnonzero(column) for head, column in zip(has_labels, table.T, strict=True)}
     objectives = [name for name in rows if name in cfg.MODEL.VISFT.OBJECTIVES]
     heads = [name for name in rows if name not in objectives]
     missing = [head for head in heads if not len(rows[head])]

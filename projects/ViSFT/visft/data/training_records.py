@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from visft.data.datasets.captions import captions_of
 from visft.data.datasets.catalog import check_registered
 from visft.data.datasets.coco import JoinedRecords, PackedRecords, records_of
+from visft.data.datasets.shards import ShardRecords
 from visft.data.headers import ImageRules
 from visft.data.masks import all_masked, usable
 from visft.data.validation import CocoSummary
@@ -37,6 +38,9 @@ def load_records(
     for name in names:
         as_stored = check_registered(name, train=train, masks=False, rules=rules, again=False)
         found = records_of(name)
+        if isinstance(found, ShardRecords):
+            parts.append(found)  # complete as they are
+            continue
         if as_stored and isinstance(found, PackedRecords):
             found = found.labelled({"as_stored": True})
         elif as_stored:

@@ -25,7 +25,7 @@ from visft.errors import CheckpointError, ConfigError, VisftError
 OUTPUT_DIR = "output/evaluation"
 """Output folder for evaluating a run without a config file, because the run's own folder may be read-only."""
 
-_TRAIN_DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN_CAPTIONS")
+_TRAIN_DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN_CAPTIONS", "TRAIN_SHARDS")
 _TEST_DATA = ("TEST_JSON", "TEST_IMAGES", "TEST_CAPTIONS")
 _TOWER = ("MODEL.CLIP_VIT", ("CLASS_TOKEN", "PATCH_SIZE", "WINDOW_SIZE", "GLOBAL_BLOCKS"))
 _LORA = ("MODEL.LORA", ("RANK", "ALPHA", "TARGETS", "LAST_BLOCKS"))
@@ -214,7 +214,7 @@ def _other_classes(cfg: CfgNode, record: RunRecord) -> list[str]:
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.VISFT.DATA.TRAIN_JSON:
-        cfg.VISFT.DATA.TRAIN_CAPTIONS = ""  # only the classes matter here
+        cfg.VISFT.DATA.TRAIN_CAPTIONS = cfg.VISFT.DATA.TRAIN_SHARDS = ""  # only the classes matter here
     try:
         register_own_data(cfg)
         name = cfg.DATASETS.TRAIN[0]

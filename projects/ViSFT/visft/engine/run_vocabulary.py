@@ -45,8 +45,8 @@ def check(cfg: CfgNode, *, train: bool) -> None:
     if train and not sum(check_captions(data_set) for data_set in cfg.DATASETS.TRAIN):
         raise DataError(
             f"the head `{names[0]}` learns captions, and no image of DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN)})"
-            " has any: put COCO's captions_*.json beside its instances_*.json, set VISFT.DATA.TRAIN_CAPTIONS for your "
-            "own data, or take the head out of MODEL.VISFT.HEADS"
+            " has any: put COCO's captions_*.json beside its instances_*.json, set VISFT.DATA.TRAIN_CAPTIONS or "
+            "TRAIN_SHARDS for your own data, or take the head out of MODEL.VISFT.HEADS"
         )
     for name in names:
         node, key = cfg.MODEL.VISFT[name.upper()], f"MODEL.VISFT.{name.upper()}"

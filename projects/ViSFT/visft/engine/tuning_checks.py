@@ -112,5 +112,6 @@ def check_captions_of_objectives(cfg: CfgNode) -> None:
         if objective_class(cfg, name).reads_captions and not sum(map(check_captions, cfg.DATASETS.TRAIN)):
             raise DataError(
                 f"MODEL.VISFT.OBJECTIVES has {name}, which learns from captions, and no image of DATASETS.TRAIN "
-                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: set VISFT.DATA.TRAIN_CAPTIONS, or remove {name}"
+                f"({', '.join(cfg.DATASETS.TRAIN)}) has any: set VISFT.DATA.TRAIN_CAPTIONS or TRAIN_SHARDS, or remove "
+                f"{name}"
             )

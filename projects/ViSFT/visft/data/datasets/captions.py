@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from visft.data.datasets.coco import outlines_of, records_of
 from visft.data.datasets.coco_json import entries_of, name_of, read_json
 from visft.data.datasets.packed import PackedMapping, Rows, packed, row
+from visft.data.datasets.shards import ShardCaptions, ShardRecords
 from visft.errors import DataError
 
 _KEYS = "`images` and `annotations`"
@@ -37,8 +38,10 @@ def captions_of(name: str) -> Mapping[int | str, list[str]]:
         return read_captions(path) if os.path.isfile(path) else {}
     if MetadataCatalog.get(name).get("json_file"):
         return {}  # this format has no captions, so there is no need to load the records
-    records = outlines_of(records_of(name))
-    return {r["image_id"]: list(r["captions"]) for r in records if r.get("captions")}
+    records = records_of(name)
+    if isinstance(records, ShardRecords):
+        return records.captions
+    return {r["image_id"]: list(r["captions"]) for r in outlines_of(records) if r.get("captions")}
 
 
 def read_captions(path: str) -> Mapping[int | str, list[str]]:
@@ -105,8 +108,8 @@ def check_captions(name: str) -> int:
         DataError: its caption file is broken, or all its captions belong to other images.
     """
     captions = captions_of(name)
-    if not captions:
-        return 0
+    if isinstance(captions, ShardCaptions) or not captions:
+        return len(captions)
     found = sum(record.get("image_id") in captions for record in outlines_of(records_of(name)))
     if not found:
         raise DataError(

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,12 +13,15 @@ from visft.data.datasets.captions import load_captioned
 from visft.data.datasets.coco import PackedRecords, load_coco_json, packed_coco
 from visft.data.datasets.coco_json import entries_of, read_json, some
 from visft.data.datasets.layouts import COCO, Layout, class_indices, layout_of
+from visft.data.datasets.shards import ShardRecords, load_shards
 from visft.data.headers import ImageRules, check_images
 from visft.data.validation import CocoSummary, check_content, summary_of
 from visft.errors import ConfigError, DataError
 
 OWN_TRAIN = "visft_own_train"
 OWN_TEST = "visft_own_test"
+OWN_SHARDS = "visft_own_shards"
+"""Names of the data sets of VISFT.DATA."""
 
 _as_stored: dict[tuple, bool] = {}
 """Results of `check_registered` by data set, state of its file, and rules."""
@@ -104,6 +107,9 @@ def check_registered(
         return _as_stored[key]
     if images is None:
         images, json_file = DatasetCatalog.get(name), json_file if there else ""
+    if isinstance(images, ShardRecords):
+        images.check(name, rules.max_pixels, rules.skip_broken)
+        return False
     images = [image for image in images if "://" not in os.fspath(image["file_name"])]
     _as_stored[key] = check_images(images, rules, name=name, json_file=json_file)
     return _as_stored[key]
@@ -222,7 +228,8 @@ def _images_of(json_file: str, image_root: str, layout: Layout) -> Iterable[dict
 def register_own_data(cfg: CfgNode) -> None:
     """Register the data of `VISFT.DATA.*` and put it into `cfg.DATASETS`. Does nothing if these keys are empty.
 
-    With only a training set, `DATASETS.TEST` becomes empty, because another data set has other classes.
+    With only a training set, `DATASETS.TEST` becomes empty, because another data set has other classes. Shards come
+    after TRAIN_JSON's data set, whose classes the heads learn. `DATASETS.TRAIN` stays if it already names them.
 
     Raises:
         ConfigError: an annotation or caption file is given without the folder of images, or the reverse.
@@ -236,7 +243,7 @@ def register_own_data(cfg: CfgNode) -> None:
                 f"VISFT.DATA.{there} is set and VISFT.DATA.{missing} is not: "
                 "set both an annotation file (or a caption file) and the folder of its images"
             )
-    if not data.TRAIN_IMAGES and not data.TEST_IMAGES:
+    if not (data.TRAIN_IMAGES or data.TEST_IMAGES or data.TRAIN_SHARDS):
         return
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -244,6 +251,12 @@ def register_own_data(cfg: CfgNode) -> None:
         _register_own(OWN_TRAIN, data.TRAIN_JSON, data.TRAIN_IMAGES, data.TRAIN_CAPTIONS)
         cfg.DATASETS.TRAIN = (OWN_TRAIN,)
         cfg.DATASETS.TEST = ()
+    if data.TRAIN_SHARDS:
+        _register(OWN_SHARDS, functools.partial(load_shards, data.TRAIN_SHARDS))
+        if data.TRAIN_IMAGES:
+            cfg.DATASETS.TRAIN = (OWN_TRAIN, OWN_SHARDS)
+        elif OWN_SHARDS not in cfg.DATASETS.TRAIN:
+            cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_SHARDS,), ()
     if data.TEST_IMAGES:
         _register_own(OWN_TEST, data.TEST_JSON, data.TEST_IMAGES, data.TEST_CAPTIONS)
         cfg.DATASETS.TEST = (OWN_TEST,)
@@ -252,15 +265,19 @@ def register_own_data(cfg: CfgNode) -> None:
 
 
 def _register_own(name: str, json_file: str, image_root: str, caption_json: str) -> None:
+    if json_file:
+        _register(name, functools.partial(_load_own, name, json_file, image_root))
+        MetadataCatalog.get(name).set(json_file=json_file, evaluator_type="coco")
+    else:
+        _register(name, functools.partial(load_captioned, caption_json, image_root))
+    MetadataCatalog.get(name).set(image_root=image_root, caption_json=caption_json)
+
+
+def _register(name: str, load: Callable[[], Sequence[dict]]) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-    if json_file:
-        DatasetCatalog.register(name, functools.partial(_load_own, name, json_file, image_root))
-        MetadataCatalog.get(name).set(json_file=json_file, evaluator_type="coco")
-    else:
-        DatasetCatalog.register(name, functools.partial(load_captioned, caption_json, image_root))
-    MetadataCatalog.get(name).set(image_root=image_root, caption_json=caption_json)
+    DatasetCatalog.register(name, load)
 
 
 def _load_own(name: str, json_file: str, image_root: str) -> list[dict] | PackedRecords:

@@ -4,6 +4,7 @@ The cached file has one row of JSON per image and the end of each row. All proce
 in the file is unpickled.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -115,17 +116,29 @@ def packed(path: str, kind: str, build: Callable[[], tuple[dict, Rows]]) -> Pack
     }
     target = cache_folder() / f"{kind}-{sha256(source.encode()).hexdigest()[:24]}.rows"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            try:
-                return PackedFile(str(target), key)
-            except (OSError, ValueError, KeyError, TypeError):
-                with without_garbage_collection():
-                    _write(target, key, *build())
-        return PackedFile(str(target), key)
+        with without_garbage_collection():
+            return built_once(target, key, build)
     except (OSError, _UnpackableError) as error:
         logger.warning("%s: every process parses the file, because it cannot be cached (%s)", path, error)
         return None
+
+
+def built_once(target: Path, key: dict, build: Callable[[], tuple[dict, Rows]]) -> PackedFile:
+    """Return the packed file at `target`, which one process builds if it is not there or was made with another key.
+
+    Raises:
+        OSError: the file cannot be written.
+        VisftError: as in `build`.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return PackedFile(str(target), key)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        try:
+            return PackedFile(str(target), key)
+        except (OSError, ValueError, KeyError, TypeError):
+            _write(target, key, *build())
+    return PackedFile(str(target), key)
 
 
 def _write(target: Path, key: dict, summary: dict, sections: Rows) -> None:
