@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import arms
 import numpy as np
 import pytest
 import runs
+import small_towers
 import torch
 import torch.nn.functional as F
 import yaml
@@ -28,6 +28,7 @@ from visft.checkpoint import load
 from visft.engine import evaluate, settings, stages
 from visft.engine.run_vocabulary import with_vocabulary
 from visft.errors import ConfigError
+from visft.export import verification
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments" / "demo_ood" / "run.py"
@@ -103,6 +104,7 @@ def benchmarks():
         patch.setattr(registry, "_registry", dict(known))
         registry.register(Agreement)
         registry.register(Norm)
+        patch.setattr(verification, "read", small_towers.read_here)  # its processes are tested elsewhere
         yield
 
 
@@ -312,13 +314,14 @@ def test_a_failed_run_is_named_and_what_is_finished_is_kept(tmp_path, caplog):
     assert set(kept(tmp_path)) == {"base-0"}
 
 
-def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path):
+def test_a_job_is_a_process_with_one_thread_and_a_log(tmp_path, monkeypatch, capsys):
     broken = {"a": {"label": "a", "seeds": 1, "set": {"NO.SUCH": 1}}}
-    write(tmp_path, PLAN | {"suite": "dense text", "arms": broken, "against": []})
-    command = [sys.executable, str(SCRIPT), *places(tmp_path), "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "failed: a, seed 0; the same command tries them again" in done.stderr
+    write(tmp_path, PLAN | {"suite": "zero-shot emoji", "arms": broken, "against": []})
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *places(tmp_path), "--workers", "1"])
+    assert module().main() != 0
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "failed: a, seed 0; the same command tries them again" in error
     assert "NO.SUCH" in (tmp_path / "out" / "logs" / "a-0-test.log").read_text()
     assert set(kept(tmp_path)) == {"base-0"}
 

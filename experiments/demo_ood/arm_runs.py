@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +19,10 @@ from detectron2.data import MetadataCatalog
 from demoworld.dataset import DemoData
 from demoworld.tower import WEIGHTS_FILE
 from towerbench import Context, resolve, suite
+from visft.applications import export_backbone
 from visft.applications.compared_towers import load
 from visft.checkpoint import files
+from visft.commands import export_backbone as export_command
 from visft.data.datasets import demo_world
 from visft.engine import launch, settings
 from visft.errors import ConfigError, TrainingError
@@ -220,13 +220,8 @@ class Runs:
         words += ["--weights", str(weights), "--output", str(folder / EXPORT)]
         if arm.interpolate is not None:
             words += ["--interpolate", str(arm.interpolate)]
-        command = [sys.executable, str(ROOT / "tools" / "export_backbone.py"), *words]
         (folder / EXPORT).parent.mkdir(exist_ok=True)
-        done = subprocess.run(
-            [*command, *settings.words(_of_tower(arm.opts))], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise TrainingError(f"arm `{arm.name}`, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+        export_backbone.run(export_command.parse([*words, *settings.words(_of_tower(arm.opts))]))
 
     @functools.cached_property
     def tower_sha256(self) -> str:

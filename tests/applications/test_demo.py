@@ -1,15 +1,17 @@
 """The demo from end to end, shortened: what `make demo` promises is there, and loads without visft."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 
+import processes
 import pytest
 import runs
 
 from towerbench import resolve
-from visft.applications.demo import _SUITE, summary
+from visft.applications import demo
 
 LOADER = """
 import sys, open_clip
@@ -19,37 +21,42 @@ print(sum(p.numel() for p in model.visual.parameters()))
 """
 
 
-SHORTENED = """
-import sys
-from visft.applications import demo
-from visft.commands import demo as command
-names = sys.argv[1].split(", ")
-demo._SUITE = {name: words for name, words in demo._SUITE.items() if name in names}
-sys.exit(command.main(sys.argv[2:]))
-"""
-"""The demo with some of its benchmarks, which take most of its time."""
-
 SOME = ("goi zero-shot", "dense text", "zero-shot emoji")
+
+
+def shortened() -> None:
+    """The demo with some of its benchmarks, on some of their images, and on some of the pretraining's classes."""
+    from demoworld import views
+    from towerbench.demo import emoji, unseen
+
+    demo._SUITE = {name: words for name, words in demo._SUITE.items() if name in SOME}
+    unseen.COUNTS = dict.fromkeys(unseen.COUNTS, 30)
+    few = emoji.unseen()[::8]
+    emoji.unseen = lambda: few
+    views.Views = functools.partial(views.Views, 200)
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(SOME, id="some"), pytest.param(tuple(_SUITE), id="all", marks=pytest.mark.slow)],
+    params=[
+        pytest.param((SOME, shortened), id="some"),
+        pytest.param((tuple(demo._SUITE), None), id="all", marks=pytest.mark.slow),
+    ],
 )
-def demo(request, tmp_path_factory):
+def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    environment = {**os.environ, "VISFT_DEMO_DATA": str(folder / "data")}
-    command = [sys.executable, "-c", SHORTENED, ", ".join(request.param)]
-    command += ["--num-train", "12", "--num-val", "12", "--num-unseen", "6"]
+    names, before = request.param
+    arguments = ["--num-train", "12", "--num-val", "12", "--num-unseen", "6"]
     short = {"VISFT.SOLVER.HEADS.MAX_ITER": 2, "VISFT.SOLVER.LORA.MAX_ITER": 2, "DATALOADER.NUM_WORKERS": 0}
-    command += runs.words(short | {"OUTPUT_DIR": folder / "out"})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "out", done.stdout, request.param
+    arguments += runs.words(short | {"OUTPUT_DIR": folder / "out"})
+    data = {"VISFT_DEMO_DATA": str(folder / "data")}
+    status, printed = processes.run("demo.py", arguments, folder / "log", timeout=900, before=before, **data)
+    assert status == 0, printed[-2000:]
+    return folder / "out", printed, names
 
 
-def test_report_has_figures_before_and_after(demo):
-    folder, _, _ = demo
+def test_report_has_figures_before_and_after(finished):
+    folder, _, _ = finished
     steps = json.loads((folder / "run.json").read_text())["evaluations"]
     assert list(steps) == ["start", "lora"]  # EVAL_BETWEEN_STAGES is False
     report = json.loads((folder / "report.json").read_text())
@@ -64,8 +71,8 @@ def test_report_has_figures_before_and_after(demo):
     assert (folder / "report.md").read_text().count("|") > 20
 
 
-def test_report_has_what_was_never_tuned_on(demo):
-    folder, _, suite = demo
+def test_report_has_what_was_never_tuned_on(finished):
+    folder, _, suite = finished
     report = json.loads((folder / "report.json").read_text())
     results = json.loads((folder / "out_of_domain" / "results.json").read_text())
     rows = {row["name"]: row for row in results["benchmarks"]}
@@ -81,17 +88,19 @@ def test_report_has_what_was_never_tuned_on(demo):
 
 
 def test_every_benchmark_of_the_short_suite_is_there():
-    assert {benchmark.name for benchmark in resolve(tuple(_SUITE))} == set(_SUITE) and len(_SUITE) == 6
+    assert {benchmark.name for benchmark in resolve(tuple(demo._SUITE))} == set(demo._SUITE) and len(
+        demo._SUITE
+    ) == 6
 
 
-def test_images_and_curves_are_drawn(demo):
-    folder, _, _ = demo
+def test_images_and_curves_are_drawn(finished):
+    folder, _, _ = finished
     assert list((folder / "predictions").glob("*.png"))
     assert (folder / "loss_curves.png").stat().st_size > 1000
 
 
-def test_page_shows_scenes_of_unseen_things(demo):
-    folder, _, suite = demo
+def test_page_shows_scenes_of_unseen_things(finished):
+    folder, _, suite = finished
     assert len(list((folder / "unseen").glob("scene_*.png"))) == 4
     page = (folder / "report.html").read_text()
     # Four scenes in three ways before and after, the forest plot, the losses and four predictions.
@@ -100,11 +109,11 @@ def test_page_shows_scenes_of_unseen_things(demo):
         page.index, ("<h3>Scene 1", "no training scene showed", "Known things, on unseen")
     )
     assert scenes < unseen < known
-    assert all(_SUITE[name] in page for name in suite)
+    assert all(demo._SUITE[name] in page for name in suite)
 
 
-def test_tower_loads_without_visft(demo, tmp_path):
-    folder, _, _ = demo
+def test_tower_loads_without_visft(finished, tmp_path):
+    folder, _, _ = finished
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", LOADER, str(folder / "export")],
@@ -118,12 +127,15 @@ def test_tower_loads_without_visft(demo, tmp_path):
     assert int(done.stdout.split()[-1]) > 3_000_000
 
 
-def test_last_lines_begin_with_what_was_never_tuned_on(demo):
-    folder, printed, suite = demo
+def test_last_lines_begin_with_what_was_never_tuned_on(finished):
+    folder, printed, suite = finished
     tail = printed[-4000:]
     unseen = tail.index("Things that no training scene showed")
     known = tail.index("Known things, on unseen scenes")
-    for words in [_SUITE[name] for name in suite] + ["mean of their families", "masks found and named, AP50"]:
+    for words in [demo._SUITE[name] for name in suite] + [
+        "mean of their families",
+        "masks found and named, AP50",
+    ]:
         assert unseen < tail.index(words) < known
     last = ["boxes, AP50", "masks, AP50", "captions, CIDEr-D", str(folder / "report.md"), "report.html"]
     assert all(tail.index(words) > known for words in last)
@@ -137,6 +149,6 @@ def test_what_fell_is_said(tmp_path):
     ]
     content = {"before": sides[0], "after": sides[1], "out_of_domain": rows}
     (tmp_path / "report.json").write_text(json.dumps(content))
-    lines = summary(tmp_path)
+    lines = demo.summary(tmp_path)
     assert "What fell: digits by a linear probe, boxes.\n" in lines
     assert "+30.0 (+29.0 to +31.0)" in lines and "masks found and named, AP50" in lines

@@ -23,17 +23,24 @@ _context.set_forkserver_preload(
 
 
 def start(
-    tool: str, arguments: list[str], log: Path, *, folder: Path | None = None, **environment: str
+    tool: str,
+    arguments: list[str],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    before: Callable[[], None] | None = None,
+    **environment: str,
 ) -> multiprocessing.Process:
     """Start `tools/<tool>` with its output going to the end of `log`, in a folder: builtin data sets are in its folder
-    `datasets`, for detectron2 has read DETECTRON2_DATASETS when it was imported."""
-    return begin(_run, tool, arguments, str(log), folder, environment)
+    `datasets`, for detectron2 has read DETECTRON2_DATASETS when it was imported. `before`, a function of a module, is
+    called first."""
+    return begin(_run, tool, arguments, str(log), folder, before, environment)
 
 
-def run(tool: str, arguments: list[str], log: Path, **options) -> tuple[int, str]:
+def run(tool: str, arguments: list[str], log: Path, *, timeout: float = 300, **options) -> tuple[int, str]:
     """Run `tools/<tool>` to its end, as `start` does; returns its exit status and what it has written."""
     process = start(tool, arguments, log, **options)
-    process.join(300)
+    process.join(timeout)
     assert process.exitcode is not None, f"{tool} hangs: {log.read_text()}"
     return process.exitcode, log.read_text()
 
@@ -81,7 +88,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _run(tool: str, arguments: list[str], log: str, folder: Path | None, environment: dict[str, str]) -> None:
+def _run(
+    tool: str,
+    arguments: list[str],
+    log: str,
+    folder: Path | None,
+    before: Callable[[], None] | None,
+    environment: dict[str, str],
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -92,6 +106,8 @@ def _run(tool: str, arguments: list[str], log: str, folder: Path | None, environ
     import torch
 
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     sys.argv = [tool, *arguments]
     sys.path.insert(0, str(ROOT / "tools"))  # as for a script
     runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")

@@ -131,6 +131,6 @@ def _base64(image: bytes | np.ndarray) -> str:
     """A PNG, or the PNG of a panel `[H, W, 3]` uint8."""
     if isinstance(image, np.ndarray):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG", optimize=True)
+        Image.fromarray(image).save(buffer, "PNG")
         image = buffer.getvalue()
     return base64.b64encode(image).decode("ascii")
