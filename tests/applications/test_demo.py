@@ -29,6 +29,7 @@ def shortened() -> None:
     from demoworld import views
     from towerbench.demo import emoji, unseen
 
+    processes.read_exports_here()
     demo._SUITE = {name: words for name, words in demo._SUITE.items() if name in SOME}
     unseen.COUNTS = dict.fromkeys(unseen.COUNTS, 30)
     few = emoji.unseen()[::8]

@@ -23,6 +23,10 @@ PLAIN = {
     "MODEL.VISFT.ANCHOR.CROPS": 1,
     "MODEL.VISFT.ANCHOR.WEIGHT": 1.0,
     "VISFT.EXPORT": "('open_clip',)",
+    "VISFT.SOLVER.HEADS.MAX_ITER": 1,
+    "VISFT.SOLVER.LORA.MAX_ITER": 2,
+    "VISFT.SOLVER.LORA.CHECKPOINT_PERIOD": 1,
+    "VISFT.SOLVER.LORA.WARMUP_ITERS": 1,
     "SEED": 3,
 }
 
@@ -36,7 +40,7 @@ def run(shapes_train, shapes_test, tmp_path_factory):
         words = [str(word) for pair in (PLAIN | keys).items() for word in pair]
         arguments = [*options, *tiny_arguments(shapes_train, shapes_test, folder), *words]
         log = folder.with_suffix(".log")
-        group = processes.start_group("train_net.py", arguments, log, count)
+        group = processes.start_group("train_net.py", arguments, log, count, processes.read_exports_here)
         for process in group:
             process.join(300)
         logs = "\n".join(file.read_text() for file in sorted(folder.parent.glob(f"{log.name}*")))
@@ -54,9 +58,9 @@ def sharded(run) -> Path:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{stage}/{kind}/{name}": tensor
-        for stage in ("heads", "lora")
+        for stage, end in (("heads", 1), ("lora", 2))
         for kind in ("model", "trainer")
-        for name, tensor in load_file(folder / stage / f"{kind}_0000004.safetensors").items()
+        for name, tensor in load_file(folder / stage / f"{kind}_{end:07d}.safetensors").items()
         if tensor.is_floating_point()
     }
 
@@ -77,9 +81,9 @@ def test_a_run_in_pieces_writes_what_a_run_of_whole_towers_does(run, sharded):
 
 
 def cut_short(folder: Path, copy: Path) -> Path:
-    """A run's folder as it was after two iterations of stage lora."""
+    """A run's folder as it was after the first iteration of stage lora."""
     shutil.copytree(folder, copy)
-    for file in copy.glob("lora/*_0000004.*"):
+    for file in copy.glob("lora/*_0000002.*"):
         file.unlink()
     state = json.loads((copy / "run.json").read_text())
     del state["evaluations"]["lora"]
@@ -87,11 +91,11 @@ def cut_short(folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("strategy", ["FSDP2", "DDP"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("strategy", "count"), [("FSDP2", 2), ("DDP", 1)])
 def test_a_checkpoint_of_pieces_resumes_by_any_number_of_processes(run, sharded, strategy, count):
     cut_short(sharded, sharded.parent / f"{strategy}{count}")
-    resumed = run(f"{strategy}{count}", "--resume", count=count, **{"VISFT.STRATEGY": strategy})
+    keys = {"VISFT.STRATEGY": strategy, "VISFT.EXPORT": "()"}
+    resumed = run(f"{strategy}{count}", "--resume", count=count, **keys)
     found, expected = tensors(resumed), tensors(sharded)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -17,7 +17,7 @@ def finished(shapes_train, shapes_test, tmp_path_factory) -> tuple[Path, list[st
     folder = tmp_path_factory.mktemp("finished")
     arguments = tiny_arguments(shapes_train, shapes_test, folder / "run")
     arguments += ["VISFT.EXPORT", "('open_clip',)"]
-    runs.train(arguments, folder / "log")
+    runs.train(arguments, folder / "log", before=processes.read_exports_here)
     return folder / "run", arguments
 
 

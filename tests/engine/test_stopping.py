@@ -14,12 +14,13 @@ import pytest
 import runs
 from tiny_run import tiny_arguments
 
-END = 40
+END = 30
 
 
 def _arguments(train: tuple[Path, Path], run: Path, *, resume: bool = False, period: int = 0) -> list[str]:
     keys = {"VISFT.STAGES": "('heads',)", "VISFT.SOLVER.HEADS.MAX_ITER": END}
     keys |= {"VISFT.SOLVER.HEADS.CHECKPOINT_PERIOD": period, "DATALOADER.NUM_WORKERS": 1}
+    keys |= {"MODEL.VISFT.HEADS": "('detection',)"}
     words = [*tiny_arguments(train, None, run), *runs.words(keys)]
     return runs.option(words, "--resume") if resume else words
 
@@ -88,7 +89,8 @@ def test_goes_on_to_the_same_bits(count, number, shapes_train, whole, tmp_path):
 
 def test_the_process_that_started_the_others_hands_it_on(shapes_train, tmp_path):
     words = _arguments(shapes_train, tmp_path / "run")
-    process = processes.start("train_net.py", runs.option(words, "--num-gpus", "2"), tmp_path / "log")
+    words, log = runs.option(words, "--num-gpus", "2"), tmp_path / "log"
+    process = processes.start("train_net.py", words, log, before=processes.fork_group)
     _wait_for_training(tmp_path / "run", [process])
     os.kill(process.pid, signal.SIGUSR1)
     assert _end([process]) == [128 + signal.SIGUSR1], (tmp_path / "log").read_text()

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "visft.engine.launch",
         "open_clip",
@@ -45,13 +45,15 @@ def run(tool: str, arguments: list[str], log: Path, *, timeout: float = 300, **o
     return process.exitcode, log.read_text()
 
 
-def start_group(tool: str, arguments: list[str], log: Path, count: int = 2) -> list[multiprocessing.Process]:
+def start_group(
+    tool: str, arguments: list[str], log: Path, count: int = 2, before: Callable[[], None] | None = None
+) -> list[multiprocessing.Process]:
     """Start `count` processes that find each other as torchrun's do. `log` gets a suffix `.0`, `.1`, ...
 
     One process is one that nobody started as a group.
     """
     if count == 1:
-        return [start(tool, arguments, log)]
+        return [start(tool, arguments, log, before=before)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -59,14 +61,14 @@ def start_group(tool: str, arguments: list[str], log: Path, count: int = 2) -> l
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [log.with_name(f"{log.name}.{rank}") for rank in range(count)]
     return [
-        start(tool, arguments, log, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        start(tool, arguments, log, before=before, **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, log in enumerate(logs)
     ]
 
 
 def begin(function: Callable[..., None], *arguments) -> multiprocessing.Process:
     """Start a process that calls a function of a module."""
-    process = _context.Process(target=function, args=arguments)
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -77,6 +79,25 @@ def call(function: Callable[..., None], *calls: tuple) -> None:
     for process in started:
         process.join(300)
     assert [process.exitcode for process in started] == [0] * len(calls)
+
+
+def read_exports_here() -> None:
+    """`before` of a run whose exports need not be read in a process of its own."""
+    import small_towers
+
+    from visft.export import verification
+
+    verification.read = small_towers.read_here
+
+
+def fork_group() -> None:
+    """`before` of a run by `--num-gpus` whose processes need not import everything themselves."""
+    import torch
+
+    spawned = torch.multiprocessing.start_processes
+    torch.multiprocessing.start_processes = lambda *args, **more: spawned(
+        *args, **{**more, "start_method": "fork"}
+    )
 
 
 def descendants(pid: int) -> list[int]:

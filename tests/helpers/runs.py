@@ -21,9 +21,9 @@ def option(arguments: list[str], *options: str) -> list[str]:
     return [*arguments[:2], *options, *arguments[2:]]
 
 
-def train(arguments: list[str], log: Path, folder: Path | None = None) -> str:
-    """Run to a good end (`folder`: see `processes.start`); returns what was written."""
-    status, text = processes.run("train_net.py", arguments, log, folder=folder)
+def train(arguments: list[str], log: Path, **options) -> str:
+    """Run to a good end (`options`: of `processes.start`); returns what was written."""
+    status, text = processes.run("train_net.py", arguments, log, **options)
     assert status == 0, text
     return text
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 
+import processes
 import pytest
 import runs
 import torch
@@ -13,6 +14,12 @@ from visft.applications import against_reference, reference_report, speed
 from visft.commands import benchmark as command
 from visft.engine.trainer import seeded_iteration
 from visft.errors import ConfigError
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """The command's processes need not import everything themselves."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: processes.context)
 
 
 @pytest.fixture
@@ -81,6 +88,7 @@ def cropped(instances, height: int, width: int):
     return part[part.gt_boxes.nonempty()]
 
 
+@pytest.mark.usefixtures("_forked")
 def test_command(arguments, tmp_path, capsys):
     output = tmp_path / "b.json"
     assert command.main(runs.option(arguments, "--output", str(output))) == 0
@@ -114,6 +122,7 @@ def test_what_the_reference_is_not(arguments, keys, words):
         as_reference(model)
 
 
+@pytest.mark.usefixtures("_forked")
 def test_an_error_of_a_process_is_the_commands(arguments, capsys):
     assert command.main([*arguments, "MODEL.LORA.TARGETS", "('q', 'fc1')"]) == 1
     assert "error: the reference recipe has LoRA in q, k or v" in capsys.readouterr().err
