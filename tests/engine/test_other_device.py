@@ -182,7 +182,7 @@ def test_a_checkpoint_goes_back_to_the_device(trained, tmp_path):
             assert state["exp_avg"].device.type == DEVICE.type and torch.equal(state["exp_avg"].cpu(), moment)
 
 
-def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path):
+def test_a_whole_run_ends_as_on_the_cpu(shapes_train, shapes_test, tmp_path, in_process):
     """With cached features, evaluations, images and export."""
     keys = {
         "VISFT.EXPORT": "('open_clip',)",

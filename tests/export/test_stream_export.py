@@ -1,28 +1,28 @@
 """`tools/export_backbone.py` on the authors' LoRA: from file to file, without a model."""
 
+import contextlib
 import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import golden
 import open_clip
+import processes
 import pytest
 import small_eva
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small_towers import close
+from small_towers import close, read_here
 
 from visft import export
 from visft.checkpoint import files, load, run_folder
 from visft.commands import export_backbone
-from visft.export import streamed
+from visft.export import streamed, verification
 from visft.modeling.backbone import CLIPViT, lora
 
 WIDTH, DEPTH = 32, 3
@@ -165,7 +165,9 @@ def test_verify_lets_the_formats_library_load_the_file_in_a_process_of_its_own(t
     torch.save(small_eva.draw_lora(192, 12), tmp_path / LORA)
     run = (tmp_path, "test-tiny-eva", save(small_eva.draw("test-tiny-eva"), tmp_path / "base.pt"), "--verify")
     assert tool(*run) == 0
-    assert tool(*run, fmt="timm", output="timm/f.safetensors") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "read", read_here)
+        assert tool(*run, fmt="timm", output="timm/f.safetensors") == 0
     before = (tmp_path / "out" / "f.safetensors").read_bytes()
     # A file that open_clip does not load is no success, and what was there stays.
     right = streamed._PLANS["open_clip"]
@@ -324,24 +326,22 @@ def test_broken_and_dangerous_files(tmp_path, fails, name, base, adapters):
 
 # Of their own process: peak memory, and a kill
 
-PROCESS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import small_eva
-small_eva.register(384, int(sys.argv[2]), heads=6)
-from visft.commands import export_backbone
-status = export_backbone.main(sys.argv[3:])
-print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
-sys.exit(status)
-"""
+
+def export_in_its_own_process(depth: int, words: list[str], log: str) -> None:
+    """The tool on a tower of `depth` blocks; writes its most memory in KiB to the end of `log`."""
+    small_eva.register(384, depth, heads=6)
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        status = export_backbone.main(words)
+        print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+    sys.exit(status)
 
 
-def command(folder, depth, suffix, output):
+def begin(folder, depth, suffix, output):
     words = ["--weights", folder / f"lora_{depth}.pt", "--format", "open_clip", "--output", output]
     words += ["MODEL.CLIP_VIT.NAME", f"test_eva_384_{depth}", "MODEL.LORA.RANK", 4]
     words += ["MODEL.CLIP_VIT.PRETRAINED", folder / f"base_{depth}{suffix}"]
-    helpers = Path(small_eva.__file__).parent
-    return [sys.executable, "-c", PROCESS, str(helpers), str(depth), *map(str, words)]
+    log = output.parent.with_name(f"{depth}.log")
+    return processes.begin(export_in_its_own_process, depth, [str(word) for word in words], str(log)), log
 
 
 @pytest.fixture(scope="module")
@@ -361,28 +361,28 @@ def two_depths(tmp_path_factory):
 def test_peak_memory_does_not_grow_with_the_tower(two_depths, tmp_path, suffix):
     peaks = {}
     for depth in (4, 24):
-        run = command(two_depths, depth, suffix, tmp_path / str(depth) / "f.safetensors")
-        result = subprocess.run(run, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        peaks[depth] = int(result.stdout.split()[-1]) / 1024
+        process, log = begin(two_depths, depth, suffix, tmp_path / str(depth) / "f.safetensors")
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        peaks[depth] = int(log.read_text().split()[-1]) / 1024
     # 141 MB more in the file. Measured: 14 MB more, of a mapped .pt base 21 MB, which is given back after 32 MB.
     assert peaks[24] - peaks[4] < 40, peaks
 
 
 def test_a_killed_export_leaves_nothing_at_its_target(two_depths, tmp_path):
     target = tmp_path / "out" / "f.safetensors"
-    run = command(two_depths, 24, ".safetensors", target)
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    process, _ = begin(two_depths, 24, ".safetensors", target)
+    while process.is_alive():
         if any(file.stat().st_size for file in target.parent.glob(".f.safetensors.*.partial/files/.f.*")):
             break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [file.suffix for file in target.parent.iterdir()] == [".partial"]
     target.write_bytes(b"what the user had")
-    result = subprocess.run(run, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    process, log = begin(two_depths, 24, ".safetensors", target)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
     assert sorted(os.listdir(target.parent)) == ["f.safetensors", "f.safetensors.md", "open_clip_config.json"]
     assert len(load_file(target)) == len(load_file(two_depths / "base_24.safetensors"))

@@ -140,10 +140,8 @@ def test_without_a_compiler_the_run_does_not_begin(tiny):
         checks.check(cfg)
 
 
-def _train(backend: str, *arguments) -> None:
-    """A run in a process of its own."""
+def _compile_by(backend: str) -> None:
     compiled.BACKEND = backend
-    processes._run(*arguments)
 
 
 @pytest.mark.slow
@@ -158,8 +156,8 @@ def test_a_killed_run_goes_on_to_the_bit(name, shapes_train, tmp_path):
 
     def begin(folder: str, *options: str):
         arguments = [*tiny_arguments(shapes_train, None, tmp_path / folder), "VISFT.COMPILE", "blocks"]
-        words = ("train_net.py", runs.option(arguments, *options), str(tmp_path / "log"), None, {})
-        return processes.begin(_train, name, *words)
+        words, before = runs.option(arguments, *options), functools.partial(_compile_by, name)
+        return processes.start("train_net.py", words, tmp_path / "log", before=before)
 
     whole = begin("whole")
     whole.join()
