@@ -3,15 +3,17 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
 import yaml
 from tiny_run import DEMO, tiny_arguments
 
-from visft.applications import sweep
+from visft.applications import sweep, sweep_job
 from visft.data.datasets import demo_world
 from visft.engine import run_lock
 from visft.errors import ConfigError, TrainingError
@@ -58,7 +60,33 @@ def jobs(folder: Path) -> dict[str, float]:
     return {str(log.parent): log.stat().st_mtime_ns for log in folder.rglob("process.log")}
 
 
-def test_kill_failure_and_repetition(content, tmp_path):
+class Forked:
+    """`subprocess.Popen` of a job, forked from a process that has imported everything."""
+
+    def __init__(self, command: list[str], **streams) -> None:
+        self._process = processes.begin(_job, command[-1], streams["stdout"].name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.join()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _job(folder: str, log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    read_end, _ = os.pipe()  # the other one is open as long as this process lives
+    sys.stdin = os.fdopen(read_end)
+    sys.exit(sweep_job.main(folder))
+
+
+def test_kill_failure_and_repetition(content, tmp_path, monkeypatch):
     file, out = write(tmp_path, content), tmp_path / "out"
     command = ["--config", str(file), "--output", str(out)]
     process = processes.start("sweep.py", command, tmp_path / "log")
@@ -77,6 +105,7 @@ def test_kill_failure_and_repetition(content, tmp_path):
     assert not (running / "finished.json").exists()
 
     # One of the runs fails, and does not stop the others.
+    monkeypatch.setattr(sweep_job, "subprocess", SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE))
     with pytest.raises(TrainingError, match="1 of 3 runs failed, first `broken`"):
         sweep.run(file, out)
     found = results(out)
