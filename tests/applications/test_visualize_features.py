@@ -1,9 +1,7 @@
 """tools/visualize_features.py on two small images: its files, its names and what it refuses."""
 
-import subprocess
-import sys
-
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -38,17 +36,16 @@ def refused(capsys, *args) -> str:
     return capsys.readouterr().err
 
 
-def test_command_draws_every_kind_of_sheet(place, root, tmp_path):
-    command = [sys.executable, str(root / "tools" / "visualize_features.py"), *BASE]
-    command += ["--compare", str(place / "tuned.safetensors"), "--texts", "a fox, a rocket"]
+def test_command_draws_every_kind_of_sheet(place, tmp_path):
+    command = [*BASE, "--compare", str(place / "tuned.safetensors"), "--texts", "a fox, a rocket"]
     images = [str(place / "first.png"), str(place / "second.png")]
     command += ["--input", *images, "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, shown = processes.run("visualize_features.py", command, tmp_path / "log")
+    assert status == 0, shown
     kinds = ("features", "texts")
     names = {f"{stem}_{kind}.png" for stem in ("first", "second") for kind in kinds} | {"matches.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert all(name in done.stderr for name in names)
+    assert all(name in shown for name in names)
     for name in names:
         sheet = np.asarray(Image.open(tmp_path / "out" / name))
         assert sheet.shape[1] > 900 and sheet.std() > 20

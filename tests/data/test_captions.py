@@ -1,9 +1,8 @@
 """Captions as data: what is broken is named, which records get them, own data, mirrored images, vocabularies."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 from coco_shapes import CATEGORIES
 from detectron2.config import get_cfg
@@ -225,16 +224,14 @@ def test_a_vocabulary_of_several_sources(own, coco, file, tmp_path):
         build_vocabulary(["words.txt"])
 
 
-def test_the_command(root, file, tmp_path):
+def test_the_command(file, tmp_path):
     output = tmp_path / "folder" / "vocabulary.json"
-    tool = [sys.executable, str(root / "tools" / "build_vocabulary.py")]
-    command = [*tool, "--captions", str(file), "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(output)
+    words = ["--captions", str(file), "--output", str(output)]
+    status, shown = processes.run("build_vocabulary.py", words, tmp_path / "log")
+    assert status == 0 and shown.strip().splitlines()[-1] == str(output), shown
     assert Vocabulary.read(output) == build_vocabulary([str(file)], 5)
     assert [entry.name for entry in output.parent.iterdir()] == ["vocabulary.json"]
-    done = subprocess.run([*command, "--min-count", "99"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {file}: no word occurs 99 times")
+    status, shown = processes.run("build_vocabulary.py", [*words, "--min-count", "99"], tmp_path / "log")
+    assert status == 1
+    assert shown.strip().splitlines()[-1].startswith(f"error: {file}: no word occurs 99 times")
     assert Vocabulary.read(output) == build_vocabulary([str(file)], 5), "the old file stays"

@@ -2,11 +2,11 @@
 
 import filecmp
 import json
+import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -238,24 +238,20 @@ MINIATURE = {
     "phases": (pretrain.Phase(0.4, 16), pretrain.Phase(0.8, 32, 0.5), pretrain.Phase(1.0, 64)),
 }
 
-_CHILD = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from demoworld import pretrain
-phases = (pretrain.Phase(0.4, 16), pretrain.Phase(0.8, 32, 0.5), pretrain.Phase(1.0, 64))
-settings = pretrain.Settings(samples=8 * 8, batch_size=8, classes=40, phases=phases)
-run = pretrain.Pretraining(sys.argv[1], settings, resume=True, checkpoint_seconds=0.0)
-replace = os.replace
 
-def dying(source, target):
-    if target.name == pretrain.CHECKPOINT and run.step == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
+def _pretrain_and_die(folder: str, step: int) -> None:
+    """Checkpoint at every step, and be killed before that of `step` comes to its place."""
+    torch.set_num_threads(1)
+    run = pretrain.Pretraining(folder, pretrain.Settings(**MINIATURE), resume=True, checkpoint_seconds=0.0)
+    replace = os.replace
 
-os.replace = dying
-run.run()
-"""
+    def dying(source, target):
+        if target.name == pretrain.CHECKPOINT and run.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying
+    run.run()
 
 
 def test_held_out_vendors_are_evaluated_and_in_no_batch(tmp_path):
@@ -287,8 +283,9 @@ def test_a_killed_pretraining_ends_with_the_same_bits(tmp_path, one_thread):
     whole = pretrain.Pretraining(tmp_path / "whole", pretrain.Settings(**MINIATURE)).run()
     # A process that checkpoints at every step is killed with the fifth checkpoint written but not in its place.
     killed = tmp_path / "killed"
-    child = subprocess.run([sys.executable, "-c", _CHILD, str(killed), "5"], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = processes.begin(_pretrain_and_die, str(killed), 5)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not (killed / pretrain.FINAL_FILE).exists()
     resumed = pretrain.Pretraining(killed, resume=True)
     assert resumed.step == 4

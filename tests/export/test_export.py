@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import open_clip
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -219,11 +220,10 @@ def test_the_tool_exports_a_run(based, tmp_path):
     settings = {"lora": {"rank": 2, "alpha": 2.0, "targets": ["q", "v"], "last_blocks": 0}}
     folder, output = tmp_path / "run" / "lora", tmp_path / "out" / "tower.safetensors"
     RunCheckpointer(folder, Run(based), stage="lora", base=based.base, settings=settings).save(3)
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "projects" / "ViSFT"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tools" / "export_backbone.py", "--weights", tmp_path / "run"]
-    command += ["--format", "open_clip", "--output", output]
-    result = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    words = ["--weights", str(tmp_path / "run"), "--format", "open_clip", "--output", str(output)]
+    before = processes.read_exports_here
+    status, shown = processes.run("export_backbone.py", words, tmp_path / "log", before=before)
+    assert status == 0, shown
     assert close(embeddings(output, based, "visft-tiny"), expected(based))
 
 
