@@ -144,7 +144,7 @@ def test_what_is_said_to_fit_fits(root, planned):
     for row in planned["steps"]:
         [fit] = row["fits"]
         stage = row["stage"].upper()
-        for more, expected in ((0, True), (1 + fit["images"] // 10, False)):
+        for more, expected in ((0, True), (1 + fit["images"] // 5, False)):
             key = {
                 f"VISFT__SOLVER__{stage}__IMS_PER_BATCH": fit["images"] + more,
                 "VISFT__STAGES": f"('{row['stage']}',)",
@@ -213,3 +213,17 @@ def test_pieces_of_the_tower_leave_the_rest_whole(root):
     frozen = sum(one["frozen"].values()) - sum(other["frozen"].values())
     assert frozen == (inside - trained) / 2
     assert one["peak"] - other["peak"] == frozen + 4 * trained / 2 - 2 * max(map(sum, parts))
+
+
+@pytest.mark.parametrize(
+    "lines", [[(10, 3)], [(50, 1), (0, 4)], [(60, 0.5), (0, 3), (-100, 6)], [(90, 0.1), (-500, 40)]]
+)
+@pytest.mark.parametrize("limit", [13, 55, 100, 400])
+def test_the_largest_that_fits_does_whatever_lines_the_peak_is_of(lines, limit):
+    def peak(x: int) -> float:
+        return max(start + slope * x for start, slope in lines)
+
+    found = int(plan.largest(peak, limit, (1, 8, 16), peak(8)))
+    assert not found or peak(found) <= limit
+    if len(lines) == 1:
+        assert found == (limit - 10) // 3

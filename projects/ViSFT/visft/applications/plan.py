@@ -242,20 +242,25 @@ class _Simulation:
 def largest(
     peak: Callable[[int], float], limit: float, probes: tuple[int, int, int], at_middle: float
 ) -> float:
-    """The x at which a peak reaches `limit`, by a straight line; 0: the peak at the least probe is above.
+    """The x at which a peak reaches `limit`, by straight lines; 0: the peak at the least probe is above.
 
-    Peaks are the maxima of straight lines. Between two probes the chord is above them, so what it says fits does. Above
-    the middle probe, the line through it and the greatest probe is continued.
+    Peaks are the maxima of straight lines. Between two probes the chord is above them, so what it says fits does.
+    Beyond the greatest probe the line is continued, the peak is asked there, and the chord to it decides.
 
     Args:
-        probes: the least x, that of the config, and a greater one. The peak is asked for one of the outer ones.
+        probes: the least x, that of the config, and a greater one.
         at_middle: the peak at the middle one.
     """
+
+    def reached(a: float, at_a: float, b: float, at_b: float) -> float:
+        return a + (limit - at_a) * (b - a) / (at_b - at_a)
+
     low, middle, high = probes
     other = high if at_middle <= limit or low == middle else low
     at_other = peak(other)
-    slope = (at_other - at_middle) / (other - middle)
-    x = middle + (limit - at_middle) / slope
+    x = reached(middle, at_middle, other, at_other)
+    if other == high and x > high and (at_end := peak(end := int(x))) > limit:
+        x = reached(high, at_other, end, at_end)
     return x if x >= low else 0
 
 
