@@ -41,9 +41,8 @@ def build_optimizer(
             for (scale, decay), parameters in groups.items()
         ],
         eps=1e-8,
-        foreach=False
-        if len(kinds) > 1
-        else None,  # one call for many takes no whole parameters beside pieces
+        # One call for many parameters takes no whole ones beside pieces.
+        foreach=False if len(kinds) > 1 else None,
     )
 
 

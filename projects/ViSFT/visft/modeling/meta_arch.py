@@ -288,7 +288,7 @@ class ViSFT(nn.Module):
         if any(0 < share < 1 for share in shares.values()):
             losses = distributed.with_all_names(losses, self.device)
         if idle and union:
-            distributed.add_zero(losses, 0 * sum(f.sum() for f in (maps or {"": inputs.features}).values()))
+            distributed.add_zero(losses, sum((0 * f).sum() for f in (maps or {"": inputs.features}).values()))
         if balanced and not union:  # the other processes wait for this one's norms, in their backward pass
             copies = balanced_copies(distributed.zero_for(self.backbone.parameters(), self.device), weights)
             distributed.add_zero(losses, 0 * sum(copies.values()))
